@@ -1,0 +1,41 @@
+"""diffmergefs: VM snapshot chains (a full base and sparse diffs) as complete memory images.
+
+For programs::
+
+    import diffmergefs
+
+    image = diffmergefs.open_chain("mem_file", ["mem_diff"])
+    with image.view as view:
+        view.size                      # bytes
+        view.read(0x1000, 4096)        # merged bytes, exact or an error
+        list(view.segments())          # who supplies what: (start, stop, layer number or None)
+        diffmergefs.flatten(view, "whole.mem")
+
+Nothing here needs libfuse; mounting is done by the command line.
+"""
+
+from diffmergefs.apply import apply_diff
+from diffmergefs.errors import DiffMergeError
+from diffmergefs.extents import Extent, Segment
+from diffmergefs.flatten import FlattenResult, flatten
+from diffmergefs.images import Image, open_chain, open_image
+from diffmergefs.layer import Layer
+from diffmergefs.trust import TrustPolicy
+from diffmergefs.view import MergedView
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DiffMergeError",
+    "Extent",
+    "FlattenResult",
+    "Image",
+    "Layer",
+    "MergedView",
+    "Segment",
+    "TrustPolicy",
+    "apply_diff",
+    "flatten",
+    "open_chain",
+    "open_image",
+]

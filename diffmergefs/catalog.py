@@ -1,0 +1,112 @@
+"""A directory of snapshots, judged by metadata only: the only reader of layouts on disk.
+
+A look at a directory gives a `Catalog`: its snapshots, each with its chain or the reason why it
+is broken. No image file is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from diffmergefs import chain, forkd, numbered
+from diffmergefs.errors import BrokenChainError, DiffMergeError, FileAccessError
+from diffmergefs.snapshot import Snapshot
+from diffmergefs.view import require_equal_size
+
+LAYOUTS = ("forkd", "numbered")
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What one look at a directory of snapshots found.
+
+    `root` is the directory as given, `layout` 'forkd' or 'numbered', `snapshots` by tag.
+    """
+
+    root: str
+    layout: str
+    snapshots: Mapping[str, Snapshot]
+    _verdicts: dict[str, list[Snapshot] | str] = field(default_factory=dict, compare=False)
+    _rejected: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def chain(self, tag: str) -> list[Snapshot]:
+        """The snapshots whose layers make up `tag`, base first.
+
+        Raises BrokenChainError with the reason where the tag cannot be shown as complete, as far
+        as metadata tell: its own defect, or an ancestor's.
+        """
+        if tag not in self._verdicts:
+            try:
+                self._verdicts[tag] = self._resolve(tag)
+            except DiffMergeError as error:
+                self._verdicts[tag] = str(error)
+        verdict = self._verdicts[tag]
+        if isinstance(verdict, str):
+            raise BrokenChainError(verdict)
+        return verdict
+
+    def reject(self, tag: str, problem: str) -> None:
+        """Mark `tag` as broken for a reason that this look alone does not show.
+
+        Call it before the first `chain`: verdicts are kept.
+        """
+        self._rejected[tag] = problem
+
+    def _resolve(self, tag: str) -> list[Snapshot]:
+        links = chain.resolve(tag, self.snapshots.get)
+        for link in links:
+            if problem := link.problem or self._rejected.get(link.tag):
+                where = "" if link.tag == tag else f"ancestor '{link.tag}' is broken: "
+                raise BrokenChainError(where + problem)
+        base = links[0].layer
+        for link in links[1:]:
+            require_equal_size(base.path, base.key.size, link.layer.path, link.layer.key.size)
+        return links
+
+    @cached_property
+    def hidden(self) -> frozenset[str]:
+        """The paths beneath the root that are never passed through: layers and their seals."""
+        layers = [s.memory.path for s in self.snapshots.values() if s.memory]
+        return frozenset(layers).union(f"{path}.bmap" for path in layers)
+
+
+def read_catalog(root: str, layout: str | None = None, suffix: str | None = None) -> Catalog:
+    """Look over the directory `root`.
+
+    `layout` is one of LAYOUTS, by default found out; `suffix` (`.mem`) names the memory files of a
+    numbered directory. Reads names, sizes and JSON, never an image. Raises FileAccessError if
+    `root` is no readable directory and BrokenChainError where the directory as a whole is
+    ambiguous.
+    """
+    try:
+        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise FileAccessError(f"{root}: {error.strerror}") from error
+    try:
+        with os.scandir(fd) as entries:
+            kinds = {e.name: stat.S_IFMT(e.stat(follow_symlinks=False).st_mode) for e in entries}
+        found = layout or _find_layout(root, fd, kinds, suffix)
+        if found == "numbered":
+            snapshots = numbered.read(fd, kinds, suffix)
+        else:
+            snapshots = forkd.read(root, fd, kinds)
+    except OSError as error:
+        raise FileAccessError(f"{root}: {error.strerror} while it was looked over") from error
+    finally:
+        os.close(fd)
+    return Catalog(root, found, snapshots)
+
+
+def _find_layout(root: str, fd: int, kinds: Mapping[str, int], suffix: str | None) -> str:
+    is_numbered = bool(numbered.memory_files(kinds, suffix))
+    is_forkd = any(k == stat.S_IFDIR and forkd.is_tag(fd, name) for name, k in kinds.items())
+    if is_numbered and is_forkd:
+        raise BrokenChainError(
+            f"{root}: holds numbered layers and a forkd store;"
+            " say which is meant with --layout=numbered or --layout=forkd"
+        )
+    return "numbered" if is_numbered else "forkd"

@@ -1,0 +1,156 @@
+"""What the verbs share: naming an IMAGE, trust options, output."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from diffmergefs.images import Image, open_chain, open_image
+from diffmergefs.trust import TrustPolicy
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Wide enough that a line stays a line where nobody looks at it on a terminal.
+_PIPE_WIDTH = 4096
+
+
+def talk(text: str) -> None:
+    """One line on stderr."""
+    line = " ".join(printable(text).split())
+    print(f"diffmergefs: {line}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with what is not valid UTF-8 (a hard file name) written as escapes."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def print_json(facts: object) -> None:
+    """Facts as JSON on stdout."""
+    print(json.dumps(facts, indent=2))
+
+
+def print_table(table: Table) -> None:
+    """A table on stdout: one line a row when it goes into a pipe."""
+    console = Console(
+        highlight=False,
+        markup=False,
+        emoji=False,
+        width=None if sys.stdout.isatty() else _PIPE_WIDTH,
+    )
+    console.print(table)
+
+
+def new_table(*columns: str) -> Table:
+    """An empty table; columns that begin with `>` are numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.lstrip(">"), justify="right" if right else "left", overflow="fold")
+    return table
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A callable that takes the bytes done so far; on a terminal it moves a progress bar."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _page_size(context: click.Context, parameter: click.Parameter, value: int) -> int:
+    if value < 512 or value & (value - 1):
+        raise click.BadParameter(f"{value} is no power of two of at least 512")
+    return value
+
+
+def trust_options(command: F) -> F:
+    """--trust-grain, --dense and --page-size, as one TrustPolicy's fields."""
+    command = click.option(
+        "--page-size",
+        type=int,
+        default=4096,
+        show_default=True,
+        callback=_page_size,
+        help="The guest's page in bytes, a power of two.",
+    )(command)
+    command = click.option(
+        "--dense",
+        is_flag=True,
+        help="Accept diffs without a hole as the complete images that they seem to be.",
+    )(command)
+    return click.option(
+        "--trust-grain",
+        is_flag=True,
+        help="Vouch for the diffs' holes where the filesystem does not: overrides the checks of"
+        " grain, alignment, unwritten ranges, copy-up and filesystem type. If they are not right,"
+        " the guest gets wrong bytes.",
+    )(command)
+
+
+def layer_options(command: F) -> F:
+    """--base and --diff."""
+    command = click.option(
+        "--diff",
+        "diffs",
+        multiple=True,
+        type=click.Path(),
+        metavar="FILE",
+        help="A sparse diff over what comes before it; repeat it, oldest first.",
+    )(command)
+    return click.option(
+        "--base", type=click.Path(), metavar="FILE", help="The full base image, with --diff."
+    )(command)
+
+
+def image_options(command: F) -> F:
+    """IMAGE, or --base and --diff, and the trust options."""
+    command = trust_options(layer_options(command))
+    return click.argument("image", required=False, type=click.Path())(command)
+
+
+def opened(
+    image: str | None, base: str | None, diffs: tuple[str, ...], policy: TrustPolicy
+) -> Image:
+    """The image that the arguments name; overridden checks are told on stderr."""
+    require_one_source(image, base, diffs, "IMAGE")
+    found = open_chain(base, diffs, policy) if base else open_image(image or "", policy)
+    for line in found.overridden:
+        talk(line)
+    return found
+
+
+def require_one_source(
+    source: str | None, base: str | None, diffs: tuple[str, ...], what: str
+) -> None:
+    """Raise click.UsageError unless exactly one of `source` and `base` is given."""
+    if (source is None) == (base is None):
+        raise click.UsageError(f"give either {what} or --base FILE [--diff FILE ...]")
+    if diffs and base is None:
+        raise click.UsageError("--diff needs --base")

@@ -1,0 +1,111 @@
+"""`demo`: the whole of it on a small chain that is made for the purpose."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from diffmergefs.cli.common import print_json
+from diffmergefs.errors import MountFailedError, VerificationError
+from diffmergefs.flatten import flatten
+from diffmergefs.images import open_image
+
+PAGE = 4096
+PAGES = 1024
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+def demo(as_json: bool) -> None:
+    """Make a small chain, mount it, read it, flatten it, compare, unmount, and say what was done.
+
+    Everything happens in a temporary directory, which is removed.
+
+    \b
+    Example:
+      diffmergefs demo
+    """
+    folder = Path(tempfile.mkdtemp(prefix="diffmergefs-demo-"))
+    done: list[str] = []
+
+    def say(text: str) -> None:
+        done.append(text)
+        if not as_json:
+            click.echo(f"{len(done)}. {text}")
+
+    try:
+        _run(folder, say)
+    finally:
+        shutil.rmtree(folder)
+    if as_json:
+        print_json({"steps": done, "ok": True})
+
+
+def _run(folder: Path, say: Callable[[str], None]) -> None:
+    store, view, flat = folder / "store", folder / "view", folder / "flat.mem"
+    store.mkdir()
+    view.mkdir()
+    expected = _make_chain(store)
+    say(
+        f"made {', '.join(sorted(os.listdir(store)))}: {len(expected)} bytes each, the last two"
+        " sparse"
+    )
+    stored = sum(path.stat().st_blocks * 512 for path in store.iterdir())
+    _call("mount", "--log", str(folder / "log"), str(store), str(view))
+    try:
+        say(f"mounted them; {len(os.listdir(view))} snapshots are shown")
+        merged = view / "numpy" / "002-numpy.mem"
+        _require_equal(merged, expected)
+        say(f"read numpy/002-numpy.mem: complete and right, sha256 {_sha256(expected)[:16]}...")
+        with open_image(store / "002-numpy.mem").view as opened:
+            result = flatten(opened, flat)
+        _require_equal(flat, expected)
+        say(
+            f"flattened it: {sum(result.copied)} bytes copied, {sum(result.shared)} shared,"
+            f" {result.holes} holes; equal to the view"
+        )
+    finally:
+        _call("umount", str(view))
+    say(f"unmounted; the chain took {stored} bytes on disk, and mounting it copied none")
+
+
+def _make_chain(store: Path) -> bytes:
+    # Each page says who wrote it. numpy writes zeros over a page of the base: zeros are data.
+    image = bytearray(PAGES * PAGE)
+    layers = {
+        "000-boot.mem": dict.fromkeys(range(0, PAGES, 2), b"boot"),
+        "001-python.mem": dict.fromkeys(range(0, PAGES, 50), b"python"),
+        "002-numpy.mem": {**dict.fromkeys(range(25, PAGES, 100), b"numpy"), 2: b"\0"},
+    }
+    for name, pages in layers.items():
+        with open(store / name, "wb") as file:
+            file.truncate(len(image))
+            for number, word in pages.items():
+                content = (word * PAGE)[:PAGE]
+                os.pwrite(file.fileno(), content, number * PAGE)
+                image[number * PAGE : (number + 1) * PAGE] = content
+    return bytes(image)
+
+
+def _call(*arguments: str) -> None:
+    command = [sys.executable, "-m", "diffmergefs", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise MountFailedError(f"{arguments[0]} failed: {done.stderr.strip()}")
+
+
+def _require_equal(path: Path, expected: bytes) -> None:
+    if path.read_bytes() != expected:
+        raise VerificationError(f"{path.name}: is not the image that was made")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

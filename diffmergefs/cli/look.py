@@ -1,0 +1,146 @@
+"""`list` and `info`: what is there, and what it is made of."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+
+import click
+
+from diffmergefs import info as infos
+from diffmergefs.catalog import LAYOUTS, Catalog, read_catalog
+from diffmergefs.cli.common import (
+    image_options,
+    new_table,
+    opened,
+    print_json,
+    print_table,
+    printable,
+    talk,
+    trust_options,
+)
+from diffmergefs.errors import DiffMergeError
+from diffmergefs.images import LayerPool, open_snapshot
+from diffmergefs.trust import TrustPolicy
+
+
+@dataclass(frozen=True)
+class Row:
+    """One snapshot as `list` shows it; what could not be found out is None. Sizes in bytes."""
+
+    tag: str
+    parent: str | None
+    depth: int | None
+    size: int | None
+    dirty_bytes: int | None
+    state: str
+    reason: str | None = None
+
+
+@click.command("list")
+@click.argument("source", type=click.Path())
+@click.option("--layout", type=click.Choice(LAYOUTS), help="What SOURCE holds, if it is unclear.")
+@click.option("--suffix", help="The suffix of numbered memory files (.mem).")
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@trust_options
+def list_(
+    source: str,
+    layout: str | None,
+    suffix: str | None,
+    as_json: bool,
+    page_size: int,
+    dense: bool,
+    trust_grain: bool,
+) -> None:
+    """One line a snapshot of SOURCE: tag, parent, depth, size, own dirty bytes, state.
+
+    The state is 'complete', 'dense' (a complete image in spite of its parent) or 'broken' with
+    the reason. The extents of every layer are walked.
+
+    \b
+    Examples:
+      diffmergefs list /srv/snapshots
+      diffmergefs list --json /srv/snapshots | jq '.[] | select(.state == "broken")'
+    """
+    policy = TrustPolicy(page_size, trust_grain, dense)
+    catalog = read_catalog(source, layout, suffix)
+    root = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        pool = LayerPool(root)
+        rows = [_row(catalog, tag, pool, policy) for tag in sorted(catalog.snapshots)]
+    finally:
+        os.close(root)
+    if as_json:
+        print_json([asdict(row) for row in rows])
+        return
+    table = new_table("TAG", "PARENT", ">DEPTH", ">SIZE", ">DIRTY", "STATE")
+    for row in rows:
+        numbers = (row.depth, row.size, row.dirty_bytes)
+        state = f"{row.state}: {row.reason}" if row.reason else row.state
+        table.add_row(
+            printable(row.tag),
+            printable(row.parent or "-"),
+            *("-" if number is None else str(number) for number in numbers),
+            printable(state),
+        )
+    print_table(table)
+
+
+def _row(catalog: Catalog, tag: str, pool: LayerPool, policy: TrustPolicy) -> Row:
+    snapshot = catalog.snapshots[tag]
+    size = snapshot.memory.key.size if snapshot.memory else None
+    try:
+        links = catalog.chain(tag)
+        image = open_snapshot(links, pool, policy)
+    except (DiffMergeError, OSError) as error:
+        return Row(tag, snapshot.parent, None, size, None, "broken", " ".join(str(error).split()))
+    for line in image.overridden:
+        talk(line)
+    dirty = image.view.layers[-1].extents.data_bytes
+    state = "dense" if image.dense else "complete"
+    return Row(tag, snapshot.parent, len(links), size, dirty, state)
+
+
+@click.command()
+@image_options
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+def info(
+    image: str | None,
+    base: str | None,
+    diffs: tuple[str, ...],
+    page_size: int,
+    dense: bool,
+    trust_grain: bool,
+    as_json: bool,
+) -> None:
+    """The chain of IMAGE, and for each layer what it holds and what of it is visible.
+
+    IMAGE is a snapshot directory or a numbered layer file; --base and --diff name layers instead.
+
+    \b
+    Examples:
+      diffmergefs info /srv/snapshots/pandas
+      diffmergefs info --json --base mem_file --diff mem_diff
+    """
+    with (found := opened(image, base, diffs, TrustPolicy(page_size, trust_grain, dense))).view:
+        facts = infos.describe(found)
+    if as_json:
+        print_json(facts.as_dict())
+        return
+    table = new_table(
+        ">#", "LAYER", ">DATA", ">EXTENTS", ">VISIBLE", ">SHADOWED", ">GRAIN", "TRUST"
+    )
+    for number, layer in enumerate(facts.layers):
+        table.add_row(
+            str(number),
+            printable(layer.path),
+            *(str(n) for n in (layer.data_bytes, layer.extents, layer.visible_bytes)),
+            *(str(n) for n in (layer.shadowed_bytes, layer.grain)),
+            printable(layer.trust),
+        )
+    print_table(table)
+    state = ", dense" if facts.dense else ""
+    click.echo(
+        f"{len(facts.layers)} layers, {facts.size} bytes, of which {facts.holes} are holes in all;"
+        f" {facts.segments} segments{state}"
+    )

@@ -1,0 +1,291 @@
+"""`mount` and `umount`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import logging.handlers
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import click
+
+from diffmergefs import daemon
+from diffmergefs import mountpoint as mountpoints
+from diffmergefs.access import view_access
+from diffmergefs.catalog import LAYOUTS
+from diffmergefs.cli.common import layer_options, require_one_source, talk, trust_options
+from diffmergefs.errors import (
+    DiffMergeError,
+    FileAccessError,
+    MountFailedError,
+    MountTimeoutError,
+)
+from diffmergefs.images import open_chain
+from diffmergefs.store import OpenImage, Store
+from diffmergefs.tree import Tree
+from diffmergefs.trust import TrustPolicy
+
+log = logging.getLogger("diffmergefs")
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_SYSLOG = "/dev/log"
+_OWN_OPTIONS = frozenset(
+    {"allow_other", "open_rw", "dense", "trust_grain", "page_size", "layout", "suffix"}
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be mounted where and how; all paths absolute."""
+
+    source: str | None
+    layers: tuple[str, ...]
+    mountpoint: str
+    policy: TrustPolicy
+    layout: str | None
+    suffix: str | None
+    allow_other: bool
+    open_rw: bool
+    options: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What the mount table shows as the mounted thing."""
+        return self.source or self.layers[0]
+
+
+@click.command()
+@click.argument("operands", nargs=-1, required=True, metavar="[SOURCE] MOUNTPOINT")
+@layer_options
+@click.option("-f", "--foreground", is_flag=True, help="Stay in front and log to stderr.")
+@click.option("-o", "options", multiple=True, metavar="OPT[,OPT...]", help="Mount options.")
+@click.option("--allow-other", is_flag=True, help="Let other users in, by the permission bits.")
+@click.option(
+    "--open-rw",
+    is_flag=True,
+    help="For programs that open read-write even for a private mapping (QEMU before 8.2). Writes"
+    " and shared writable mappings still fail; each such mapping drops the image's cached pages.",
+)
+@click.option("--layout", type=click.Choice(LAYOUTS), help="What SOURCE holds, if it is unclear.")
+@click.option("--suffix", help="The suffix of numbered memory files (.mem).")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait at most until the mount answers.",
+)
+@click.option(
+    "--log", "log_file", type=click.Path(), metavar="FILE", help="Log to FILE, not to syslog."
+)
+@click.option("-v", "--verbose", is_flag=True, help="Log each failed request too.")
+@trust_options
+def mount(
+    operands: tuple[str, ...],
+    base: str | None,
+    diffs: tuple[str, ...],
+    foreground: bool,
+    options: tuple[str, ...],
+    allow_other: bool,
+    open_rw: bool,
+    layout: str | None,
+    suffix: str | None,
+    timeout: float,
+    log_file: str | None,
+    verbose: bool,
+    page_size: int,
+    dense: bool,
+    trust_grain: bool,
+) -> int:
+    """Show every complete snapshot of SOURCE under MOUNTPOINT, its memory file merged, read-only.
+
+    SOURCE is a forkd store or a directory of numbered layers; changes in it show within two
+    seconds. With --base and --diff instead of SOURCE, one merged file, named like the base, is
+    shown. The command returns when the mount answers. Stop it with `diffmergefs umount` or
+    SIGTERM: then open files are served on until the last is closed; a second signal ends it at
+    once.
+
+    The long options work as -o options too, as in -o open_rw,dense,page_size=16384.
+
+    \b
+    Examples:
+      diffmergefs mount /srv/snapshots /mnt/views
+      diffmergefs mount --base mem_file --diff mem_diff /mnt/view
+      diffmergefs mount -f --open-rw /srv/snapshots /mnt/views
+    """
+    given, passed_on = _split_options(options)
+    if len(operands) > 2:
+        raise click.UsageError("give at most SOURCE and MOUNTPOINT")
+    source = os.path.abspath(operands[0]) if len(operands) == 2 else None
+    require_one_source(source, base, diffs, "SOURCE")
+    request = Request(
+        source,
+        tuple(os.path.abspath(path) for path in (base, *diffs) if path),
+        operands[-1],
+        TrustPolicy(
+            int(given.get("page_size", page_size)),
+            trust_grain or "trust_grain" in given,
+            dense or "dense" in given,
+        ),
+        given.get("layout", layout),
+        given.get("suffix", suffix),
+        allow_other or "allow_other" in given,
+        open_rw or "open_rw" in given,
+        passed_on,
+    )
+    level = logging.DEBUG if verbose else logging.INFO
+    _log_to(logging.StreamHandler(), level)
+    serve = functools.partial(_serve, request)
+    if foreground:
+        if log_file:
+            _log_to(_file_handler(log_file), level)
+        serve(lambda: None)
+        return 0
+    return _serve_in_background(request, serve, _background_handler(log_file), level, timeout)
+
+
+def _split_options(options: tuple[str, ...]) -> tuple[Mapping[str, str], tuple[str, ...]]:
+    # Our own by name, the rest for the session. A bare `ro` is what a view is anyway.
+    own, rest = {}, []
+    for option in ",".join(options).split(","):
+        name, _, value = option.partition("=")
+        name = name.replace("-", "_")
+        if name in _OWN_OPTIONS:
+            own[name] = value
+        elif option and option != "ro":
+            rest.append(option)
+    page = own.get("page_size", "4096")
+    if not page.isdigit() or int(page) < 512 or int(page) & (int(page) - 1):
+        raise click.UsageError(f"-o page_size={page}: no power of two of at least 512")
+    if own.get("layout", LAYOUTS[0]) not in LAYOUTS:
+        raise click.UsageError(f"-o layout={own['layout']}: one of {', '.join(LAYOUTS)}")
+    return own, tuple(rest)
+
+
+def _serve(request: Request, ready: Callable[[], None]) -> None:
+    # Imported here: all else works where libfuse is missing.
+    try:
+        from diffmergefs import mount as mounts
+    except ImportError as error:
+        raise MountFailedError(
+            f"pyfuse3 cannot be used ({error}); install libfuse3-dev and pyfuse3"
+        ) from error
+    real = mountpoints.check_mountpoint(request.mountpoint, request.source, request.layers)
+    options = mounts.session_options(
+        request.name, request.options, allow_other=request.allow_other, open_rw=request.open_rw
+    )
+    if request.source is None:
+        tree = Tree(real, explicit=_explicit_image(request), open_rw=request.open_rw)
+    else:
+        store = Store(request.source, request.policy, layout=request.layout, suffix=request.suffix)
+        mounts.settle(store)
+        tree = Tree(real, store, open_rw=request.open_rw)
+    mounts.serve(tree, real, options, ready)
+
+
+def _explicit_image(request: Request) -> OpenImage:
+    base, *diffs = request.layers
+    image = open_chain(base, diffs, request.policy)
+    for line in image.overridden:
+        log.warning("%s", line)
+    return OpenImage.of(image, os.path.basename(base), view_access(image.view.layers, "/"))
+
+
+def _serve_in_background(
+    request: Request,
+    serve: Callable[[Callable[[], None]], None],
+    handler: logging.Handler,
+    level: int,
+    timeout: float,
+) -> int:
+    def child(ready: Callable[[], None]) -> int:
+        # Warnings at the start are for the caller's terminal, everything is for the log.
+        _log_to(logging.StreamHandler(), logging.WARNING, handler, level)
+        try:
+            serve(ready)
+        except DiffMergeError as error:
+            log.error("%s", error)
+            print(error, file=sys.stderr)
+            return error.exit_code
+        except Exception:
+            log.exception("the daemon failed: this is a bug")
+            return 70
+        return 0
+
+    outcome = daemon.start(child, timeout)
+    if outcome.status is None:
+        _remove_leftover(request)
+        raise MountTimeoutError(
+            f"{request.mountpoint}: the mount did not answer within {timeout:g} s; is the storage"
+            " of SOURCE slow? --timeout waits longer, -f shows what it does"
+        )
+    lines = outcome.text.splitlines()
+    if outcome.status != 0:
+        talk(lines[-1] if lines else f"the daemon ended with status {outcome.status}")
+        return outcome.status if outcome.status > 0 else MountFailedError.exit_code
+    for line in lines:
+        talk(line)
+    os.stat(request.mountpoint)
+    return 0
+
+
+def _remove_leftover(request: Request) -> None:
+    known = mountpoints.mount_entry(os.path.realpath(os.path.dirname(request.mountpoint)))
+    if known and known.kind == mountpoints.FILESYSTEM_TYPE and known.source == request.name:
+        mountpoints.detach(known.path)
+
+
+def _background_handler(log_file: str | None) -> logging.Handler:
+    if log_file:
+        return _file_handler(log_file)
+    try:
+        handler = logging.handlers.SysLogHandler(
+            _SYSLOG, facility=logging.handlers.SysLogHandler.LOG_DAEMON
+        )
+    except OSError:
+        talk(
+            f"no syslog answers at {_SYSLOG}, so the daemon's log is lost; keep it with --log FILE"
+        )
+        return logging.NullHandler()
+    handler.ident = "diffmergefs: "
+    return handler
+
+
+def _file_handler(path: str) -> logging.Handler:
+    try:
+        handler = logging.FileHandler(path, errors="backslashreplace")
+    except OSError as error:
+        raise FileAccessError(f"{path}: cannot log there: {error.strerror}") from error
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    return handler
+
+
+def _log_to(*handlers_and_levels: logging.Handler | int) -> None:
+    pairs = zip(handlers_and_levels[::2], handlers_and_levels[1::2], strict=True)
+    for old in list(log.handlers):
+        log.removeHandler(old)
+    for handler, level in pairs:
+        assert isinstance(handler, logging.Handler) and isinstance(level, int)
+        if type(handler) is logging.StreamHandler:
+            handler.setFormatter(logging.Formatter(_FORMAT))
+        handler.setLevel(level)
+        log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+
+
+@click.command()
+@click.argument("mountpoint", type=click.Path())
+@click.option("--lazy", is_flag=True, help="Detach it although files are open; they stay served.")
+def umount(mountpoint: str, lazy: bool) -> None:
+    """Unmount MOUNTPOINT; refused while files are open, unless --lazy.
+
+    \b
+    Example:
+      diffmergefs umount /mnt/views
+    """
+    mountpoints.unmount(mountpoint, lazy=lazy)

@@ -1,0 +1,87 @@
+"""`flatten` and `apply`: writing images."""
+
+from __future__ import annotations
+
+import click
+
+from diffmergefs.apply import apply_diff
+from diffmergefs.cli.common import (
+    image_options,
+    new_table,
+    opened,
+    print_json,
+    print_table,
+    printable,
+    progress,
+    trust_options,
+)
+from diffmergefs.flatten import flatten as flatten_view
+from diffmergefs.trust import TrustPolicy
+
+
+@click.command()
+@image_options
+@click.option("-o", "--output", required=True, type=click.Path(), help="The new image file.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists, in one step.")
+@click.option("--verify", is_flag=True, help="Read both back and compare before it is published.")
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+def flatten(
+    image: str | None,
+    base: str | None,
+    diffs: tuple[str, ...],
+    page_size: int,
+    dense: bool,
+    trust_grain: bool,
+    output: str,
+    force: bool,
+    verify: bool,
+    as_json: bool,
+) -> None:
+    """Write IMAGE out as a new standalone file: sparse, whole or not there at all.
+
+    Blocks are shared with the layers (reflinked) where the filesystem can, and copied elsewhere.
+
+    \b
+    Examples:
+      diffmergefs flatten /srv/snapshots/pandas -o pandas.mem
+      diffmergefs flatten --base mem_file --diff mem_diff -o whole.mem --verify
+    """
+    with (found := opened(image, base, diffs, TrustPolicy(page_size, trust_grain, dense))).view:
+        view = found.view
+        with progress("flatten", sum(view.visible_bytes())) as moved:
+            result = flatten_view(view, output, force=force, verify=verify, progress=moved)
+        paths = [layer.path for layer in view.layers]
+    rows = list(zip(paths, result.copied, result.shared, strict=True))
+    if as_json:
+        layers = [{"path": p, "copied": c, "shared": s} for p, c, s in rows]
+        print_json({"output": output, "size": result.size, "holes": result.holes, "layers": layers})
+        return
+    table = new_table("LAYER", ">COPIED", ">SHARED")
+    for path, copied, shared in rows:
+        table.add_row(printable(path), str(copied), str(shared))
+    print_table(table)
+    click.echo(
+        f"{printable(output)}: {result.size} bytes, {sum(result.copied)} copied,"
+        f" {sum(result.shared)} shared, {result.holes} holes" + (", verified" if verify else "")
+    )
+
+
+@click.command()
+@click.argument("diff", type=click.Path())
+@click.argument("base", type=click.Path())
+@click.option("--sync", is_flag=True, help="fsync BASE at the end.")
+@trust_options
+def apply(diff: str, base: str, sync: bool, page_size: int, dense: bool, trust_grain: bool) -> None:
+    """Copy the data extents of DIFF onto BASE, in place: the classic merge.
+
+    BASE must be a copy that you own: it is changed. Both must have the same size. An interrupted
+    apply can be repeated. Prints the bytes copied.
+
+    \b
+    Example:
+      cp --reflink=auto mem_file whole.mem && diffmergefs apply mem_diff whole.mem
+    """
+    policy = TrustPolicy(page_size, trust_grain, dense)
+    with progress("apply", 0) as moved:
+        copied = apply_diff(diff, base, sync=sync, policy=policy, progress=moved)
+    click.echo(f"{copied} bytes copied")

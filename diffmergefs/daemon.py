@@ -1,0 +1,107 @@
+"""Going to the background: a child that serves, and a caller that waits until it does."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
+
+_READY = b"ready"
+
+
+class Outcome(NamedTuple):
+    """How the start of a child went.
+
+    `status` is 0 once the child is ready, its exit status if it ended before, None if it was
+    stopped because it took too long; `text` is what it wrote to stderr until then.
+    """
+
+    status: int | None
+    text: str
+
+
+def start(serve: Callable[[Callable[[], None]], int], timeout: float) -> Outcome:
+    """Run `serve(ready)` in a child in a session of its own; returns when it has called `ready`.
+
+    `serve` gives the child's exit status. The child's standard streams are /dev/null, but until it
+    is ready its stderr comes back in the outcome. A child that is not ready after `timeout`
+    seconds is ended with SIGTERM, and with SIGKILL two seconds later. Call it before any thread
+    was started.
+    """
+    words_read, words_write = os.pipe()
+    ready_read, ready_write = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(words_read)
+        os.close(ready_read)
+        _become_daemon(serve, words_write, ready_write)
+    os.close(words_write)
+    os.close(ready_write)
+    try:
+        return _wait(child, words_read, ready_read, timeout)
+    finally:
+        os.close(words_read)
+        os.close(ready_read)
+
+
+def _become_daemon(
+    serve: Callable[[Callable[[], None]], int], words: int, ready_write: int
+) -> NoReturn:
+    status = 70
+    try:
+        os.setsid()
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.dup2(words, 2)
+        os.close(words)
+
+        def ready() -> None:
+            sys.stderr.flush()
+            os.dup2(null, 2)
+            os.write(ready_write, _READY)
+            os.close(ready_write)
+
+        status = serve(ready)
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _wait(child: int, words: int, ready: int, timeout: float) -> Outcome:
+    deadline = time.monotonic() + timeout
+    said = {words: b"", ready: b""}
+    still_open = set(said)
+    while still_open:
+        left = deadline - time.monotonic()
+        readable, _, _ = select.select(list(still_open), [], [], max(0.0, left))
+        if not readable:
+            _end(child)
+            return Outcome(None, said[words].decode(errors="replace"))
+        for fd in readable:
+            chunk = os.read(fd, 65536)
+            said[fd] += chunk
+            if not chunk:
+                still_open.discard(fd)
+    text = said[words].decode(errors="replace")
+    if said[ready] == _READY:
+        return Outcome(0, text)
+    _, wait_status = os.waitpid(child, 0)
+    return Outcome(os.waitstatus_to_exitcode(wait_status), text)
+
+
+def _end(child: int) -> None:
+    os.kill(child, signal.SIGTERM)
+    for _ in range(40):
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)

@@ -1,0 +1,115 @@
+"""The exception family: what went wrong in one line, with its errno and its exit code."""
+
+from __future__ import annotations
+
+import errno
+from typing import ClassVar
+
+
+class DiffMergeError(Exception):
+    """An expected failure; `str()` of it is one line: the path, the numbers, the next step.
+
+    `exit_code` is what the command line ends with and `errno` what a mounted view answers. Each
+    class that a user can meet has an exit code of its own (docs/exit-codes.md lists them all).
+    """
+
+    exit_code: ClassVar[int] = 3
+    errno: ClassVar[int] = errno.EIO
+
+
+class BrokenChainError(DiffMergeError):
+    """A snapshot whose chain cannot be resolved: missing parent, cycle, too deep, bad metadata."""
+
+    exit_code = 3
+
+
+class SizeMismatchError(DiffMergeError):
+    """Layers of one chain differ in their logical size, or a layer is empty (law 3)."""
+
+    exit_code = 4
+
+
+class UntrustedExtentsError(DiffMergeError):
+    """A diff's data extents cannot be trusted where it is stored (law 4).
+
+    `check` names the failed check: 'filesystem', 'grain', 'alignment', 'unwritten', 'copy-up' or
+    'blocks'. `--trust-grain` overrides all of them but 'blocks'.
+    """
+
+    exit_code = 5
+
+    def __init__(self, message: str, check: str) -> None:
+        super().__init__(message)
+        self.check = check
+
+
+class DenseDiffError(DiffMergeError):
+    """A diff without a hole, where nothing shows that it was meant as a complete image."""
+
+    exit_code = 6
+
+
+class LayerChangedError(DiffMergeError):
+    """A layer changed under a view (law 6)."""
+
+    exit_code = 7
+
+
+class OutputRefusedError(DiffMergeError):
+    """An output that exists already, or that is one of its own inputs."""
+
+    exit_code = 8
+    errno = errno.EEXIST
+
+
+class NoSpaceError(DiffMergeError):
+    """The output's filesystem has less free space than what would be copied."""
+
+    exit_code = 9
+    errno = errno.ENOSPC
+
+
+class MountpointError(DiffMergeError):
+    """A mountpoint that cannot or must not be used."""
+
+    exit_code = 10
+    errno = errno.EINVAL
+
+
+class MountFailedError(DiffMergeError):
+    """The mount could not be made or did not come up."""
+
+    exit_code = 11
+
+
+class MountTimeoutError(DiffMergeError):
+    """The mount did not answer in time."""
+
+    exit_code = 12
+    errno = errno.ETIMEDOUT
+
+
+class UnsupportedPlatformError(DiffMergeError):
+    """Holes can be read on Linux only."""
+
+    exit_code = 13
+    errno = errno.EOPNOTSUPP
+
+
+class FileAccessError(DiffMergeError):
+    """The operating system refused a file: not found, no permission, a read error."""
+
+    exit_code = 14
+
+
+class BusyError(DiffMergeError):
+    """A mount with open files, not unmounted."""
+
+    exit_code = 15
+    errno = errno.EBUSY
+
+
+class VerificationError(DiffMergeError):
+    """What was written does not read back as the view (`flatten --verify`)."""
+
+    exit_code = 16

@@ -1,0 +1,153 @@
+"""forkd's store: one directory a tag, described by its snapshot.json (also our native form)."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from typing import Any
+
+from diffmergefs import beneath
+from diffmergefs.errors import BrokenChainError, DiffMergeError
+from diffmergefs.layer import FileKey
+from diffmergefs.snapshot import Snapshot, StoredFile, find_regular, is_left_out, load_document
+
+DOCUMENT = "snapshot.json"
+_LEGAL_TAG = re.compile(r"[A-Za-z0-9_-](?:[A-Za-z0-9_.+-]{0,62}[A-Za-z0-9_-])?")
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+
+
+def is_tag(root: int, name: str) -> bool:
+    """Whether the directory `name` beneath `root` holds a snapshot, complete or not."""
+    if is_left_out(name):
+        return False
+    return _exists(root, f"{name}/{DOCUMENT}") or (
+        _exists(root, f"{name}/memory.bin") and _exists(root, f"{name}/vmstate")
+    )
+
+
+def read(root_path: str, root: int, kinds: Mapping[str, int]) -> dict[str, Snapshot]:
+    """The snapshots in the directories among `kinds` (name -> file type), by tag."""
+    roots = {os.path.abspath(root_path), os.path.realpath(root_path)}
+    return {
+        name: _read_tag(root, name, roots)
+        for name, kind in kinds.items()
+        if kind == stat.S_IFDIR and is_tag(root, name)
+    }
+
+
+def _read_tag(root: int, tag: str, roots: set[str]) -> Snapshot:
+    try:
+        state = _files(root, tag)
+        newest = max((key.mtime_ns for _, key in state), default=0)
+    except OSError as error:
+        return Snapshot(tag, problem=f"{tag}: {error.strerror}")
+    seen: dict[str, Any] = {"newest_ns": newest, "state": state}
+    try:
+        if not _LEGAL_TAG.fullmatch(tag):
+            raise BrokenChainError(
+                f"{tag!r} is no legal tag (1 to 64 of letters, digits, - and _, . and + inside)"
+            )
+        return _describe(root, tag, roots, seen)
+    except DiffMergeError as error:
+        return Snapshot(tag, problem=str(error), **seen)
+
+
+def _describe(root: int, tag: str, roots: set[str], seen: Mapping[str, Any]) -> Snapshot:
+    if not _exists(root, f"{tag}/{DOCUMENT}"):
+        memory = find_regular(root, f"{tag}/memory.bin")
+        return Snapshot(tag, None, memory, tag, **seen)
+    path = f"{tag}/{DOCUMENT}"
+    document = load_document(root, path)
+    parent = _text(document, "parent_tag", path)
+    parent_hash = _text(document, "parent_content_hash", path)
+    if parent_hash is not None and not _SHA256.fullmatch(parent_hash):
+        raise BrokenChainError(f"{path}: parent_content_hash is no hex sha256 of 64 digits")
+    if parent_hash is not None and parent is None:
+        raise BrokenChainError(f"{path}: parent_content_hash without a parent_tag")
+    recorded = _text(document, "memory", path)
+    if recorded is None:
+        raise BrokenChainError(f"{path}: 'memory' is missing")
+    memory = _locate(root, tag, recorded, roots)
+    files = {}
+    if (state_path := _text(document, "vmstate", path)) is not None:
+        vmstate = _locate(root, tag, state_path, roots)
+        files[os.path.basename(vmstate.path)] = vmstate.path
+    return Snapshot(
+        tag,
+        parent,
+        memory,
+        folder=tag,
+        files=files,
+        document=document,
+        vmstate=next(iter(files), None),
+        parent_hash=parent_hash.lower() if parent_hash else None,
+        **_with_file(seen, memory),
+    )
+
+
+def _with_file(seen: Mapping[str, Any], file: StoredFile) -> dict[str, Any]:
+    # The memory file may lie outside the tag's directory: it belongs to what must stand still.
+    return {
+        "newest_ns": max(seen["newest_ns"], file.key.mtime_ns),
+        "state": seen["state"] | {(file.path, file.key)},
+    }
+
+
+def _locate(root: int, tag: str, recorded: str, roots: set[str]) -> StoredFile:
+    # Recorded paths are often absolute and stale after a move of the store. In this order: the
+    # basename in the tag's own directory; the rest of a path that lies beneath the root; nothing.
+    name = os.path.basename(recorded)
+    if not name or ".." in recorded.split("/") or "\0" in recorded:
+        raise BrokenChainError(f"{tag}/{DOCUMENT}: {recorded!r} names no file beneath the store")
+    own = find_regular(root, f"{tag}/{name}")
+    rest = _beneath(f"{tag}/{recorded}" if not recorded.startswith("/") else recorded, roots)
+    recorded_file = find_regular(root, rest) if rest is not None else None
+    if own and recorded_file and own.key[:2] != recorded_file.key[:2]:
+        raise BrokenChainError(
+            f"{tag}/{DOCUMENT}: {recorded!r} may be {own.path} or {recorded_file.path}, two"
+            " different files; remove one or correct the path"
+        )
+    found = own or recorded_file
+    if found is None:
+        raise BrokenChainError(
+            f"{tag}/{DOCUMENT}: the recorded file {recorded!r} is neither in '{tag}' nor at that"
+            " path beneath the store"
+        )
+    return found
+
+
+def _beneath(path: str, roots: set[str]) -> str | None:
+    if not path.startswith("/"):
+        return os.path.normpath(path)
+    for root in roots:
+        if path.startswith(root.rstrip("/") + "/"):
+            return os.path.normpath(path[len(root.rstrip("/")) + 1 :])
+    return None
+
+
+def _text(document: Mapping[str, Any], name: str, path: str) -> str | None:
+    value = document.get(name)
+    if value is not None and not isinstance(value, str):
+        raise BrokenChainError(f"{path}: '{name}' is a {type(value).__name__}, not a string")
+    return value
+
+
+def _exists(root: int, path: str) -> bool:
+    try:
+        beneath.stat_beneath(root, path)
+    except OSError:
+        return False
+    return True
+
+
+def _files(root: int, tag: str) -> frozenset[tuple[str, FileKey]]:
+    fd = beneath.open_directory(root, tag)
+    try:
+        with os.scandir(fd) as entries:
+            return frozenset(
+                (f"{tag}/{e.name}", FileKey.of(e.stat(follow_symlinks=False))) for e in entries
+            )
+    finally:
+        os.close(fd)

@@ -1,0 +1,186 @@
+"""Opening images: from an IMAGE of the command line, or a snapshot of a catalog, to its view."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from diffmergefs.catalog import Catalog, read_catalog
+from diffmergefs.errors import DenseDiffError, FileAccessError, LayerChangedError
+from diffmergefs.layer import FileKey, Layer
+from diffmergefs.snapshot import Snapshot, StoredFile
+from diffmergefs.trust import TrustPolicy, require_trust
+from diffmergefs.view import MergedView, require_equal_size
+
+_SAMPLE = 4096
+
+
+@dataclass(frozen=True)
+class Image:
+    """An open image: its view, and what was found while its layers were judged.
+
+    `dense` says that the newest layer is a complete image in spite of its parent; `overridden` has
+    a line for each check of law 4 that failed and that the policy overrode.
+    """
+
+    view: MergedView
+    dense: bool = False
+    overridden: list[str] = field(default_factory=list)
+
+
+class LayerPool:
+    """The open layers of a directory of snapshots, each file once, however many views share it.
+
+    `root` is a descriptor of that directory, kept by the caller. A layer lives as long as a view
+    uses it. Safe to use from several threads: a layer that one of them opens is waited for by the
+    others.
+    """
+
+    def __init__(self, root: int) -> None:
+        self._root = root
+        self._layers: weakref.WeakValueDictionary[FileKey, Layer] = weakref.WeakValueDictionary()
+        self._busy: dict[FileKey, threading.Lock] = {}
+        self._guard = threading.Lock()
+
+    def layer(self, file: StoredFile) -> Layer:
+        """The open layer of `file`, opened, synced and walked if it is not open yet.
+
+        Raises LayerChangedError if another content stands at its path by now.
+        """
+        with self._guard:
+            busy = self._busy.setdefault(file.key, threading.Lock())
+        with busy:
+            known = self._layers.get(file.key)
+            if known is not None and not known.tainted:
+                return known
+            layer = Layer.open(file.path, self._root)
+            if layer.key != file.key:
+                raise LayerChangedError(f"{file.path}: changed since it was looked over; try again")
+            self._layers[file.key] = layer
+            return layer
+
+
+def open_chain(
+    base: str | os.PathLike[str],
+    diffs: Sequence[str | os.PathLike[str]] = (),
+    policy: TrustPolicy | None = None,
+) -> Image:
+    """Open explicit layers, oldest first, as one image.
+
+    The files must exist and have one size; they are synced and walked, never written. The diffs
+    are held to law 4, and one without a hole is refused unless `policy.dense`. Raises
+    DiffMergeError (see `diffmergefs.errors`).
+    """
+    policy = policy or TrustPolicy()
+    layers = [Layer.open(os.fspath(path)) for path in (base, *diffs)]
+    return _judge(layers, policy, in_store=False)
+
+
+def open_image(path: str | os.PathLike[str], policy: TrustPolicy | None = None) -> Image:
+    """Open a snapshot directory or a numbered layer file as one image.
+
+    Its parents lie beside it. A link without a hole is shown as complete only if a check against
+    its parent supports it, or with `policy.dense`. Raises DiffMergeError.
+    """
+    catalog, tag = find_image(path)
+    root = os.open(catalog.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return open_snapshot(catalog.chain(tag), LayerPool(root), policy or TrustPolicy())
+    finally:
+        os.close(root)
+
+
+def find_image(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
+    """The catalog of the directory in which the IMAGE `path` lies, and its tag there."""
+    image = os.path.abspath(path)
+    root, name = os.path.split(image)
+    if os.path.isdir(image):
+        return read_catalog(root, "forkd"), name
+    if not os.path.exists(image):
+        raise FileAccessError(f"{os.fspath(path)}: No such file or directory")
+    catalog = read_catalog(root, "numbered", os.path.splitext(name)[1] or None)
+    for tag, snapshot in catalog.snapshots.items():
+        if snapshot.layer.path == name:
+            return catalog, tag
+    raise FileAccessError(
+        f"{os.fspath(path)}: neither a snapshot directory nor a numbered layer (002-name.mem);"
+        " name its layers with --base and --diff"
+    )
+
+
+def open_snapshot(links: Sequence[Snapshot], pool: LayerPool, policy: TrustPolicy) -> Image:
+    """Open the chain `links`, base first, of a directory of snapshots. Raises DiffMergeError."""
+    return _judge([pool.layer(link.layer) for link in links], policy, in_store=True)
+
+
+def _judge(layers: Sequence[Layer], policy: TrustPolicy, *, in_store: bool) -> Image:
+    overridden: list[str] = []
+    dense = False
+    for n, layer in enumerate(layers[1:], 1):
+        require_equal_size(layers[0].path, layers[0].size, layer.path, layer.size)
+        dense = layer.extents.covers(layer.size)
+        complete = dense and (in_store or policy.dense)
+        overridden += require_trust(layer, policy, complete=complete)
+        if dense and not policy.dense:
+            _require_meant(layers[:n], layer, in_store)
+    return Image(MergedView(layers), dense, overridden)
+
+
+def _require_meant(parents: Sequence[Layer], layer: Layer, in_store: bool) -> None:
+    if not in_store:
+        raise DenseDiffError(
+            f"{layer.path}: a diff without a hole in {layer.size} bytes: it would hide all layers"
+            " below; if it is a complete image, say so with --dense"
+        )
+    filled, sampled = count_filled_holes(MergedView(parents), layer)
+    if filled * 2 > sampled:
+        raise DenseDiffError(
+            f"{layer.path}: looks like a diff whose holes were filled: {filled} of {sampled} pages"
+            " that are not zero in its parent are zero in it; take the diff again, or say with"
+            " --dense that it is a complete image"
+        )
+
+
+def count_filled_holes(parent: MergedView, layer: Layer, page: int = 4096) -> tuple[int, int]:
+    """How many sampled pages are zero in `layer` though not in `parent`, and how many were sampled.
+
+    The sample is up to 4,096 pages, spread evenly over those that are not zero in the parent. The
+    first tells a diff whose holes a copy filled from a complete image.
+    """
+    zeros = bytes(page)
+    filled = sampled = 0
+    for offset in _spread_pages(parent, page):
+        if sampled == _SAMPLE:
+            break
+        theirs = parent.read(offset, page)
+        if theirs != zeros[: len(theirs)]:
+            ours = bytearray(len(theirs))
+            layer.read_into(memoryview(ours), offset)
+            sampled += 1
+            filled += ours == zeros[: len(ours)]
+    layer.settle()
+    return filled, sampled
+
+
+def _spread_pages(view: MergedView, page: int) -> Iterator[int]:
+    # Offsets of all pages over which the view has data, each once, in an order whose every prefix
+    # is spread evenly: multiples of a step near the golden section of their count and coprime to
+    # it run through all residues.
+    firsts, counts = [], []
+    for start, stop, number in view.segments():
+        if number is not None:
+            firsts.append(start // page)
+            counts.append(-(-stop // page) - start // page)
+    behind = list(itertools.accumulate(counts))
+    total = behind[-1] if behind else 0
+    step = next(n for n in itertools.count(max(1, int(total * 0.618))) if math.gcd(n, total) <= 1)
+    for i in range(total):
+        index = i * step % total
+        run = bisect.bisect_right(behind, index)
+        yield (firsts[run] + index - (behind[run] - counts[run])) * page

@@ -1,0 +1,188 @@
+"""One layer: an open image file, its extents, and the watch over what must not change (law 6)."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import weakref
+from typing import NamedTuple
+
+from diffmergefs import beneath, sparse
+from diffmergefs.errors import FileAccessError, LayerChangedError, SizeMismatchError
+from diffmergefs.extents import ExtentList
+
+log = logging.getLogger(__name__)
+
+_ZERO_BLOCK = bytes(1 << 20)
+
+
+class FileKey(NamedTuple):
+    """Which file, with which content, as far as metadata tell: it survives renames and chmods."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileKey:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+class Fingerprint(NamedTuple):
+    """What fstat says of a layer; any store that reaches the file moves one of these."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    blocks: int
+
+    @classmethod
+    def of(cls, fd: int) -> Fingerprint:
+        s = os.fstat(fd)
+        return cls(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_blocks)
+
+
+class Layer:
+    """An open, read-only image file with its data extents.
+
+    `path` is for messages. `size` is the logical size and `extents` the data extents, both as
+    `open` found them; they stay in force for the layer's life. The file is never written, extended
+    or locked. One descriptor; `close()` closes it, and so does the end of the last reference. Safe
+    to use from several threads.
+    """
+
+    def __init__(self, path: str, fd: int) -> None:
+        """Take over `fd`, sync the file and walk its extents. Raises OSError, SizeMismatchError.
+
+        The fsync is of the layer's own data (SEEK_DATA is exact and fast only on a clean file);
+        the fingerprint is taken between it and the walk, so that a store during the walk shows.
+        """
+        self.path = path
+        self.fd = fd
+        self.tainted: str | None = None
+        self._close = weakref.finalize(self, os.close, fd)
+        self._recheck = threading.Lock()
+        self.status = os.fstat(fd)
+        self.size = self.status.st_size
+        if self.size == 0:
+            raise SizeMismatchError(f"{path}: is empty (0 bytes); a layer has the guest's size")
+        os.fsync(fd)
+        self.fingerprint = Fingerprint.of(fd)
+        self.extents = ExtentList(sparse.data_extents(fd, self.size))
+        # tmpfs refuses RWF_NOWAIT, and its pages are in memory anyway.
+        in_memory = sparse.filesystem_magic(fd) == sparse.TMPFS_MAGIC
+        self._nowait = 0 if in_memory else os.RWF_NOWAIT
+
+    @classmethod
+    def open(cls, path: str, root: int | None = None) -> Layer:
+        """Open the regular file `path` (beneath the directory descriptor `root`, if given).
+
+        Blocks for the fsync and the walk. Raises FileAccessError with the path in its one line.
+        """
+        try:
+            return cls(path, beneath.open_regular(root, path))
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            raise FileAccessError(f"{path}: {error.strerror}") from error
+
+    @property
+    def key(self) -> FileKey:
+        """The identity of the file as it was opened."""
+        return FileKey.of(self.status)
+
+    def close(self) -> None:
+        self._close()
+
+    def read_into(self, buffer: memoryview, offset: int, *, nowait: bool = False) -> None:
+        """Fill the whole of `buffer` with the layer's bytes from `offset` on.
+
+        The fingerprint is not compared: call `settle` after the bytes were read and before they
+        are used. Raises LayerChangedError if the layer is tainted or ends early, OSError for a
+        failed read, and with `nowait` BlockingIOError if the bytes are not in the page cache.
+        """
+        if self.tainted:
+            raise self._changed()
+        flags = self._nowait if nowait else 0
+        if sparse.read_into(self.fd, buffer, offset, flags) < len(buffer):
+            self._taint(f"it ends before byte {offset + len(buffer)}, it had {self.size}")
+
+    def is_settled(self) -> bool:
+        """Whether the fingerprint is that of the walk; if not, `settle` must judge.
+
+        Raises LayerChangedError if the layer is tainted or its size or mtime moved. Costs an
+        fstat; never blocks.
+        """
+        if self.tainted:
+            raise self._changed()
+        now = Fingerprint.of(self.fd)
+        if now == self.fingerprint:
+            return True
+        known = self.fingerprint
+        if now.size != known.size:
+            self._taint(f"its size moved from {known.size} to {now.size}")
+        if now.mtime_ns != known.mtime_ns:
+            self._taint(f"its mtime moved from {known.mtime_ns} to {now.mtime_ns} ns")
+        return False
+
+    def settle(self) -> None:
+        """Return if the bytes read so far are those of the view; raise LayerChangedError if not.
+
+        A moved ctime or block count alone is no proof of a change (chmod, rename, writeback and a
+        reader of a tmpfs hole move them), so the extents are walked again: the same ones, or more
+        data that reads as zeros, leave the extents known before in force. Blocks for the walk.
+        """
+        if self.is_settled():
+            return
+        with self._recheck:
+            if self.is_settled():
+                return
+            os.fsync(self.fd)
+            now = Fingerprint.of(self.fd)
+            extents = ExtentList(sparse.data_extents(self.fd, self.size))
+            self._accept(now, extents)
+
+    def _accept(self, now: Fingerprint, extents: ExtentList) -> None:
+        gained = extents.gained_over(self.extents)
+        if gained is None:
+            self._taint("data extents are gone")
+        elif not all(self._is_zero(start, stop) for start, stop in gained):
+            self._taint(f"{gained.data_bytes} bytes became data that are not zeros")
+        else:
+            log.info(
+                "%s: its ctime or block count moved; walked again, %s",
+                self.path,
+                f"{gained.data_bytes} bytes of holes became written zeros: still as it was"
+                if len(gained)
+                else "the same extents",
+            )
+            # Size and mtime may have moved since is_settled: then the next comparison sees it,
+            # because the fingerprint accepted is the one taken before the walk.
+            self.fingerprint = now._replace(
+                size=self.fingerprint.size, mtime_ns=self.fingerprint.mtime_ns
+            )
+
+    def _is_zero(self, start: int, stop: int) -> bool:
+        buffer = memoryview(bytearray(min(stop - start, len(_ZERO_BLOCK))))
+        for offset in range(start, stop, len(_ZERO_BLOCK)):
+            part = buffer[: min(stop - offset, len(_ZERO_BLOCK))]
+            if sparse.read_into(self.fd, part, offset) < len(part):
+                self._taint(f"it ends before byte {stop}, it had {self.size}")
+            if part != _ZERO_BLOCK[: len(part)]:
+                return False
+        return True
+
+    def _taint(self, reason: str) -> None:
+        if self.tainted is None:
+            self.tainted = reason
+            log.warning("%s: the layer changed under its views: %s", self.path, reason)
+        raise self._changed()
+
+    def _changed(self) -> LayerChangedError:
+        return LayerChangedError(
+            f"{self.path}: the layer changed while in use: {self.tainted};"
+            " its bytes can no longer be told from the view's, open it again"
+        )

@@ -1,0 +1,149 @@
+"""Mounting and serving: session options, signals, the event loop, and the end (law 10)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import resource
+import signal
+import time
+from collections.abc import Callable, Sequence
+
+import pyfuse3
+import trio
+
+from diffmergefs import mountpoint as mountpoints
+from diffmergefs.errors import DiffMergeError, MountFailedError, MountpointError
+from diffmergefs.operations import Operations
+from diffmergefs.store import Store
+from diffmergefs.tree import Tree
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.6
+_REFUSED_OPTIONS = ("rw", "max_read", "fsname", "subtype", "fd", "rootmode", "user_id", "group_id")
+
+
+def session_options(
+    source: str, extra: Sequence[str], *, allow_other: bool, open_rw: bool
+) -> set[str]:
+    """The mount options of a session that shows `source`; `extra` are the user's own.
+
+    Raises MountFailedError for one that would break the session.
+    """
+    for option in extra:
+        if option.split("=", 1)[0] in _REFUSED_OPTIONS:
+            raise MountFailedError(f"-o {option}: cannot be used with a read-only FUSE view")
+    name = source.replace("\\", "\\\\").replace(",", "\\,")
+    options = {f"fsname={name}", "subtype=diffmergefs", "default_permissions"}
+    options |= {"nosuid", "nodev", "noexec"} | set(extra)
+    if allow_other:
+        options.add("allow_other")
+    if not open_rw:
+        options.add("ro")
+    return options
+
+
+def settle(store: Store) -> None:
+    """Look over the store until what is fresh has been seen twice, so that it is shown at once."""
+    if store.look():
+        time.sleep(LOOK_SECONDS)
+        store.look()
+
+
+def serve(tree: Tree, mountpoint: str, options: set[str], ready: Callable[[], None]) -> None:
+    """Mount the tree on `mountpoint` and serve until it is unmounted; `ready` is called once it
+    answers.
+
+    `mountpoint` is a real path that `check_mountpoint` accepted. On SIGTERM and SIGINT the mount
+    is detached and served on until its last file is closed; a second signal ends it at once.
+    Raises MountFailedError.
+    """
+    _raise_descriptor_limit()
+    operations = Operations(tree)
+    try:
+        pyfuse3.init(operations, mountpoint, options)
+    except RuntimeError as error:
+        raise MountFailedError(
+            f"{mountpoint}: {error}; is /dev/fuse there, is fusermount3 installed, and with"
+            " --allow-other is user_allow_other set in /etc/fuse.conf?"
+        ) from error
+    entry = mountpoints.mount_entry(mountpoint)
+    try:
+        trio.run(functools.partial(_run, operations, entry, ready))
+    finally:
+        pyfuse3.close(unmount=True)
+
+
+async def _run(
+    operations: Operations, entry: mountpoints.MountEntry | None, ready: Callable[[], None]
+) -> None:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_watch_signals, operations, entry)
+        if operations.tree.store is not None:
+            nursery.start_soon(_watch_source, operations.tree.store)
+        nursery.start_soon(_say_ready, ready)
+        await pyfuse3.main()
+        nursery.cancel_scope.cancel()
+
+
+async def _say_ready(ready: Callable[[], None]) -> None:
+    await trio.lowlevel.checkpoint()
+    log.info("ready")
+    ready()
+
+
+async def _watch_source(store: Store) -> None:
+    said = ""
+    while True:
+        started = trio.current_time()
+        await trio.sleep(LOOK_SECONDS)
+        try:
+            await trio.to_thread.run_sync(store.look, abandon_on_cancel=True)
+            said = ""
+        except DiffMergeError as error:
+            if str(error) != said:
+                log.warning("nothing is shown until this is mended: %s", error)
+            said = str(error)
+        except Exception:
+            log.exception("looking over the source failed: this is a bug")
+        # A look at a very large directory must not keep a processor busy.
+        await trio.sleep(max(0.0, trio.current_time() - started - 2 * LOOK_SECONDS))
+
+
+async def _watch_signals(
+    operations: Operations,
+    entry: mountpoints.MountEntry | None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        asked = False
+        async for number in signals:
+            name = signal.Signals(number).name
+            if asked:
+                log.info("%s again: ending at once, %d files open", name, operations.open_files)
+                pyfuse3.terminate()
+                return
+            asked = True
+            log.info(
+                "%s: detached; %d files are open, serving on until the last is closed",
+                name,
+                operations.open_files,
+            )
+            await trio.to_thread.run_sync(_detach, entry, abandon_on_cancel=True)
+
+
+def _detach(entry: mountpoints.MountEntry | None) -> None:
+    # Only our own mount: it may be gone already, and another one may stand in its place.
+    if entry is None or mountpoints.mount_entry(entry.path) != entry:
+        return
+    try:
+        mountpoints.detach(entry.path)
+    except MountpointError as error:
+        log.warning("%s; unmount it by hand, a second signal ends it at once", error)
+
+
+def _raise_descriptor_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

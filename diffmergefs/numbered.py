@@ -1,0 +1,97 @@
+"""Numbered layers: 000-base.mem, 001-numpy.mem, ...: the chain is the numeric order."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from diffmergefs.errors import BrokenChainError
+from diffmergefs.layer import FileKey
+from diffmergefs.snapshot import Snapshot, StoredFile, is_left_out
+
+SUFFIXES = (".mem", ".bin", ".img")
+_NUMBERED = re.compile(r"(?P<number>[0-9]+)-(?P<stem>.+)", re.DOTALL)
+
+
+class NumberedFile(NamedTuple):
+    """A file name taken apart: `007-work.mem` is number 7, stem 'work', suffix '.mem'."""
+
+    name: str
+    number: int
+    stem: str
+    suffix: str
+
+
+def memory_files(kinds: Mapping[str, int], suffix: str | None = None) -> list[NumberedFile]:
+    """The memory files among the names of `kinds` (name -> file type), in numeric order.
+
+    Their suffix is `suffix`, or that of the lowest number's memory file. Raises BrokenChainError
+    for two memory files of one number or of one stem.
+    """
+    suffixes = (_dotted(suffix),) if suffix else SUFFIXES
+    candidates = [f for f in _numbered(kinds) if f.suffix in suffixes]
+    if not candidates:
+        return []
+    lowest = [f for f in candidates if f.number == candidates[0].number]
+    _refuse_pair(lowest, "number")
+    found = [f for f in candidates if f.suffix == lowest[0].suffix]
+    for number in {f.number for f in found}:
+        _refuse_pair([f for f in found if f.number == number], "number")
+    for stem in {f.stem for f in found}:
+        _refuse_pair([f for f in found if f.stem == stem], "stem")
+    return found
+
+
+def read(root: int, kinds: Mapping[str, int], suffix: str | None) -> dict[str, Snapshot]:
+    """The snapshots of a directory of numbered layers, by tag (the stem)."""
+    layers = memory_files(kinds, suffix)
+    companions: dict[int, dict[str, str]] = {f.number: {} for f in layers}
+    memory = {f.name for f in layers}
+    for file in _numbered(kinds):
+        if file.number in companions and file.name not in memory:
+            companions[file.number][file.name] = file.name
+    snapshots: dict[str, Snapshot] = {}
+    parent = None
+    for layer in layers:
+        files = companions[layer.number]
+        seen = {name: _key(root, name) for name in (layer.name, *files)}
+        snapshots[layer.stem] = Snapshot(
+            layer.stem,
+            parent,
+            StoredFile(layer.name, seen[layer.name]),
+            files=files,
+            newest_ns=max(key.mtime_ns for key in seen.values()),
+            state=frozenset(seen.items()),
+        )
+        parent = layer.stem
+    return snapshots
+
+
+def _numbered(kinds: Mapping[str, int]) -> list[NumberedFile]:
+    files = []
+    for name, kind in kinds.items():
+        match = _NUMBERED.fullmatch(name)
+        if match is None or kind != stat.S_IFREG or is_left_out(name):
+            continue
+        stem, suffix = os.path.splitext(match["stem"])
+        files.append(NumberedFile(name, int(match["number"]), stem, suffix))
+    return sorted(files, key=lambda f: (f.number, f.name))
+
+
+def _refuse_pair(files: list[NumberedFile], what: str) -> None:
+    if len(files) > 1:
+        raise BrokenChainError(
+            f"{files[0].name} and {files[1].name} are two memory files of one {what};"
+            " rename or remove one, or say which suffix is meant with --suffix"
+        )
+
+
+def _dotted(suffix: str) -> str:
+    return suffix if suffix.startswith(".") else f".{suffix}"
+
+
+def _key(root: int, name: str) -> FileKey:
+    return FileKey.of(os.stat(name, dir_fd=root, follow_symlinks=False))

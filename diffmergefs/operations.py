@@ -1,0 +1,339 @@
+"""The pyfuse3 adapter: it only translates between the kernel's requests and the tree."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
+
+import pyfuse3
+import trio
+from pyfuse3 import FUSEError
+
+from diffmergefs.errors import DiffMergeError
+from diffmergefs.tree import Attributes, Document, MemoryFile, Node, Passed, TagFolder, Tree
+from diffmergefs.view import MergedView
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Names and the attributes of what is passed through may change; a memory file's never do, and a
+# changed attribute would drop its cached pages under live mappings.
+CHANGING_SECONDS = 0.5
+CONSTANT_SECONDS = 365 * 86400
+_OPENING_THREADS = 64
+_READING_THREADS = 64
+_READDIR_BATCH = 64
+
+
+def answering(
+    handler: Callable[P, Coroutine[Any, Any, T]],
+) -> Callable[P, Coroutine[Any, Any, T]]:
+    """The handler with every failure turned into an errno for the client.
+
+    pyfuse3 ends the daemon on any other exception, and every VM on the mount would get SIGBUS.
+    """
+
+    @functools.wraps(handler)
+    async def answer(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await handler(*args, **kwargs)
+        except FUSEError:
+            raise
+        except DiffMergeError as error:
+            log.debug("%s: %s", handler.__name__, error)
+            raise FUSEError(error.errno) from error
+        except OSError as error:
+            log.debug("%s: %s", handler.__name__, error)
+            raise FUSEError(error.errno or errno.EIO) from error
+        except Exception as error:
+            log.exception("%s failed: this is a bug", handler.__name__)
+            raise FUSEError(errno.EIO) from error
+
+    return answer
+
+
+@dataclass
+class Handle:
+    """An open file or directory: exactly one of the four is what it reads from."""
+
+    view: MergedView | None = None
+    fd: int | None = None
+    content: bytes | None = None
+    entries: list[tuple[bytes, Node]] | None = None
+
+
+@dataclass
+class Running:
+    """Work that one client started and others wait for; its result or its error once it is done."""
+
+    done: trio.Event
+    result: object = None
+    error: Exception | None = None
+
+
+class Operations(pyfuse3.Operations):
+    """Serves a tree, read-only: every change is answered with EROFS.
+
+    Opening, syncing, walking, merging and anything else that can block runs in worker threads,
+    each layer and each image once however many clients ask; a read whose bytes are in the page
+    cache is answered at once.
+    """
+
+    supports_dot_lookup = False
+    enable_acl = False
+
+    def __init__(self, tree: Tree) -> None:
+        super().__init__()
+        self.tree = tree
+        self._handles: dict[int, Handle] = {}
+        self._next_handle = 1
+        self._lookups: Counter[int] = Counter()
+        self._running: dict[object, Running] = {}
+        self._opening = trio.CapacityLimiter(_OPENING_THREADS)
+        self._reading = trio.CapacityLimiter(_READING_THREADS)
+
+    @property
+    def open_files(self) -> int:
+        """How many files are open, mapped ones among them; directories do not count."""
+        return sum(1 for handle in self._handles.values() if handle.entries is None)
+
+    # Names and attributes
+
+    @answering
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        folder = self.tree.node(parent_inode)
+        text = os.fsdecode(name)
+        if isinstance(folder, TagFolder) and text == self.tree.memory_name(folder.tag):
+            await self._open_image(folder.tag)
+        node = await self._in_thread(self.tree.child, folder, text)
+        entry = await self._entry(node)
+        self._lookups[entry.st_ino] += 1
+        return entry
+
+    @answering
+    async def getattr(
+        self, inode: int, ctx: pyfuse3.RequestContext | None
+    ) -> pyfuse3.EntryAttributes:
+        return await self._entry(self.tree.node(inode))
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for inode, count in inode_list:
+            self._lookups[inode] -= count
+            if self._lookups[inode] <= 0:
+                del self._lookups[inode]
+                self.tree.forget(inode)
+
+    @answering
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        node = self.tree.node(inode)
+        if not isinstance(node, Passed):
+            raise FUSEError(errno.EINVAL)
+        return os.fsencode(await self._in_thread(self.tree.link_target, node))
+
+    @answering
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        answer = pyfuse3.StatvfsData()
+        store, explicit = self.tree.store, self.tree.explicit
+        size = store.total_bytes() if store else explicit.image.view.size if explicit else 0
+        answer.f_bsize = answer.f_frsize = 4096
+        answer.f_blocks = -(-size // 4096)
+        answer.f_bfree = answer.f_bavail = 0
+        answer.f_files = len(store.tags()) if store else 1
+        answer.f_ffree = answer.f_favail = 0
+        answer.f_namemax = 255
+        return answer
+
+    # Directories
+
+    @answering
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        folder = self.tree.node(inode)
+        if isinstance(folder, TagFolder):
+            await self._try_to_open_image(folder.tag)
+        children = await self._in_thread(self.tree.children, folder)
+        entries = [(os.fsencode(name), node) for name, node in sorted(children.items())]
+        return self._register(Handle(entries=entries))
+
+    @answering
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        entries = self._handles[fh].entries or []
+        for first in range(start_id, len(entries), _READDIR_BATCH):
+            batch = entries[first : first + _READDIR_BATCH]
+            known = await self._in_thread(self._attributes_of, [node for _, node in batch])
+            for number, (name, node) in enumerate(batch, first + 1):
+                attributes = known[number - first - 1]
+                if attributes is None:
+                    continue
+                entry = _entry_attributes(self.tree.inode(node), attributes)
+                if not pyfuse3.readdir_reply(token, name, entry, number):
+                    return
+                self._lookups[entry.st_ino] += 1
+
+    def _attributes_of(self, nodes: Sequence[Node]) -> list[Attributes | None]:
+        # None for an entry that went away since its directory was opened.
+        found: list[Attributes | None] = []
+        for node in nodes:
+            try:
+                found.append(self.tree.attributes(node))
+            except (OSError, DiffMergeError):
+                found.append(None)
+        return found
+
+    async def releasedir(self, fh: int) -> None:
+        self._handles.pop(fh, None)
+
+    # Files
+
+    @answering
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        node = self.tree.node(inode)
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        # libfuse sends O_TRUNC here and never asks setattr: let through, the kernel would drop the
+        # pages of every live mapping.
+        if flags & os.O_TRUNC or (writing and not isinstance(node, MemoryFile)):
+            raise FUSEError(errno.EROFS)
+        match node:
+            case MemoryFile(shown):
+                # With direct_io the kernel refuses MAP_SHARED, through which a store would reach
+                # every reader's page cache; MAP_PRIVATE, which a VMM uses, it lets through.
+                handle = self._register(Handle(view=shown.image.view))
+                return pyfuse3.FileInfo(fh=handle, keep_cache=not writing, direct_io=writing)
+            case Document(_, content):
+                return pyfuse3.FileInfo(fh=self._register(Handle(content=content)))
+            case Passed():
+                fd = await self._in_thread(self.tree.open_passed, node)
+                return pyfuse3.FileInfo(fh=self._register(Handle(fd=fd)))
+        raise FUSEError(errno.EISDIR)
+
+    @answering
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        handle = self._handles[fh]
+        if handle.view is not None:
+            # A reply may be any contiguous buffer: no copy is made of it.
+            return cast(bytes, await self._read_view(handle.view, off, size))
+        if handle.content is not None:
+            return handle.content[off : off + size]
+        if handle.fd is None:
+            raise FUSEError(errno.EISDIR)
+        return await self._in_thread(os.pread, handle.fd, size, off, limiter=self._reading)
+
+    async def _read_view(self, view: MergedView, off: int, size: int) -> bytearray:
+        data = view.read_nowait(off, size)
+        if data is None:
+            data = await self._in_thread(view.read, off, size, limiter=self._reading)
+        return data
+
+    async def release(self, fh: int) -> None:
+        handle = self._handles.pop(fh, None)
+        if handle is not None and handle.fd is not None:
+            os.close(handle.fd)
+
+    async def flush(self, fh: int) -> None:
+        pass
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        pass
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        pass
+
+    # Extended attributes: there are none
+
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        raise FUSEError(pyfuse3.ENOATTR)
+
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        return []
+
+    # Changes: none is ever made
+
+    async def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise FUSEError(errno.EROFS)
+
+    setattr = mknod = mkdir = unlink = rmdir = symlink = rename = link = _refuse
+    create = write = setxattr = removexattr = _refuse
+
+    # How things get done
+
+    def _register(self, handle: Handle) -> int:
+        number = self._next_handle
+        self._next_handle += 1
+        self._handles[number] = handle
+        return number
+
+    async def _entry(self, node: Node) -> pyfuse3.EntryAttributes:
+        if isinstance(node, MemoryFile):
+            return _entry_attributes(self.tree.inode(node), self.tree.attributes(node))
+        attributes = await self._in_thread(self.tree.attributes, node)
+        return _entry_attributes(self.tree.inode(node), attributes)
+
+    async def _try_to_open_image(self, tag: str) -> None:
+        try:
+            await self._open_image(tag)
+        except (DiffMergeError, OSError) as error:
+            log.debug("%s: has no memory file: %s", tag, error)
+
+    async def _open_image(self, tag: str) -> None:
+        store = self.tree.store
+        assert store is not None
+        if store.opened(tag):
+            return
+        # Layer by layer, so that each is waited for in the event loop and not in a thread: many
+        # clients of one slow layer must not use up the threads that others need. The layers are
+        # held here until the image holds them. One that cannot be opened is judged by store.open.
+        layers = []
+        for link in store.chain(tag) or []:
+            with contextlib.suppress(DiffMergeError, OSError):
+                work = functools.partial(store.open_layer, link.layer)
+                layers.append(await self._once(link.layer.key, work))
+        await self._once(tag, functools.partial(store.open, tag))
+
+    async def _once(self, key: object, work: Callable[[], object]) -> object:
+        running = self._running.get(key)
+        if running is not None:
+            await running.done.wait()
+        else:
+            running = self._running[key] = Running(trio.Event())
+            try:
+                running.result = await self._in_thread(work)
+            except Exception as error:
+                running.error = error
+            finally:
+                del self._running[key]
+                running.done.set()
+        if running.error is not None:
+            raise running.error
+        return running.result
+
+    async def _in_thread(
+        self, work: Callable[..., T], *args: Any, limiter: trio.CapacityLimiter | None = None
+    ) -> T:
+        return await trio.to_thread.run_sync(
+            work, *args, limiter=limiter or self._opening, abandon_on_cancel=True
+        )
+
+
+def _entry_attributes(inode: int, known: Attributes) -> pyfuse3.EntryAttributes:
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = inode
+    entry.generation = 0
+    entry.entry_timeout = CHANGING_SECONDS
+    entry.attr_timeout = CONSTANT_SECONDS if known.constant else CHANGING_SECONDS
+    entry.st_mode = known.mode
+    entry.st_uid, entry.st_gid = known.uid, known.gid
+    entry.st_size, entry.st_blocks, entry.st_blksize = known.size, known.blocks, 4096
+    entry.st_nlink = known.nlink
+    entry.st_rdev = 0
+    entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = known.mtime_ns
+    return entry

@@ -1,0 +1,213 @@
+"""A directory of snapshots that is being served: looked over again and again, opened on demand."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from diffmergefs import beneath
+from diffmergefs.access import Access, view_access
+from diffmergefs.catalog import Catalog, read_catalog
+from diffmergefs.errors import DiffMergeError, FileAccessError, LayerChangedError
+from diffmergefs.images import Image, LayerPool, open_snapshot
+from diffmergefs.layer import FileKey
+from diffmergefs.snapshot import Snapshot, StoredFile
+from diffmergefs.trust import TrustPolicy
+from diffmergefs.watch import Watch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenImage:
+    """One image as it is shown: a file name, a view, who may read it, one inode number's worth.
+
+    Compares by identity: a changed chain, or changed access, is another OpenImage.
+    """
+
+    name: str
+    image: Image
+    access: Access
+    visible: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, image: Image, name: str, access: Access) -> OpenImage:
+        visible = sum(image.view.visible_bytes())
+        newest = max(layer.status.st_mtime_ns for layer in image.view.layers)
+        return cls(name, image, access, visible, newest)
+
+
+class Store:
+    """The snapshots of the directory `root`, as they may be shown now.
+
+    `layout` and `suffix` are `read_catalog`'s. Every method that touches files blocks and belongs
+    in a worker thread; all are safe to call from several. Nothing is ever written.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        policy: TrustPolicy,
+        *,
+        layout: str | None = None,
+        suffix: str | None = None,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        """Open the directory; raises FileAccessError."""
+        self.root = os.path.abspath(root)
+        try:
+            self.fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise FileAccessError(f"{root}: {error.strerror}") from error
+        self._layout = layout
+        self._suffix = suffix
+        self._policy = policy
+        self._clock = clock
+        self._pool = LayerPool(self.fd)
+        self._watch = Watch(self._content_hash)
+        self._hashes: dict[FileKey, str] = {}
+        self._lock = threading.Lock()
+        self._catalog = Catalog(self.root, layout or "forkd", {})
+        self._shown: dict[str, list[Snapshot]] = {}
+        self._images: dict[str, tuple[list[FileKey], OpenImage]] = {}
+        self._refusals: dict[str, tuple[list[FileKey], DiffMergeError]] = {}
+        self._said: dict[str, str] = {}
+
+    def look(self) -> set[str]:
+        """Look over the directory by metadata; afterwards `tags` and `chain` speak of it.
+
+        Gives the tags that must settle before they can be shown. Images whose chain changed or
+        whose layers are tainted are forgotten: the next `open` makes new ones. Raises
+        DiffMergeError where the directory as a whole cannot be read; then nothing is shown.
+        """
+        try:
+            catalog = read_catalog(self.root, self._layout, self._suffix)
+        except DiffMergeError:
+            with self._lock:
+                self._shown, self._images = {}, {}
+            raise
+        shown, unsettled = self._watch.judge(catalog, self._clock())
+        self._say_changes(catalog, shown, unsettled)
+        with self._lock:
+            self._catalog, self._shown = catalog, shown
+            images = dict(self._images)
+        current = {tag: self._renewed(tag, *known) for tag, known in images.items()}
+        with self._lock:
+            for tag, known in images.items():
+                if self._images.get(tag) is known:
+                    del self._images[tag]
+                    if renewed := current[tag]:
+                        self._images[tag] = renewed
+        return unsettled
+
+    def _renewed(
+        self, tag: str, keys: list[FileKey], shown: OpenImage
+    ) -> tuple[list[FileKey], OpenImage] | None:
+        layers = shown.image.view.layers
+        if self._keys(tag) != keys or any(layer.tainted for layer in layers):
+            return None
+        try:
+            access = view_access(layers, self.root)
+        except OSError:
+            return None
+        if access != shown.access:
+            return keys, OpenImage.of(shown.image, shown.name, access)
+        return keys, shown
+
+    def _say_changes(
+        self, catalog: Catalog, shown: dict[str, list[Snapshot]], unsettled: set[str]
+    ) -> None:
+        words = {tag: f"shown, {len(links)} layers" for tag, links in shown.items()}
+        for tag in catalog.snapshots.keys() - shown.keys() - unsettled:
+            try:
+                catalog.chain(tag)
+            except DiffMergeError as error:
+                words[tag] = f"not shown: {error}"
+        for tag, text in words.items():
+            if self._said.get(tag) != text:
+                log.log(logging.INFO if tag in shown else logging.WARNING, "%s: %s", tag, text)
+        for tag in self._said.keys() - words.keys() - unsettled:
+            log.info("%s: gone", tag)
+        self._said = words
+
+    def tags(self) -> list[str]:
+        """The tags that are shown now."""
+        with self._lock:
+            return list(self._shown)
+
+    def chain(self, tag: str) -> list[Snapshot] | None:
+        """The snapshots that make up `tag`, base first, or None if it is not shown now."""
+        with self._lock:
+            return self._shown.get(tag)
+
+    def is_hidden(self, path: str) -> bool:
+        """Whether the file `path` beneath the root is never passed through."""
+        with self._lock:
+            return path in self._catalog.hidden
+
+    def total_bytes(self) -> int:
+        """The logical sizes of all images that are shown, added up."""
+        with self._lock:
+            return sum(links[-1].layer.key.size for links in self._shown.values())
+
+    def opened(self, tag: str) -> OpenImage | None:
+        """The image of `tag` if its present chain is open. Never blocks.
+
+        Raises the DiffMergeError with which its layers were refused, if they were.
+        """
+        keys = self._keys(tag)
+        with self._lock:
+            if keys is not None and self._refusals.get(tag, (None,))[0] == keys:
+                raise self._refusals[tag][1]
+            known_keys, known = self._images.get(tag, (None, None))
+            return known if known_keys == keys else None
+
+    def open_layer(self, file: StoredFile) -> object:
+        """Open, sync and walk one layer; the caller holds the answer until `open` has used it."""
+        return self._pool.layer(file)
+
+    def open(self, tag: str) -> OpenImage:
+        """The image of `tag`, its chain opened, walked and merged now if it was not yet.
+
+        Raises FileAccessError if the tag is not shown, DiffMergeError if a layer is refused: the
+        reason goes to the log once and holds until the chain changes.
+        """
+        links = self.chain(tag)
+        if links is None:
+            raise FileAccessError(f"{tag}: no such snapshot is shown")
+        if known := self.opened(tag):
+            return known
+        keys = [link.layer.key for link in links]
+        try:
+            image = open_snapshot(links, self._pool, self._policy)
+        except (FileAccessError, LayerChangedError) as error:
+            log.warning("%s: cannot be opened now: %s", tag, error)
+            raise
+        except DiffMergeError as error:
+            log.warning("%s: its memory file is not shown: %s", tag, error)
+            with self._lock:
+                self._refusals[tag] = keys, error
+            raise
+        for line in image.overridden:
+            log.warning("%s", line)
+        name = os.path.basename(links[-1].layer.path)
+        shown = OpenImage.of(image, name, view_access(image.view.layers, self.root))
+        with self._lock:
+            self._images[tag] = keys, shown
+        return shown
+
+    def _keys(self, tag: str) -> list[FileKey] | None:
+        links = self.chain(tag)
+        return None if links is None else [link.layer.key for link in links]
+
+    def _content_hash(self, file: StoredFile) -> str:
+        if file.key not in self._hashes:
+            with open(beneath.open_regular(self.fd, file.path), "rb") as content:
+                self._hashes[file.key] = hashlib.file_digest(content, "sha256").hexdigest()
+        return self._hashes[file.key]

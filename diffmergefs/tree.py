@@ -1,0 +1,313 @@
+"""The mounted tree: which names stand where, with which attributes. Knows nothing of FUSE.
+
+Everything that touches files blocks; the adapter calls it in worker threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import stat
+import threading
+import weakref
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from diffmergefs import beneath
+from diffmergefs.access import file_bits, folder_bits
+from diffmergefs.errors import DiffMergeError, FileAccessError
+from diffmergefs.forkd import DOCUMENT
+from diffmergefs.snapshot import Snapshot, is_left_out
+from diffmergefs.store import OpenImage, Store
+
+ROOT_INODE = 1
+_PASSED = frozenset({stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK})
+
+
+@dataclass(frozen=True)
+class Root:
+    """The mount's own directory."""
+
+
+@dataclass(frozen=True)
+class TagFolder:
+    """The directory of one tag."""
+
+    tag: str
+
+
+@dataclass(frozen=True)
+class MemoryFile:
+    """A merged memory file. Another image of the same tag is another file."""
+
+    shown: OpenImage
+
+
+@dataclass(frozen=True)
+class Document:
+    """A tag's rewritten snapshot.json."""
+
+    tag: str
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A file, directory or symlink of SOURCE that is passed through, by its path beneath it."""
+
+    path: str
+    device: int
+    inode: int
+    kind: int
+
+
+Node = Root | TagFolder | MemoryFile | Document | Passed
+
+
+class Attributes(NamedTuple):
+    """What stat(2) says of a node; `blocks` of 512 bytes. `constant` ones never change."""
+
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    blocks: int
+    nlink: int
+    mtime_ns: int
+    constant: bool = False
+
+
+class Tree:
+    """The nodes below a mountpoint and their inode numbers, which are never used twice.
+
+    Shows a `store`, or with `explicit` one image under its name. `mountpoint` is the absolute path
+    that rewritten documents point into. With `open_rw` whoever may read a memory file may also
+    open it for writing (writes themselves are the adapter's to refuse).
+    """
+
+    def __init__(
+        self,
+        mountpoint: str,
+        store: Store | None = None,
+        explicit: OpenImage | None = None,
+        *,
+        open_rw: bool = False,
+    ) -> None:
+        self.store = store
+        self.explicit = explicit
+        self._mountpoint = mountpoint
+        self._open_rw = open_rw
+        self._lock = threading.Lock()
+        self._fresh = itertools.count(ROOT_INODE + 1)
+        self._nodes: dict[int, Node] = {ROOT_INODE: Root()}
+        self._inodes: dict[Node, int] = {Root(): ROOT_INODE}
+        self._memory_inodes: weakref.WeakKeyDictionary[OpenImage, int] = weakref.WeakKeyDictionary()
+
+    def inode(self, node: Node) -> int:
+        """The node's inode number, a new one if it has none yet."""
+        with self._lock:
+            # A memory file keeps its number for as long as its image is shown, whatever the
+            # kernel forgets in between.
+            numbers: MutableMapping[Any, int] = self._inodes
+            key: object = node
+            if isinstance(node, MemoryFile):
+                numbers, key = self._memory_inodes, node.shown
+            inode = numbers.get(key)
+            if inode is None:
+                inode = numbers[key] = next(self._fresh)
+            self._nodes[inode] = node
+            return inode
+
+    def node(self, inode: int) -> Node:
+        """The node with this inode number. Raises FileNotFoundError if it was forgotten."""
+        with self._lock:
+            try:
+                return self._nodes[inode]
+            except KeyError:
+                raise _missing(f"inode {inode}") from None
+
+    def forget(self, inode: int) -> None:
+        """Drop a node to which the kernel holds no reference."""
+        with self._lock:
+            if inode != ROOT_INODE and (node := self._nodes.pop(inode, None)):
+                self._inodes.pop(node, None)
+
+    def children(self, folder: Node) -> dict[str, Node]:
+        """The entries of a directory by name. Raises OSError.
+
+        The memory file of a tag is among them only if its image is open: the caller sees to that
+        first, and a refused image has no entry.
+        """
+        match folder:
+            case Root():
+                return self._root_children()
+            case TagFolder(tag):
+                return self._tag_children(tag)
+            case Passed(path, kind=stat.S_IFDIR):
+                return dict(self._passed_children(path))
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+    def child(self, folder: Node, name: str) -> Node:
+        """The entry `name` of a directory. Raises FileNotFoundError, or DiffMergeError where it
+        is a memory file that was refused."""
+        if isinstance(folder, TagFolder) and name == self.memory_name(folder.tag):
+            assert self.store is not None
+            shown = self.store.opened(folder.tag)
+            if shown is None:
+                raise FileAccessError(f"{folder.tag}: its chain changed; try again")
+            return MemoryFile(shown)
+        try:
+            return self.children(folder)[name]
+        except KeyError:
+            raise _missing(name) from None
+
+    def memory_name(self, tag: str) -> str | None:
+        """The name of the tag's memory file, or None if the tag is not shown."""
+        links = self.store.chain(tag) if self.store else None
+        return os.path.basename(links[-1].layer.path) if links else None
+
+    def _root_children(self) -> dict[str, Node]:
+        if self.explicit:
+            return {self.explicit.name: MemoryFile(self.explicit)}
+        return {tag: TagFolder(tag) for tag in self.store.tags()} if self.store else {}
+
+    def _tag_children(self, tag: str) -> dict[str, Node]:
+        snapshot = self._snapshot(tag)
+        found: dict[str, Node] = {}
+        if snapshot.folder is not None:
+            found.update(self._passed_children(snapshot.folder))
+        for name, path in snapshot.files.items():
+            if node := self._passed(path):
+                found[name] = node
+        if snapshot.document is not None:
+            found[DOCUMENT] = Document(tag, self._rewritten(snapshot))
+        found.pop(os.path.basename(snapshot.layer.path), None)
+        assert self.store is not None
+        try:
+            if shown := self.store.opened(tag):
+                found[shown.name] = MemoryFile(shown)
+        except DiffMergeError:
+            pass  # refused, and the log said why: it has no entry
+        return found
+
+    def _snapshot(self, tag: str) -> Snapshot:
+        links = self.store.chain(tag) if self.store else None
+        if links is None:
+            raise _missing(tag)
+        return links[-1]
+
+    def _rewritten(self, snapshot: Snapshot) -> bytes:
+        # The tag reads as a base that lies in the mountpoint: a forkd that is pointed there spawns
+        # it without assembling or hashing anything.
+        document = dict(snapshot.document or {})
+        document.pop("parent_tag", None)
+        document.pop("parent_content_hash", None)
+        folder = os.path.join(self._mountpoint, snapshot.tag)
+        document["memory"] = os.path.join(folder, os.path.basename(snapshot.layer.path))
+        if snapshot.vmstate is not None:
+            document["vmstate"] = os.path.join(folder, snapshot.vmstate)
+        return json.dumps(document, indent=2).encode() + b"\n"
+
+    def _passed_children(self, path: str) -> Iterator[tuple[str, Node]]:
+        assert self.store is not None
+        fd = beneath.open_directory(self.store.fd, path)
+        try:
+            names = os.listdir(fd)
+        finally:
+            os.close(fd)
+        for name in names:
+            if node := self._passed(f"{path}/{name}"):
+                yield name, node
+
+    def _passed(self, path: str) -> Passed | None:
+        assert self.store is not None
+        if is_left_out(os.path.basename(path)) or self.store.is_hidden(path):
+            return None
+        try:
+            status = beneath.stat_beneath(self.store.fd, path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        kind = stat.S_IFMT(status.st_mode)
+        return Passed(path, status.st_dev, status.st_ino, kind) if kind in _PASSED else None
+
+    def attributes(self, node: Node) -> Attributes:
+        """What stat says of the node. Raises OSError if its file is gone."""
+        match node:
+            case MemoryFile(shown):
+                return self._memory_attributes(shown)
+            case Document(tag, content):
+                return self._mirrored(f"{tag}/{DOCUMENT}")._replace(
+                    size=len(content), blocks=-(-len(content) // 512)
+                )
+            case Passed(path):
+                return self._mirrored(path)
+            case TagFolder(tag):
+                folder = self._snapshot(tag).folder
+                if folder is not None:
+                    return self._mirrored(folder)
+        return self._root_attributes()
+
+    def _root_attributes(self) -> Attributes:
+        if self.store:
+            path = self.store.root
+        else:
+            assert self.explicit is not None
+            path = os.path.dirname(os.path.realpath(self.explicit.image.view.layers[0].path))
+        return _mirror(os.stat(path), folder_bits(path))
+
+    def _memory_attributes(self, shown: OpenImage) -> Attributes:
+        uid, gid, mode = shown.access
+        if self._open_rw:
+            mode |= (mode & 0o444) >> 1
+        return Attributes(
+            stat.S_IFREG | mode,
+            uid,
+            gid,
+            shown.image.view.size,
+            -(-shown.visible // 512),
+            1,
+            shown.mtime_ns,
+            constant=True,
+        )
+
+    def _mirrored(self, path: str) -> Attributes:
+        assert self.store is not None
+        handle = beneath.open_handle(self.store.fd, path)
+        try:
+            status = os.fstat(handle)
+            return _mirror(status, file_bits(f"/proc/self/fd/{handle}", status.st_mode))
+        finally:
+            os.close(handle)
+
+    def open_passed(self, node: Passed) -> int:
+        """A read-only descriptor of a passed-through file. Raises OSError, FileAccessError."""
+        assert self.store is not None
+        return beneath.open_regular(self.store.fd, node.path)
+
+    def link_target(self, node: Passed) -> str:
+        """Where a passed-through symlink points, as it is stored."""
+        assert self.store is not None
+        folder = beneath.open_directory(self.store.fd, os.path.dirname(node.path))
+        try:
+            return os.readlink(os.path.basename(node.path), dir_fd=folder)
+        finally:
+            os.close(folder)
+
+
+def _missing(name: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+
+
+def _mirror(status: os.stat_result, bits: int) -> Attributes:
+    return Attributes(
+        stat.S_IFMT(status.st_mode) | bits,
+        status.st_uid,
+        status.st_gid,
+        status.st_size,
+        status.st_blocks,
+        status.st_nlink,
+        status.st_mtime_ns,
+    )

@@ -1,0 +1,136 @@
+"""Law 4: where a diff's data extents can be trusted. None of it applies to a base."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diffmergefs import sparse
+from diffmergefs.errors import UntrustedExtentsError
+from diffmergefs.extents import ExtentList
+from diffmergefs.layer import Layer
+
+PAGE = 4096
+MIB = 1 << 20
+
+_UNTRUSTED = {
+    0x2FC12FC1: ("zfs", "it stores blocks of zeros as holes"),
+    0x00C36400: ("ceph", "it reports whole files as data"),
+    0xFF534D42: ("cifs", "what it reports depends on the server"),
+    0xFE534D42: ("smb", "what it reports depends on the server"),
+    0x01021997: ("9p", "it does not pass holes on"),
+    0x4D44: ("vfat", "it has no holes"),
+    0x2011BAB0: ("exfat", "it has no holes"),
+}
+
+
+@dataclass(frozen=True)
+class TrustPolicy:
+    """What a user vouches for.
+
+    `page_size` is the guest's page in bytes, a power of two; `trust_grain` overrides the checks of
+    grain, alignment, unwritten ranges, copy-up and filesystem type; `dense` accepts a diff without
+    a hole.
+    """
+
+    page_size: int = PAGE
+    trust_grain: bool = False
+    dense: bool = False
+
+
+def grain(fd: int) -> int:
+    """The unit in bytes in which the filesystem of `fd` reports holes: its `st_blksize`.
+
+    Measured true on ext4, xfs, btrfs and tmpfs (xfs with 16 KiB blocks 16384, tmpfs huge=always
+    2 MiB); on a network filesystem it is a hint.
+    """
+    return os.fstat(fd).st_blksize
+
+
+def require_trust(layer: Layer, policy: TrustPolicy, *, complete: bool = False) -> list[str]:
+    """Raise UntrustedExtentsError for the first check that a diff's extents fail.
+
+    With `policy.trust_grain` a failed check that may be overridden is a line of the answer
+    instead, for the user to see. `complete` says that the diff is a complete image (it has no hole
+    and that is as meant): then only what could fake that is checked. Reads metadata only.
+    """
+    overridden = []
+    for problem in _problems(layer, policy.page_size, complete):
+        if not policy.trust_grain or problem.check == "blocks":
+            raise problem
+        overridden.append(f"--trust-grain overrides the check of {problem.check}: {problem}")
+    return overridden
+
+
+def _problems(layer: Layer, page: int, complete: bool) -> Iterator[UntrustedExtentsError]:
+    fd, size, extents = layer.fd, layer.size, layer.extents
+
+    def problem(check: str, text: str) -> UntrustedExtentsError:
+        if check == "blocks":
+            way_out = "store the diff on a filesystem that reports holes"
+        else:
+            way_out = "take the diff again on ext4, xfs, btrfs or 4 KiB tmpfs, or vouch for it"
+            way_out += " with --trust-grain (wrong bytes if it is not so)"
+        return UntrustedExtentsError(f"{layer.path}: {text}; {way_out}", check)
+
+    if reason := _untrusted_filesystem(fd):
+        yield problem("filesystem", reason)
+    unit = grain(fd)
+    if not complete and page % unit:
+        yield problem(
+            "grain",
+            f"its filesystem reports holes in units of {unit} bytes, coarser than the"
+            f" guest page of {page}, so clean pages beside written ones would count as written",
+        )
+    held = os.fstat(fd).st_blocks * 512
+    if extents.data_bytes > held:
+        yield problem(
+            "blocks",
+            f"{extents.data_bytes} bytes are reported as data but only {held} are stored,"
+            " so holes are reported as data",
+        )
+    if not complete and (unaligned := _unaligned(extents, size, page)):
+        start, stop = unaligned
+        yield problem(
+            "alignment",
+            f"the data extent [{start}, {stop}) does not begin and end on a page of {page} bytes",
+        )
+    if found := sparse.unwritten_range(fd, size):
+        yield problem(
+            "unwritten",
+            f"[{found.start}, {found.stop}) is preallocated and unwritten, which is reported"
+            " as data or as a hole by chance",
+        )
+    if not complete and _looks_copied_up(fd, size, extents):
+        yield problem(
+            "copy-up",
+            f"each of its {len(extents)} data extents on overlayfs is a whole number of MiB long,"
+            " the sign of a copy-up that filled holes",
+        )
+
+
+def _untrusted_filesystem(fd: int) -> str | None:
+    magic = sparse.filesystem_magic(fd)
+    if magic in _UNTRUSTED:
+        name, reason = _UNTRUSTED[magic]
+        return f"the extents on {name} cannot be trusted: {reason}"
+    if magic == sparse.NFS_MAGIC:
+        _, options = sparse.mount_options(fd)
+        if "vers=4.2" not in options:
+            version = next((o for o in sorted(options) if o.startswith("vers=")), "vers unknown")
+            return f"the extents on nfs before 4.2 cannot be trusted ({version})"
+    return None
+
+
+def _unaligned(extents: ExtentList, size: int, page: int) -> tuple[int, int] | None:
+    for start, stop in zip(extents.starts, extents.stops, strict=True):
+        if start % page or (stop % page and stop != size):
+            return start, stop
+    return None
+
+
+def _looks_copied_up(fd: int, size: int, extents: ExtentList) -> bool:
+    if not len(extents) or sparse.filesystem_magic(fd) != sparse.OVERLAYFS_MAGIC:
+        return False
+    return all(e.stop == size or (e.stop - e.start) % MIB == 0 for e in extents)
