@@ -1,0 +1,104 @@
+"""`apply_diff`: the classic merge of a diff onto a base, in place."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
+from diffmergefs import beneath
+from diffmergefs.copying import Target, copy_range, failures
+from diffmergefs.errors import DenseDiffError, OutputRefusedError
+from diffmergefs.layer import Layer
+from diffmergefs.trust import TrustPolicy, require_trust
+from diffmergefs.view import require_equal_size
+
+log = logging.getLogger(__name__)
+
+
+def apply_diff(
+    diff: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    *,
+    sync: bool = False,
+    policy: TrustPolicy | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Copy the data extents of `diff` onto the same ranges of `base`, in place.
+
+    Both are regular files that exist and have one size; `base` is opened for reading and writing,
+    `diff` for reading only. Returns the bytes copied: the diff's data bytes, which tell how much
+    the guest had written. `base` is never extended or truncated, nor locked, and not fsynced
+    unless `sync`; a diff of holes leaves it untouched. The diff is fsynced, held to law 4 as
+    `policy` says (what it overrides is logged as a warning), and compared with its fingerprint at
+    the end. An apply that failed or was interrupted leaves `base` between before and after, and
+    can be repeated: the outcome is the same. `progress` is called with the bytes copied so far.
+
+    Raises, with `base` untouched, SizeMismatchError, OutputRefusedError (both are one file),
+    UntrustedExtentsError, DenseDiffError (no hole, and no `policy.dense`); LayerChangedError,
+    NoSpaceError, and FileAccessError for every other failure of a file.
+    """
+    with closing(Layer.open(os.fspath(diff))) as layer, _opened(os.fspath(base)) as target:
+        _require_fit(layer, target)
+        _require_meant(layer, policy or TrustPolicy())
+        copied = _copy_extents(layer, target, progress)
+        with failures(layer.path):
+            layer.settle()
+        if sync:
+            with failures(target.path, target):
+                os.fsync(target.fd)
+    return copied
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Target]:
+    with failures(path):
+        fd = _open_for_writing(path)
+    try:
+        yield Target(fd, path)
+    finally:
+        os.close(fd)
+
+
+def _open_for_writing(path: str) -> int:
+    # Known to be a regular file before it is opened for writing, which on a device would act.
+    readable = beneath.open_regular(None, path)
+    try:
+        return os.open(f"/proc/self/fd/{readable}", os.O_RDWR | os.O_CLOEXEC)
+    finally:
+        os.close(readable)
+
+
+def _require_fit(layer: Layer, target: Target) -> None:
+    status = os.fstat(target.fd)
+    if os.path.samestat(status, layer.status):
+        raise OutputRefusedError(
+            f"{target.path}: is the same file as the diff {layer.path}; give a copy of the base"
+        )
+    require_equal_size(target.path, status.st_size, layer.path, layer.size)
+
+
+def _require_meant(layer: Layer, policy: TrustPolicy) -> None:
+    dense = layer.extents.covers(layer.size)
+    for line in require_trust(layer, policy, complete=dense and policy.dense):
+        log.warning("%s", line)
+    if dense and not policy.dense:
+        raise DenseDiffError(
+            f"{layer.path}: a diff without a hole in {layer.size} bytes: it would replace the whole"
+            " base; if it is a complete image, say so with --dense"
+        )
+
+
+def _copy_extents(layer: Layer, target: Target, progress: Callable[[int], None] | None) -> int:
+    copied = 0
+
+    def moved(count: int) -> None:
+        nonlocal copied
+        copied += count
+        if progress:
+            progress(copied)
+
+    for start, stop in layer.extents:
+        copy_range(layer, start, stop, target, moved)
+    return copied

@@ -1,0 +1,203 @@
+"""`flatten`: a view written out as a new standalone image."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from diffmergefs import sparse
+from diffmergefs.copying import (
+    BLOCK,
+    Target,
+    clone_file,
+    clone_range,
+    copy_range,
+    failures,
+    free_bytes,
+)
+from diffmergefs.errors import NoSpaceError, VerificationError
+from diffmergefs.layer import Layer
+from diffmergefs.output import OutputFile
+from diffmergefs.view import MergedView
+
+_READ_BITS = 0o444
+
+
+@dataclass(frozen=True)
+class FlattenResult:
+    """What `flatten` wrote: an image of `size` bytes, `holes` of them in no layer.
+
+    `copied` and `shared` (reflinked) are bytes for each layer, base first; their sum is what the
+    layer supplies to the view, so `size == sum(copied) + sum(shared) + holes`.
+    """
+
+    size: int
+    copied: tuple[int, ...]
+    shared: tuple[int, ...]
+    holes: int
+
+    @property
+    def reflinked(self) -> bool:
+        """Whether any block is shared with a layer."""
+        return any(self.shared)
+
+
+def flatten(
+    view: MergedView,
+    output: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    verify: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> FlattenResult:
+    """Write the view to `output`, a new sparse file of `view.size` bytes, and say how.
+
+    Holes in all layers stay holes, written zeros stay data. Blocks are shared with the layers
+    where the filesystem can reflink (FICLONE of the base, FICLONERANGE of each diff's segment on
+    whole blocks) and copied elsewhere; the result says which. A file without a name is written,
+    fsynced, and linked when it is whole; then the directory is fsynced. So whatever happens, what
+    stands under the name is whole or what stood there before. `force` replaces an existing file,
+    whose open readers keep it. The file is made with mode 0600 and takes the base's mode at the
+    end, without the read bits that another layer withholds; owner, xattrs and times are not taken.
+
+    `verify` reads the file and the view again and compares them before the file gets its name.
+    `progress` is called with the bytes done so far, of `sum(view.visible_bytes())`. The layers are
+    not written or locked, and each is compared with its fingerprint after each piece and once more
+    at the end (law 6). May be called in a thread.
+
+    Raises OutputRefusedError (the output exists without `force`; or, even with it, is a layer or
+    no regular file), NoSpaceError (less is free than must be copied, or it ran out),
+    VerificationError, LayerChangedError, and FileAccessError for every other failure of a file.
+    """
+    inputs = [layer.status for layer in view.layers]
+    with OutputFile(os.fspath(output), inputs, force=force) as file:
+        result = _Merge(view, file.target, progress).run()
+        file.finish(_mode(view))
+        if verify:
+            _verify(view, file.target)
+        for layer in view.layers:
+            _settle(layer)
+        file.publish()
+    return result
+
+
+def _mode(view: MergedView) -> int:
+    modes = [layer.status.st_mode & 0o777 for layer in view.layers]
+    return modes[0] & (functools.reduce(operator.and_, modes) | ~_READ_BITS)
+
+
+def _settle(layer: Layer) -> None:
+    with failures(layer.path):
+        layer.settle()
+
+
+class _Merge:
+    # One run over the view's segments into an empty file, with its accounts.
+
+    def __init__(
+        self, view: MergedView, target: Target, progress: Callable[[int], None] | None
+    ) -> None:
+        self.view = view
+        self.target = target
+        self.visible = view.visible_bytes()
+        self.copied = [0] * len(view.layers)
+        self.shared = [0] * len(view.layers)
+        self._done = 0
+        self._progress = progress
+
+    def run(self) -> FlattenResult:
+        with failures(self.target.path, self.target):
+            os.ftruncate(self.target.fd, self.view.size)
+            self._block = os.fstatvfs(self.target.fd).f_frsize
+        with_base = self._clone_base()
+        sharing = self._find_sharing(with_base)
+        for start, stop, number in self.view.segments():
+            if number is not None and not (number == 0 and with_base):
+                self._move(number, start, stop, sharing)
+                _settle(self.view.layers[number])
+        holes = self.view.size - sum(self.visible)
+        return FlattenResult(self.view.size, tuple(self.copied), tuple(self.shared), holes)
+
+    def _clone_base(self) -> bool:
+        # Where no diff has data, the base's bytes are the view's and its holes are too; the rest
+        # is written over.
+        if not self.visible[0] or not clone_file(self.view.layers[0], self.target):
+            return False
+        _settle(self.view.layers[0])
+        self.shared[0] = self.visible[0]
+        self._moved(self.visible[0])
+        return True
+
+    def _find_sharing(self, with_base: bool) -> set[int]:
+        # Which layers can share blocks is found out with one segment of each, before anything is
+        # copied, so that the space for all the rest can be asked for.
+        firsts: dict[int, tuple[int, int]] = {}
+        shareable = [0] * len(self.visible)
+        for start, stop, number in self.view.segments():
+            if number is not None and self._on_blocks(start, stop):
+                firsts.setdefault(number, (start, stop))
+                shareable[number] += stop - start
+        if with_base:
+            firsts.pop(0, None)
+        layers = self.view.layers
+        sharing = {n for n, ends in firsts.items() if clone_range(layers[n], *ends, self.target)}
+        needed = sum(self.visible) - sum(shareable[n] for n in sharing)
+        self._require_space(needed - (self.visible[0] if with_base else 0))
+        return sharing
+
+    def _require_space(self, needed: int) -> None:
+        with failures(self.target.path):
+            free = free_bytes(self.target.fd)
+        if free is not None and free < needed:
+            raise NoSpaceError(
+                f"{self.target.path}: {needed} bytes are to be copied, but {free} are free on its"
+                " filesystem; make room or choose another output"
+            )
+
+    def _on_blocks(self, start: int, stop: int) -> bool:
+        return start % self._block == 0 and (stop % self._block == 0 or stop == self.view.size)
+
+    def _move(self, number: int, start: int, stop: int, sharing: set[int]) -> None:
+        layer = self.view.layers[number]
+        can_share = number in sharing and self._on_blocks(start, stop)
+        if can_share and clone_range(layer, start, stop, self.target):
+            self.shared[number] += stop - start
+            self._moved(stop - start)
+        else:
+            copy_range(layer, start, stop, self.target, self._moved)
+            self.copied[number] += stop - start
+
+    def _moved(self, count: int) -> None:
+        self._done += count
+        if self._progress:
+            self._progress(self._done)
+
+
+def _verify(view: MergedView, target: Target) -> None:
+    with failures(target.path):
+        # The file was fsynced: with its clean pages dropped, it is read from the disk.
+        os.posix_fadvise(target.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    for offset in range(0, view.size, BLOCK):
+        with failures(f"{target.path}: reading the layers again"):
+            expected = view.read(offset, BLOCK)
+        written = bytearray(len(expected))
+        with failures(target.path):
+            length = sparse.read_into(target.fd, memoryview(written), offset)
+        if length < len(expected) or written != expected:
+            _refute(view, target, offset, expected, written[:length])
+
+
+def _refute(
+    view: MergedView, target: Target, offset: int, expected: bytearray, written: bytearray
+) -> None:
+    pairs = enumerate(zip(expected, written, strict=False))
+    first = offset + next((n for n, (a, b) in pairs if a != b), len(written))
+    number = next(view.segments(first, 1)).layer
+    source = "a hole in all layers" if number is None else view.layers[number].path
+    raise VerificationError(
+        f"{target.path}: byte {first} of {view.size} does not read back as the view's, which"
+        f" comes from {source}; nothing was written under that name, check the disk and try again"
+    )

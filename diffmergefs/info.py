@@ -1,0 +1,81 @@
+"""`describe`: what an image is made of, in numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from diffmergefs.images import Image
+from diffmergefs.layer import Layer
+from diffmergefs.trust import grain
+
+_OVERRIDDEN = re.compile(r"--trust-grain overrides the check of ([a-z-]+): (.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One layer of a chain; numbers are bytes, but for `extents`, the count of data extents.
+
+    `visible_bytes` of its `data_bytes` are shown in the view and `shadowed_bytes` are hidden by
+    newer layers. `grain` is the unit in which its filesystem reports holes. `trust` is 'base',
+    'trusted', or 'overridden: ' and the checks of law 4 that failed and were overridden.
+    """
+
+    path: str
+    data_bytes: int
+    extents: int
+    visible_bytes: int
+    shadowed_bytes: int
+    grain: int
+    trust: str
+
+
+@dataclass(frozen=True)
+class ChainInfo:
+    """An image: `size` bytes, of which `holes` are in no layer, and its layers, base first.
+
+    `segments` counts the pieces that one layer supplies, holes not among them. `dense` says that
+    the newest layer is a complete image in spite of its parent.
+    """
+
+    size: int
+    layers: tuple[LayerInfo, ...]
+    holes: int
+    segments: int
+    dense: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as nested dictionaries and lists, ready for JSON."""
+        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers]}
+
+
+def describe(image: Image) -> ChainInfo:
+    """The facts of an open image. Reads metadata only; the image stays open.
+
+    The numbers are those of the layers as they were opened. Raises OSError as fstat does.
+    """
+    view = image.view
+    visible = view.visible_bytes()
+    layers = [
+        LayerInfo(
+            path=layer.path,
+            data_bytes=layer.extents.data_bytes,
+            extents=len(layer.extents),
+            visible_bytes=shown,
+            shadowed_bytes=layer.extents.data_bytes - shown,
+            grain=grain(layer.fd),
+            trust=_trust(layer, image.overridden) if number else "base",
+        )
+        for number, (layer, shown) in enumerate(zip(view.layers, visible, strict=True))
+    ]
+    segments = sum(segment.layer is not None for segment in view.segments())
+    return ChainInfo(view.size, tuple(layers), view.size - sum(visible), segments, image.dense)
+
+
+def _trust(layer: Layer, overridden: Sequence[str]) -> str:
+    found = (_OVERRIDDEN.fullmatch(line) for line in overridden)
+    checks = [m[1] for m in found if m and m[2].startswith(f"{layer.path}: ")]
+    # A layer that stands in a chain twice has its lines twice.
+    return f"overridden: {', '.join(dict.fromkeys(checks))}" if checks else "trusted"

@@ -1,0 +1,353 @@
+"""`apply_diff`: the classic merge in place."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffmergefs import copying
+from diffmergefs.apply import apply_diff
+from diffmergefs.errors import (
+    DenseDiffError,
+    FileAccessError,
+    LayerChangedError,
+    NoSpaceError,
+    OutputRefusedError,
+    SizeMismatchError,
+    UntrustedExtentsError,
+)
+from diffmergefs.trust import TrustPolicy
+from tests.support.images import PAGE, overlay_oracle, signed, write_layer
+from tests.support.inputs import unchanged
+
+Extents = list[tuple[int, bytes]]
+SIZE = 16 * PAGE
+
+
+def pages(layer: int, *numbers: int) -> Extents:
+    """These pages of the layer, as extents of signed bytes."""
+    return [(n * PAGE, signed(layer, n * PAGE, PAGE)) for n in numbers]
+
+
+def pair(directory: Path, base: Extents, diff: Extents, size: int = SIZE) -> tuple[Path, Path]:
+    """A diff and a base."""
+    written = write_layer(directory / "diff.mem", size, diff)
+    return written, write_layer(directory / "base.mem", size, base)
+
+
+def refuse(number: int) -> Callable[..., int]:
+    def refusing(*args: Any) -> int:
+        raise OSError(number, os.strerror(number))
+
+    return refusing
+
+
+# The contract of forkd's apply_diff
+
+
+def test_copies_only_data_regions(tmp_path: Path) -> None:
+    b = b"\xbb" * PAGE
+    diff, base = pair(tmp_path, [(0, b"\xaa" * 4 * PAGE)], [(PAGE, b), (3 * PAGE, b)], 4 * PAGE)
+    with unchanged([diff]):
+        assert apply_diff(diff, base) == 2 * PAGE
+    assert base.read_bytes() == (b"\xaa" * PAGE + b) * 2
+
+
+def test_an_empty_diff_copies_nothing(tmp_path: Path) -> None:
+    diff, base = pair(tmp_path, [(0, b"\xaa" * 2 * PAGE)], [], 2 * PAGE)
+    with unchanged([diff, base]):
+        assert apply_diff(diff, base) == 0
+
+
+@pytest.mark.parametrize(("diff_pages", "base_pages"), [(4, 2), (2, 4)])
+def test_another_size_is_refused(tmp_path: Path, diff_pages: int, base_pages: int) -> None:
+    diff = write_layer(tmp_path / "diff", diff_pages * PAGE, pages(1, 0))
+    base = write_layer(tmp_path / "base", base_pages * PAGE, pages(0, 0))
+    numbers = f"diff: {diff_pages * PAGE} bytes, but .*base has {base_pages * PAGE};"
+    with unchanged([diff, base]), pytest.raises(SizeMismatchError, match=numbers):
+        apply_diff(diff, base)
+
+
+# Firecracker's rebase-snap: its cases
+
+
+@pytest.mark.parametrize(
+    ("diff", "expected"),
+    [
+        pytest.param(pages(1, 0, 1), pages(1, 0, 1), id="data in both"),
+        pytest.param(pages(1, 1), [*pages(0, 0), *pages(1, 1)], id="a hole in the diff"),
+        pytest.param([(0, bytes(PAGE))], [(0, bytes(PAGE)), *pages(0, 1)], id="zeros in the diff"),
+        pytest.param(pages(1, 2), [*pages(0, 0, 1), *pages(1, 2)], id="a hole in the base"),
+    ],
+)
+def test_truth_table(tmp_path: Path, diff: Extents, expected: Extents) -> None:
+    diff_path, base = pair(tmp_path, pages(0, 0, 1), diff)
+    assert apply_diff(diff_path, base) == sum(len(data) for _, data in diff)
+    assert base.read_bytes() == overlay_oracle(SIZE, [expected])
+
+
+# The right bytes
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=st.data(), size=st.integers(PAGE + 1, 12 * PAGE))
+def test_base_becomes_the_oracle(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, size: int
+) -> None:
+    directory = tmp_path_factory.mktemp("apply")
+    starts = range(0, size, PAGE)
+    layers: list[Extents] = []
+    for layer in range(2):
+        chosen = data.draw(st.lists(st.sampled_from(starts), unique=True, max_size=len(starts) - 1))
+        zeros = data.draw(st.sets(st.sampled_from(starts)))
+        lengths = {start: min(PAGE, size - start) for start in chosen}
+        layers.append(
+            [(s, bytes(n) if s in zeros else signed(layer, s, n)) for s, n in lengths.items()]
+        )
+    diff, base = pair(directory, layers[0], layers[1], size)
+    for _ in range(2):
+        assert apply_diff(diff, base) == sum(len(d) for _, d in layers[1])
+        assert base.read_bytes() == overlay_oracle(size, layers)
+
+
+def test_each_filesystem(real_fs: Path) -> None:
+    layers = [pages(0, 0, 1, 2), [*pages(1, 1, 9), (2 * PAGE, bytes(PAGE))]]
+    diff, base = pair(real_fs, *layers)
+    with unchanged([diff]):
+        assert apply_diff(diff, base) == 3 * PAGE
+    assert base.read_bytes() == overlay_oracle(SIZE, layers)
+
+
+def test_across_filesystems(tmp_path: Path, filesystem: Callable[[str], Path]) -> None:
+    layers = [pages(0, 0, 1), pages(1, 1, 9)]
+    diff, _ = pair(tmp_path, *layers)
+    _, base = pair(filesystem("tmpfs"), *layers)
+    assert apply_diff(diff, base) == 2 * PAGE
+    assert base.read_bytes() == overlay_oracle(SIZE, layers)
+
+
+def test_a_base_behind_a_symlink(tmp_path: Path) -> None:
+    diff, base = pair(tmp_path, pages(0, 0), pages(1, 1))
+    (tmp_path / "link").symlink_to(base)
+    apply_diff(str(diff), str(tmp_path / "link"))
+    assert base.read_bytes() == overlay_oracle(SIZE, [pages(0, 0), pages(1, 1)])
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize(
+    ("length", "buffers"),
+    [(3 * PAGE, [3 * PAGE]), (2 * copying.BLOCK + PAGE, [copying.BLOCK])],
+)
+def test_the_buffer_is_capped(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    length: int,
+    buffers: list[int],
+) -> None:
+    """By 1 MiB, and by the data, whichever is less."""
+    size = 4 * copying.BLOCK
+    content = signed(1, PAGE, length)
+    diff, base = pair(tmp_path, [], [(PAGE, content)], size)
+    made: list[int] = []
+
+    def counted(count: int) -> bytearray:
+        made.append(count)
+        return bytearray(count)
+
+    monkeypatch.setattr(os, "copy_file_range", refuse(number))
+    monkeypatch.setattr(copying, "bytearray", counted, raising=False)
+    assert apply_diff(diff, base) == length
+    assert made == buffers
+    assert base.read_bytes() == overlay_oracle(size, [[(PAGE, content)]])
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diff, base = pair(tmp_path, [], pages(1, 1, 2))
+    monkeypatch.setattr(os, "copy_file_range", refuse(errno.EXDEV))
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:999], at))
+    assert apply_diff(diff, base) == 2 * PAGE
+    assert base.read_bytes() == overlay_oracle(SIZE, [pages(1, 1, 2)])
+
+
+def test_progress_is_the_bytes_so_far(tmp_path: Path) -> None:
+    diff, base = pair(tmp_path, [], pages(1, 1, 3, 7))
+    seen: list[int] = []
+    apply_diff(diff, base, progress=seen.append)
+    assert seen == [PAGE, 2 * PAGE, 3 * PAGE]
+
+
+# What is done to the files, and what is not
+
+
+def test_the_base_is_not_extended_or_truncated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 3 * PAGE + 123
+    diff, base = pair(tmp_path, [], [(3 * PAGE, signed(1, 3 * PAGE, 123))], size)
+    for name in ("ftruncate", "truncate"):
+        monkeypatch.setattr(os, name, refuse(errno.EPERM))
+    assert apply_diff(diff, base) == 123
+    assert base.stat().st_size == size
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_fsync_of_the_base_only_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sync: bool
+) -> None:
+    diff, base = pair(tmp_path, [], pages(1, 1))
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def counted(fd: int) -> None:
+        synced.append(os.fstat(fd).st_ino)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", counted)
+    apply_diff(diff, base, sync=sync)
+    assert (base.stat().st_ino in synced) == sync
+
+
+def test_opens_the_diff_for_reading_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diff, base = pair(tmp_path, pages(0, 0), pages(1, 1))
+    opened: set[tuple[str, int]] = set()
+    real_open = os.open
+
+    def noted(*args: Any, **kwargs: Any) -> int:
+        fd = real_open(*args, **kwargs)
+        mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        opened.add((os.readlink(f"/proc/self/fd/{fd}"), mode))
+        return fd
+
+    monkeypatch.setattr(os, "open", noted)
+    apply_diff(diff, base)
+    assert (str(base), os.O_RDWR) in opened
+    assert {mode for path, mode in opened if path == str(diff)} == {os.O_RDONLY}
+
+
+def test_descriptors_are_closed(tmp_path: Path) -> None:
+    diff, base = pair(tmp_path, [], pages(1, 1))
+    before = os.listdir("/proc/self/fd")
+    apply_diff(diff, base)
+    with pytest.raises(OutputRefusedError):
+        apply_diff(diff, diff)
+    assert os.listdir("/proc/self/fd") == before
+
+
+# Refusals leave the base as it was
+
+
+@pytest.mark.parametrize("how", ["same", "hard link", "symlink"])
+def test_one_file_for_both_is_refused(tmp_path: Path, how: str) -> None:
+    diff, _ = pair(tmp_path, [], pages(1, 1))
+    other = tmp_path / "other"
+    if how == "hard link":
+        os.link(diff, other)
+    elif how == "symlink":
+        other.symlink_to(diff)
+    else:
+        other = diff
+    with unchanged([diff]), pytest.raises(OutputRefusedError, match="same file as the diff"):
+        apply_diff(diff, other)
+
+
+def test_a_dense_diff_is_refused(tmp_path: Path) -> None:
+    diff, base = pair(tmp_path, pages(0, 0), [(0, signed(1, 0, SIZE))])
+    with unchanged([diff, base]), pytest.raises(DenseDiffError, match=f"{SIZE} bytes.*--dense"):
+        apply_diff(diff, base)
+    assert apply_diff(diff, base, policy=TrustPolicy(dense=True)) == SIZE
+    assert base.read_bytes() == signed(1, 0, SIZE)
+
+
+def test_an_untrusted_diff_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And what a policy overrides is a warning."""
+    diff, base = pair(tmp_path, pages(0, 0), pages(1, 1))
+    with unchanged([diff, base]), pytest.raises(UntrustedExtentsError, match="--trust-grain"):
+        apply_diff(diff, base, policy=TrustPolicy(page_size=2 * PAGE))
+    assert not caplog.records
+    policy = TrustPolicy(page_size=2 * PAGE, trust_grain=True)
+    assert apply_diff(diff, base, policy=policy) == PAGE
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"--trust-grain overrides the check of alignment: {diff}: ")
+
+
+@pytest.mark.parametrize("which", ["diff", "base"])
+def test_a_missing_file(tmp_path: Path, which: str) -> None:
+    files = dict(zip(("diff", "base"), pair(tmp_path, pages(0, 0), pages(1, 1)), strict=True))
+    files[which].unlink()
+    with pytest.raises(FileAccessError, match=f"{files[which]}: No such file or directory$"):
+        apply_diff(files["diff"], files["base"])
+    assert not files[which].exists()
+
+
+@pytest.mark.parametrize("kind", [stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFDIR])
+def test_a_base_that_is_no_regular_file(tmp_path: Path, kind: int) -> None:
+    diff, base = pair(tmp_path, [], pages(1, 1))
+    base.unlink()
+    if kind == stat.S_IFDIR:
+        base.mkdir()
+    else:
+        os.mknod(base, 0o600 | kind)
+    with pytest.raises(FileAccessError, match=r"base\.mem: .*not a regular file"):
+        apply_diff(diff, base)
+
+
+# Failures half-way
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(errno.EIO, FileAccessError), (errno.ENOSPC, NoSpaceError)]
+)
+def test_a_failed_copy_is_not_tried_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, expected: type[Exception]
+) -> None:
+    diff, base = pair(tmp_path, [], pages(1, 1))
+    monkeypatch.setattr(os, "copy_file_range", refuse(number))
+    with unchanged([diff, base]), pytest.raises(expected, match=os.strerror(number)):
+        apply_diff(diff, base)
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_can_be_repeated_after_an_interruption(tmp_path: Path, after: int) -> None:
+    layers = [pages(0, *range(8)), [*pages(1, 1, 3), (5 * PAGE, bytes(PAGE))]]
+    diff, base = pair(tmp_path, *layers)
+
+    def interrupt(done: int) -> None:
+        if done == after * PAGE:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        apply_diff(diff, base, progress=interrupt)
+    assert apply_diff(diff, base) == 3 * PAGE
+    assert base.read_bytes() == overlay_oracle(SIZE, layers)
+
+
+@pytest.mark.parametrize("in_kernel", [True, False])
+@pytest.mark.parametrize("how", ["truncate", "write"])
+def test_a_diff_that_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_kernel: bool, how: str
+) -> None:
+    diff, base = pair(tmp_path, [], pages(1, 1, 3))
+    if not in_kernel:
+        monkeypatch.setattr(os, "copy_file_range", refuse(errno.EXDEV))
+
+    def change(done: int) -> None:
+        if how == "truncate":
+            os.truncate(diff, 2 * PAGE)
+        else:
+            os.utime(diff)
+
+    with pytest.raises(LayerChangedError, match=r"diff\.mem"):
+        apply_diff(diff, base, progress=change)
+    assert base.stat().st_size == SIZE

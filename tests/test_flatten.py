@@ -1,0 +1,860 @@
+"""`flatten` against the oracle, on real filesystems, and in everything that can go wrong."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffmergefs import copying, sparse
+from diffmergefs.errors import (
+    DiffMergeError,
+    FileAccessError,
+    LayerChangedError,
+    NoSpaceError,
+    OutputRefusedError,
+    VerificationError,
+)
+from diffmergefs.extents import ExtentList
+from diffmergefs.flatten import FlattenResult, flatten
+from diffmergefs.layer import Layer
+from diffmergefs.view import MergedView
+from tests.support import mounttable, skips
+from tests.support.images import PAGE, overlay_oracle, signed, write_layer
+from tests.support.inputs import unchanged
+
+Extents = list[tuple[int, bytes]]
+PAGES = 64
+SIZE = PAGES * PAGE
+
+
+def pages(layer: int, *numbers: int) -> Extents:
+    """These pages of the layer, as extents of signed bytes."""
+    return [(n * PAGE, signed(layer, n * PAGE, PAGE)) for n in numbers]
+
+
+# A chain in which each rule counts: the base has holes, page 2 is overridden with data, page 4
+# with zeros, page 20 twice, and page 40 is data in a diff only.
+CHAIN: list[Extents] = [
+    pages(0, *range(32)),
+    [*pages(1, 2, 20), (4 * PAGE, bytes(PAGE))],
+    pages(2, 20, 40),
+]
+ORACLE = bytes(overlay_oracle(SIZE, CHAIN))
+VISIBLE = (29 * PAGE, 2 * PAGE, 2 * PAGE)
+
+
+def write_chain(directory: Path, chain: Sequence[Extents] = CHAIN, size: int = SIZE) -> list[Path]:
+    return [
+        write_layer(directory / f"{n:03}.mem", size, extents) for n, extents in enumerate(chain)
+    ]
+
+
+def open_view(paths: Sequence[Path]) -> MergedView:
+    return MergedView([Layer.open(str(path)) for path in paths])
+
+
+def data_of(path: Path) -> ExtentList:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return ExtentList(sparse.data_extents(file.fileno(), path.stat().st_size))
+
+
+def data_of_view(view: MergedView) -> ExtentList:
+    return ExtentList((s.start, s.stop) for s in view.segments() if s.layer is not None)
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Iterator[MergedView]:
+    """The view of CHAIN, whose layers lie in a directory of their own and must not change."""
+    layers = tmp_path / "layers"
+    layers.mkdir()
+    paths = write_chain(layers)
+    with unchanged(paths), open_view(paths) as view:
+        yield view
+        assert sorted(layers.iterdir()) == sorted(paths)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """An output in an empty directory."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "whole.mem"
+
+
+def no_litter(out: Path) -> bool:
+    return list(out.parent.iterdir()) == []
+
+
+def fail_at(
+    monkeypatch: pytest.MonkeyPatch, name: str, call: int, error: BaseException, module: Any = os
+) -> None:
+    """Have the `call`th call of `module.name` raise the error."""
+    original, calls = getattr(module, name), []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == call:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, failing)
+
+
+def os_error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def no_kernel_copy(monkeypatch: pytest.MonkeyPatch, number: int = errno.EXDEV) -> None:
+    def refused(*args: Any) -> int:
+        raise os_error(number)
+
+    monkeypatch.setattr(os, "copy_file_range", refused)
+
+
+# The right bytes, the right holes, the right numbers
+
+
+@st.composite
+def random_chains(draw: st.DrawFn) -> tuple[int, list[Extents]]:
+    """A size, often no multiple of the page, and a base with 0 to 6 diffs."""
+    size = draw(st.integers(1, 24 * PAGE) | st.integers(1, 24).map(lambda n: n * PAGE))
+    count = -(-size // PAGE)
+    chain = []
+    for layer in range(1 + draw(st.integers(0, 6))):
+        kinds = draw(st.lists(st.sampled_from("...dz"), min_size=count, max_size=count))
+        extents = []
+        for start, kind in zip(range(0, size, PAGE), kinds, strict=True):
+            length = min(PAGE, size - start)
+            if kind != ".":
+                extents.append(
+                    (start, signed(layer, start, length) if kind == "d" else bytes(length))
+                )
+        chain.append(extents)
+    return size, chain
+
+
+@settings(deadline=None, max_examples=100)
+@given(random_chains())
+def test_output_is_the_oracle(sized_chain: tuple[int, list[Extents]]) -> None:
+    size, chain = sized_chain
+    with tempfile.TemporaryDirectory() as directory:
+        paths = write_chain(Path(directory), chain, size)
+        out = Path(directory) / "out"
+        with unchanged(paths), open_view(paths) as view:
+            result = flatten(view, out, verify=True)
+            visible, data = view.visible_bytes(), data_of_view(view)
+        assert out.read_bytes() == overlay_oracle(size, chain)
+        assert data_of(out) == data
+        assert result.size == size == sum(visible) + result.holes
+        assert [c + s for c, s in zip(result.copied, result.shared, strict=True)] == visible
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_named_errnos_copy_through_a_buffer(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    data = data_of_view(chain)
+    no_kernel_copy(monkeypatch, number)
+    flatten(chain, out)
+    assert out.read_bytes() == ORACLE
+    assert data_of(out) == data
+
+
+def test_short_kernel_copies_are_continued(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = os.copy_file_range
+    monkeypatch.setattr(os, "copy_file_range", lambda a, b, n, *at: whole(a, b, min(n, 1000), *at))
+    flatten(chain, out)
+    assert out.read_bytes() == ORACLE
+
+
+def test_each_filesystem(real_fs: Path) -> None:
+    paths = write_chain(real_fs)
+    out = real_fs / "out"
+    fstype = next(
+        e.fstype for e in reversed(mounttable.entries()) if real_fs.is_relative_to(e.path)
+    )
+    with unchanged(paths), open_view(paths) as view:
+        data = data_of_view(view)
+        result = flatten(view, out, verify=True)
+    assert out.read_bytes() == ORACLE
+    assert data_of(out) == data
+    assert sorted(real_fs.iterdir()) == [*paths, out]
+    none, holes = (0, 0, 0), SIZE - sum(VISIBLE)
+    if fstype in ("xfs", "btrfs"):
+        assert result == FlattenResult(SIZE, none, VISIBLE, holes)
+        assert result.reflinked
+    else:
+        assert result == FlattenResult(SIZE, VISIBLE, none, holes)
+        assert not result.reflinked
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_what_is_not_on_whole_blocks_is_copied(
+    filesystem: Callable[[str], Path], kind: str
+) -> None:
+    directory = filesystem(kind)
+    # 1000 bytes more than whole pages: the last extent ends with the file and is shared. The cut
+    # in page 3 is not on a block; the layers' extents are given, as no filesystem reports one.
+    size = 8 * PAGE + 1000
+    chain = [
+        [(0, signed(0, 0, size))],
+        [*pages(1, 3), (8 * PAGE, signed(1, 8 * PAGE, 1000))],
+    ]
+    paths = write_chain(directory, chain, size)
+    with open_view(paths) as view:
+        view.layers[1].extents = ExtentList([(3 * PAGE, 3 * PAGE + 512), (8 * PAGE, size)])
+        result = flatten(view, directory / "out")
+    chain[1][0] = (3 * PAGE, signed(1, 3 * PAGE, 512))
+    assert (directory / "out").read_bytes() == overlay_oracle(size, chain)
+    assert result.copied == (0, 512)
+    assert result.shared == (size - 1512, 1000)
+
+
+def test_a_base_of_which_nothing_shows_is_not_cloned(
+    filesystem: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = filesystem("xfs")
+    paths = write_chain(directory, [pages(0, 1), pages(1, 1)])
+    asked = []
+    ioctl = fcntl.ioctl
+    monkeypatch.setattr(fcntl, "ioctl", lambda fd, op, *a: (asked.append(op), ioctl(fd, op, *a))[1])
+    with open_view(paths) as view:
+        result = flatten(view, directory / "out")
+    assert result.shared == (0, PAGE)
+    assert 0x40049409 not in asked
+
+
+def test_layers_on_another_filesystem_are_copied(filesystem: Callable[[str], Path]) -> None:
+    layers, directory = filesystem("tmpfs"), filesystem("xfs")
+    with open_view(write_chain(layers)) as view:
+        result = flatten(view, directory / "out", verify=True)
+    assert (directory / "out").read_bytes() == ORACLE
+    assert (result.copied, result.reflinked) == (VISIBLE, False)
+
+
+def test_a_diff_beside_the_output_is_shared_though_the_base_is_elsewhere(
+    filesystem: Callable[[str], Path],
+) -> None:
+    directory = filesystem("btrfs")
+    base = write_chain(filesystem("ext4"))[0]
+    diffs = write_chain(directory)[1:]
+    with open_view([base, *diffs]) as view:
+        result = flatten(view, directory / "out")
+    assert (directory / "out").read_bytes() == ORACLE
+    assert result.copied == (VISIBLE[0], 0, 0)
+    assert result.shared == (0, *VISIBLE[1:])
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ETXTBSY]
+)
+def test_named_errnos_of_a_clone_lead_to_a_copy(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(copying, "fcntl", FakeIoctl(number))
+    result = flatten(chain, out)
+    assert out.read_bytes() == ORACLE
+    assert (result.copied, result.reflinked) == (VISIBLE, False)
+
+
+class FakeIoctl:
+    """An fcntl module whose ioctl fails."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def ioctl(self, *args: Any) -> int:
+        raise os_error(self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(errno.EIO, FileAccessError), (errno.ENOSPC, NoSpaceError), (errno.EPERM, FileAccessError)],
+)
+def test_other_errors_of_a_clone_never_lead_to_a_copy(
+    chain: MergedView,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    expected: type[DiffMergeError],
+) -> None:
+    monkeypatch.setattr(copying, "fcntl", FakeIoctl(number))
+    with pytest.raises(expected, match=os.strerror(number)):
+        flatten(chain, out)
+    assert no_litter(out)
+
+
+def test_progress_ends_with_the_bytes_of_data(chain: MergedView, out: Path) -> None:
+    seen: list[int] = []
+    flatten(chain, out, progress=seen.append)
+    assert seen == sorted(set(seen))
+    assert seen[-1] == sum(chain.visible_bytes())
+
+
+# What may stand under the name, and when
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o000])
+def test_takes_the_mode_of_the_base_at_the_end(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch, umask: int
+) -> None:
+    modes: list[int] = []
+    fchmod = os.fchmod
+
+    def seen(fd: int, mode: int) -> None:
+        modes.append(stat.S_IMODE(os.fstat(fd).st_mode))
+        assert no_litter(out)
+        fchmod(fd, mode)
+
+    monkeypatch.setattr(os, "fchmod", seen)
+    for layer in chain.layers:
+        os.chmod(layer.path, 0o644)
+    with open_view([Path(layer.path) for layer in chain.layers]) as view:
+        before = os.umask(umask)
+        try:
+            flatten(view, out)
+        finally:
+            os.umask(before)
+    assert modes == [0o600]
+    assert stat.S_IMODE(out.stat().st_mode) == 0o644
+
+
+def test_nobody_reads_what_a_layer_withholds(tmp_path: Path, out: Path) -> None:
+    paths = write_chain(tmp_path)
+    for path, mode in zip(paths, (0o664, 0o640, 0o600), strict=True):
+        path.chmod(mode)
+    with open_view(paths) as view:
+        flatten(view, out)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o620
+
+
+def test_an_existing_output_is_refused(chain: MergedView, out: Path) -> None:
+    out.write_bytes(b"precious")
+    with pytest.raises(OutputRefusedError, match=r"whole\.mem: exists; .*--force"):
+        flatten(chain, out)
+    assert out.read_bytes() == b"precious"
+
+
+def test_an_output_that_appears_meanwhile_is_refused(chain: MergedView, out: Path) -> None:
+    with pytest.raises(OutputRefusedError, match="exists"):
+        flatten(chain, out, progress=lambda done: out.write_bytes(b"precious") and None)
+    assert out.read_bytes() == b"precious"
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_force_replaces_in_one_step(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    if named:
+        without_tmpfile(monkeypatch)
+    out.write_bytes(b"old")
+
+    def is_old(done: int) -> None:
+        assert out.read_bytes() == b"old"
+
+    with out.open("rb") as reader:
+        flatten(chain, out, force=True, progress=is_old)
+        assert reader.read() == b"old"
+    assert out.read_bytes() == ORACLE
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_force_where_nothing_stands(chain: MergedView, out: Path) -> None:
+    flatten(chain, out, force=True)
+    assert out.read_bytes() == ORACLE
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_layer_is_no_output(chain: MergedView, out: Path, layer: int, linked: bool) -> None:
+    path = Path(chain.layers[layer].path)
+    if linked:
+        os.link(path, out)
+        path = out
+    with pytest.raises(OutputRefusedError, match="is a layer of the image itself"):
+        flatten(chain, path, force=True)
+
+
+def test_a_layer_that_comes_to_stand_there_is_no_output(chain: MergedView, out: Path) -> None:
+    def link(done: int) -> None:
+        if not out.exists():
+            os.link(chain.layers[0].path, out)
+
+    with pytest.raises(OutputRefusedError, match="is a layer of the image itself"):
+        flatten(chain, out, force=True, progress=link)
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "symlink", "dangling", "socket"])
+@pytest.mark.parametrize("force", [False, True])
+def test_only_a_regular_file_can_be_replaced(
+    chain: MergedView, out: Path, kind: str, force: bool
+) -> None:
+    target = out.parent / "target"
+    if kind == "directory":
+        out.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(out)
+    elif kind == "socket":
+        os.mknod(out, 0o600 | stat.S_IFSOCK)
+    else:
+        if kind == "symlink":
+            target.write_bytes(b"precious")
+        out.symlink_to(target)
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(OutputRefusedError, match=r"whole\.mem: exists and is no regular file"):
+        flatten(chain, out, force=force)
+    assert sorted(out.parent.iterdir()) == before
+    if kind == "symlink":
+        assert target.read_bytes() == b"precious"
+
+
+def test_a_device_is_refused(chain: MergedView) -> None:
+    with pytest.raises(OutputRefusedError, match="no regular file"):
+        flatten(chain, "/dev/null", force=True)
+
+
+@pytest.mark.parametrize("name", ["out/", "out/.", ".."])
+def test_a_name_of_a_directory_is_refused(chain: MergedView, out: Path, name: str) -> None:
+    with pytest.raises(OutputRefusedError, match="is a directory"):
+        flatten(chain, f"{out.parent.parent}/{name}", force=True)
+    assert no_litter(out)
+
+
+def test_a_missing_directory_is_one_line(chain: MergedView, out: Path) -> None:
+    with pytest.raises(FileAccessError, match=r"missing/whole\.mem: No such file or directory$"):
+        flatten(chain, out.parent / "missing" / out.name)
+    assert no_litter(out)
+
+
+def test_a_name_without_directory_is_in_the_working_one(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(out.parent)
+    flatten(chain, out.name)
+    assert out.read_bytes() == ORACLE
+
+
+def without_tmpfile(monkeypatch: pytest.MonkeyPatch, number: int = errno.EOPNOTSUPP) -> None:
+    opened = os.open
+
+    def refusing(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise os_error(number)
+        return opened(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refusing)
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL])
+def test_a_named_temporary_where_there_is_no_tmpfile(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    without_tmpfile(monkeypatch, number)
+    seen: list[tuple[str, int]] = []
+
+    def look(done: int) -> None:
+        seen.extend((p.name, stat.S_IMODE(p.stat().st_mode)) for p in out.parent.iterdir())
+
+    flatten(chain, out, progress=look)
+    assert all(n.startswith(".diffmergefs-") and n.endswith(".tmp") for n, _ in seen)
+    assert {mode for _, mode in seen} == {0o600}
+    assert out.read_bytes() == ORACLE
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_without_tmpfile_for_another_reason_is_an_error(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_tmpfile(monkeypatch, errno.EACCES)
+    with pytest.raises(FileAccessError, match=r"whole\.mem: Permission denied"):
+        flatten(chain, out)
+    assert no_litter(out)
+
+
+def test_durable_order(chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, link = os.fsync, os.link
+
+    def fsynced(fd: int) -> None:
+        done.append("directory" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
+        fsync(fd)
+
+    def linked(*args: Any, **kwargs: Any) -> None:
+        done.append("link")
+        link(*args, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", fsynced)
+    monkeypatch.setattr(os, "link", linked)
+    flatten(chain, out)
+    assert done == ["file", "link", "directory"]
+
+
+# Nothing half-written
+
+
+FAILURES = [
+    (os_error(errno.EIO), FileAccessError),
+    (os_error(errno.ENOSPC), NoSpaceError),
+    (os_error(errno.EDQUOT), NoSpaceError),
+    (KeyboardInterrupt(), KeyboardInterrupt),
+    (SystemExit(143), SystemExit),
+]
+
+
+@pytest.mark.parametrize(("error", "expected"), FAILURES, ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("call", "nth"),
+    [
+        ("copy_file_range", 1),
+        ("copy_file_range", 3),
+        ("pwrite", 2),
+        ("ftruncate", 1),
+        ("fchmod", 1),
+        ("fsync", 1),
+        ("link", 1),
+        ("replace", 1),
+    ],
+)
+def test_a_failure_leaves_nothing(
+    chain: MergedView,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    expected: type[BaseException],
+    named: bool,
+    force: bool,
+    call: str,
+    nth: int,
+) -> None:
+    if named:
+        without_tmpfile(monkeypatch)
+    if call == "pwrite":
+        no_kernel_copy(monkeypatch)
+    never = {"replace": not force, "link": named and force}
+    fail_at(monkeypatch, call, nth, error)
+    open_before = len(os.listdir("/proc/self/fd"))
+    if never.get(call):
+        flatten(chain, out, force=force)
+        return
+    with pytest.raises(expected):
+        flatten(chain, out, force=force)
+    assert no_litter(out)
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_an_interrupt_right_after_the_temporary_was_linked(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out.write_bytes(b"old")
+    link = os.link
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        link(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "link", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        flatten(chain, out, force=True)
+    assert out.read_bytes() == b"old"
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_temporary_that_cannot_be_removed_is_named_in_the_log(
+    chain: MergedView,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    without_tmpfile(monkeypatch)
+    fail_at(monkeypatch, "copy_file_range", 1, os_error(errno.EIO))
+    fail_at(monkeypatch, "unlink", 1, os_error(errno.EROFS))
+    with pytest.raises(FileAccessError, match=os.strerror(errno.EIO)):
+        flatten(chain, out)
+    (left,) = out.parent.iterdir()
+    assert f"{left}: left behind: {os.strerror(errno.EROFS)}" in caplog.text
+
+
+def test_a_failing_fsync_of_the_directory_leaves_the_whole_file(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, "fsync", 2, os_error(errno.EIO))
+    with pytest.raises(FileAccessError, match=os.strerror(errno.EIO)):
+        flatten(chain, out)
+    assert out.read_bytes() == ORACLE
+
+
+def test_a_read_error_names_the_layer_and_is_no_reason_to_copy_otherwise(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, "copy_file_range", 1, os_error(errno.EIO))
+    fail_at(monkeypatch, "pwrite", 1, AssertionError("a fallback"))
+    with pytest.raises(FileAccessError, match=r"000\.mem -> .*whole\.mem: Input/output error$"):
+        flatten(chain, out)
+    assert no_litter(out)
+
+
+def test_a_read_error_in_the_buffer_names_the_layer(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_kernel_copy(monkeypatch)
+    fail_at(monkeypatch, "preadv", 1, os_error(errno.EIO))
+    with pytest.raises(FileAccessError, match=r"000\.mem: Input/output error$"):
+        flatten(chain, out)
+    assert no_litter(out)
+
+
+Space = namedtuple("Space", "f_blocks f_bavail f_frsize")
+
+
+@pytest.mark.parametrize("spare", [-1, 0])
+def test_asks_for_space_for_what_is_copied(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch, spare: int
+) -> None:
+    needed = sum(VISIBLE)
+    blocks = needed // 512 + spare
+    monkeypatch.setattr(os, "fstatvfs", lambda fd: Space(10**6, blocks, 512))
+    monkeypatch.setattr(copying, "fcntl", FakeIoctl(errno.EOPNOTSUPP))
+    if spare == 0:
+        flatten(chain, out)
+        return
+    with pytest.raises(NoSpaceError) as caught:
+        flatten(chain, out)
+    assert f"{out}: {needed} bytes are to be copied, but {needed - 512} are free" in str(
+        caught.value
+    )
+    assert no_litter(out)
+
+
+def test_needs_no_space_for_what_is_shared(
+    filesystem: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = filesystem("btrfs")
+    paths = write_chain(directory)
+    monkeypatch.setattr(os, "fstatvfs", lambda fd: Space(10**6, 0, PAGE))
+    with open_view(paths) as view:
+        assert flatten(view, directory / "out").shared == VISIBLE
+
+
+def test_needs_space_for_the_diffs_beside_a_shared_base(
+    filesystem: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, needed = filesystem("btrfs"), sum(VISIBLE[1:])
+    base = write_chain(directory)[0]
+    diffs = write_chain(filesystem("ext4"))[1:]
+    monkeypatch.setattr(os, "fstatvfs", lambda fd: Space(10**6, needed // PAGE - 1, PAGE))
+    with open_view([base, *diffs]) as view, pytest.raises(NoSpaceError, match=f" {needed} bytes"):
+        flatten(view, directory / "out")
+
+
+def test_a_filesystem_without_limit_has_space(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fstatvfs", lambda fd: Space(0, 0, PAGE))
+    flatten(chain, out)
+    assert out.read_bytes() == ORACLE
+
+
+@pytest.fixture
+def small_fs(public_path: Path) -> Path:
+    """A tmpfs of 256 KiB."""
+    skips.require_mounts()
+    path = public_path / "small"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
+    subprocess.run(command, check=True)
+    return path
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_full_filesystem(
+    tmp_path: Path, small_fs: Path, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """Also when the space goes away after it was asked for."""
+    paths = write_chain(tmp_path, [pages(0, *range(100))], 100 * PAGE)
+    if not checked:
+        monkeypatch.setattr(sys.modules["diffmergefs.flatten"], "free_bytes", lambda fd: None)
+    with open_view(paths) as view, pytest.raises(NoSpaceError) as caught:
+        flatten(view, small_fs / "out")
+    assert str(caught.value).startswith(f"{small_fs}/out: ")
+    assert str(100 * PAGE) in str(caught.value)
+    assert list(small_fs.iterdir()) == []
+
+
+KILLED = """
+import sys, time
+from diffmergefs import MergedView, Layer, flatten
+view = MergedView([Layer.open(path) for path in sys.argv[2:]])
+def wait(done):
+    print(done, flush=True)
+    time.sleep(60)
+flatten(view, sys.argv[1], progress=wait)
+"""
+
+
+def test_a_kill_leaves_nothing(chain: MergedView, out: Path) -> None:
+    layers = [layer.path for layer in chain.layers]
+    command = [sys.executable, "-c", KILLED, str(out), *layers]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert int(process.stdout.readline()) > 0
+        process.send_signal(signal.SIGKILL)
+    assert no_litter(out)
+
+
+# Layers that change (law 6)
+
+
+def change(path: str, how: str) -> None:
+    if how == "truncate":
+        os.truncate(path, PAGE)
+    else:
+        with open(path, "r+b") as file:
+            file.write(b"changed!")
+
+
+@pytest.mark.parametrize("how", ["truncate", "write"])
+@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("in_kernel", [True, False])
+def test_a_layer_that_changes_half_way(
+    tmp_path: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    layer: int,
+    in_kernel: bool,
+) -> None:
+    if not in_kernel:
+        no_kernel_copy(monkeypatch)
+    paths = write_chain(tmp_path)
+    with open_view(paths) as view, pytest.raises(LayerChangedError, match=paths[layer].name):
+        flatten(view, out, progress=lambda done: change(str(paths[layer]), how))
+    assert no_litter(out)
+
+
+@pytest.mark.parametrize("kind", ["btrfs", "xfs"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_shared_layer_that_changes_half_way(
+    filesystem: Callable[[str], Path], kind: str, layer: int
+) -> None:
+    directory = filesystem(kind)
+    paths = write_chain(directory)
+    with open_view(paths) as view, pytest.raises(LayerChangedError, match=paths[layer].name):
+        flatten(view, directory / "out", progress=lambda done: change(str(paths[layer]), "write"))
+    assert sorted(directory.iterdir()) == paths
+
+
+def test_a_base_that_changed_before_it_was_cloned(filesystem: Callable[[str], Path]) -> None:
+    directory = filesystem("btrfs")
+    paths = write_chain(directory)
+    with open_view(paths) as view, pytest.raises(LayerChangedError, match=r"000\.mem"):
+        change(str(paths[0]), "write")
+        flatten(view, directory / "out", progress=lambda done: pytest.fail("too late"))
+
+
+def test_a_layer_is_compared_after_each_piece(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all of them once more after the file was synced and before it is linked."""
+    events: list[str] = []
+    settle, link, fsync = Layer.settle, os.link, os.fsync
+    monkeypatch.setattr(
+        Layer, "settle", lambda self: (events.append(Path(self.path).stem), settle(self))[1]
+    )
+    monkeypatch.setattr(os, "link", lambda *a, **k: (events.append("link"), link(*a, **k))[1])
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd))[1])
+    monkeypatch.setattr(copying, "fcntl", FakeIoctl(errno.EOPNOTSUPP))
+    pieces = [f"{s.layer:03}" for s in chain.segments() if s.layer is not None]
+    flatten(chain, out)
+    assert events == [*pieces, "fsync", "000", "001", "002", "link", "fsync"]
+
+
+def test_what_is_no_change_does_not_fail(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_chain(tmp_path)
+    with open_view(paths) as view:
+        flatten(view, out, progress=lambda done: paths[1].chmod(0o640))
+    assert out.read_bytes() == ORACLE
+
+
+# --verify
+
+
+@pytest.mark.parametrize("offset", [2 * PAGE + 17, 50 * PAGE, SIZE - 1])
+def test_verify_finds_the_first_wrong_byte(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch, offset: int
+) -> None:
+    fsync = os.fsync
+
+    def corrupting(fd: int) -> None:
+        for position in {offset, SIZE - 1}:
+            old = os.pread(fd, 1, position)
+            os.pwrite(fd, bytes([old[0] ^ 1]), position)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", corrupting)
+    with pytest.raises(VerificationError, match=f"byte {offset} of {SIZE} does not read back"):
+        flatten(chain, out, verify=True)
+    assert no_litter(out)
+
+
+@pytest.mark.parametrize("size", [3 * PAGE, 50 * PAGE])
+def test_verify_finds_a_file_that_is_too_short(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Also when only bytes of a hole are missing."""
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (os.ftruncate(fd, size), fsync(fd))[1])
+    with pytest.raises(VerificationError, match=f"byte {size} of {SIZE}"):
+        flatten(chain, out, verify=True)
+    assert no_litter(out)
+
+
+def test_verify_compares_beyond_the_first_block(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 3 * copying.BLOCK + 5
+    wrong = 2 * copying.BLOCK + 7
+    base = write_layer(tmp_path / "base", size, [(0, signed(0, 0, size))])
+    with open_view([base]) as view:
+        flatten(view, out, verify=True)
+        assert out.read_bytes() == signed(0, 0, size)
+        out.unlink()
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda fd: (os.pwrite(fd, b"!", wrong), fsync(fd))[1])
+        with pytest.raises(VerificationError, match=f"byte {wrong} of {size}.*{base}"):
+            flatten(view, out, verify=True)
+
+
+def test_without_verify_nothing_is_read_again(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, "preadv", 1, AssertionError("read"))
+    flatten(chain, out)
+
+
+def test_the_plan_is_the_view(chain: MergedView) -> None:
+    """CHAIN is what the tests above take it for."""
+    assert tuple(chain.visible_bytes()) == VISIBLE
+    assert [s.layer for s in chain.segments()] == [0, 1, 0, 1, 0, 2, 0, None, 2, None]
