@@ -23,8 +23,12 @@ class Access(NamedTuple):
     mode: int
 
 
-def view_access(layers: Iterable[Layer], root: str) -> Access:
-    """Owner and read bits of the view over `layers`, whose paths are relative to `root`.
+def view_access(
+    layers: Iterable[Layer], root: str, paths: Iterable[str] | None = None
+) -> Access:
+    """Owner and read bits of the view over `layers`.
+
+    `paths`, by default the layers' own, are where the layers lie now, relative to `root`.
 
     If all layers share owner and group, those are the view's, with the AND of the layers' read
     bits; otherwise the owner is the mounting user with 0400, plus 044 only if every layer is
@@ -42,9 +46,8 @@ def view_access(layers: Iterable[Layer], root: str) -> Access:
     else:
         uid, gid = os.geteuid(), os.getegid()
         bits = 0o400 | (0o044 if bits == _READ else 0)
-    folders = {
-        folder for layer in layers for folder in _real_folders(os.path.join(root, layer.path))
-    }
+    paths = [layer.path for layer in layers] if paths is None else paths
+    folders = {folder for path in paths for folder in real_folders(os.path.join(root, path))}
     return Access(uid, gid, bits & reachable(folders, uid, gid))
 
 
@@ -96,10 +99,11 @@ def folder_bits(path: str) -> int:
     """
     status = os.stat(path)
     mode = file_bits(path, status.st_mode)
-    above = [folder for folder in _real_folders(path) if folder != os.path.realpath(path)]
+    above = [folder for folder in real_folders(path) if folder != os.path.realpath(path)]
     return mode & reachable(above, status.st_uid, status.st_gid)
 
 
-def _real_folders(path: str) -> Iterator[str]:
+def real_folders(path: str) -> Iterator[str]:
+    """The directories above the real path of `path`."""
     for folder in Path(os.path.realpath(path)).parents:
         yield str(folder)

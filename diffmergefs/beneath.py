@@ -9,6 +9,7 @@ from pathlib import PurePath
 from diffmergefs.errors import FileAccessError
 
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PASS_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_REGULAR = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -18,16 +19,14 @@ def open_directory(root: int, relative: str = "") -> int:
     '' is the root itself. Raises OSError (ENOTDIR where a component is a symlink) and
     FileAccessError for a `..` or an absolute path.
     """
-    fd = os.open(".", _OPEN_DIRECTORY, dir_fd=root)
+    names = _components(relative)
+    if not names:
+        return os.open(".", _OPEN_DIRECTORY, dir_fd=root)
+    parent = _walk(root, names[:-1])
     try:
-        for name in _components(relative):
-            inner = os.open(name, _OPEN_DIRECTORY, dir_fd=fd)
-            os.close(fd)
-            fd = inner
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+        return os.open(names[-1], _OPEN_DIRECTORY, dir_fd=parent)
+    finally:
+        os.close(parent)
 
 
 def open_regular(root: int | None, path: str) -> int:
@@ -55,7 +54,9 @@ def open_handle(root: int | None, path: str) -> int:
     if root is None:
         return os.open(path, os.O_PATH | os.O_CLOEXEC)
     names = _components(path)
-    parent = open_directory(root, "/".join(names[:-1]))
+    if not names:
+        return os.open(".", os.O_PATH | os.O_CLOEXEC, dir_fd=root)
+    parent = _walk(root, names[:-1])
     try:
         return os.open(names[-1], os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     finally:
@@ -67,17 +68,31 @@ def stat_beneath(root: int, relative: str) -> os.stat_result:
     names = _components(relative)
     if not names:
         return os.stat(root)
-    parent = open_directory(root, "/".join(names[:-1]))
+    parent = _walk(root, names[:-1])
     try:
         return os.stat(names[-1], dir_fd=parent, follow_symlinks=False)
     finally:
         os.close(parent)
 
 
+def _walk(root: int, names: list[str]) -> int:
+    # O_PATH: passing through a directory takes the permission to search it, not to read it.
+    fd = os.open(".", _PASS_DIRECTORY, dir_fd=root)
+    try:
+        for name in names:
+            inner = os.open(name, _PASS_DIRECTORY, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def _components(relative: str) -> list[str]:
     parts = PurePath(relative).parts
-    if relative.startswith("/") or ".." in parts:
-        raise FileAccessError(f"{relative}: not a path beneath its directory")
+    if relative.startswith("/") or ".." in parts or "\0" in relative:
+        raise FileAccessError(f"{relative!r}: not a path beneath its directory")
     return list(parts)
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from diffmergefs import chain, forkd, numbered
 from diffmergefs.errors import BrokenChainError, DiffMergeError, FileAccessError
-from diffmergefs.snapshot import Snapshot
+from diffmergefs.snapshot import Snapshot, status_of
 from diffmergefs.view import require_equal_size
 
 LAYOUTS = ("forkd", "numbered")
@@ -73,25 +73,35 @@ class Catalog:
         layers = [s.memory.path for s in self.snapshots.values() if s.memory]
         return frozenset(layers).union(f"{path}.bmap" for path in layers)
 
+    @cached_property
+    def layer_files(self) -> frozenset[tuple[int, int]]:
+        """Device and inode of each layer: under no other name is one passed through either."""
+        return frozenset(s.memory.key[:2] for s in self.snapshots.values() if s.memory)
 
-def read_catalog(root: str, layout: str | None = None, suffix: str | None = None) -> Catalog:
+
+def read_catalog(
+    root: str, layout: str | None = None, suffix: str | None = None, at: int | None = None
+) -> Catalog:
     """Look over the directory `root`.
 
     `layout` is one of LAYOUTS, by default found out; `suffix` (`.mem`) names the memory files of a
-    numbered directory. Reads names, sizes and JSON, never an image. Raises FileAccessError if
-    `root` is no readable directory and BrokenChainError where the directory as a whole is
-    ambiguous.
+    numbered directory; `at` is an open descriptor of `root`, if the caller has one. Reads names,
+    sizes and JSON, never an image. Raises FileAccessError if `root` is no readable directory and
+    BrokenChainError where the directory as a whole is ambiguous.
     """
     try:
-        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        path = root if at is None else "."
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
     except OSError as error:
         raise FileAccessError(f"{root}: {error.strerror}") from error
     try:
         with os.scandir(fd) as entries:
-            kinds = {e.name: stat.S_IFMT(e.stat(follow_symlinks=False).st_mode) for e in entries}
+            listed = [(entry.name, status_of(entry)) for entry in entries]
+        statuses = {name: status for name, status in listed if status}
+        kinds = {name: stat.S_IFMT(status.st_mode) for name, status in statuses.items()}
         found = layout or _find_layout(root, fd, kinds, suffix)
         if found == "numbered":
-            snapshots = numbered.read(fd, kinds, suffix)
+            snapshots = numbered.read(statuses, suffix)
         else:
             snapshots = forkd.read(root, fd, kinds)
     except OSError as error:

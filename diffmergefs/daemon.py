@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
 _READY = b"ready"
+_FAILED = 70
 
 
 class Outcome(NamedTuple):
@@ -53,7 +55,7 @@ def start(serve: Callable[[Callable[[], None]], int], timeout: float) -> Outcome
 def _become_daemon(
     serve: Callable[[Callable[[], None]], int], words: int, ready_write: int
 ) -> NoReturn:
-    status = 70
+    status = _FAILED
     try:
         os.setsid()
         os.chdir("/")
@@ -79,7 +81,7 @@ def _wait(child: int, words: int, ready: int, timeout: float) -> Outcome:
     deadline = time.monotonic() + timeout
     said = {words: b"", ready: b""}
     still_open = set(said)
-    while still_open:
+    while still_open and said[ready] != _READY:
         left = deadline - time.monotonic()
         readable, _, _ = select.select(list(still_open), [], [], max(0.0, left))
         if not readable:
@@ -90,11 +92,17 @@ def _wait(child: int, words: int, ready: int, timeout: float) -> Outcome:
             said[fd] += chunk
             if not chunk:
                 still_open.discard(fd)
-    text = said[words].decode(errors="replace")
     if said[ready] == _READY:
-        return Outcome(0, text)
+        # Not up to its end: a helper of the mount (auto_unmount has one) may hold it open.
+        os.set_blocking(words, False)
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(words, 65536):
+                said[words] += chunk
+        return Outcome(0, said[words].decode(errors="replace"))
     _, wait_status = os.waitpid(child, 0)
-    return Outcome(os.waitstatus_to_exitcode(wait_status), text)
+    # One that ended well before it was ready did not come up either.
+    status = os.waitstatus_to_exitcode(wait_status) or _FAILED
+    return Outcome(status, said[words].decode(errors="replace"))
 
 
 def _end(child: int) -> None:

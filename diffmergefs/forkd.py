@@ -11,7 +11,14 @@ from typing import Any
 from diffmergefs import beneath
 from diffmergefs.errors import BrokenChainError, DiffMergeError
 from diffmergefs.layer import FileKey
-from diffmergefs.snapshot import Snapshot, StoredFile, find_regular, is_left_out, load_document
+from diffmergefs.snapshot import (
+    Snapshot,
+    StoredFile,
+    find_regular,
+    is_left_out,
+    load_document,
+    status_of,
+)
 
 DOCUMENT = "snapshot.json"
 _LEGAL_TAG = re.compile(r"[A-Za-z0-9_-](?:[A-Za-z0-9_.+-]{0,62}[A-Za-z0-9_-])?")
@@ -71,9 +78,15 @@ def _describe(root: int, tag: str, roots: set[str], seen: Mapping[str, Any]) -> 
         raise BrokenChainError(f"{path}: 'memory' is missing")
     memory = _locate(root, tag, recorded, roots)
     files = {}
+    seen = _with_file(seen, memory)
     if (state_path := _text(document, "vmstate", path)) is not None:
         vmstate = _locate(root, tag, state_path, roots)
+        if os.path.basename(vmstate.path) == os.path.basename(memory.path):
+            raise BrokenChainError(
+                f"{path}: 'memory' and 'vmstate' have one name, {os.path.basename(memory.path)!r}"
+            )
         files[os.path.basename(vmstate.path)] = vmstate.path
+        seen = _with_file(seen, vmstate)
     return Snapshot(
         tag,
         parent,
@@ -83,12 +96,12 @@ def _describe(root: int, tag: str, roots: set[str], seen: Mapping[str, Any]) -> 
         document=document,
         vmstate=next(iter(files), None),
         parent_hash=parent_hash.lower() if parent_hash else None,
-        **_with_file(seen, memory),
+        **seen,
     )
 
 
 def _with_file(seen: Mapping[str, Any], file: StoredFile) -> dict[str, Any]:
-    # The memory file may lie outside the tag's directory: it belongs to what must stand still.
+    # A file may lie outside the tag's directory: it belongs to what must stand still all the same.
     return {
         "newest_ns": max(seen["newest_ns"], file.key.mtime_ns),
         "state": seen["state"] | {(file.path, file.key)},
@@ -119,11 +132,12 @@ def _locate(root: int, tag: str, recorded: str, roots: set[str]) -> StoredFile:
 
 
 def _beneath(path: str, roots: set[str]) -> str | None:
+    path = os.path.normpath(path)
     if not path.startswith("/"):
-        return os.path.normpath(path)
+        return path
     for root in roots:
         if path.startswith(root.rstrip("/") + "/"):
-            return os.path.normpath(path[len(root.rstrip("/")) + 1 :])
+            return path[len(root.rstrip("/")) + 1 :]
     return None
 
 
@@ -131,6 +145,10 @@ def _text(document: Mapping[str, Any], name: str, path: str) -> str | None:
     value = document.get(name)
     if value is not None and not isinstance(value, str):
         raise BrokenChainError(f"{path}: '{name}' is a {type(value).__name__}, not a string")
+    try:
+        os.fsencode(value or "")
+    except UnicodeEncodeError:
+        raise BrokenChainError(f"{path}: '{name}' is {value!a}, which is no text") from None
     return value
 
 
@@ -146,8 +164,7 @@ def _files(root: int, tag: str) -> frozenset[tuple[str, FileKey]]:
     fd = beneath.open_directory(root, tag)
     try:
         with os.scandir(fd) as entries:
-            return frozenset(
-                (f"{tag}/{e.name}", FileKey.of(e.stat(follow_symlinks=False))) for e in entries
-            )
+            found = [(f"{tag}/{entry.name}", status_of(entry)) for entry in entries]
+            return frozenset((path, FileKey.of(status)) for path, status in found if status)
     finally:
         os.close(fd)

@@ -6,6 +6,7 @@ import bisect
 import itertools
 import math
 import os
+import resource
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from diffmergefs.trust import TrustPolicy, require_trust
 from diffmergefs.view import MergedView, require_equal_size
 
 _SAMPLE = 4096
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ class Image:
     view: MergedView
     dense: bool = False
     overridden: list[str] = field(default_factory=list)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many files as it may: each distinct layer takes a descriptor."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class LayerPool:
@@ -98,7 +106,10 @@ def open_image(path: str | os.PathLike[str], policy: TrustPolicy | None = None) 
 
 def find_image(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
     """The catalog of the directory in which the IMAGE `path` lies, and its tag there."""
+    if not os.fspath(path):
+        raise FileAccessError("'': an empty path names no image")
     image = os.path.abspath(path)
+    image = os.path.realpath(image) if os.path.islink(image) else image
     root, name = os.path.split(image)
     if os.path.isdir(image):
         return read_catalog(root, "forkd"), name
@@ -172,14 +183,19 @@ def _spread_pages(view: MergedView, page: int) -> Iterator[int]:
     # Offsets of all pages over which the view has data, each once, in an order whose every prefix
     # is spread evenly: multiples of a step near the golden section of their count and coprime to
     # it run through all residues.
-    firsts, counts = [], []
+    firsts: list[int] = []
+    counts: list[int] = []
+    end = 0  # neighbouring segments may share a page, if the base's grain is smaller
     for start, stop, number in view.segments():
-        if number is not None:
-            firsts.append(start // page)
-            counts.append(-(-stop // page) - start // page)
+        first = max(start // page, end)
+        if number is not None and first * page < stop:
+            end = -(-stop // page)
+            firsts.append(first)
+            counts.append(end - first)
     behind = list(itertools.accumulate(counts))
     total = behind[-1] if behind else 0
-    step = next(n for n in itertools.count(max(1, int(total * 0.618))) if math.gcd(n, total) <= 1)
+    section = max(1, int(total * _GOLDEN))
+    step = next(n for n in itertools.count(section) if math.gcd(n, total) == 1 or not total)
     for i in range(total):
         index = i * step % total
         run = bisect.bisect_right(behind, index)

@@ -69,8 +69,9 @@ class Layer:
         self.size = self.status.st_size
         if self.size == 0:
             raise SizeMismatchError(f"{path}: is empty (0 bytes); a layer has the guest's size")
-        os.fsync(fd)
-        self.fingerprint = Fingerprint.of(fd)
+        _sync(fd)
+        # The size is the first one seen: a file that grew during the sync shows at once.
+        self.fingerprint = Fingerprint.of(fd)._replace(size=self.size)
         self.extents = ExtentList(sparse.data_extents(fd, self.size))
         # tmpfs refuses RWF_NOWAIT, and its pages are in memory anyway.
         in_memory = sparse.filesystem_magic(fd) == sparse.TMPFS_MAGIC
@@ -82,11 +83,10 @@ class Layer:
 
         Blocks for the fsync and the walk. Raises FileAccessError with the path in its one line.
         """
+        sparse.require_linux()
         try:
             return cls(path, beneath.open_regular(root, path))
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise
             raise FileAccessError(f"{path}: {error.strerror}") from error
 
     @property
@@ -96,6 +96,7 @@ class Layer:
 
     def close(self) -> None:
         self._close()
+        self.fd = -1  # the number may soon be another file's
 
     def read_into(self, buffer: memoryview, offset: int, *, nowait: bool = False) -> None:
         """Fill the whole of `buffer` with the layer's bytes from `offset` on.
@@ -108,6 +109,10 @@ class Layer:
             raise self._changed()
         flags = self._nowait if nowait else 0
         if sparse.read_into(self.fd, buffer, offset, flags) < len(buffer):
+            if flags:
+                # Linux 5.9 and 5.10 answer 0 for a miss (preadv2(2), BUGS): only a read that may
+                # wait can tell the end of the file.
+                raise BlockingIOError(errno.EAGAIN, "a short read with RWF_NOWAIT", self.path)
             self._taint(f"it ends before byte {offset + len(buffer)}, it had {self.size}")
 
     def is_settled(self) -> bool:
@@ -140,7 +145,7 @@ class Layer:
         with self._recheck:
             if self.is_settled():
                 return
-            os.fsync(self.fd)
+            _sync(self.fd)
             now = Fingerprint.of(self.fd)
             extents = ExtentList(sparse.data_extents(self.fd, self.size))
             self._accept(now, extents)
@@ -186,3 +191,12 @@ class Layer:
             f"{self.path}: the layer changed while in use: {self.tainted};"
             " its bytes can no longer be told from the view's, open it again"
         )
+
+
+def _sync(fd: int) -> None:
+    # squashfs and erofs have no fsync (EINVAL): what cannot be written is clean.
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS):
+            raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import trio
 
 from diffmergefs import mountpoint as mountpoints
 from diffmergefs.errors import DiffMergeError, MountFailedError, MountpointError
+from diffmergefs.images import raise_descriptor_limit
 from diffmergefs.operations import Operations
 from diffmergefs.store import Store
 from diffmergefs.tree import Tree
@@ -21,6 +21,8 @@ from diffmergefs.tree import Tree
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.6
+# How many may be under way at once. Those beyond wait in the kernel, also for what is not slow.
+_MAX_REQUESTS = 10_000
 _REFUSED_OPTIONS = ("rw", "max_read", "fsname", "subtype", "fd", "rootmode", "user_id", "group_id")
 
 
@@ -59,7 +61,7 @@ def serve(tree: Tree, mountpoint: str, options: set[str], ready: Callable[[], No
     is detached and served on until its last file is closed; a second signal ends it at once.
     Raises MountFailedError.
     """
-    _raise_descriptor_limit()
+    raise_descriptor_limit()
     operations = Operations(tree)
     try:
         pyfuse3.init(operations, mountpoint, options)
@@ -72,18 +74,19 @@ def serve(tree: Tree, mountpoint: str, options: set[str], ready: Callable[[], No
     try:
         trio.run(functools.partial(_run, operations, entry, ready))
     finally:
-        pyfuse3.close(unmount=True)
+        # Once detached, another mount may stand at the same place: that one is not ours to end.
+        pyfuse3.close(unmount=mountpoints.mount_entry(mountpoint) == entry)
 
 
 async def _run(
     operations: Operations, entry: mountpoints.MountEntry | None, ready: Callable[[], None]
 ) -> None:
     async with trio.open_nursery() as nursery:
-        await nursery.start(_watch_signals, operations, entry)
+        await nursery.start(_watch_signals, operations, entry, nursery.cancel_scope)
         if operations.tree.store is not None:
             nursery.start_soon(_watch_source, operations.tree.store)
         nursery.start_soon(_say_ready, ready)
-        await pyfuse3.main()
+        await pyfuse3.main(max_tasks=_MAX_REQUESTS)
         nursery.cancel_scope.cancel()
 
 
@@ -114,16 +117,21 @@ async def _watch_source(store: Store) -> None:
 async def _watch_signals(
     operations: Operations,
     entry: mountpoints.MountEntry | None,
+    everything: trio.CancelScope,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    # nohup(1) has SIGHUP ignored, and so it stays.
+    hangup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else set()
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, *hangup) as signals:
         task_status.started()
         asked = False
         async for number in signals:
             name = signal.Signals(number).name
             if asked:
                 log.info("%s again: ending at once, %d files open", name, operations.open_files)
+                # Requests that are being answered are not waited for: their storage may hang.
                 pyfuse3.terminate()
+                everything.cancel()
                 return
             asked = True
             log.info(
@@ -142,8 +150,3 @@ def _detach(entry: mountpoints.MountEntry | None) -> None:
         mountpoints.detach(entry.path)
     except MountpointError as error:
         log.warning("%s; unmount it by hand, a second signal ends it at once", error)
-
-
-def _raise_descriptor_limit() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 FILESYSTEM_TYPE = "fuse.diffmergefs"
 _MNT_DETACH = 2
+_MAX_LINKS = 40
 
 
 class MountEntry(NamedTuple):
@@ -40,6 +41,18 @@ def mount_entry(path: str) -> MountEntry | None:
         if _unescaped(where) == path:
             found = MountEntry(path, device, kind, _unescaped(source))
     return found
+
+
+def resolved(mountpoint: str) -> str:
+    """The real path of a mountpoint, without asking what is mounted there: it may hang."""
+    parent, name = os.path.split(os.path.abspath(mountpoint))
+    path = os.path.join(os.path.realpath(parent), name)
+    for _ in range(_MAX_LINKS):
+        if mount_entry(path) or not os.path.islink(path):
+            break
+        parent, name = os.path.split(os.path.join(os.path.dirname(path), os.readlink(path)))
+        path = os.path.join(os.path.realpath(parent), name)
+    return os.path.normpath(path)
 
 
 def _unescaped(field: str) -> str:
@@ -74,9 +87,7 @@ def check_mountpoint(mountpoint: str, source: str | None, layers: Iterable[str])
 
 
 def _real_path(mountpoint: str) -> str:
-    # realpath of the parent only: the mountpoint itself may be a stale mount.
-    parent, name = os.path.split(os.path.abspath(mountpoint))
-    path = os.path.join(os.path.realpath(parent), name)
+    path = resolved(mountpoint)
     stale = mount_entry(path)
     if stale and _is_disconnected(path):
         if stale.kind != FILESYSTEM_TYPE:
@@ -90,7 +101,7 @@ def _real_path(mountpoint: str) -> str:
 
 def _is_disconnected(path: str) -> bool:
     try:
-        os.stat(path)
+        os.statvfs(path)  # a stat may be answered from the kernel's memory
     except OSError as error:
         return error.errno == errno.ENOTCONN
     return False
@@ -119,8 +130,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     serves the open files on until the last is closed. Raises MountpointError where no diffmergefs
     is mounted.
     """
-    parent, name = os.path.split(os.path.abspath(mountpoint))
-    path = os.path.join(os.path.realpath(parent), name)
+    path = resolved(mountpoint)
     known = mount_entry(path)
     if known is None or known.kind != FILESYSTEM_TYPE:
         found = f"a {known.kind} is mounted there" if known else "nothing is mounted there"

@@ -13,6 +13,7 @@ from diffmergefs.layer import FileKey
 from diffmergefs.snapshot import Snapshot, StoredFile, is_left_out
 
 SUFFIXES = (".mem", ".bin", ".img")
+_SEAL = ".bmap"
 _NUMBERED = re.compile(r"(?P<number>[0-9]+)-(?P<stem>.+)", re.DOTALL)
 
 
@@ -28,11 +29,16 @@ class NumberedFile(NamedTuple):
 def memory_files(kinds: Mapping[str, int], suffix: str | None = None) -> list[NumberedFile]:
     """The memory files among the names of `kinds` (name -> file type), in numeric order.
 
-    Their suffix is `suffix`, or that of the lowest number's memory file. Raises BrokenChainError
-    for two memory files of one number or of one stem.
+    Their suffix is `suffix`, or that of the lowest number's memory file; a symlink or FIFO of such
+    a name counts, a directory and a seal never. Raises BrokenChainError for two memory files of
+    one number or of one stem.
     """
     suffixes = (_dotted(suffix),) if suffix else SUFFIXES
-    candidates = [f for f in _numbered(kinds) if f.suffix in suffixes]
+    candidates = [
+        f
+        for f in _numbered(kinds)
+        if f.suffix in suffixes and f.suffix != _SEAL and kinds[f.name] != stat.S_IFDIR
+    ]
     if not candidates:
         return []
     lowest = [f for f in candidates if f.number == candidates[0].number]
@@ -45,8 +51,12 @@ def memory_files(kinds: Mapping[str, int], suffix: str | None = None) -> list[Nu
     return found
 
 
-def read(root: int, kinds: Mapping[str, int], suffix: str | None) -> dict[str, Snapshot]:
-    """The snapshots of a directory of numbered layers, by tag (the stem)."""
+def read(statuses: Mapping[str, os.stat_result], suffix: str | None) -> dict[str, Snapshot]:
+    """The snapshots of a directory of numbered layers, by tag (the stem).
+
+    `statuses` has the lstat of each of its names.
+    """
+    kinds = {name: stat.S_IFMT(status.st_mode) for name, status in statuses.items()}
     layers = memory_files(kinds, suffix)
     companions: dict[int, dict[str, str]] = {f.number: {} for f in layers}
     memory = {f.name for f in layers}
@@ -57,12 +67,14 @@ def read(root: int, kinds: Mapping[str, int], suffix: str | None) -> dict[str, S
     parent = None
     for layer in layers:
         files = companions[layer.number]
-        seen = {name: _key(root, name) for name in (layer.name, *files)}
+        seen = {name: FileKey.of(statuses[name]) for name in (layer.name, *files)}
+        is_regular = kinds[layer.name] == stat.S_IFREG
         snapshots[layer.stem] = Snapshot(
             layer.stem,
             parent,
-            StoredFile(layer.name, seen[layer.name]),
+            StoredFile(layer.name, seen[layer.name]) if is_regular else None,
             files=files,
+            problem=None if is_regular else f"{layer.name}: is not a regular file",
             newest_ns=max(key.mtime_ns for key in seen.values()),
             state=frozenset(seen.items()),
         )
@@ -72,9 +84,9 @@ def read(root: int, kinds: Mapping[str, int], suffix: str | None) -> dict[str, S
 
 def _numbered(kinds: Mapping[str, int]) -> list[NumberedFile]:
     files = []
-    for name, kind in kinds.items():
+    for name in kinds:
         match = _NUMBERED.fullmatch(name)
-        if match is None or kind != stat.S_IFREG or is_left_out(name):
+        if match is None or is_left_out(name):
             continue
         stem, suffix = os.path.splitext(match["stem"])
         files.append(NumberedFile(name, int(match["number"]), stem, suffix))
@@ -91,7 +103,3 @@ def _refuse_pair(files: list[NumberedFile], what: str) -> None:
 
 def _dotted(suffix: str) -> str:
     return suffix if suffix.startswith(".") else f".{suffix}"
-
-
-def _key(root: int, name: str) -> FileKey:
-    return FileKey.of(os.stat(name, dir_fd=root, follow_symlinks=False))

@@ -52,7 +52,8 @@ def answering(
             log.debug("%s: %s", handler.__name__, error)
             raise FUSEError(error.errno) from error
         except OSError as error:
-            log.debug("%s: %s", handler.__name__, error)
+            level = logging.WARNING if error.errno == errno.EIO else logging.DEBUG
+            log.log(level, "%s: %s", handler.__name__, error)
             raise FUSEError(error.errno or errno.EIO) from error
         except Exception as error:
             log.exception("%s failed: this is a bug", handler.__name__)
@@ -190,6 +191,7 @@ class Operations(pyfuse3.Operations):
                 found.append(None)
         return found
 
+    @answering
     async def releasedir(self, fh: int) -> None:
         self._handles.pop(fh, None)
 
@@ -234,6 +236,7 @@ class Operations(pyfuse3.Operations):
             data = await self._in_thread(view.read, off, size, limiter=self._reading)
         return data
 
+    @answering
     async def release(self, fh: int) -> None:
         handle = self._handles.pop(fh, None)
         if handle is not None and handle.fd is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from diffmergefs.errors import BrokenChainError
 from diffmergefs.layer import FileKey
 
 MAX_DOCUMENT = 1 << 20
+_MAX_NESTING = 64
 _STAGING_SUFFIXES = (".tmp", ".part", ".partial", ".swp")
 
 
@@ -62,6 +64,14 @@ def is_left_out(name: str) -> bool:
     )
 
 
+def status_of(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """lstat of a directory's entry, or None if it has gone since it was listed."""
+    try:
+        return entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
 def find_regular(root: int, path: str) -> StoredFile | None:
     """The regular file `path` beneath `root`, or None if nothing has that name.
 
@@ -98,7 +108,18 @@ def load_document(root: int, path: str) -> Mapping[str, Any]:
         raise BrokenChainError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(document, dict):
         raise BrokenChainError(f"{path}: holds a {type(document).__name__}, not a JSON object")
+    if _is_nested_too_deep(document):
+        raise BrokenChainError(f"{path}: nested more than {_MAX_NESTING} deep")
     return document
+
+
+def _is_nested_too_deep(document: dict[str, Any]) -> bool:
+    # What json.loads can just take json.dumps cannot always write again.
+    level: list[Any] = [document]
+    for _ in range(_MAX_NESTING):
+        inner = [v for outer in level for v in (outer.values() if type(outer) is dict else outer)]
+        level = [value for value in inner if isinstance(value, (dict, list))]
+    return bool(level)
 
 
 def _refuse(constant: str) -> Any:

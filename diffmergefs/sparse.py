@@ -27,6 +27,14 @@ _FIEMAP_BATCH = 1024
 _NO_FIEMAP = frozenset({errno.EOPNOTSUPP, errno.ENOTTY})
 
 
+def require_linux() -> None:
+    """Raise UnsupportedPlatformError off Linux: nothing else reports holes as this needs them."""
+    if sys.platform != "linux":
+        raise UnsupportedPlatformError(
+            f"data extents can be read on Linux only, this is {sys.platform}"
+        )
+
+
 def data_extents(fd: int, size: int) -> Iterator[Extent]:
     """The ranges of `[0, size)` for which the filesystem reports data, in ascending order.
 
@@ -36,10 +44,7 @@ def data_extents(fd: int, size: int) -> Iterator[Extent]:
     walks a dirty file 30 times slower). Raises UnsupportedPlatformError off Linux and OSError as
     lseek(2) does.
     """
-    if sys.platform != "linux":
-        raise UnsupportedPlatformError(
-            f"data extents can be read on Linux only, this is {sys.platform}"
-        )
+    require_linux()
     position = 0
     while position < size:
         try:
@@ -51,7 +56,8 @@ def data_extents(fd: int, size: int) -> Iterator[Extent]:
         if start >= size:
             return
         position = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        yield Extent(start, position)
+        if start < position:  # not so if the data was punched out between the two calls
+            yield Extent(start, position)
 
 
 def unwritten_range(fd: int, size: int) -> Extent | None:

@@ -87,7 +87,7 @@ class Store:
         DiffMergeError where the directory as a whole cannot be read; then nothing is shown.
         """
         try:
-            catalog = read_catalog(self.root, self._layout, self._suffix)
+            catalog = read_catalog(self.root, self._layout, self._suffix, self.fd)
         except DiffMergeError:
             with self._lock:
                 self._shown, self._images = {}, {}
@@ -110,15 +110,24 @@ class Store:
         self, tag: str, keys: list[FileKey], shown: OpenImage
     ) -> tuple[list[FileKey], OpenImage] | None:
         layers = shown.image.view.layers
-        if self._keys(tag) != keys or any(layer.tainted for layer in layers):
+        links = self.chain(tag)
+        if links is None or any(layer.tainted for layer in layers):
+            return None
+        if [link.layer.key for link in links] != keys:
             return None
         try:
-            access = view_access(layers, self.root)
+            name, access = self._name_and_access(shown.image, links)
         except OSError:
             return None
-        if access != shown.access:
-            return keys, OpenImage.of(shown.image, shown.name, access)
+        if (name, access) != (shown.name, shown.access):
+            return keys, OpenImage.of(shown.image, name, access)
         return keys, shown
+
+    def _name_and_access(self, image: Image, links: list[Snapshot]) -> tuple[str, Access]:
+        # A layer that is shared or was renamed was opened by another path than this chain's: who
+        # may read the view follows from where its layers are now.
+        paths = [link.layer.path for link in links]
+        return os.path.basename(paths[-1]), view_access(image.view.layers, self.real_root, paths)
 
     def _say_changes(
         self, catalog: Catalog, shown: dict[str, list[Snapshot]], unsettled: set[str]
@@ -136,6 +145,11 @@ class Store:
             log.info("%s: gone", tag)
         self._said = words
 
+    @property
+    def real_root(self) -> str:
+        """Where the directory is now: it may have been renamed since it was opened."""
+        return os.path.realpath(f"/proc/self/fd/{self.fd}")
+
     def tags(self) -> list[str]:
         """The tags that are shown now."""
         with self._lock:
@@ -151,6 +165,11 @@ class Store:
         with self._lock:
             return path in self._catalog.hidden
 
+    def is_layer(self, status: os.stat_result) -> bool:
+        """Whether this is a layer's file, by whatever name: a link, or renamed since the look."""
+        with self._lock:
+            return (status.st_dev, status.st_ino) in self._catalog.layer_files
+
     def total_bytes(self) -> int:
         """The logical sizes of all images that are shown, added up."""
         with self._lock:
@@ -164,7 +183,8 @@ class Store:
         keys = self._keys(tag)
         with self._lock:
             if keys is not None and self._refusals.get(tag, (None,))[0] == keys:
-                raise self._refusals[tag][1]
+                # Without the traceback of the last time, which would grow, and hold the layers.
+                raise self._refusals[tag][1].with_traceback(None)
             known_keys, known = self._images.get(tag, (None, None))
             return known if known_keys == keys else None
 
@@ -186,6 +206,10 @@ class Store:
         keys = [link.layer.key for link in links]
         try:
             image = open_snapshot(links, self._pool, self._policy)
+            shown = OpenImage.of(image, *self._name_and_access(image, links))
+        except OSError as error:
+            log.warning("%s: cannot be opened now: %s", tag, error)
+            raise FileAccessError(f"{tag}: {error.strerror}, it may have moved") from error
         except (FileAccessError, LayerChangedError) as error:
             log.warning("%s: cannot be opened now: %s", tag, error)
             raise
@@ -193,12 +217,13 @@ class Store:
             log.warning("%s: its memory file is not shown: %s", tag, error)
             with self._lock:
                 self._refusals[tag] = keys, error
-            raise
+            raise error.with_traceback(None) from None
         for line in image.overridden:
             log.warning("%s", line)
-        name = os.path.basename(links[-1].layer.path)
-        shown = OpenImage.of(image, name, view_access(image.view.layers, self.root))
         with self._lock:
+            known_keys, known = self._images.get(tag, (None, None))
+            if known is not None and known_keys == keys:
+                return known  # another thread was faster: one image has one inode number
             self._images[tag] = keys, shown
         return shown
 
@@ -209,5 +234,8 @@ class Store:
     def _content_hash(self, file: StoredFile) -> str:
         if file.key not in self._hashes:
             with open(beneath.open_regular(self.fd, file.path), "rb") as content:
-                self._hashes[file.key] = hashlib.file_digest(content, "sha256").hexdigest()
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+                if FileKey.of(os.fstat(content.fileno())) != file.key:
+                    raise LayerChangedError(f"{file.path}: changed while it was hashed")
+            self._hashes[file.key] = digest
         return self._hashes[file.key]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from diffmergefs import beneath
-from diffmergefs.access import file_bits, folder_bits
+from diffmergefs.access import file_bits, folder_bits, reachable, real_folders
 from diffmergefs.errors import DiffMergeError, FileAccessError
 from diffmergefs.forkd import DOCUMENT
 from diffmergefs.snapshot import Snapshot, is_left_out
@@ -56,12 +56,16 @@ class Document:
 
 @dataclass(frozen=True)
 class Passed:
-    """A file, directory or symlink of SOURCE that is passed through, by its path beneath it."""
+    """A file, directory or symlink of SOURCE that is passed through, by its path beneath it.
+
+    One that is `elsewhere` is shown in another directory than its own.
+    """
 
     path: str
     device: int
     inode: int
     kind: int
+    elsewhere: bool = False
 
 
 Node = Root | TagFolder | MemoryFile | Document | Passed
@@ -153,16 +157,30 @@ class Tree:
     def child(self, folder: Node, name: str) -> Node:
         """The entry `name` of a directory. Raises FileNotFoundError, or DiffMergeError where it
         is a memory file that was refused."""
-        if isinstance(folder, TagFolder) and name == self.memory_name(folder.tag):
-            assert self.store is not None
-            shown = self.store.opened(folder.tag)
+        match folder:
+            case TagFolder(tag):
+                found = self._tag_child(tag, name)
+            case Passed(path, kind=stat.S_IFDIR):
+                found = self._passed(f"{path}/{name}")
+            case _:
+                found = self.children(folder).get(name)
+        if found is None:
+            raise _missing(name)
+        return found
+
+    def _tag_child(self, tag: str, name: str) -> Node | None:
+        assert self.store is not None
+        snapshot = self._snapshot(tag)
+        if name == os.path.basename(snapshot.layer.path):
+            shown = self.store.opened(tag)
             if shown is None:
-                raise FileAccessError(f"{folder.tag}: its chain changed; try again")
+                raise FileAccessError(f"{tag}: its chain changed; try again")
             return MemoryFile(shown)
-        try:
-            return self.children(folder)[name]
-        except KeyError:
-            raise _missing(name) from None
+        if name == DOCUMENT and snapshot.document is not None:
+            return Document(tag, self._rewritten(snapshot))
+        if name in snapshot.files:
+            return self._passed(snapshot.files[name], snapshot.folder)
+        return None if snapshot.folder is None else self._passed(f"{snapshot.folder}/{name}")
 
     def memory_name(self, tag: str) -> str | None:
         """The name of the tag's memory file, or None if the tag is not shown."""
@@ -180,7 +198,7 @@ class Tree:
         if snapshot.folder is not None:
             found.update(self._passed_children(snapshot.folder))
         for name, path in snapshot.files.items():
-            if node := self._passed(path):
+            if node := self._passed(path, snapshot.folder):
                 found[name] = node
         if snapshot.document is not None:
             found[DOCUMENT] = Document(tag, self._rewritten(snapshot))
@@ -222,7 +240,7 @@ class Tree:
             if node := self._passed(f"{path}/{name}"):
                 yield name, node
 
-    def _passed(self, path: str) -> Passed | None:
+    def _passed(self, path: str, shown_in: str | None = None) -> Passed | None:
         assert self.store is not None
         if is_left_out(os.path.basename(path)) or self.store.is_hidden(path):
             return None
@@ -231,7 +249,10 @@ class Tree:
         except (FileNotFoundError, NotADirectoryError):
             return None
         kind = stat.S_IFMT(status.st_mode)
-        return Passed(path, status.st_dev, status.st_ino, kind) if kind in _PASSED else None
+        if kind not in _PASSED or (kind == stat.S_IFREG and self.store.is_layer(status)):
+            return None
+        elsewhere = shown_in is not None and os.path.dirname(path) != shown_in
+        return Passed(path, status.st_dev, status.st_ino, kind, elsewhere)
 
     def attributes(self, node: Node) -> Attributes:
         """What stat says of the node. Raises OSError if its file is gone."""
@@ -242,6 +263,12 @@ class Tree:
                 return self._mirrored(f"{tag}/{DOCUMENT}")._replace(
                     size=len(content), blocks=-(-len(content) // 512)
                 )
+            case Passed(path, elsewhere=True):
+                # The directories above it are not those of the view.
+                found = self._mirrored(path)
+                full = os.path.join(self.store.real_root if self.store else "/", path)
+                bits = reachable(real_folders(full), found.uid, found.gid)
+                return found._replace(mode=stat.S_IFMT(found.mode) | found.mode & bits)
             case Passed(path):
                 return self._mirrored(path)
             case TagFolder(tag):
@@ -252,7 +279,7 @@ class Tree:
 
     def _root_attributes(self) -> Attributes:
         if self.store:
-            path = self.store.root
+            path = self.store.real_root
         else:
             assert self.explicit is not None
             path = os.path.dirname(os.path.realpath(self.explicit.image.view.layers[0].path))
@@ -283,9 +310,17 @@ class Tree:
             os.close(handle)
 
     def open_passed(self, node: Passed) -> int:
-        """A read-only descriptor of a passed-through file. Raises OSError, FileAccessError."""
+        """A read-only descriptor of a passed-through file. Raises OSError, FileAccessError.
+
+        ESTALE where another file stands at its path by now: the kernel then looks it up again.
+        """
         assert self.store is not None
-        return beneath.open_regular(self.store.fd, node.path)
+        fd = beneath.open_regular(self.store.fd, node.path)
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) != (node.device, node.inode):
+            os.close(fd)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), node.path)
+        return fd
 
     def link_target(self, node: Passed) -> str:
         """Where a passed-through symlink points, as it is stored."""

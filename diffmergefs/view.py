@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 
@@ -20,14 +21,18 @@ class MergedView:
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
-        """Index the layers. Raises SizeMismatchError, naming both files and both sizes."""
+        """Raises SizeMismatchError, naming both files and both sizes."""
         if not 1 <= len(layers) <= MAX_LAYERS:
             raise BrokenChainError(f"a chain of {len(layers)} layers; 1 to {MAX_LAYERS} can be")
         for layer in layers[1:]:
             require_equal_size(layers[0].path, layers[0].size, layer.path, layer.size)
         self.layers = tuple(layers)
         self.size = layers[0].size
-        self._map = SegmentMap([layer.extents for layer in layers])
+
+    @functools.cached_property
+    def _map(self) -> SegmentMap:
+        # Merged at the first use, so that who only judges a chain does not pay for it.
+        return SegmentMap([layer.extents for layer in self.layers])
 
     def __enter__(self) -> MergedView:
         return self

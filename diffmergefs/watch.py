@@ -23,7 +23,8 @@ class Watch:
         self._content_hash = content_hash
         self._states: dict[str, object] = {}
         self._shown: dict[str, list[FileKey]] = {}
-        # For each tag the content of its own layer and that of the parent it was first seen with.
+        # For each tag the content of its own layer and that of the parent it was first seen
+        # with, both settled.
         self._pairs: dict[str, tuple[FileKey, FileKey]] = {}
 
     def judge(self, catalog: Catalog, now_ns: int) -> tuple[dict[str, list[Snapshot]], set[str]]:
@@ -35,7 +36,7 @@ class Watch:
         marked broken in `catalog`, and so are its descendants.
         """
         for snapshot in catalog.snapshots.values():
-            if self._has_new_parent(catalog, snapshot):
+            if self._has_new_parent(catalog, snapshot, now_ns):
                 catalog.reject(
                     snapshot.tag,
                     f"parent replaced: {catalog.snapshots[snapshot.parent or ''].layer.path} is not"
@@ -60,7 +61,7 @@ class Watch:
     def _is_settled(self, link: Snapshot, now_ns: int) -> bool:
         return link.newest_ns < now_ns - SETTLING_NS or self._states.get(link.tag) == link.state
 
-    def _has_new_parent(self, catalog: Catalog, snapshot: Snapshot) -> bool:
+    def _has_new_parent(self, catalog: Catalog, snapshot: Snapshot, now_ns: int) -> bool:
         parent = catalog.snapshots.get(snapshot.parent) if snapshot.parent else None
         if snapshot.memory is None or parent is None or parent.memory is None:
             return False
@@ -69,7 +70,9 @@ class Watch:
         is_other_parent = known is not None and known[0] == pair[0] and known[1] != pair[1]
         if is_other_parent and not self._fits(parent.memory, snapshot.parent_hash):
             return True
-        self._pairs[snapshot.tag] = pair
+        # A parent that is still being copied in is not yet the one that counts.
+        if self._is_settled(snapshot, now_ns) and self._is_settled(parent, now_ns):
+            self._pairs[snapshot.tag] = pair
         return False
 
     def _fits(self, parent: StoredFile, recorded: str | None) -> bool:

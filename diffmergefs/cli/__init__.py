@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import click
@@ -13,7 +17,8 @@ import click
 from diffmergefs import __version__
 from diffmergefs.cli import demo, look, mount, write
 from diffmergefs.cli.common import talk
-from diffmergefs.errors import DiffMergeError
+from diffmergefs.errors import DiffMergeError, FileAccessError
+from diffmergefs.images import raise_descriptor_limit
 
 USAGE = 2
 BUG = 70
@@ -50,6 +55,14 @@ for command in (
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit code. A user's mistake is one line, a bug a traceback."""
     _end_on_signals()
+    _make_stdout_take_all()
+    raise_descriptor_limit()
+    with _warnings_told():
+        return _run(arguments)
+
+
+def _run(arguments: list[str] | None) -> int:
+    stdout = sys.stdout
     try:
         answer = cli.main(arguments, prog_name="diffmergefs", standalone_mode=False)
         sys.stdout.flush()
@@ -67,10 +80,45 @@ def main(arguments: list[str] | None = None) -> int:
         # The reader of our output went away; nothing more can be said there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except SystemExit:
+        # click wraps stdout when its reader went away, and ends with 1, which says 'no' here.
+        if sys.stdout is stdout:
+            raise
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        talk(f"{error.filename or 'output'}: {error.strerror or error}")
+        return FileAccessError.exit_code
     except Exception:
         traceback.print_exc()
         talk("this is a bug in diffmergefs; please report it with the lines above")
         return BUG
+
+
+class _Teller(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        talk(record.getMessage())
+
+
+@contextmanager
+def _warnings_told() -> Iterator[None]:
+    # Warnings go to stderr like all talk (`mount` sees to its log itself). What a layer says of
+    # its change the error that follows says too.
+    teller = _Teller(logging.WARNING)
+    teller.addFilter(lambda record: record.name != "diffmergefs.layer")
+    log = logging.getLogger("diffmergefs")
+    log.addHandler(teller)
+    try:
+        yield
+    finally:
+        log.removeHandler(teller)
+
+
+def _make_stdout_take_all() -> None:
+    # A closed stdout is as good as /dev/null, and a name that its encoding lacks is escaped.
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _end_on_signals() -> None:
@@ -80,4 +128,5 @@ def _end_on_signals() -> None:
         raise SystemExit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -26,6 +27,9 @@ from diffmergefs.trust import TrustPolicy
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# Files are opened by those who use them: click would call one that cannot be read bad usage.
+PATH = click.Path(readable=False)
+
 # Wide enough that a line stays a line where nobody looks at it on a terminal.
 _PIPE_WIDTH = 4096
 
@@ -37,8 +41,15 @@ def talk(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with what is not valid UTF-8 (a hard file name) written as escapes."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace")
+    """The text with what a terminal must not get as it is (a hard file name) as escapes.
+
+    That is what is not valid UTF-8, and control characters.
+    """
+    try:
+        line = os.fsencode(text).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        line = ascii(text)[1:-1]
+    return "".join(c if unicodedata.category(c) != "Cc" else repr(c)[1:-1] for c in line)
 
 
 def print_json(facts: object) -> None:
@@ -54,7 +65,10 @@ def print_table(table: Table) -> None:
         emoji=False,
         width=None if sys.stdout.isatty() else _PIPE_WIDTH,
     )
-    console.print(table)
+    # Printed by print(): rich ends the process with status 1 when the reader has gone away.
+    with console.capture() as capture:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def new_table(*columns: str) -> Table:
@@ -120,19 +134,19 @@ def layer_options(command: F) -> F:
         "--diff",
         "diffs",
         multiple=True,
-        type=click.Path(),
+        type=PATH,
         metavar="FILE",
         help="A sparse diff over what comes before it; repeat it, oldest first.",
     )(command)
     return click.option(
-        "--base", type=click.Path(), metavar="FILE", help="The full base image, with --diff."
+        "--base", type=PATH, metavar="FILE", help="The full base image, with --diff."
     )(command)
 
 
 def image_options(command: F) -> F:
     """IMAGE, or --base and --diff, and the trust options."""
     command = trust_options(layer_options(command))
-    return click.argument("image", required=False, type=click.Path())(command)
+    return click.argument("image", required=False, type=PATH)(command)
 
 
 def opened(
@@ -140,7 +154,7 @@ def opened(
 ) -> Image:
     """The image that the arguments name; overridden checks are told on stderr."""
     require_one_source(image, base, diffs, "IMAGE")
-    found = open_chain(base, diffs, policy) if base else open_image(image or "", policy)
+    found = open_chain(base, diffs, policy) if base is not None else open_image(image or "", policy)
     for line in found.overridden:
         talk(line)
     return found

@@ -10,6 +10,7 @@ import click
 from diffmergefs import info as infos
 from diffmergefs.catalog import LAYOUTS, Catalog, read_catalog
 from diffmergefs.cli.common import (
+    PATH,
     image_options,
     new_table,
     opened,
@@ -21,6 +22,7 @@ from diffmergefs.cli.common import (
 )
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.images import LayerPool, open_snapshot
+from diffmergefs.layer import Layer
 from diffmergefs.trust import TrustPolicy
 
 
@@ -38,7 +40,7 @@ class Row:
 
 
 @click.command("list")
-@click.argument("source", type=click.Path())
+@click.argument("source", type=PATH)
 @click.option("--layout", type=click.Choice(LAYOUTS), help="What SOURCE holds, if it is unclear.")
 @click.option("--suffix", help="The suffix of numbered memory files (.mem).")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
@@ -67,7 +69,8 @@ def list_(
     root = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         pool = LayerPool(root)
-        rows = [_row(catalog, tag, pool, policy) for tag in sorted(catalog.snapshots)]
+        held: list[Layer] = []  # so that each layer that is shared is walked once
+        rows = [_row(catalog, tag, pool, policy, held) for tag in sorted(catalog.snapshots)]
     finally:
         os.close(root)
     if as_json:
@@ -86,7 +89,9 @@ def list_(
     print_table(table)
 
 
-def _row(catalog: Catalog, tag: str, pool: LayerPool, policy: TrustPolicy) -> Row:
+def _row(
+    catalog: Catalog, tag: str, pool: LayerPool, policy: TrustPolicy, held: list[Layer]
+) -> Row:
     snapshot = catalog.snapshots[tag]
     size = snapshot.memory.key.size if snapshot.memory else None
     try:
@@ -96,6 +101,7 @@ def _row(catalog: Catalog, tag: str, pool: LayerPool, policy: TrustPolicy) -> Ro
         return Row(tag, snapshot.parent, None, size, None, "broken", " ".join(str(error).split()))
     for line in image.overridden:
         talk(line)
+    held.extend(image.view.layers)
     dirty = image.view.layers[-1].extents.data_bytes
     state = "dense" if image.dense else "complete"
     return Row(tag, snapshot.parent, len(links), size, dirty, state)

@@ -16,7 +16,7 @@ from diffmergefs import daemon
 from diffmergefs import mountpoint as mountpoints
 from diffmergefs.access import view_access
 from diffmergefs.catalog import LAYOUTS
-from diffmergefs.cli.common import layer_options, require_one_source, talk, trust_options
+from diffmergefs.cli.common import PATH, layer_options, require_one_source, talk, trust_options
 from diffmergefs.errors import (
     DiffMergeError,
     FileAccessError,
@@ -80,7 +80,7 @@ class Request:
     help="How long to wait at most until the mount answers.",
 )
 @click.option(
-    "--log", "log_file", type=click.Path(), metavar="FILE", help="Log to FILE, not to syslog."
+    "--log", "log_file", type=PATH, metavar="FILE", help="Log to FILE, not to syslog."
 )
 @click.option("-v", "--verbose", is_flag=True, help="Log each failed request too.")
 @trust_options
@@ -125,7 +125,7 @@ def mount(
     request = Request(
         source,
         tuple(os.path.abspath(path) for path in (base, *diffs) if path),
-        operands[-1],
+        os.path.abspath(operands[-1]),
         TrustPolicy(
             int(given.get("page_size", page_size)),
             trust_grain or "trust_grain" in given,
@@ -203,6 +203,7 @@ def _serve_in_background(
     timeout: float,
 ) -> int:
     def child(ready: Callable[[], None]) -> int:
+        logging.raiseExceptions = False  # a log that cannot be written is no reason to complain
         # Warnings at the start are for the caller's terminal, everything is for the log.
         _log_to(logging.StreamHandler(), logging.WARNING, handler, level)
         try:
@@ -234,7 +235,7 @@ def _serve_in_background(
 
 
 def _remove_leftover(request: Request) -> None:
-    known = mountpoints.mount_entry(os.path.realpath(os.path.dirname(request.mountpoint)))
+    known = mountpoints.mount_entry(mountpoints.resolved(request.mountpoint))
     if known and known.kind == mountpoints.FILESYSTEM_TYPE and known.source == request.name:
         mountpoints.detach(known.path)
 
@@ -242,15 +243,15 @@ def _remove_leftover(request: Request) -> None:
 def _background_handler(log_file: str | None) -> logging.Handler:
     if log_file:
         return _file_handler(log_file)
-    try:
-        handler = logging.handlers.SysLogHandler(
-            _SYSLOG, facility=logging.handlers.SysLogHandler.LOG_DAEMON
-        )
-    except OSError:
+    # The handler itself takes a missing syslog in silence, and then complains of each line.
+    if not os.path.exists(_SYSLOG):
         talk(
             f"no syslog answers at {_SYSLOG}, so the daemon's log is lost; keep it with --log FILE"
         )
         return logging.NullHandler()
+    handler = logging.handlers.SysLogHandler(
+        _SYSLOG, facility=logging.handlers.SysLogHandler.LOG_DAEMON
+    )
     handler.ident = "diffmergefs: "
     return handler
 
@@ -279,7 +280,7 @@ def _log_to(*handlers_and_levels: logging.Handler | int) -> None:
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path())
+@click.argument("mountpoint", type=PATH)
 @click.option("--lazy", is_flag=True, help="Detach it although files are open; they stay served.")
 def umount(mountpoint: str, lazy: bool) -> None:
     """Unmount MOUNTPOINT; refused while files are open, unless --lazy.

@@ -6,6 +6,7 @@ import click
 
 from diffmergefs.apply import apply_diff
 from diffmergefs.cli.common import (
+    PATH,
     image_options,
     new_table,
     opened,
@@ -21,7 +22,7 @@ from diffmergefs.trust import TrustPolicy
 
 @click.command()
 @image_options
-@click.option("-o", "--output", required=True, type=click.Path(), help="The new image file.")
+@click.option("-o", "--output", required=True, type=PATH, help="The new image file.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists, in one step.")
 @click.option("--verify", is_flag=True, help="Read both back and compare before it is published.")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
@@ -67,8 +68,8 @@ def flatten(
 
 
 @click.command()
-@click.argument("diff", type=click.Path())
-@click.argument("base", type=click.Path())
+@click.argument("diff", type=PATH)
+@click.argument("base", type=PATH)
 @click.option("--sync", is_flag=True, help="fsync BASE at the end.")
 @trust_options
 def apply(diff: str, base: str, sync: bool, page_size: int, dense: bool, trust_grain: bool) -> None:

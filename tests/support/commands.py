@@ -1,0 +1,86 @@
+"""The command line, run as its users run it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from diffmergefs import cli
+from tests.support import skips
+from tests.support.users import NOBODY
+
+
+def diffmergefs(
+    *arguments: str | Path, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m diffmergefs ...`, with its output as text (what is not UTF-8 as surrogates)."""
+    return subprocess.run(
+        [sys.executable, "-m", "diffmergefs", *[str(argument) for argument in arguments]],
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        stdin=subprocess.DEVNULL,
+        cwd=cwd,
+        env=os.environ | environment,
+        timeout=60,
+        check=False,
+    )
+
+
+def succeed(*arguments: str | Path) -> str:
+    """What the command prints; it must succeed, and say nothing on stderr."""
+    done = diffmergefs(*arguments)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return done.stdout
+
+
+def mistake(status: int, *arguments: str | Path) -> str:
+    """The one line on stderr with which the command ends, with this status and no output."""
+    return one_line(diffmergefs(*arguments), status)
+
+
+def one_line(done: subprocess.CompletedProcess[str], status: int) -> str:
+    """The only line that a failed command printed; fails if there is more, or another status."""
+    assert (done.returncode, done.stdout) == (status, ""), done
+    assert done.stderr.startswith("diffmergefs: "), done
+    assert done.stderr.endswith("\n") and done.stderr.count("\n") == 1, done
+    return done.stderr
+
+
+def diffmergefs_as_nobody(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command line in a child of this process that has become the user nobody.
+
+    A new process of that user might not be able to read the virtual environment. Skips the test
+    unless it runs as root.
+    """
+    skips.require_root()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            status = 99
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                os.setgroups([])
+                os.setgid(NOBODY)
+                os.setuid(NOBODY)
+                status = cli.main([os.fspath(argument) for argument in arguments])
+                sys.stdout.flush()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        _, ended = os.waitpid(child, 0)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode("utf-8", "surrogateescape"))
+    return subprocess.CompletedProcess([], os.waitstatus_to_exitcode(ended), *texts)

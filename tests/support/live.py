@@ -1,0 +1,128 @@
+"""For tests of a running daemon: waiting for what it does, and having it do odd things."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+T = TypeVar("T")
+
+_DEADLINE_SECONDS = 20
+
+_HOLDER = """
+import mmap, sys
+with open(sys.argv[1], "rb") as file:
+    view = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+view.madvise(mmap.MADV_RANDOM)
+print(flush=True)
+for line in sys.stdin:
+    start, length = map(int, line.split())
+    print(view[start : start + length].hex(), flush=True)
+"""
+
+
+def until(answer: Callable[[], T], what: str) -> T:
+    """The first true answer; asks again and again, and fails after many seconds."""
+    deadline = time.monotonic() + _DEADLINE_SECONDS
+    while not (found := answer()):
+        assert time.monotonic() < deadline, f"waited {_DEADLINE_SECONDS} s in vain: {what}"
+        time.sleep(0.02)
+    return found
+
+
+def patch_children(patch: pytest.MonkeyPatch, directory: Path, code: str) -> None:
+    """Have every Python process started from now on run this code first."""
+    directory.mkdir()
+    (directory / "sitecustomize.py").write_text(code, encoding="utf-8")
+    known = os.environ.get("PYTHONPATH")
+    patch.setenv("PYTHONPATH", f"{directory}:{known}" if known else str(directory))
+
+
+class Gate:
+    """Where a patched process waits until the test lets it go on.
+
+    `code` defines a function `wait_at_gate` for that process; once the gate is open it returns
+    at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        os.mkfifo(path)
+        self._fd = -1
+
+    @property
+    def code(self) -> str:
+        return (
+            "def wait_at_gate():\n"
+            "    try:\n"
+            f"        with open({str(self._path)!r}, 'rb') as gate:\n"
+            "            gate.read()\n"
+            "    except FileNotFoundError:\n"
+            "        pass\n"
+        )
+
+    def wait_until_reached(self) -> None:
+        """Return once somebody waits at the gate."""
+
+        def reached() -> bool:
+            try:
+                self._fd = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:
+                return False
+            return True
+
+        if self._fd < 0:
+            until(reached, "nobody came to the gate")
+
+    def open(self) -> None:
+        """Let everybody go on, now and later."""
+        self._path.unlink(missing_ok=True)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Holder:
+    """Another process with a private mapping of a file, in which nothing was touched yet."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def read(self, start: int, length: int) -> bytes:
+        """These bytes of its mapping; b"" if it died of it."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{start} {length}\n")
+        self.process.stdin.flush()
+        return bytes.fromhex(self.process.stdout.readline())
+
+    def end(self) -> None:
+        """Give the mapping up."""
+        self.process.kill()
+        self.process.wait(20)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[Holder]:
+    """A process that maps the file privately, as a VMM does."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd="/",
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "\n"
+        yield Holder(process)
+    finally:
+        process.kill()
+        process.communicate()
