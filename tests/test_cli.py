@@ -1,0 +1,255 @@
+"""The command line as a whole: help, exit codes, one line for a mistake, hard names, pipes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from diffmergefs import cli, errors
+from diffmergefs.errors import DiffMergeError
+from tests.support.commands import (
+    diffmergefs,
+    diffmergefs_as_nobody,
+    mistake,
+    one_line,
+    succeed,
+)
+from tests.support.images import PAGE
+from tests.support.stores import SIZE, write_chain, write_numbered, write_tag
+
+ACCESS = errors.FileAccessError.exit_code
+VERBS = {"mount", "umount", "list", "info", "flatten", "apply", "demo"}
+
+
+def error_classes() -> list[type[DiffMergeError]]:
+    found = [DiffMergeError]
+    for cls in found:
+        found.extend(cls.__subclasses__())
+    return found
+
+
+@pytest.fixture
+def store(public_path: Path) -> Path:
+    return write_chain(public_path / "store", ["base", "work"])
+
+
+def test_every_error_that_a_user_meets_has_an_exit_code_of_its_own() -> None:
+    codes = [cls.exit_code for cls in error_classes() if cls is not DiffMergeError]
+    assert len(codes) > 10
+    assert len(set(codes)) == len(codes)
+    assert not {0, 1, 2, cli.BUG} & set(codes)
+    assert all(2 < code < 126 for code in codes)
+
+
+@pytest.mark.parametrize("cls", error_classes(), ids=lambda cls: cls.__name__)
+def test_an_error_is_one_line_and_its_exit_code(
+    cls: type[DiffMergeError], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    error = cls.__new__(cls)
+    error.args = ("/a/path: went\nwrong",)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("diffmergefs.cli.look.read_catalog", fail)
+    assert cli.main(["list", "."]) == cls.exit_code
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("diffmergefs: /a/path: went")
+
+
+def test_a_bug_is_a_traceback_and_a_status_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("diffmergefs.cli.look.read_catalog", lambda *_: 1 // 0)
+    assert cli.main(["list", "."]) == 70
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Traceback" in err and "ZeroDivisionError" in err
+    assert "bug in diffmergefs" in err.splitlines()[-1]
+
+
+def test_what_the_system_refuses_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error", "/a/path")
+
+    monkeypatch.setattr("diffmergefs.cli.look.read_catalog", fail)
+    assert cli.main(["list", "."]) == ACCESS
+    assert capfd.readouterr().err == "diffmergefs: /a/path: Input/output error\n"
+
+
+def test_every_verb_is_there_and_its_help_has_an_example() -> None:
+    assert set(cli.cli.commands) >= VERBS
+    for verb, command in cli.cli.commands.items():
+        text = succeed(verb, "--help")
+        assert re.search(rf"Examples?:\n  .*\bdiffmergefs {verb}\b", text), verb
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.opts[0] in text
+                assert parameter.help, (verb, parameter.opts)
+
+
+def test_help_and_version_of_the_whole() -> None:
+    text = succeed("--help")
+    assert all(f"\n  {verb} " in text for verb in VERBS)
+    assert succeed("--version").startswith("diffmergefs, version ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["list"],
+        ["list", "a", "b"],
+        ["list", "--layout=other", "."],
+        ["list", "--nonsense", "."],
+        ["list", "--page-size=1000", "."],
+        ["list", "--page-size=x", "."],
+        ["info"],
+        ["info", "image", "--base", "b"],
+        ["info", "--diff", "d"],
+        ["info", "image", "--diff", "d"],
+        ["flatten", "image"],
+        ["apply", "diff"],
+        ["mount"],
+        ["mount", "a", "b", "c"],
+        ["mount", "--timeout=soon", "a", "b"],
+        ["mount", "-o", "page_size=7", "a", "b"],
+        ["mount", "-o", "layout=other", "a", "b"],
+        ["umount"],
+    ],
+    ids=" ".join,
+)
+def test_usage_errors_end_with_2_and_change_nothing(arguments: list[str], tmp_path: Path) -> None:
+    done = diffmergefs(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Usage: diffmergefs" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["list", "{missing}"],
+        ["list", "{file}"],
+        ["list", ""],
+        ["info", "{missing}"],
+        ["info", "{file}"],
+        ["info", "{fifo}"],
+        ["info", ""],
+        ["info", "--base", "{missing}"],
+        ["info", "--base", "{folder}"],
+        ["info", "--base", "{fifo}"],
+        ["info", "--base", "/dev/null"],
+        ["info", "--base", "", "--diff", "{file}"],
+        ["info", "--base", "{file}", "--diff", "{missing}"],
+        ["flatten", "{missing}", "-o", "{new}"],
+        ["flatten", "--base", "{file}", "-o", "{folder}/no/such"],
+        ["apply", "{missing}", "{file}"],
+        ["apply", "{folder}", "{file}"],
+    ],
+    ids=" ".join,
+)
+def test_a_missing_or_wrong_file_is_one_line(tmp_path: Path, arguments: list[str]) -> None:
+    names = {name: tmp_path / name for name in ("missing", "file", "folder", "fifo", "new")}
+    names["file"].write_bytes(bytes(PAGE))
+    names["folder"].mkdir()
+    os.mkfifo(names["fifo"])
+    given = [argument.format(**names) for argument in arguments]
+    mistake(ACCESS, *given)
+    assert not names["new"].exists()
+    assert names["file"].read_bytes() == bytes(PAGE)
+
+
+def test_a_snapshot_that_is_not_there_or_broken_is_one_line(store: Path) -> None:
+    (store / "empty").mkdir()
+    write_tag(store, "orphan", "nobody")
+    broken = errors.BrokenChainError.exit_code
+    assert "'empty'" in mistake(broken, "info", store / "empty")
+    assert "parent 'nobody' of 'orphan' is missing" in mistake(broken, "info", store / "orphan")
+
+
+def test_layers_of_different_sizes_are_one_line_with_both_numbers(store: Path) -> None:
+    other = write_tag(store, "other", size=SIZE + PAGE) / "memory.bin"
+    base = store / "base" / "memory.bin"
+    line = mistake(errors.SizeMismatchError.exit_code, "info", "--base", base, "--diff", other)
+    assert str(SIZE) in line and str(SIZE + PAGE) in line
+
+
+def test_what_a_user_may_not_read_is_one_line(store: Path) -> None:
+    memory = store / "work" / "memory.bin"
+    memory.chmod(0o600)
+    done = diffmergefs_as_nobody("info", store / "work")
+    assert one_line(done, ACCESS) == "diffmergefs: work/memory.bin: Permission denied\n"
+    done = diffmergefs_as_nobody("info", "--base", memory)
+    assert one_line(done, ACCESS) == f"diffmergefs: {memory}: Permission denied\n"
+    done = diffmergefs_as_nobody("list", store)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "broken: work/memory.bin: Permission denied" in done.stdout
+    store.chmod(0o700)
+    done = diffmergefs_as_nobody("list", store)
+    assert one_line(done, ACCESS) == f"diffmergefs: {store}: Permission denied\n"
+
+
+def test_hard_names_are_printed_escaped(tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/\xff\x1b[31m\n"
+    line = mistake(ACCESS, "list", os.fsdecode(name))
+    assert f"{tmp_path}/\\xff\\x1b[31m\\n: No such file" in line
+    write_numbered(tmp_path, ["0-\udcff.mem", "1-[red]x[bold] :smile:.mem", "2-a\nb\x1b.mem"])
+    rows = succeed("list", tmp_path).splitlines()
+    assert [re.split("  +", row)[0] for row in rows] == [
+        "TAG",
+        "[red]x[bold] :smile:",
+        "a\\nb\\x1b",
+        "\\xff",
+    ]
+
+
+def test_a_name_that_the_outputs_encoding_lacks_is_escaped(tmp_path: Path) -> None:
+    write_numbered(tmp_path, ["000-é.mem"])
+    done = diffmergefs("list", tmp_path, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[1].startswith("\\xe9 ")
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["--help"]], ids=" ".join)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_away_is_no_error_message(
+    store: Path, arguments: list[str], unbuffered: str
+) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    source = [] if arguments == ["--help"] else [str(store)]
+    done = subprocess.run(
+        [sys.executable, "-m", "diffmergefs", *arguments, *source],
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        check=False,
+    )
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_full_disk_under_stdout_is_one_line(store: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "diffmergefs", "list", str(store)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == ACCESS
+    assert done.stderr == "diffmergefs: output: No space left on device\n"
+
+
+def test_a_closed_stdout_is_no_error(store: Path) -> None:
+    command = f'exec "{sys.executable}" -m diffmergefs list "{store}" >&-'
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")

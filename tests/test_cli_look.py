@@ -1,0 +1,201 @@
+"""`list` and `info`: every state, number and field, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import diffmergefs, mistake, succeed
+from tests.support.images import PAGE, signed, write_layer
+from tests.support.inputs import unchanged
+from tests.support.stores import (
+    BASE_PAGES,
+    SIZE,
+    age,
+    pages,
+    write_chain,
+    write_document,
+    write_numbered,
+    write_tag,
+)
+
+LIST_FIELDS = {"tag", "parent", "depth", "size", "dirty_bytes", "state", "reason"}
+
+
+@pytest.fixture
+def store(real_fs: Path) -> Path:
+    """Snapshots in every state that `list` knows."""
+    write_chain(real_fs, ["base", "work"])
+    write_tag(real_fs, "full", "work", layer=4, numbers=range(16))
+    write_tag(real_fs, "on-full", "full", layer=5)
+    filled = write_tag(real_fs, "holes-filled", "base", layer=6) / "memory.bin"
+    filled.write_bytes(filled.read_bytes())
+    write_tag(real_fs, "orphan", "nobody", layer=7)
+    write_tag(real_fs, "invalid", "base", layer=8)
+    write_document(real_fs, "invalid", "{")
+    return real_fs
+
+
+def cells(table: str) -> list[list[str]]:
+    return [re.split("  +", line) for line in table.splitlines()]
+
+
+def listed(*arguments: str | Path) -> dict[str, dict[str, object]]:
+    rows = json.loads(succeed("list", "--json", *arguments))
+    return {row["tag"]: row for row in rows}
+
+
+def test_list_has_one_line_a_snapshot_in_a_pipe(store: Path) -> None:
+    layers = sorted(store.glob("*/memory.bin"))
+    with unchanged(layers):
+        header, *rows = cells(succeed("list", store))
+    assert header == ["TAG", "PARENT", "DEPTH", "SIZE", "DIRTY", "STATE"]
+    size, page = str(SIZE), str(PAGE)
+    found = {row[0]: row[1:] for row in rows}
+    assert len(rows) == 7
+    assert found["base"] == ["-", "1", size, str(15 * PAGE), "complete"]
+    assert found["work"] == ["base", "2", size, page, "complete"]
+    assert found["full"] == ["work", "3", size, size, "dense"]
+    assert found["on-full"] == ["full", "4", size, page, "complete"]
+    assert found["orphan"][:4] == ["nobody", "-", size, "-"]
+    assert found["orphan"][4] == "broken: parent 'nobody' of 'orphan' is missing"
+    assert found["holes-filled"][4].startswith("broken: holes-filled/memory.bin: looks like a diff")
+    assert found["invalid"][4].startswith("broken: invalid/snapshot.json: not valid JSON")
+
+
+def test_list_as_json_has_the_same_facts(store: Path) -> None:
+    found = listed(store)
+    assert list(found) == sorted(found)
+    assert all(set(row) == LIST_FIELDS for row in found.values())
+    assert found["work"] == {
+        "tag": "work",
+        "parent": "base",
+        "depth": 2,
+        "size": SIZE,
+        "dirty_bytes": PAGE,
+        "state": "complete",
+        "reason": None,
+    }
+    assert found["base"]["parent"] is None
+    assert (found["orphan"]["depth"], found["orphan"]["dirty_bytes"]) == (None, None)
+    assert {row["state"] for row in found.values()} == {"complete", "dense", "broken"}
+
+
+def test_list_accepts_a_filled_diff_with_dense(store: Path) -> None:
+    assert listed(store)["holes-filled"]["state"] == "broken"
+    assert listed("--dense", store)["holes-filled"]["state"] == "dense"
+
+
+def test_list_tells_what_trust_grain_overrides(tmp_path: Path) -> None:
+    # With guest pages of 16 KiB a lone page of 4 KiB is a diff's sign of another grain.
+    write_chain(tmp_path, ["base", "work"])
+    assert listed(tmp_path)["work"]["state"] == "complete"
+    refused = listed("--page-size=16384", tmp_path)["work"]
+    assert refused["state"] == "broken"
+    assert "does not begin and end on a page of 16384" in str(refused["reason"])
+    done = diffmergefs("list", "--json", "--page-size=16384", "--trust-grain", tmp_path)
+    assert json.loads(done.stdout)[1]["state"] == "complete"
+    assert done.stderr.startswith("diffmergefs: --trust-grain overrides the check of alignment")
+    assert done.stderr.count("\n") == 1
+
+
+def test_list_of_numbered_layers_with_layout_and_suffix(tmp_path: Path) -> None:
+    write_numbered(tmp_path, ["000-base.ram", "001-work.ram"], companions=["000-base.mem"])
+    assert listed("--suffix", "ram", tmp_path)["work"]["depth"] == 2
+    write_tag(tmp_path, "native")
+    assert "--layout" in mistake(3, "list", "--suffix=ram", tmp_path)
+    assert set(listed("--layout=numbered", "--suffix=ram", tmp_path)) == {"base", "work"}
+    assert set(listed("--layout=forkd", tmp_path)) == {"native"}
+
+
+def test_list_of_an_empty_directory_is_an_empty_list(tmp_path: Path) -> None:
+    assert json.loads(succeed("list", "--json", tmp_path)) == []
+    assert len(succeed("list", tmp_path).splitlines()) == 1
+
+
+def test_list_through_a_symlink(tmp_path: Path) -> None:
+    write_chain(tmp_path / "store", ["base", "work"])
+    (tmp_path / "link").symlink_to("store")
+    assert listed(tmp_path / "link") == listed(tmp_path / "store")
+
+
+def test_info_tells_each_layers_share_of_the_view(store: Path) -> None:
+    table, total = succeed("info", store / "work").rsplit("\n", 2)[:2]
+    header, *rows = cells(table)
+    assert header == ["#", "LAYER", "DATA", "EXTENTS", "VISIBLE", "SHADOWED", "GRAIN", "TRUST"]
+    grain = str(store.stat().st_blksize)
+    base = ["0", "base/memory.bin", *map(str, (15 * PAGE, 1, 14 * PAGE, PAGE)), grain, "base"]
+    work = ["1", "work/memory.bin", *map(str, (PAGE, 1, PAGE, 0)), grain, "trusted"]
+    assert rows == [base, work]
+    assert total == f"2 layers, {SIZE} bytes, of which {PAGE} are holes in all; 3 segments"
+
+
+def test_info_as_json_has_the_same_facts(store: Path) -> None:
+    found = json.loads(succeed("info", "--json", store / "full"))
+    assert {key: found[key] for key in found if key != "layers"} == {
+        "size": SIZE,
+        "holes": 0,
+        "segments": 1,
+        "dense": True,
+    }
+    assert [layer["visible_bytes"] for layer in found["layers"]] == [0, 0, SIZE]
+    assert [layer["shadowed_bytes"] for layer in found["layers"]] == [15 * PAGE, PAGE, 0]
+    assert set(found["layers"][0]) == {
+        "path",
+        "data_bytes",
+        "extents",
+        "visible_bytes",
+        "shadowed_bytes",
+        "grain",
+        "trust",
+    }
+    assert ", dense" in succeed("info", store / "full")
+
+
+def test_info_of_explicit_and_of_numbered_layers(tmp_path: Path) -> None:
+    write_numbered(tmp_path, ["000-base.mem", "001-a.mem", "002-b.mem"])
+    base, diff = tmp_path / "000-base.mem", tmp_path / "001-a.mem"
+    numbered = json.loads(succeed("info", "--json", diff))
+    explicit = json.loads(succeed("info", "--json", "--base", base, "--diff", diff))
+    assert [layer["path"] for layer in explicit["layers"]] == [str(base), str(diff)]
+    for found in (numbered, explicit):
+        assert [layer.pop("path")[-9:] for layer in found["layers"]] == ["-base.mem", "001-a.mem"]
+    assert numbered == explicit
+
+
+def test_info_of_an_image_named_by_a_symlink_or_from_within(tmp_path: Path) -> None:
+    write_chain(tmp_path / "store", ["base", "work"])
+    (tmp_path / "link").symlink_to("store/work")
+    expected = succeed("info", tmp_path / "store" / "work")
+    assert succeed("info", tmp_path / "link") == expected
+    assert succeed("info", f"{tmp_path}/link/") == expected
+    assert diffmergefs("info", ".", cwd=tmp_path / "store" / "work").stdout == expected
+
+
+def test_info_of_an_explicit_dense_diff_needs_dense(tmp_path: Path) -> None:
+    base = write_layer(tmp_path / "base", SIZE, pages(0, BASE_PAGES))
+    diff = write_layer(tmp_path / "diff", SIZE, [(0, signed(1, 0, SIZE))])
+    arguments = ("info", "--base", base, "--diff", diff)
+    assert "--dense" in mistake(6, *arguments)
+    assert ", dense" in succeed(*arguments, "--dense")
+
+
+def test_info_says_which_check_was_overridden(tmp_path: Path) -> None:
+    write_chain(tmp_path, ["base", "work"])
+    assert "--trust-grain" in mistake(5, "info", "--page-size=16384", tmp_path / "work")
+    done = diffmergefs("info", "--page-size=16384", "--trust-grain", tmp_path / "work")
+    assert done.returncode == 0
+    assert cells(done.stdout)[2][-1] == "overridden: alignment"
+
+
+def test_a_filesystem_with_big_blocks_is_refused_with_its_grain(filesystem: object) -> None:
+    assert callable(filesystem)
+    store = filesystem("xfs16k")
+    write_chain(store, ["base", "work"])
+    age(store / "work" / "memory.bin")
+    found = listed(store)
+    assert found["base"]["state"] == "complete"
+    assert "units of 16384 bytes" in str(found["work"]["reason"])

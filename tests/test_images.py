@@ -1,0 +1,258 @@
+"""Opening images: explicit layers, forkd stores, numbered files; shared layers; dense links."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffmergefs.catalog import read_catalog
+from diffmergefs.errors import (
+    BrokenChainError,
+    DiffMergeError,
+    FileAccessError,
+    LayerChangedError,
+    SizeMismatchError,
+)
+from diffmergefs.images import (
+    LayerPool,
+    open_chain,
+    open_image,
+    open_snapshot,
+)
+from diffmergefs.layer import FileKey, Layer
+from diffmergefs.snapshot import StoredFile
+from diffmergefs.trust import TrustPolicy
+from tests.support.images import PAGE, overlay_oracle, signed, write_layer
+from tests.support.inputs import unchanged
+from tests.support.stores import (
+    BASE_PAGES,
+    SIZE,
+    pages,
+    write_chain,
+    write_numbered,
+    write_tag,
+)
+
+CHAIN_ORACLE = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2])])
+
+
+def opened_below(directory: Path) -> set[str]:
+    """The files in the directory that this process has open, by path relative to it."""
+    paths = (Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
+    targets = [os.readlink(path) for path in paths if path.is_symlink()]
+    prefix = f"{directory}/"
+    return {target.removeprefix(prefix) for target in targets if target.startswith(prefix)}
+
+
+# Explicit layers.
+
+
+def test_open_chain_lays_the_diffs_over_the_base_oldest_first(tmp_path: Path) -> None:
+    chain = [pages(0, range(4)), pages(1, [1, 2]), pages(2, [2])]
+    paths = [write_layer(tmp_path / f"{n}", SIZE, extents) for n, extents in enumerate(chain)]
+    with unchanged(paths):
+        image = open_chain(paths[0], paths[1:])
+        assert image.view.read(0, SIZE) == overlay_oracle(SIZE, chain)
+    assert not image.dense and image.overridden == []
+    assert [layer.path for layer in image.view.layers] == [str(path) for path in paths]
+    swapped = open_chain(str(paths[0]), [str(paths[2]), str(paths[1])])
+    assert swapped.view.read(2 * PAGE, PAGE) == signed(1, 2 * PAGE, PAGE)
+
+
+def test_open_chain_of_a_base_alone(tmp_path: Path) -> None:
+    path = write_layer(tmp_path / "base", SIZE, pages(0, [3]))
+    assert open_chain(path).view.read(0, SIZE) == overlay_oracle(SIZE, [pages(0, [3])])
+
+
+def test_open_chain_refuses_unequal_sizes_with_both_numbers(tmp_path: Path) -> None:
+    base = write_layer(tmp_path / "base", SIZE, [])
+    diff = write_layer(tmp_path / "diff", SIZE + PAGE, [])
+    with pytest.raises(SizeMismatchError, match=f"{diff}: {SIZE + PAGE} bytes.*{SIZE};"):
+        open_chain(base, [diff])
+
+
+def test_open_chain_names_a_missing_layer(tmp_path: Path) -> None:
+    with pytest.raises(FileAccessError, match=f"{tmp_path}/none: No such file"):
+        open_chain(tmp_path / "none")
+
+
+def test_a_refused_chain_leaves_no_file_open(tmp_path: Path) -> None:
+    base = write_layer(tmp_path / "base", SIZE, [])
+    diff = write_layer(tmp_path / "diff", SIZE + PAGE, [])
+    with pytest.raises(SizeMismatchError):
+        open_chain(base, [diff])
+    assert opened_below(tmp_path) == set()
+
+
+# Directories of snapshots.
+
+
+def test_open_image_of_a_forkd_directory_follows_its_parents(tmp_path: Path) -> None:
+    write_chain(tmp_path, ["base", "one", "two"])
+    assert open_image(tmp_path / "two").view.read(0, SIZE) == CHAIN_ORACLE
+    assert len(open_image(tmp_path / "one").view.layers) == 2
+    assert open_image(f"{tmp_path}/two/").view.read(0, SIZE) == CHAIN_ORACLE
+
+
+def test_open_image_takes_memory_bin_and_vmstate_without_json_as_a_base(tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    write_layer(folder / "memory.bin", SIZE, pages(0, BASE_PAGES))
+    (folder / "vmstate").write_bytes(b"state")
+    write_tag(tmp_path, "child", "plain", layer=1, numbers=[1])
+    assert open_image(folder).view.read(0, SIZE) == overlay_oracle(SIZE, [pages(0, BASE_PAGES)])
+    assert len(open_image(tmp_path / "child").view.layers) == 2
+
+
+def test_open_image_of_a_numbered_file_is_the_chain_up_to_it(tmp_path: Path) -> None:
+    write_numbered(tmp_path, ["000-base.mem", "001-one.mem", "002-two.mem"])
+    assert open_image(tmp_path / "002-two.mem").view.read(0, SIZE) == CHAIN_ORACLE
+    assert len(open_image(tmp_path / "001-one.mem").view.layers) == 2
+
+
+def test_open_image_through_a_symlink(tmp_path: Path) -> None:
+    store = write_chain(tmp_path / "store", ["base", "one", "two"])
+    (tmp_path / "link").symlink_to(store / "two")
+    assert open_image(tmp_path / "link").view.read(0, SIZE) == CHAIN_ORACLE
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "text"),
+    [
+        ("orphan", BrokenChainError, "parent 'none' of 'orphan' is missing"),
+        ("nothing", FileAccessError, "No such file"),
+        ("", FileAccessError, "empty"),
+        ("stray.mem", DiffMergeError, "--base"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_its_reason(
+    name: str, error: type[DiffMergeError], text: str, tmp_path: Path
+) -> None:
+    write_tag(tmp_path, "orphan", "none", layer=1)
+    (tmp_path / "stray.mem").write_bytes(bytes(PAGE))
+    with pytest.raises(error, match=text) as caught:
+        open_image(tmp_path / name if name else "")
+    assert "\n" not in str(caught.value)
+
+
+def test_open_image_keeps_the_layers_open_and_nothing_else(tmp_path: Path) -> None:
+    write_chain(tmp_path, ["base", "one"])
+    image = open_image(tmp_path / "one")
+    assert opened_below(tmp_path) == {"base/memory.bin", "one/memory.bin"}
+    image.view.close()
+
+
+# Layers that are shared.
+
+
+def stored(root: Path, *names: str) -> list[StoredFile]:
+    return [StoredFile(name, FileKey.of((root / name).stat())) for name in names]
+
+
+@pytest.fixture
+def root_fd(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    yield fd
+    os.close(fd)
+
+
+def in_threads(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    answers: list[Any] = [None] * len(calls)
+
+    def run(n: int) -> None:
+        answers[n] = calls[n]()
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def test_many_threads_open_a_layer_once(
+    tmp_path: Path, root_fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_layer(tmp_path / "a", SIZE, [])
+    (file,) = stored(tmp_path, "a")
+    syncs: list[int] = []
+
+    def slow(fd: int) -> None:
+        syncs.append(fd)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    pool = LayerPool(root_fd)
+    layers = in_threads([lambda: pool.layer(file)] * 8)
+    assert isinstance(layers[0], Layer) and {id(layer) for layer in layers} == {id(layers[0])}
+    assert len(syncs) == 1
+
+
+def test_different_layers_are_opened_side_by_side(
+    tmp_path: Path, root_fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        write_layer(tmp_path / name, SIZE, [])
+    both = threading.Barrier(2, timeout=20)  # broken if one waits for the other's end
+    monkeypatch.setattr(os, "fsync", lambda _: both.wait())
+    pool = LayerPool(root_fd)
+    files = stored(tmp_path, "a", "b")
+    layers = in_threads([lambda: pool.layer(files[0]), lambda: pool.layer(files[1])])
+    assert [layer.path for layer in layers] == ["a", "b"]
+
+
+def test_two_names_of_one_file_are_one_layer(tmp_path: Path, root_fd: int) -> None:
+    os.link(write_layer(tmp_path / "a", SIZE, []), tmp_path / "b")
+    pool = LayerPool(root_fd)
+    a, b = (pool.layer(file) for file in stored(tmp_path, "a", "b"))
+    assert a is b
+
+
+def test_views_of_one_directory_share_their_base(tmp_path: Path, root_fd: int) -> None:
+    write_chain(tmp_path, ["base", "one"])
+    write_tag(tmp_path, "other", "base", layer=3)
+    catalog, pool = read_catalog(str(tmp_path)), LayerPool(root_fd)
+    one, other = (
+        open_snapshot(catalog.chain(t), pool, TrustPolicy()).view for t in ("one", "other")
+    )
+    assert one.layers[0] is other.layers[0]
+    assert one.layers[1] is not other.layers[1]
+
+
+def test_a_layer_that_no_view_uses_is_closed(tmp_path: Path, root_fd: int) -> None:
+    write_layer(tmp_path / "a", SIZE, [])
+    pool = LayerPool(root_fd)
+    layer = pool.layer(*stored(tmp_path, "a"))
+    assert opened_below(tmp_path) == {"a"}
+    del layer
+    assert opened_below(tmp_path) == set()
+
+
+def test_a_tainted_layer_is_opened_anew(tmp_path: Path, root_fd: int) -> None:
+    path = write_layer(tmp_path / "a", SIZE, pages(0, [0]))
+    pool = LayerPool(root_fd)
+    (file,) = stored(tmp_path, "a")
+    old = pool.layer(file)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(LayerChangedError):
+        old.settle()
+    os.utime(path, ns=(1, file.key.mtime_ns))
+    new = pool.layer(file)
+    assert new is not old and not new.tainted
+    assert pool.layer(file) is new
+
+
+def test_another_content_at_the_path_than_was_looked_at_is_refused(
+    tmp_path: Path, root_fd: int
+) -> None:
+    write_layer(tmp_path / "a", SIZE, [])
+    (file,) = stored(tmp_path, "a")
+    write_layer(tmp_path / "new", SIZE, []).rename(tmp_path / "a")
+    with pytest.raises(LayerChangedError, match="a: changed since it was looked over"):
+        LayerPool(root_fd).layer(file)

@@ -1,0 +1,152 @@
+"""Links without a hole: complete images, or diffs whose holes a copy filled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import islice, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from diffmergefs.errors import (
+    DenseDiffError,
+    UntrustedExtentsError,
+)
+from diffmergefs.extents import Segment
+from diffmergefs.images import (
+    _spread_pages,
+    count_filled_holes,
+    open_chain,
+    open_image,
+)
+from diffmergefs.layer import Layer
+from diffmergefs.trust import TrustPolicy
+from diffmergefs.view import MergedView
+from tests.support.images import PAGE, overlay_oracle, signed, write_layer
+from tests.support.stores import (
+    SIZE,
+    pages,
+    write_chain,
+    write_tag,
+)
+
+
+def dense(keeps: Sequence[int], count: int = 16) -> list[tuple[int, bytes]]:
+    """A diff without a hole: these pages signed, all others written zeros."""
+    return [(0, bytes(count * PAGE)), *pages(1, keeps)]
+
+
+def test_an_explicit_diff_without_a_hole_needs_the_users_word(tmp_path: Path) -> None:
+    base = write_layer(tmp_path / "base", SIZE, pages(0, range(16)))
+    full = write_layer(tmp_path / "full", SIZE, pages(1, range(16)))
+    with pytest.raises(DenseDiffError, match=f"{full}: .*--dense"):
+        open_chain(base, [full])
+    image = open_chain(base, [full], TrustPolicy(dense=True))
+    assert image.dense
+    assert image.view.read(0, SIZE) == signed(1, 0, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("keeps", "complete"), [(range(16), True), (range(5), True), (range(4), False), ([], False)]
+)
+def test_a_dense_link_is_complete_if_half_of_its_parents_pages_are_not_zero_in_it(
+    keeps: Sequence[int], complete: bool, tmp_path: Path
+) -> None:
+    # Ten pages are not zero in the parent; two more are written zeros, four are holes.
+    write_tag(tmp_path, "base", numbers=range(10))
+    with (tmp_path / "base" / "memory.bin").open("r+b") as file:
+        file.seek(10 * PAGE)
+        file.write(bytes(2 * PAGE))
+    write_tag(tmp_path, "full", "base", layer=1)
+    write_layer(tmp_path / "full" / "memory.bin", SIZE, dense(keeps))
+    if complete:
+        image = open_image(tmp_path / "full")
+        assert image.dense
+        assert image.view.read(0, SIZE) == overlay_oracle(SIZE, [dense(keeps)])
+    else:
+        filled = 10 - len(keeps)
+        with pytest.raises(DenseDiffError, match=f"holes were filled: {filled} of 10 pages"):
+            open_image(tmp_path / "full")
+        assert open_image(tmp_path / "full", TrustPolicy(dense=True)).dense
+
+
+def test_a_diff_whose_holes_a_copy_filled_is_refused_and_so_are_its_children(
+    tmp_path: Path,
+) -> None:
+    write_chain(tmp_path, ["base", "one", "two"])
+    path = tmp_path / "one" / "memory.bin"
+    path.write_bytes(path.read_bytes())
+    for tag in ("one", "two"):
+        with pytest.raises(DenseDiffError, match=r"one/memory\.bin: looks like a diff whose holes"):
+            open_image(tmp_path / tag)
+
+
+def test_a_dense_link_below_the_newest_does_not_make_the_image_dense(tmp_path: Path) -> None:
+    write_chain(tmp_path, ["base", "one", "two"])
+    write_layer(tmp_path / "one" / "memory.bin", SIZE, pages(1, range(16)))
+    assert open_image(tmp_path / "one").dense
+    image = open_image(tmp_path / "two")
+    assert not image.dense
+    expected = overlay_oracle(SIZE, [pages(1, range(16)), pages(2, [2])])
+    assert image.view.read(0, SIZE) == expected
+
+
+def test_a_dense_link_over_a_parent_of_zeros_is_complete(tmp_path: Path) -> None:
+    write_tag(tmp_path, "base", numbers=[])
+    write_tag(tmp_path, "full", "base", layer=1, numbers=range(16))
+    assert open_image(tmp_path / "full").dense
+
+
+def test_the_diffs_of_a_store_are_held_to_law_4(filesystem: Callable[[str], Path]) -> None:
+    store = write_chain(filesystem("xfs16k"), ["base", "one"])
+    with pytest.raises(UntrustedExtentsError) as caught:
+        open_image(store / "one")
+    assert caught.value.check == "grain"
+    assert open_image(store / "base").view.read(0, PAGE) == signed(0, 0, PAGE)
+
+
+def test_a_sample_is_of_4096_pages_spread_over_the_whole_image(tmp_path: Path) -> None:
+    size = 10_000 * PAGE
+    base = Layer.open(str(write_layer(tmp_path / "base", size, [(0, signed(0, 0, size))])))
+    # Only the first half is kept: a sample of the first 4,096 pages would miss what was filled.
+    kept = [(0, signed(1, 0, size // 2)), (size // 2, bytes(size // 2))]
+    layer = Layer.open(str(write_layer(tmp_path / "full", size, kept)))
+    filled, sampled = count_filled_holes(MergedView([base]), layer)
+    assert sampled == 4096
+    assert abs(filled - 2048) < 40
+
+
+def view_of(*extents: tuple[int, int]) -> Any:
+    """What `_spread_pages` needs of a view; extents in bytes."""
+    return SimpleNamespace(segments=lambda: [Segment(*extent, 0) for extent in extents])
+
+
+@pytest.mark.parametrize(
+    ("extents", "expected"),
+    [
+        ([], []),
+        ([(0, PAGE)], [0]),
+        ([(0, 5 * PAGE), (7 * PAGE, 8 * PAGE)], [0, 1, 2, 3, 4, 7]),
+        ([(3 * PAGE, 3 * PAGE + 1)], [3]),
+        # Extents of 1 KiB, of which some share a page.
+        ([(0, 1024), (2048, 3072), (3 * 1024, 6 * 1024), (7 * 1024, 8 * 1024)], [0, 1]),
+        ([(n * PAGE, (n + 1) * PAGE) for n in range(0, 500, 2)], list(range(0, 500, 2))),
+    ],
+)
+def test_every_page_with_data_is_visited_exactly_once(
+    extents: list[tuple[int, int]], expected: list[int]
+) -> None:
+    found = list(_spread_pages(view_of(*extents), PAGE))
+    assert sorted(found) == [page * PAGE for page in expected]
+
+
+@pytest.mark.parametrize("total", [4096, 65_537, 720_720, 1 << 20, 1 << 24])
+@pytest.mark.parametrize("count", [10, 100, 700, 4096])
+def test_the_first_pages_visited_are_spread_evenly(total: int, count: int) -> None:
+    count = min(count, total)
+    visited = sorted(islice(_spread_pages(view_of((0, total * PAGE)), PAGE), count))
+    gaps = [b - a for a, b in pairwise([*visited, total * PAGE])]
+    assert visited[0] == 0
+    assert max(gaps) <= 4 * total * PAGE / count

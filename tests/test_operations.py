@@ -1,0 +1,208 @@
+"""The adapter's handlers, called as the kernel would have them called."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pyfuse3
+import pytest
+import trio
+
+from diffmergefs.operations import Handle, Operations
+from diffmergefs.store import Store
+from diffmergefs.tree import ROOT_INODE, Tree
+from diffmergefs.trust import TrustPolicy
+from diffmergefs.view import MergedView
+from tests.support.images import PAGE, overlay_oracle
+from tests.support.stores import BASE_PAGES, SIZE, pages, write_chain
+
+CTX: Any = None
+
+
+def image_of(*layers: tuple[int, range | list[int]]) -> bytes:
+    return bytes(overlay_oracle(SIZE, [pages(layer, numbers) for layer, numbers in layers]))
+
+
+@pytest.fixture
+def operations(tmp_path: Path) -> Operations:
+    store = Store(str(write_chain(tmp_path / "store", ["base", "leaf"])), TrustPolicy())
+    store.look()
+    return Operations(Tree("/somewhere", store))
+
+
+async def walk(operations: Operations, *names: bytes) -> pyfuse3.EntryAttributes:
+    inode, entry = ROOT_INODE, None
+    for name in names:
+        entry = await operations.lookup(inode, name, CTX)
+        inode = entry.st_ino
+    assert entry is not None
+    return entry
+
+
+async def listing(operations: Operations, inode: int, patch: pytest.MonkeyPatch) -> dict[str, int]:
+    """All entries with their inodes, in replies that hold three entries each."""
+    found: dict[str, int] = {}
+    fh = await operations.opendir(inode, CTX)
+    last, room = 0, 0
+
+    def reply(token: object, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
+        nonlocal last, room
+        if room == 0:
+            return False
+        room -= 1
+        assert os.fsdecode(name) not in found
+        found[os.fsdecode(name)], last = entry.st_ino, next_id
+        return True
+
+    patch.setattr(pyfuse3, "readdir_reply", reply)
+    while room == 0:
+        room = 3
+        await operations.readdir(fh, last, CTX)
+    await operations.releasedir(fh)
+    return found
+
+
+async def errno_of(answer: Coroutine[Any, Any, object]) -> int:
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        await answer
+    return caught.value.errno
+
+
+def test_a_file_is_looked_up_opened_read_and_released(operations: Operations) -> None:
+    async def main() -> None:
+        entry = await walk(operations, b"leaf", b"memory.bin")
+        assert (entry.st_size, entry.entry_timeout < 1, entry.attr_timeout > 10**6) == (
+            SIZE,
+            True,
+            True,
+        )
+        info = await operations.open(entry.st_ino, os.O_RDONLY, CTX)
+        assert info.keep_cache and not info.direct_io and operations.open_files == 1
+        image = image_of((0, BASE_PAGES), (1, [1]))
+        for off, size in ((0, SIZE), (PAGE - 1, 3), (SIZE - 5, 100), (SIZE, 1), (2**63 - 1, 9)):
+            assert await operations.read(info.fh, off, size) == image[off : off + size]
+        await operations.release(info.fh)
+        await operations.release(info.fh)
+        assert operations.open_files == 0
+        assert await errno_of(operations.lookup(ROOT_INODE, b"none", CTX)) == errno.ENOENT
+        assert await errno_of(operations.lookup(entry.st_ino, b"none", CTX)) == errno.ENOTDIR
+        assert await errno_of(operations.open(ROOT_INODE, os.O_RDONLY, CTX)) == errno.EISDIR
+        assert await errno_of(operations.open(entry.st_ino, os.O_TRUNC, CTX)) == errno.EROFS
+        assert await errno_of(operations.readlink(ROOT_INODE, CTX)) == errno.EINVAL
+
+    trio.run(main)
+
+
+def test_directories_are_listed_in_small_replies(
+    operations: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = operations.tree.store
+    assert store is not None
+    for n in range(200):
+        (Path(store.root) / "leaf" / f"file-{n}").touch()
+
+    async def main() -> None:
+        folder = await walk(operations, b"leaf")
+        found = await listing(operations, folder.st_ino, monkeypatch)
+        assert len(found) == 203 and len(set(found.values())) == 203
+        entry = await operations.lookup(folder.st_ino, b"file-7", CTX)
+        assert entry.st_ino == found["file-7"]
+
+    trio.run(main)
+
+
+def test_forgotten_nodes_are_dropped_and_an_image_keeps_its_inode(
+    operations: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        memory = (await walk(operations, b"leaf", b"memory.bin")).st_ino
+        state = (await walk(operations, b"leaf", b"vmstate")).st_ino
+        listed = await listing(operations, ROOT_INODE, monkeypatch)
+        folder = listed["leaf"]
+        for inode, counts in ((state, [1]), (memory, [1]), (folder, [1, 1, 1])):
+            for count in counts:
+                assert (await operations.getattr(inode, CTX)).st_ino == inode
+                await operations.forget([(inode, count)])
+            assert await errno_of(operations.getattr(inode, CTX)) == errno.ENOENT
+        await operations.forget([(ROOT_INODE, 5), (state, 1)])
+        assert (await operations.getattr(ROOT_INODE, CTX)).st_ino == ROOT_INODE
+        assert (await walk(operations, b"leaf", b"memory.bin")).st_ino == memory
+        assert (await walk(operations, b"leaf", b"vmstate")).st_ino not in (state, memory, folder)
+
+    trio.run(main)
+
+
+def test_every_change_is_refused(operations: Operations) -> None:
+    async def main() -> None:
+        for name in (
+            *("setattr", "mknod", "mkdir", "unlink", "rmdir", "symlink", "rename", "link"),
+            *("create", "write", "setxattr", "removexattr"),
+        ):
+            assert await errno_of(getattr(operations, name)(1, 2, 3)) == errno.EROFS
+        assert await operations.listxattr(ROOT_INODE, CTX) == []
+        assert await errno_of(operations.getxattr(1, b"user.x", CTX)) == errno.ENODATA
+
+    trio.run(main)
+
+
+# What breaks, and the request that meets it.
+BUGS: dict[str, tuple[object, str, Callable[[Operations, int], Coroutine[Any, Any, object]]]] = {
+    "lookup": (Tree, "child", lambda o, _: o.lookup(ROOT_INODE, b"leaf", CTX)),
+    "getattr": (Tree, "attributes", lambda o, _: o.getattr(ROOT_INODE, CTX)),
+    "opendir": (Tree, "children", lambda o, _: o.opendir(ROOT_INODE, CTX)),
+    "open": (Tree, "node", lambda o, inode: o.open(inode, os.O_RDONLY, CTX)),
+    "readlink": (Tree, "node", lambda o, inode: o.readlink(inode, CTX)),
+    "statfs": (Store, "total_bytes", lambda o, _: o.statfs(CTX)),
+    "read": (MergedView, "read_nowait", lambda o, _: o.read(1, 0, PAGE)),
+    "readdir": (Tree, "attributes", lambda o, _: o.readdir(2, 0, CTX)),
+}
+
+
+@pytest.mark.parametrize("handler", BUGS)
+def test_a_bug_is_an_error_for_one_request(
+    handler: str,
+    operations: Operations,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # The command line, if a test ran it in this process, turned it off.
+    monkeypatch.setattr(logging.getLogger("diffmergefs"), "propagate", True)
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("on purpose")
+
+    async def main() -> None:
+        entry = await walk(operations, b"leaf", b"memory.bin")
+        assert (await operations.open(entry.st_ino, os.O_RDONLY, CTX)).fh == 1
+        assert await operations.opendir(ROOT_INODE, CTX) == 2
+        owner, name, request = BUGS[handler]
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            assert await errno_of(request(operations, entry.st_ino)) == errno.EIO
+        records = [r for r in caplog.records if r.levelno == logging.ERROR]
+        assert [r.getMessage() for r in records] == [f"{handler} failed: this is a bug"]
+        assert records[0].exc_info and "on purpose" in caplog.text
+        assert len(await operations.read(1, 0, PAGE)) == PAGE
+
+    trio.run(main)
+
+
+def test_handles_that_are_odd(operations: Operations, tmp_path: Path) -> None:
+    """An unknown one, an offset that no file has, and a file whose close fails."""
+
+    async def main() -> None:
+        assert await errno_of(operations.read(77, 0, 1)) == errno.EIO
+        fd = os.open(tmp_path / "store" / "leaf" / "vmstate", os.O_RDONLY)
+        operations._handles[5] = Handle(fd=fd)
+        assert await errno_of(operations.read(5, 2**63, 1)) == errno.EIO
+        assert await operations.read(5, 0, 5) == b"state"
+        os.close(fd)
+        assert await errno_of(operations.release(5)) == errno.EBADF
+        assert operations.open_files == 0
+
+    trio.run(main)

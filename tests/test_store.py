@@ -1,0 +1,251 @@
+"""A served directory: opened on demand, refusals remembered, changes taken up look by look."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffmergefs.errors import FileAccessError, LayerChangedError
+from diffmergefs.store import Store
+from diffmergefs.trust import TrustPolicy
+from tests.support.images import PAGE, overlay_oracle, signed, write_layer
+from tests.support.stores import (
+    BASE_PAGES,
+    OLD_NS,
+    SECOND_NS,
+    SIZE,
+    age,
+    opened_beneath,
+    pages,
+    write_chain,
+    write_document,
+    write_tag,
+)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_chain(tmp_path / "store", ["base", "work", "leaf"])
+
+
+def looked(root: Path) -> Store:
+    store = Store(str(root), TrustPolicy(), clock=lambda: OLD_NS + 100 * SECOND_NS)
+    store.look()
+    return store
+
+
+def replace_memory(folder: Path, layer: int) -> None:
+    new = write_layer(folder / "new", SIZE, pages(layer, BASE_PAGES))
+    age(new)
+    new.rename(folder / "memory.bin")
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_nothing_is_opened_before_open(root: Path) -> None:
+    before = opened_beneath(root)
+    store = looked(root)
+    assert set(store.tags()) == {"base", "work", "leaf"}
+    assert store.opened("leaf") is None
+    assert store.total_bytes() == 3 * SIZE
+    assert opened_beneath(root) == before
+    store.open("leaf")
+    memories = {str(root / tag / "memory.bin") for tag in store.tags()}
+    assert opened_beneath(root) - before == memories
+
+
+def test_an_opened_image_is_the_chain_merged(root: Path) -> None:
+    store = looked(root)
+    shown = store.open("leaf")
+    expected = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2])])
+    assert shown.image.view.read(0, SIZE) == expected
+    assert (shown.name, shown.visible, shown.mtime_ns) == ("memory.bin", 15 * PAGE, OLD_NS)
+    assert store.opened("leaf") is shown
+    assert store.open("leaf") is shown
+
+
+def test_layers_that_chains_share_are_opened_once(root: Path) -> None:
+    store = looked(root)
+    leaf, work = store.open("leaf").image.view, store.open("work").image.view
+    assert leaf.layers[:2] == work.layers
+
+
+def test_threads_that_open_one_tag_at_once_get_one_image(root: Path) -> None:
+    store = looked(root)
+    barrier = threading.Barrier(8)
+    found: list[object] = []
+
+    def open_it() -> None:
+        barrier.wait()
+        found.append(store.open("leaf"))
+
+    threads = [threading.Thread(target=open_it) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(map(id, found))) == 1
+    assert store.opened("leaf") is found[0]
+
+
+def test_a_tag_that_is_not_shown_cannot_be_opened(root: Path) -> None:
+    store = looked(root)
+    with pytest.raises(FileAccessError, match="nobody"):
+        store.open("nobody")
+    assert store.opened("nobody") is None
+    assert store.chain("nobody") is None
+
+
+def test_a_layer_replaced_since_the_look_fails_and_the_next_look_helps(root: Path) -> None:
+    store = looked(root)
+    replace_memory(root / "base", 9)
+    with pytest.raises(LayerChangedError, match=r"base/memory\.bin"):
+        store.open("base")
+    store.look()
+    assert store.open("base").image.view.read(0, PAGE) == signed(9, 0, PAGE)
+
+
+def test_a_look_forgets_an_image_whose_chain_changed(root: Path) -> None:
+    store = looked(root)
+    old = store.open("base")
+    replace_memory(root / "base", 9)
+    store.look()
+    assert store.opened("base") is None
+    new = store.open("base")
+    assert new is not old
+    assert old.image.view.read(0, PAGE) == signed(0, 0, PAGE)
+    assert new.image.view.read(0, PAGE) == signed(9, 0, PAGE)
+
+
+def test_a_look_forgets_an_image_with_a_tainted_layer(root: Path) -> None:
+    store = looked(root)
+    old = store.open("leaf")
+    memory = root / "work" / "memory.bin"
+    with memory.open("r+b") as file:
+        file.write(signed(7, 0, PAGE))
+    with pytest.raises(LayerChangedError):
+        old.image.view.read(0, SIZE)
+    age(memory)
+    store.look()
+    assert store.opened("leaf") is None
+    new = store.open("leaf")
+    assert new.image.view.read(0, PAGE) == signed(7, 0, PAGE)
+    assert new.image.view.layers[0] is old.image.view.layers[0]
+
+
+def test_without_a_change_a_look_keeps_the_image(root: Path) -> None:
+    store = looked(root)
+    shown = store.open("leaf")
+    store.look()
+    assert store.opened("leaf") is shown
+
+
+def test_changed_access_is_another_image_with_the_same_view(public_path: Path) -> None:
+    root = write_chain(public_path / "store", ["base", "work", "leaf"])
+    store = looked(root)
+    old = store.open("leaf")
+    (root / "base" / "memory.bin").chmod(0o600)
+    store.look()
+    new = store.opened("leaf")
+    assert new is not None and new is not old
+    assert new.image is old.image
+    assert (old.access.mode, new.access.mode) == (0o444, 0o400)
+
+
+def test_a_layer_that_was_renamed_while_open_is_served_under_its_new_name(root: Path) -> None:
+    store = looked(root)
+    held = store.open("base")
+    (root / "base").rename(root / "base2")
+    write_document(root, "base2", '{"memory": "memory.bin"}')
+    store.look()
+    shown = store.open("base2")
+    assert shown.image.view.layers == held.image.view.layers
+    (root / "base2" / "memory.bin").rename(root / "base2" / "other.mem")
+    write_document(root, "base2", '{"memory": "other.mem"}')
+    store.look()
+    renamed = store.opened("base2")
+    assert renamed is not None
+    assert (renamed.name, renamed.image) == ("other.mem", shown.image)
+
+
+def test_a_look_that_fails_shows_nothing_and_the_next_one_recovers(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = looked(root)
+    store.open("leaf")
+
+    def fail(*_: object) -> None:
+        raise FileAccessError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffmergefs.store.read_catalog", fail)
+        with pytest.raises(FileAccessError):
+            store.look()
+    assert store.tags() == []
+    assert store.opened("leaf") is None
+    assert store.chain("leaf") is None
+    assert store.total_bytes() == 0
+    store.look()
+    assert set(store.tags()) == {"base", "work", "leaf"}
+    assert store.open("leaf").image.view.size == SIZE
+
+
+def test_what_is_not_shown_is_logged_once_with_its_reason(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tag(root, "orphan", "nobody")
+    store = looked(root)
+    store.look()
+    assert warnings(caplog) == ["orphan: not shown: parent 'nobody' of 'orphan' is missing"]
+    caplog.clear()
+    (root / "orphan").rename(root.parent / "away")
+    store.look()
+    assert [r.getMessage() for r in caplog.records] == ["orphan: gone"]
+
+
+def test_a_replaced_parent_is_hashed_and_not_believed_if_it_changes_meanwhile(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = root / "base" / "memory.bin"
+    recorded = hashlib.sha256(base.read_bytes()).hexdigest()
+    write_tag(root, "work", "base", layer=1, parent_content_hash=recorded)
+    store = looked(root)
+    replace_memory(root / "base", 0)
+    real = hashlib.file_digest
+
+    def digest_and_touch(*arguments: Any) -> Any:
+        age(base, mtime_ns=OLD_NS + 1)
+        return real(*arguments)
+
+    monkeypatch.setattr("diffmergefs.store.hashlib.file_digest", digest_and_touch)
+    store.look()
+    assert store.tags() == ["base"]
+    monkeypatch.undo()
+    store.look()
+    assert set(store.tags()) == {"base", "work", "leaf"}
+
+
+def test_tags_that_must_settle_are_told(root: Path) -> None:
+    store = Store(str(root), TrustPolicy(), clock=lambda: OLD_NS + SECOND_NS)
+    assert store.look() == {"base", "work", "leaf"}
+    assert store.tags() == []
+    assert store.look() == set()
+    assert set(store.tags()) == {"base", "work", "leaf"}
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: None])
+def test_a_root_that_is_no_directory_is_refused(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "it")
+    with pytest.raises(FileAccessError, match=str(tmp_path / "it")):
+        Store(str(tmp_path / "it"), TrustPolicy())

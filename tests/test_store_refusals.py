@@ -1,0 +1,135 @@
+"""Images that cannot be opened: what a store remembers of that, what it says, what it holds."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+
+import pytest
+
+from diffmergefs.errors import (
+    DenseDiffError,
+    FileAccessError,
+    LayerChangedError,
+    SizeMismatchError,
+    UntrustedExtentsError,
+)
+from diffmergefs.layer import Layer
+from diffmergefs.store import Store
+from diffmergefs.trust import TrustPolicy
+from tests.support.stores import (
+    OLD_NS,
+    SECOND_NS,
+    SIZE,
+    age,
+    opened_beneath,
+    write_chain,
+    write_tag,
+)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_chain(tmp_path / "store", ["base", "work", "leaf"])
+
+
+def looked(root: Path) -> Store:
+    store = Store(str(root), TrustPolicy(), clock=lambda: OLD_NS + 100 * SECOND_NS)
+    store.look()
+    return store
+
+
+def refuse_alignment(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have every diff refused, as by law 4; the paths that were asked about."""
+    asked: list[str] = []
+
+    def refuse(layer: Layer, policy: TrustPolicy, *, complete: bool = False) -> list[str]:
+        asked.append(layer.path)
+        raise UntrustedExtentsError(f"{layer.path}: refused", "alignment")
+
+    monkeypatch.setattr("diffmergefs.images.require_trust", refuse)
+    return asked
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_a_refusal_is_remembered_and_logged_once_until_the_chain_changes(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = looked(root)
+    asked = refuse_alignment(monkeypatch)
+    for _ in range(3):
+        with pytest.raises(UntrustedExtentsError, match=r"work/memory\.bin: refused"):
+            store.open("work")
+        with pytest.raises(UntrustedExtentsError):
+            store.opened("work")
+        store.look()
+    assert asked == ["work/memory.bin"]
+    assert warnings(caplog) == ["work: its memory file is not shown: work/memory.bin: refused"]
+    monkeypatch.undo()
+    age(root / "work" / "memory.bin", mtime_ns=OLD_NS + 1)
+    store.look()
+    assert store.opened("work") is None
+    assert store.open("work").image.view.size == SIZE
+
+
+def test_a_refused_chain_holds_no_layer_open(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = looked(root)
+    refuse_alignment(monkeypatch)
+    before = opened_beneath(root)
+    for ask in (store.open, store.opened, store.opened):
+        with pytest.raises(UntrustedExtentsError):
+            ask("leaf")
+        gc.collect()
+        assert opened_beneath(root) == before
+
+
+def test_a_refusal_asked_for_again_and_again_does_not_grow(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = looked(root)
+    refuse_alignment(monkeypatch)
+    lengths = []
+    for _ in range(4):
+        with pytest.raises(UntrustedExtentsError) as caught:
+            store.open("leaf")
+        lengths.append(len(caught.traceback))
+    assert lengths[1] == lengths[2] == lengths[3]
+
+
+def test_an_empty_layer_is_refused(tmp_path: Path) -> None:
+    write_tag(tmp_path, "base", size=0, numbers=[])
+    store = looked(tmp_path)
+    with pytest.raises(SizeMismatchError, match="is empty"):
+        store.open("base")
+
+
+def test_a_filled_diff_is_refused_and_a_complete_link_is_dense(root: Path) -> None:
+    write_tag(root, "full", "base", numbers=range(16), layer=5)
+    filled = write_tag(root, "filled", "base", layer=6) / "memory.bin"
+    filled.write_bytes(filled.read_bytes())
+    age(filled)
+    store = looked(root)
+    assert store.open("full").image.dense
+    with pytest.raises(DenseDiffError, match="holes were filled"):
+        store.open("filled")
+
+
+@pytest.mark.parametrize("error", [FileAccessError("no"), LayerChangedError("no")])
+def test_a_passing_failure_is_not_remembered(
+    root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    store = looked(root)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffmergefs.store.open_snapshot", fail)
+        with pytest.raises(type(error)):
+            store.open("leaf")
+    assert store.opened("leaf") is None
+    assert store.open("leaf").image.view.size == SIZE

@@ -1,0 +1,270 @@
+"""The mounted tree without a mount: names, attributes, inode numbers, rewritten documents."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from diffmergefs.access import view_access
+from diffmergefs.errors import DiffMergeError, FileAccessError
+from diffmergefs.images import open_chain
+from diffmergefs.store import OpenImage, Store
+from diffmergefs.tree import ROOT_INODE, Document, MemoryFile, Passed, Root, TagFolder, Tree
+from diffmergefs.trust import TrustPolicy
+from tests.support.images import PAGE, write_layer
+from tests.support.stores import (
+    BASE_PAGES,
+    OLD_NS,
+    SECOND_NS,
+    SIZE,
+    age,
+    pages,
+    write_chain,
+    write_numbered,
+    write_tag,
+)
+
+MOUNTPOINT = "/mnt/the views"
+
+
+@pytest.fixture
+def root(public_path: Path) -> Path:
+    return write_chain(public_path / "store", ["base", "work"])
+
+
+def tree_of(root: Path, *, open_rw: bool = False) -> Tree:
+    store = Store(str(root), TrustPolicy(), clock=lambda: OLD_NS + 100 * SECOND_NS)
+    store.look()
+    store.look()  # files that were made just now have settled by then
+    return Tree(MOUNTPOINT, store, open_rw=open_rw)
+
+
+def opened(tree: Tree, tag: str) -> MemoryFile:
+    assert tree.store is not None
+    return MemoryFile(tree.store.open(tag))
+
+
+def document(tree: Tree, tag: str) -> dict[str, object]:
+    node = tree.child(TagFolder(tag), "snapshot.json")
+    assert isinstance(node, Document)
+    found: dict[str, object] = json.loads(node.content)
+    return found
+
+
+def replace_memory(root: Path, tag: str) -> None:
+    new = write_layer(root / tag / "new", SIZE, pages(9, BASE_PAGES))
+    age(new)
+    new.rename(root / tag / "memory.bin")
+
+
+def test_the_root_has_a_folder_for_each_tag_that_is_shown(root: Path) -> None:
+    write_tag(root, "orphan", "nobody")
+    (root / "notes").touch()
+    tree = tree_of(root)
+    assert tree.children(Root()) == {"base": TagFolder("base"), "work": TagFolder("work")}
+    assert tree.child(Root(), "work") == TagFolder("work")
+    for name in ("orphan", "notes", "nobody"):
+        with pytest.raises(FileNotFoundError):
+            tree.child(Root(), name)
+
+
+def test_a_tag_shows_its_memory_once_it_is_open_its_files_and_its_document(root: Path) -> None:
+    (root / "work" / "sub").mkdir()
+    (root / "work" / "sub" / "note").touch()
+    tree = tree_of(root)
+    folder = TagFolder("work")
+    assert set(tree.children(folder)) == {"snapshot.json", "vmstate", "sub"}
+    with pytest.raises(FileAccessError, match="try again"):
+        tree.child(folder, "memory.bin")
+    memory = opened(tree, "work")
+    found = tree.children(folder)
+    assert set(found) == {"memory.bin", "snapshot.json", "vmstate", "sub"}
+    assert found["memory.bin"] == memory
+    for name, node in found.items():
+        assert tree.child(folder, name) == node
+    assert set(tree.children(found["sub"])) == {"note"}
+    assert isinstance(tree.child(found["sub"], "note"), Passed)
+    with pytest.raises(NotADirectoryError):
+        tree.children(found["vmstate"])
+
+
+def test_a_refused_memory_file_has_no_entry_and_says_why(public_path: Path) -> None:
+    write_tag(public_path, "empty", size=0, numbers=[])
+    tree = tree_of(public_path)
+    with pytest.raises(DiffMergeError):
+        opened(tree, "empty")
+    assert set(tree.children(TagFolder("empty"))) == {"snapshot.json", "vmstate"}
+    with pytest.raises(DiffMergeError, match="is empty"):
+        tree.child(TagFolder("empty"), "memory.bin")
+
+
+def test_numbered_tags_show_their_own_files_only(public_path: Path) -> None:
+    names = ["000-base.mem", "001-work.mem"]
+    write_numbered(public_path, names, companions=["001-work.vmstate", "001-work.mem.bmap"])
+    tree = tree_of(public_path)
+    opened(tree, "work")
+    assert set(tree.children(TagFolder("work"))) == {"001-work.mem", "001-work.vmstate"}
+    for name in ("000-base.mem", "001-work.mem.bmap", "snapshot.json"):
+        with pytest.raises(FileNotFoundError):
+            tree.child(TagFolder("work"), name)
+    assert tree.memory_name("base") == "000-base.mem"
+
+
+def test_fifos_sockets_devices_seals_and_staging_names_are_left_out(root: Path) -> None:
+    folder = root / "work"
+    os.mkfifo(folder / "fifo")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "socket"))
+    for name in ("memory.bin.bmap", ".diffmergefs-x", "y.tmp"):
+        (folder / name).touch()
+    (folder / ".compact-staging-z").mkdir()
+    (folder / "kept.bmap").touch()
+    tree = tree_of(root)
+    assert set(tree.children(TagFolder("work"))) == {"snapshot.json", "vmstate", "kept.bmap"}
+    for name in ("fifo", "socket", "memory.bin.bmap", ".diffmergefs-x", "y.tmp"):
+        with pytest.raises(FileNotFoundError):
+            tree.child(TagFolder("work"), name)
+
+
+def test_a_symlink_is_passed_through_as_it_is_and_not_followed(root: Path) -> None:
+    (root / "work" / "link").symlink_to("/etc/../nowhere")
+    tree = tree_of(root)
+    link = tree.child(TagFolder("work"), "link")
+    assert isinstance(link, Passed)
+    assert stat.S_ISLNK(tree.attributes(link).mode)
+    assert tree.link_target(link) == "/etc/../nowhere"
+    with pytest.raises((OSError, FileAccessError)):
+        os.close(tree.open_passed(link))
+
+
+def test_a_passed_file_has_its_own_attributes_and_bytes(root: Path) -> None:
+    path = root / "work" / "vmstate"
+    path.chmod(0o640)
+    tree = tree_of(root)
+    node = tree.child(TagFolder("work"), "vmstate")
+    assert isinstance(node, Passed)
+    found, real = tree.attributes(node), path.stat()
+    assert found.mode == real.st_mode
+    assert found[1:4] == (real.st_uid, real.st_gid, real.st_size)
+    assert (found.mtime_ns, found.constant) == (real.st_mtime_ns, False)
+    fd = tree.open_passed(node)
+    try:
+        assert os.read(fd, 100) == path.read_bytes()
+    finally:
+        os.close(fd)
+
+
+def test_a_memory_file_has_the_views_size_and_an_honest_block_count(root: Path) -> None:
+    tree = tree_of(root)
+    found = tree.attributes(opened(tree, "work"))
+    assert stat.S_ISREG(found.mode)
+    assert (found.size, found.blocks) == (SIZE, len(BASE_PAGES) * PAGE // 512)
+    assert found.constant
+    assert found.mtime_ns == OLD_NS
+
+
+def test_a_memory_file_may_be_opened_for_writing_only_with_open_rw(root: Path) -> None:
+    for tag in ("base", "work"):
+        (root / tag / "memory.bin").chmod(0o644)
+    for open_rw, mode in ((False, 0o444), (True, 0o666)):
+        tree = tree_of(root, open_rw=open_rw)
+        assert stat.S_IMODE(tree.attributes(opened(tree, "work")).mode) == mode
+
+
+def test_a_tags_folder_mirrors_its_directory(root: Path) -> None:
+    (root / "work").chmod(0o750)
+    found = tree_of(root).attributes(TagFolder("work"))
+    assert found.mode == stat.S_IFDIR | 0o750
+
+
+def test_a_document_reads_as_a_base_in_the_mountpoint(root: Path) -> None:
+    write_tag(
+        root, "leaf", "work", layer=2, parent_content_hash="0" * 64, volumes=[{"a": None}], x="é"
+    )
+    tree = tree_of(root)
+    assert document(tree, "leaf") == {
+        "memory": f"{MOUNTPOINT}/leaf/memory.bin",
+        "vmstate": f"{MOUNTPOINT}/leaf/vmstate",
+        "volumes": [{"a": None}],
+        "x": "é",
+    }
+    node = tree.child(TagFolder("leaf"), "snapshot.json")
+    assert isinstance(node, Document)
+    assert tree.attributes(node).size == len(node.content)
+    assert b"work" not in node.content
+
+
+def test_a_document_without_vmstate_gets_none(public_path: Path) -> None:
+    write_tag(public_path, "base", vmstate=None)
+    assert document(tree_of(public_path), "base") == {"memory": f"{MOUNTPOINT}/base/memory.bin"}
+
+
+def test_inode_numbers_are_stable_until_forgotten_and_never_reused(root: Path) -> None:
+    tree = tree_of(root)
+    nodes = [*tree.children(TagFolder("work")).values(), TagFolder("work")]
+    numbers = [tree.inode(node) for node in nodes]
+    assert len({*numbers, ROOT_INODE}) == len(nodes) + 1
+    assert [tree.inode(node) for node in nodes] == numbers
+    assert [tree.node(number) for number in numbers] == nodes
+    for number in numbers:
+        tree.forget(number)
+        with pytest.raises(FileNotFoundError):
+            tree.node(number)
+    again = [tree.inode(node) for node in nodes]
+    assert min(again) > max(numbers)
+
+
+def test_the_root_is_never_forgotten(root: Path) -> None:
+    tree = tree_of(root)
+    tree.forget(ROOT_INODE)
+    assert tree.node(ROOT_INODE) == Root()
+    assert tree.inode(Root()) == ROOT_INODE
+
+
+def test_a_memory_file_keeps_its_number_when_it_is_forgotten(root: Path) -> None:
+    tree = tree_of(root)
+    number = tree.inode(opened(tree, "work"))
+    tree.forget(number)
+    gc.collect()
+    assert tree.inode(opened(tree, "work")) == number
+    assert tree.node(number) == opened(tree, "work")
+
+
+def test_a_new_image_is_a_file_with_a_new_number_and_the_old_one_is_served_on(root: Path) -> None:
+    tree = tree_of(root)
+    old = opened(tree, "base")
+    number = tree.inode(old)
+    replace_memory(root, "base")
+    assert tree.store is not None
+    tree.store.look()
+    new = opened(tree, "base")
+    assert tree.inode(new) > number
+    assert tree.node(number) == old
+    assert tree.attributes(old).size == SIZE
+
+
+def test_a_replaced_passed_file_has_a_new_number(root: Path) -> None:
+    tree = tree_of(root)
+    folder = TagFolder("work")
+    number = tree.inode(tree.child(folder, "vmstate"))
+    (root / "work" / "next").write_text("another")
+    (root / "work" / "next").rename(root / "work" / "vmstate")
+    assert tree.inode(tree.child(folder, "vmstate")) > number
+
+
+def test_explicit_layers_are_one_file_under_the_bases_name(public_path: Path) -> None:
+    base = write_layer(public_path / "mem_file", SIZE, pages(0, BASE_PAGES))
+    image = open_chain(base, [write_layer(public_path / "mem_diff", SIZE, pages(1, [1]))])
+    shown = OpenImage.of(image, "mem_file", view_access(image.view.layers, "/"))
+    tree = Tree(MOUNTPOINT, explicit=shown)
+    assert tree.children(Root()) == {"mem_file": MemoryFile(shown)}
+    assert tree.attributes(tree.child(Root(), "mem_file")).size == SIZE
+    assert tree.attributes(Root()).mode == public_path.stat().st_mode
+    with pytest.raises(FileNotFoundError):
+        tree.child(Root(), "mem_diff")

@@ -1,0 +1,267 @@
+"""Law 4: where a diff's extents are trusted, on the filesystems that give the reasons."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from diffmergefs import sparse
+from diffmergefs.errors import DenseDiffError, SizeMismatchError, UntrustedExtentsError
+from diffmergefs.extents import Extent
+from diffmergefs.images import open_chain
+from diffmergefs.layer import Layer
+from diffmergefs.trust import TrustPolicy, grain, require_trust
+from tests.support import loopfs
+from tests.support.images import PAGE, signed, write_layer
+
+MIB = 1 << 20
+SIZE = 16 * MIB
+
+
+def diff(directory: Path, *pages: int, size: int = SIZE) -> Layer:
+    extents = [(n * PAGE, signed(1, n * PAGE, PAGE)) for n in pages]
+    return Layer.open(str(write_layer(directory / "diff", size, extents)))
+
+
+def refusal(layer: Layer, policy: TrustPolicy | None = None) -> UntrustedExtentsError:
+    with pytest.raises(UntrustedExtentsError) as caught:
+        require_trust(layer, policy or TrustPolicy())
+    error = caught.value
+    assert str(error).startswith(f"{layer.path}: ") and "\n" not in str(error)
+    return error
+
+
+def require_overridable(layer: Layer, check: str) -> None:
+    """The check refuses the layer, --trust-grain overrides it, and a line says so."""
+    error = refusal(layer)
+    assert error.check == check
+    assert "--trust-grain" in str(error)
+    assert require_trust(layer, TrustPolicy(trust_grain=True)) == [
+        f"--trust-grain overrides the check of {check}: {error}"
+    ]
+
+
+def test_a_plain_diff_is_trusted(real_fs: Path) -> None:
+    assert require_trust(diff(real_fs, 1, 7, 8, 100), TrustPolicy()) == []
+    assert require_trust(diff(real_fs), TrustPolicy()) == []
+
+
+def test_an_odd_end_of_the_file_counts_as_the_end_of_a_page(real_fs: Path) -> None:
+    size = 2 * PAGE + 100
+    layer = Layer.open(
+        str(write_layer(real_fs / "diff", size, [(2 * PAGE, signed(1, 2 * PAGE, 100))]))
+    )
+    assert require_trust(layer, TrustPolicy()) == []
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("xfs16k", 16384), ("tmpfs_huge", 2 * MIB)])
+def test_a_grain_coarser_than_the_page_is_refused(
+    kind: str, unit: int, filesystem: Callable[[str], Path]
+) -> None:
+    layer = diff(filesystem(kind), 1)
+    assert grain(layer.fd) == unit
+    # The reason for the check: the written page's neighbours are data too.
+    assert layer.extents.data_bytes == unit
+    require_overridable(layer, "grain")
+    assert str(unit) in str(refusal(layer)) and str(PAGE) in str(refusal(layer))
+
+
+def test_a_guest_page_as_large_as_the_grain_is_trusted(filesystem: Callable[[str], Path]) -> None:
+    layer = diff(filesystem("xfs16k"), 1)
+    assert require_trust(layer, TrustPolicy(page_size=16384)) == []
+    assert require_trust(layer, TrustPolicy(page_size=65536, trust_grain=True)) != []
+
+
+def test_a_fine_grain_does_not_make_part_of_a_large_page_right(real_fs: Path) -> None:
+    error = refusal(diff(real_fs, 4, 5), TrustPolicy(page_size=16384))
+    assert error.check == "alignment"
+    assert f"[{4 * PAGE}, {6 * PAGE})" in str(error) and "16384" in str(error)
+    assert require_trust(diff(real_fs, 4, 5, 6, 7), TrustPolicy(page_size=16384)) == []
+
+
+@pytest.mark.parametrize(
+    "extent", [(PAGE + 512, 2 * PAGE), (PAGE, 2 * PAGE - 512), (PAGE, 9 * PAGE + 1)]
+)
+def test_unaligned_extents_are_refused(
+    extent: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse, "data_extents", lambda *_: iter([Extent(*extent)]))
+    layer = diff(tmp_path, *range(1, 12))
+    require_overridable(layer, "alignment")
+    assert f"[{extent[0]}, {extent[1]})" in str(refusal(layer))
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_preallocated_range_is_refused_where_reading_turns_it_into_data(
+    kind: str, filesystem: Callable[[str], Path]
+) -> None:
+    path = write_layer(filesystem(kind) / "diff", SIZE, [])
+    subprocess.run(["fallocate", "-o", f"{MIB}", "-l", f"{MIB}", path], check=True)
+    with path.open("r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), signed(1, MIB, PAGE), MIB)
+        os.fsync(file.fileno())
+    subprocess.run(["cat", path], check=True, stdout=subprocess.DEVNULL)
+    layer = Layer.open(str(path))
+    # The reason for the check: one page was written, the filesystem says more.
+    assert layer.extents.data_bytes > PAGE
+    require_overridable(layer, "unwritten")
+    # Nothing else would have told.
+    assert layer.extents.data_bytes <= os.fstat(layer.fd).st_blocks * 512
+
+
+def test_a_diff_made_on_an_overlay_is_trusted_and_one_copied_up_is_not(
+    overlay_fs: loopfs.Overlay,
+) -> None:
+    write_layer(overlay_fs.lower / "copied", SIZE, [(5 * PAGE, signed(1, 5 * PAGE, PAGE))])
+    made = diff(overlay_fs.merged, 5, 700)
+    assert sparse.filesystem_magic(made.fd) == sparse.OVERLAYFS_MAGIC
+    assert require_trust(made, TrustPolicy()) == []
+    lower = Layer.open(str(overlay_fs.merged / "copied"))
+    assert require_trust(lower, TrustPolicy()) == []
+
+    (overlay_fs.merged / "copied").chmod(0o600)
+    copied = Layer.open(str(overlay_fs.merged / "copied"))
+    assert copied.extents.data_bytes == MIB
+    require_overridable(copied, "copy-up")
+
+
+def test_extents_of_whole_mib_are_trusted_elsewhere_than_on_an_overlay(real_fs: Path) -> None:
+    layer = diff(real_fs, *range(256, 512))
+    assert layer.extents.data_bytes == MIB
+    assert require_trust(layer, TrustPolicy()) == []
+
+
+@pytest.mark.parametrize(
+    ("magic", "name"),
+    [
+        (0x2FC12FC1, "zfs"),
+        (0x00C36400, "ceph"),
+        (0xFF534D42, "cifs"),
+        (0xFE534D42, "smb"),
+        (0x01021997, "9p"),
+        (0x4D44, "vfat"),
+        (0x2011BAB0, "exfat"),
+    ],
+)
+def test_a_filesystem_that_does_not_tell_holes_is_refused(
+    magic: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = diff(tmp_path, 1)
+    monkeypatch.setattr(sparse, "filesystem_magic", lambda _: magic)
+    require_overridable(layer, "filesystem")
+    assert f"on {name} " in str(refusal(layer))
+
+
+@pytest.mark.parametrize("version", ["vers=3", "vers=4.0", "vers=4.1", None])
+def test_nfs_before_4_2_is_refused(
+    version: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = diff(tmp_path, 1)
+    options = frozenset({"rw", version or "hard"})
+    monkeypatch.setattr(sparse, "filesystem_magic", lambda _: sparse.NFS_MAGIC)
+    monkeypatch.setattr(sparse, "mount_options", lambda _: ("nfs4", options))
+    require_overridable(layer, "filesystem")
+    assert (version or "vers unknown") in str(refusal(layer))
+
+
+def test_nfs_4_2_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = diff(tmp_path, 1)
+    monkeypatch.setattr(sparse, "filesystem_magic", lambda _: sparse.NFS_MAGIC)
+    monkeypatch.setattr(sparse, "mount_options", lambda _: ("nfs4", frozenset({"vers=4.2"})))
+    assert require_trust(layer, TrustPolicy()) == []
+
+
+@pytest.fixture
+def all_is_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A filesystem without lseek, as FUSE's default: each file is one extent."""
+    monkeypatch.setattr(sparse, "data_extents", lambda _, size: iter([Extent(0, size)]))
+    yield
+
+
+@pytest.mark.usefixtures("all_is_data")
+def test_more_data_than_blocks_is_refused_and_nothing_overrides_it(tmp_path: Path) -> None:
+    layer = diff(tmp_path, 1)
+    for complete in (False, True):
+        for policy in (TrustPolicy(), TrustPolicy(trust_grain=True, dense=True)):
+            with pytest.raises(UntrustedExtentsError) as caught:
+                require_trust(layer, policy, complete=complete)
+            assert caught.value.check == "blocks"
+            assert f"{SIZE} bytes" in str(caught.value) and f"only {PAGE}" in str(caught.value)
+            assert "--trust-grain" not in str(caught.value)
+
+
+def test_compression_does_not_make_data_look_like_holes(filesystem: Callable[[str], Path]) -> None:
+    directory = filesystem("btrfs")
+    os.setxattr(directory, "btrfs.compression", b"zstd")
+    path = write_layer(directory / "diff", SIZE, [(MIB, bytes(MIB)), (8 * MIB, bytes(PAGE))])
+    flags = subprocess.run(["filefrag", "-v", path], check=True, capture_output=True, text=True)
+    assert "encoded" in flags.stdout
+    layer = Layer.open(str(path))
+    assert list(layer.extents) == [(MIB, 2 * MIB), (8 * MIB, 8 * MIB + PAGE)]
+    assert require_trust(layer, TrustPolicy()) == []
+
+
+def test_several_failed_checks_are_overridden_with_a_line_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = diff(tmp_path, 1)
+    monkeypatch.setattr(sparse, "filesystem_magic", lambda _: 0x4D44)
+    policy = TrustPolicy(page_size=2048, trust_grain=True)
+    first, second = require_trust(layer, policy)
+    assert "check of filesystem: " in first and "check of grain: " in second
+
+
+def test_a_complete_image_needs_no_grain_but_must_not_be_preallocated(
+    filesystem: Callable[[str], Path],
+) -> None:
+    path = write_layer(filesystem("xfs16k") / "full", MIB, [(0, signed(1, 0, MIB))])
+    layer = Layer.open(str(path))
+    assert require_trust(layer, TrustPolicy(), complete=True) == []
+    assert refusal(layer).check == "grain"
+
+    path = write_layer(filesystem("ext4") / "full", MIB, [])
+    subprocess.run(["fallocate", "-l", f"{MIB}", path], check=True)
+    with pytest.raises(UntrustedExtentsError) as caught:
+        require_trust(Layer.open(str(path)), TrustPolicy(), complete=True)
+    assert caught.value.check == "unwritten"
+
+
+def test_trust_grain_overrides_neither_size_nor_density(tmp_path: Path) -> None:
+    policy = TrustPolicy(trust_grain=True)
+    base = write_layer(tmp_path / "base", 4 * PAGE, [])
+    other = write_layer(tmp_path / "other", 5 * PAGE, [])
+    full = write_layer(tmp_path / "full", 4 * PAGE, [(0, signed(1, 0, 4 * PAGE))])
+    with pytest.raises(SizeMismatchError):
+        open_chain(base, [other], policy)
+    with pytest.raises(DenseDiffError):
+        open_chain(base, [full], policy)
+
+
+@pytest.mark.parametrize("kind", ["xfs16k", "tmpfs_huge", "ext4"])
+def test_none_of_it_is_asked_of_a_base(kind: str, filesystem: Callable[[str], Path]) -> None:
+    path = write_layer(filesystem(kind) / "base", SIZE, [(PAGE, signed(0, PAGE, PAGE))])
+    if kind == "ext4":
+        subprocess.run(["fallocate", "-o", f"{MIB}", "-l", f"{MIB}", path], check=True)
+    image = open_chain(path)
+    assert image.overridden == []
+    assert image.view.read(0, 3 * PAGE) == bytes(PAGE) + signed(0, PAGE, PAGE) + bytes(PAGE)
+
+
+@pytest.mark.usefixtures("all_is_data")
+def test_a_base_whose_filesystem_reports_no_holes_reads_right(tmp_path: Path) -> None:
+    path = write_layer(tmp_path / "base", SIZE, [(PAGE, signed(0, PAGE, PAGE))])
+    assert open_chain(path).view.read(0, 2 * PAGE) == bytes(PAGE) + signed(0, PAGE, PAGE)
+
+
+def test_what_was_overridden_is_told_with_the_image(filesystem: Callable[[str], Path]) -> None:
+    directory = filesystem("xfs16k")
+    base = write_layer(directory / "base", SIZE, [])
+    one = write_layer(directory / "one", SIZE, [(0, b"x")])
+    with pytest.raises(UntrustedExtentsError):
+        open_chain(base, [one])
+    (line,) = open_chain(base, [one], TrustPolicy(trust_grain=True)).overridden
+    assert str(one) in line and "grain" in line
