@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import fields
+from typing import Any, TypeVar, cast
 
 import click
 from rich.console import Console
@@ -105,27 +107,40 @@ def _page_size(context: click.Context, parameter: click.Parameter, value: int) -
 
 
 def trust_options(command: F) -> F:
-    """--trust-grain, --dense and --page-size, as one TrustPolicy's fields."""
-    command = click.option(
-        "--page-size",
-        type=int,
-        default=4096,
-        show_default=True,
-        callback=_page_size,
-        help="The guest's page in bytes, a power of two.",
-    )(command)
-    command = click.option(
-        "--dense",
-        is_flag=True,
-        help="Accept diffs without a hole as the complete images that they seem to be.",
-    )(command)
-    return click.option(
+    """What a user vouches for, as options that reach the command as one `policy`."""
+
+    @functools.wraps(command)
+    def with_policy(**values: Any) -> Any:
+        named = {field.name: values.pop(field.name) for field in fields(TrustPolicy)}
+        return command(policy=TrustPolicy(**named), **values)
+
+    for option in reversed(_TRUST_OPTIONS):
+        with_policy = option(with_policy)
+    return cast(F, with_policy)
+
+
+_TRUST_OPTIONS = (
+    click.option(
         "--trust-grain",
         is_flag=True,
         help="Vouch for the diffs' holes where the filesystem does not: overrides the checks of"
         " grain, alignment, unwritten ranges, copy-up and filesystem type. If they are not right,"
         " the guest gets wrong bytes.",
-    )(command)
+    ),
+    click.option(
+        "--dense",
+        is_flag=True,
+        help="Accept diffs without a hole as the complete images that they seem to be.",
+    ),
+    click.option(
+        "--page-size",
+        type=int,
+        default=TrustPolicy.page_size,
+        show_default=True,
+        callback=_page_size,
+        help="The guest's page in bytes, a power of two.",
+    ),
+)
 
 
 def layer_options(command: F) -> F:

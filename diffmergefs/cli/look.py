@@ -50,9 +50,7 @@ def list_(
     layout: str | None,
     suffix: str | None,
     as_json: bool,
-    page_size: int,
-    dense: bool,
-    trust_grain: bool,
+    policy: TrustPolicy,
 ) -> None:
     """One line a snapshot of SOURCE: tag, parent, depth, size, own dirty bytes, state.
 
@@ -64,7 +62,6 @@ def list_(
       diffmergefs list /srv/snapshots
       diffmergefs list --json /srv/snapshots | jq '.[] | select(.state == "broken")'
     """
-    policy = TrustPolicy(page_size, trust_grain, dense)
     catalog = read_catalog(source, layout, suffix)
     root = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -114,9 +111,7 @@ def info(
     image: str | None,
     base: str | None,
     diffs: tuple[str, ...],
-    page_size: int,
-    dense: bool,
-    trust_grain: bool,
+    policy: TrustPolicy,
     as_json: bool,
 ) -> None:
     """The chain of IMAGE, and for each layer what it holds and what of it is visible.
@@ -128,7 +123,7 @@ def info(
       diffmergefs info /srv/snapshots/pandas
       diffmergefs info --json --base mem_file --diff mem_diff
     """
-    with (found := opened(image, base, diffs, TrustPolicy(page_size, trust_grain, dense))).view:
+    with (found := opened(image, base, diffs, policy)).view:
         facts = infos.describe(found)
     if as_json:
         print_json(facts.as_dict())

@@ -7,7 +7,7 @@ import logging
 import logging.handlers
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import click
@@ -32,9 +32,6 @@ log = logging.getLogger("diffmergefs")
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _SYSLOG = "/dev/log"
-_OWN_OPTIONS = frozenset(
-    {"allow_other", "open_rw", "dense", "trust_grain", "page_size", "layout", "suffix"}
-)
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,39 @@ class Request:
         return self.source or self.layers[0]
 
 
-@click.command()
+def _split_options(options: tuple[str, ...]) -> list[str]:
+    # A bare `ro` is what a view is anyway.
+    return [option for option in ",".join(options).split(",") if option not in ("", "ro")]
+
+
+class _MountCommand(click.Command):
+    # Takes its long options as -o options too (`-o open_rw,page_size=16384`), as fstab has them.
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        options = _split_options(ctx.params["options"])
+        names = self._long_names()
+        mine = [o for o in options if o.partition("=")[0].replace("_", "-") in names]
+        ctx.params["options"] = tuple(o for o in options if o not in mine)
+        self._take(ctx, mine)
+        return rest
+
+    def _long_names(self) -> set[str]:
+        names = {name for param in self.params for name in param.opts if name.startswith("--")}
+        return {name[2:] for name in names} - {"help"}
+
+    def _take(self, ctx: click.Context, options: list[str]) -> None:
+        arguments = []
+        for option in options:
+            name, equals, value = option.partition("=")
+            arguments.append(f"--{name.replace('_', '-')}{equals}{value}")
+        values, _, _ = self.make_parser(ctx).parse_args(arguments)
+        for param in self.params:
+            if isinstance(param, click.Option) and param.name in values:
+                param.handle_parse_result(ctx, values, [])
+
+
+@click.command(cls=_MountCommand)
 @click.argument("operands", nargs=-1, required=True, metavar="[SOURCE] MOUNTPOINT")
 @layer_options
 @click.option("-f", "--foreground", is_flag=True, help="Stay in front and log to stderr.")
@@ -97,9 +126,7 @@ def mount(
     timeout: float,
     log_file: str | None,
     verbose: bool,
-    page_size: int,
-    dense: bool,
-    trust_grain: bool,
+    policy: TrustPolicy,
 ) -> int:
     """Show every complete snapshot of SOURCE under MOUNTPOINT, its memory file merged, read-only.
 
@@ -117,7 +144,6 @@ def mount(
       diffmergefs mount --base mem_file --diff mem_diff /mnt/view
       diffmergefs mount -f --open-rw /srv/snapshots /mnt/views
     """
-    given, passed_on = _split_options(options)
     if len(operands) > 2:
         raise click.UsageError("give at most SOURCE and MOUNTPOINT")
     source = os.path.abspath(operands[0]) if len(operands) == 2 else None
@@ -126,16 +152,12 @@ def mount(
         source,
         tuple(os.path.abspath(path) for path in (base, *diffs) if path),
         os.path.abspath(operands[-1]),
-        TrustPolicy(
-            int(given.get("page_size", page_size)),
-            trust_grain or "trust_grain" in given,
-            dense or "dense" in given,
-        ),
-        given.get("layout", layout),
-        given.get("suffix", suffix),
-        allow_other or "allow_other" in given,
-        open_rw or "open_rw" in given,
-        passed_on,
+        policy,
+        layout,
+        suffix,
+        allow_other,
+        open_rw,
+        options,
     )
     level = logging.DEBUG if verbose else logging.INFO
     _log_to(logging.StreamHandler(), level)
@@ -146,24 +168,6 @@ def mount(
         serve(lambda: None)
         return 0
     return _serve_in_background(request, serve, _background_handler(log_file), level, timeout)
-
-
-def _split_options(options: tuple[str, ...]) -> tuple[Mapping[str, str], tuple[str, ...]]:
-    # Our own by name, the rest for the session. A bare `ro` is what a view is anyway.
-    own, rest = {}, []
-    for option in ",".join(options).split(","):
-        name, _, value = option.partition("=")
-        name = name.replace("-", "_")
-        if name in _OWN_OPTIONS:
-            own[name] = value
-        elif option and option != "ro":
-            rest.append(option)
-    page = own.get("page_size", "4096")
-    if not page.isdigit() or int(page) < 512 or int(page) & (int(page) - 1):
-        raise click.UsageError(f"-o page_size={page}: no power of two of at least 512")
-    if own.get("layout", LAYOUTS[0]) not in LAYOUTS:
-        raise click.UsageError(f"-o layout={own['layout']}: one of {', '.join(LAYOUTS)}")
-    return own, tuple(rest)
 
 
 def _serve(request: Request, ready: Callable[[], None]) -> None:

@@ -30,9 +30,7 @@ def flatten(
     image: str | None,
     base: str | None,
     diffs: tuple[str, ...],
-    page_size: int,
-    dense: bool,
-    trust_grain: bool,
+    policy: TrustPolicy,
     output: str,
     force: bool,
     verify: bool,
@@ -47,7 +45,7 @@ def flatten(
       diffmergefs flatten /srv/snapshots/pandas -o pandas.mem
       diffmergefs flatten --base mem_file --diff mem_diff -o whole.mem --verify
     """
-    with (found := opened(image, base, diffs, TrustPolicy(page_size, trust_grain, dense))).view:
+    with (found := opened(image, base, diffs, policy)).view:
         view = found.view
         with progress("flatten", sum(view.visible_bytes())) as moved:
             result = flatten_view(view, output, force=force, verify=verify, progress=moved)
@@ -72,7 +70,7 @@ def flatten(
 @click.argument("base", type=PATH)
 @click.option("--sync", is_flag=True, help="fsync BASE at the end.")
 @trust_options
-def apply(diff: str, base: str, sync: bool, page_size: int, dense: bool, trust_grain: bool) -> None:
+def apply(diff: str, base: str, sync: bool, policy: TrustPolicy) -> None:
     """Copy the data extents of DIFF onto BASE, in place: the classic merge.
 
     BASE must be a copy that you own: it is changed. Both must have the same size. An interrupted
@@ -82,7 +80,6 @@ def apply(diff: str, base: str, sync: bool, page_size: int, dense: bool, trust_g
     Example:
       cp --reflink=auto mem_file whole.mem && diffmergefs apply mem_diff whole.mem
     """
-    policy = TrustPolicy(page_size, trust_grain, dense)
     with progress("apply", 0) as moved:
         copied = apply_diff(diff, base, sync=sync, policy=policy, progress=moved)
     click.echo(f"{copied} bytes copied")
