@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 RUN_PACKAGES := libfuse3-dev pkg-config gcc libc6-dev fuse3
 TEST_PACKAGES := xfsprogs btrfs-progs e2fsprogs qemu-system-x86 qemu-utils \
-	busybox-static cpio acl attr util-linux procps
+	busybox-static cpio acl attr util-linux procps jq
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint clean run-packages test-packages
