@@ -23,9 +23,7 @@ class Access(NamedTuple):
     mode: int
 
 
-def view_access(
-    layers: Iterable[Layer], root: str, paths: Iterable[str] | None = None
-) -> Access:
+def view_access(layers: Iterable[Layer], root: str, paths: Iterable[str] | None = None) -> Access:
     """Owner and read bits of the view over `layers`.
 
     `paths`, by default the layers' own, are where the layers lie now, relative to `root`.

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from diffmergefs import chain, forkd, numbered
 from diffmergefs.errors import BrokenChainError, DiffMergeError, FileAccessError
-from diffmergefs.snapshot import Snapshot, status_of
+from diffmergefs.snapshot import Snapshot, StoredFile, status_of
 from diffmergefs.view import require_equal_size
 
 LAYOUTS = ("forkd", "numbered")
@@ -30,23 +30,25 @@ class Catalog:
     root: str
     layout: str
     snapshots: Mapping[str, Snapshot]
-    _verdicts: dict[str, list[Snapshot] | str] = field(default_factory=dict, compare=False)
+    _verdicts: dict[str, list[Snapshot] | DiffMergeError] = field(
+        default_factory=dict, compare=False
+    )
     _rejected: dict[str, str] = field(default_factory=dict, compare=False)
 
     def chain(self, tag: str) -> list[Snapshot]:
         """The snapshots whose layers make up `tag`, base first.
 
-        Raises BrokenChainError with the reason where the tag cannot be shown as complete, as far
-        as metadata tell: its own defect, or an ancestor's.
+        Raises BrokenChainError or SizeMismatchError with the reason where the tag cannot be shown
+        as complete, as far as metadata tell: its own defect, or an ancestor's.
         """
         if tag not in self._verdicts:
             try:
                 self._verdicts[tag] = self._resolve(tag)
             except DiffMergeError as error:
-                self._verdicts[tag] = str(error)
+                self._verdicts[tag] = error
         verdict = self._verdicts[tag]
-        if isinstance(verdict, str):
-            raise BrokenChainError(verdict)
+        if isinstance(verdict, DiffMergeError):
+            raise verdict.with_traceback(None)
         return verdict
 
     def reject(self, tag: str, problem: str) -> None:
@@ -67,16 +69,28 @@ class Catalog:
             require_equal_size(base.path, base.key.size, link.layer.path, link.layer.key.size)
         return links
 
+    def recall(self, older: Catalog) -> None:
+        """Take over the layers that `older` knew, of those snapshots whose own is unknown now.
+
+        Call it before `hidden` and `layer_files` are asked for.
+        """
+        for tag in (self.snapshots.keys() - self._layers.keys()) & older._layers.keys():
+            self._layers[tag] = older._layers[tag]
+
+    @cached_property
+    def _layers(self) -> dict[str, StoredFile]:
+        return {tag: s.memory for tag, s in self.snapshots.items() if s.memory}
+
     @cached_property
     def hidden(self) -> frozenset[str]:
         """The paths beneath the root that are never passed through: layers and their seals."""
-        layers = [s.memory.path for s in self.snapshots.values() if s.memory]
+        layers = [layer.path for layer in self._layers.values()]
         return frozenset(layers).union(f"{path}.bmap" for path in layers)
 
     @cached_property
     def layer_files(self) -> frozenset[tuple[int, int]]:
         """Device and inode of each layer: under no other name is one passed through either."""
-        return frozenset(s.memory.key[:2] for s in self.snapshots.values() if s.memory)
+        return frozenset(layer.key[:2] for layer in self._layers.values())
 
 
 def read_catalog(
@@ -113,10 +127,18 @@ def read_catalog(
 
 def _find_layout(root: str, fd: int, kinds: Mapping[str, int], suffix: str | None) -> str:
     is_numbered = bool(numbered.memory_files(kinds, suffix))
-    is_forkd = any(k == stat.S_IFDIR and forkd.is_tag(fd, name) for name, k in kinds.items())
+    is_forkd = any(k == stat.S_IFDIR and _is_tag(fd, name) for name, k in kinds.items())
     if is_numbered and is_forkd:
         raise BrokenChainError(
             f"{root}: holds numbered layers and a forkd store;"
             " say which is meant with --layout=numbered or --layout=forkd"
         )
     return "numbered" if is_numbered else "forkd"
+
+
+def _is_tag(fd: int, name: str) -> bool:
+    # What cannot be looked into (somebody's lost+found) says nothing about the layout.
+    try:
+        return forkd.is_tag(fd, name)
+    except OSError:
+        return False

@@ -31,8 +31,9 @@ def start(serve: Callable[[Callable[[], None]], int], timeout: float) -> Outcome
 
     `serve` gives the child's exit status. The child's standard streams are /dev/null, but until it
     is ready its stderr comes back in the outcome. A child that is not ready after `timeout`
-    seconds is ended with SIGTERM, and with SIGKILL two seconds later. Call it before any thread
-    was started.
+    seconds, or when the wait is interrupted, is ended with SIGTERM, and with SIGKILL two seconds
+    later; one that finds its caller gone when it is ready sends SIGTERM to itself. Call it before
+    any thread was started.
     """
     words_read, words_write = os.pipe()
     ready_read, ready_write = os.pipe()
@@ -47,6 +48,9 @@ def start(serve: Callable[[Callable[[], None]], int], timeout: float) -> Outcome
     os.close(ready_write)
     try:
         return _wait(child, words_read, ready_read, timeout)
+    except BaseException:
+        _end(child)
+        raise
     finally:
         os.close(words_read)
         os.close(ready_read)
@@ -68,10 +72,16 @@ def _become_daemon(
         def ready() -> None:
             sys.stderr.flush()
             os.dup2(null, 2)
-            os.write(ready_write, _READY)
+            try:
+                os.write(ready_write, _READY)
+            except BrokenPipeError:
+                # Nobody knows that it came up: it ends as if it was asked to.
+                os.kill(os.getpid(), signal.SIGTERM)
             os.close(ready_write)
 
         status = serve(ready)
+    except SystemExit as ending:
+        status = ending.code if isinstance(ending.code, int) else _FAILED
     finally:
         sys.stderr.flush()
         os._exit(status)
@@ -106,10 +116,12 @@ def _wait(child: int, words: int, ready: int, timeout: float) -> Outcome:
 
 
 def _end(child: int) -> None:
-    os.kill(child, signal.SIGTERM)
-    for _ in range(40):
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return
-        time.sleep(0.05)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    # One that hangs in the kernel does not end even so; it is not waited for.
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            os.kill(child, number)
+            deadline = time.monotonic() + 2
+            while time.monotonic() < deadline:
+                if os.waitpid(child, os.WNOHANG)[0]:
+                    return
+                time.sleep(0.05)

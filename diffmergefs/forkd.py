@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from diffmergefs import beneath
@@ -26,7 +27,10 @@ _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
 def is_tag(root: int, name: str) -> bool:
-    """Whether the directory `name` beneath `root` holds a snapshot, complete or not."""
+    """Whether the directory `name` beneath `root` holds a snapshot, complete or not.
+
+    Raises OSError where that cannot be told.
+    """
     if is_left_out(name):
         return False
     return _exists(root, f"{name}/{DOCUMENT}") or (
@@ -35,30 +39,35 @@ def is_tag(root: int, name: str) -> bool:
 
 
 def read(root_path: str, root: int, kinds: Mapping[str, int]) -> dict[str, Snapshot]:
-    """The snapshots in the directories among `kinds` (name -> file type), by tag."""
+    """The snapshots in the directories among `kinds` (name -> file type), by tag.
+
+    A directory that cannot be looked into counts as one, which is broken.
+    """
     roots = {os.path.abspath(root_path), os.path.realpath(root_path)}
-    return {
-        name: _read_tag(root, name, roots)
-        for name, kind in kinds.items()
-        if kind == stat.S_IFDIR and is_tag(root, name)
-    }
+    folders = [name for name, kind in kinds.items() if kind == stat.S_IFDIR]
+    found = {name: _read_folder(root, name, roots) for name in folders}
+    return {name: snapshot for name, snapshot in found.items() if snapshot}
+
+
+def _read_folder(root: int, name: str, roots: set[str]) -> Snapshot | None:
+    try:
+        return _read_tag(root, name, roots) if is_tag(root, name) else None
+    except OSError as error:
+        return Snapshot(name, problem=f"{name}: {error.strerror}")
 
 
 def _read_tag(root: int, tag: str, roots: set[str]) -> Snapshot:
-    try:
-        state = _files(root, tag)
-        newest = max((key.mtime_ns for _, key in state), default=0)
-    except OSError as error:
-        return Snapshot(tag, problem=f"{tag}: {error.strerror}")
+    state = _files(root, tag)
+    newest = max((key.mtime_ns for _, key in state), default=0)
     seen: dict[str, Any] = {"newest_ns": newest, "state": state}
     try:
-        if not _LEGAL_TAG.fullmatch(tag):
-            raise BrokenChainError(
-                f"{tag!r} is no legal tag (1 to 64 of letters, digits, - and _, . and + inside)"
-            )
-        return _describe(root, tag, roots, seen)
+        found = _describe(root, tag, roots, seen)
     except DiffMergeError as error:
-        return Snapshot(tag, problem=str(error), **seen)
+        found = Snapshot(tag, problem=str(error), **seen)
+    if _LEGAL_TAG.fullmatch(tag):
+        return found
+    problem = f"{tag!r} is no legal tag (1 to 64 of letters, digits, - and _, . and + inside)"
+    return replace(found, problem=problem)
 
 
 def _describe(root: int, tag: str, roots: set[str], seen: Mapping[str, Any]) -> Snapshot:
@@ -67,18 +76,30 @@ def _describe(root: int, tag: str, roots: set[str], seen: Mapping[str, Any]) -> 
         return Snapshot(tag, None, memory, tag, **seen)
     path = f"{tag}/{DOCUMENT}"
     document = load_document(root, path)
+    recorded = _text(document, "memory", path)
+    if recorded is None:
+        raise BrokenChainError(f"{path}: 'memory' is missing")
+    memory = _locate(root, tag, recorded, roots)
+    seen = _with_file(seen, memory)
+    try:
+        return _describe_rest(root, tag, roots, Snapshot(tag, None, memory, tag, **seen), document)
+    except BrokenChainError as error:
+        # Its layer is known all the same, and is so nowhere passed through.
+        return Snapshot(tag, None, memory, tag, problem=str(error), **seen)
+
+
+def _describe_rest(
+    root: int, tag: str, roots: set[str], found: Snapshot, document: Mapping[str, Any]
+) -> Snapshot:
+    path, memory = f"{tag}/{DOCUMENT}", found.layer
     parent = _text(document, "parent_tag", path)
     parent_hash = _text(document, "parent_content_hash", path)
     if parent_hash is not None and not _SHA256.fullmatch(parent_hash):
         raise BrokenChainError(f"{path}: parent_content_hash is no hex sha256 of 64 digits")
     if parent_hash is not None and parent is None:
         raise BrokenChainError(f"{path}: parent_content_hash without a parent_tag")
-    recorded = _text(document, "memory", path)
-    if recorded is None:
-        raise BrokenChainError(f"{path}: 'memory' is missing")
-    memory = _locate(root, tag, recorded, roots)
     files = {}
-    seen = _with_file(seen, memory)
+    seen: dict[str, Any] = {"newest_ns": found.newest_ns, "state": found.state}
     if (state_path := _text(document, "vmstate", path)) is not None:
         vmstate = _locate(root, tag, state_path, roots)
         if os.path.basename(vmstate.path) == os.path.basename(memory.path):
@@ -87,11 +108,9 @@ def _describe(root: int, tag: str, roots: set[str], seen: Mapping[str, Any]) -> 
             )
         files[os.path.basename(vmstate.path)] = vmstate.path
         seen = _with_file(seen, vmstate)
-    return Snapshot(
-        tag,
-        parent,
-        memory,
-        folder=tag,
+    return replace(
+        found,
+        parent=parent,
         files=files,
         document=document,
         vmstate=next(iter(files), None),
@@ -155,7 +174,7 @@ def _text(document: Mapping[str, Any], name: str, path: str) -> str | None:
 def _exists(root: int, path: str) -> bool:
     try:
         beneath.stat_beneath(root, path)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 

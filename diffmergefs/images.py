@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import errno
 import itertools
 import math
 import os
@@ -13,13 +14,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from diffmergefs.catalog import Catalog, read_catalog
-from diffmergefs.errors import DenseDiffError, FileAccessError, LayerChangedError
+from diffmergefs.errors import (
+    DenseDiffError,
+    DiffMergeError,
+    FileAccessError,
+    LayerChangedError,
+)
 from diffmergefs.layer import FileKey, Layer
+from diffmergefs.numbered import SUFFIXES
 from diffmergefs.snapshot import Snapshot, StoredFile
 from diffmergefs.trust import TrustPolicy, require_trust
 from diffmergefs.view import MergedView, require_equal_size
 
 _SAMPLE = 4096
+_SPARE = 128
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -42,18 +50,32 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def require_spare_descriptors(fd: int, path: str) -> None:
+    """Raise OSError (EMFILE) if `fd`, just opened, is among the last that this process can have.
+
+    These are left for looking over directories and for what the daemon does for itself: however
+    many files its users open, it goes on.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and fd >= soft - min(_SPARE, soft // 4):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+
+
 class LayerPool:
     """The open layers of a directory of snapshots, each file once, however many views share it.
 
-    `root` is a descriptor of that directory, kept by the caller. A layer lives as long as a view
-    uses it. Safe to use from several threads: a layer that one of them opens is waited for by the
-    others.
+    `root` is a descriptor of that directory, kept by the caller, and `where` what messages put
+    before the paths beneath it. A layer lives as long as a view uses it. Safe to use from several
+    threads: a layer that one of them opens is waited for by the others.
     """
 
-    def __init__(self, root: int) -> None:
+    def __init__(self, root: int, where: str = "") -> None:
         self._root = root
+        self._where = where
         self._layers: weakref.WeakValueDictionary[FileKey, Layer] = weakref.WeakValueDictionary()
-        self._busy: dict[FileKey, threading.Lock] = {}
+        # A lock lives as long as somebody opens that layer.
+        self._busy: weakref.WeakValueDictionary[FileKey, threading.Lock]
+        self._busy = weakref.WeakValueDictionary()
         self._guard = threading.Lock()
 
     def layer(self, file: StoredFile) -> Layer:
@@ -67,9 +89,14 @@ class LayerPool:
             known = self._layers.get(file.key)
             if known is not None and not known.tainted:
                 return known
-            layer = Layer.open(file.path, self._root)
+            name = os.path.join(self._where, file.path)
+            layer = Layer.open(file.path, self._root, name)
+            try:
+                require_spare_descriptors(layer.fd, name)
+            except OSError as error:
+                raise FileAccessError(f"{name}: {error.strerror}") from error
             if layer.key != file.key:
-                raise LayerChangedError(f"{file.path}: changed since it was looked over; try again")
+                raise LayerChangedError(f"{name}: changed since it was looked over; try again")
             self._layers[file.key] = layer
             return layer
 
@@ -93,13 +120,18 @@ def open_chain(
 def open_image(path: str | os.PathLike[str], policy: TrustPolicy | None = None) -> Image:
     """Open a snapshot directory or a numbered layer file as one image.
 
-    Its parents lie beside it. A link without a hole is shown as complete only if a check against
-    its parent supports it, or with `policy.dense`. Raises DiffMergeError.
+    Its parents lie beside it; its layers are called by their absolute paths. A link without a hole
+    is shown as complete only if a check against its parent supports it, or with `policy.dense`.
+    Raises DiffMergeError.
     """
     catalog, tag = find_image(path)
+    try:
+        links = catalog.chain(tag)
+    except DiffMergeError as error:
+        raise type(error)(f"in {catalog.root}: {error}") from None
     root = os.open(catalog.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return open_snapshot(catalog.chain(tag), LayerPool(root), policy or TrustPolicy())
+        return open_snapshot(links, LayerPool(root, catalog.root), policy or TrustPolicy())
     finally:
         os.close(root)
 
@@ -115,7 +147,9 @@ def find_image(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
         return read_catalog(root, "forkd"), name
     if not os.path.exists(image):
         raise FileAccessError(f"{os.fspath(path)}: No such file or directory")
-    catalog = read_catalog(root, "numbered", os.path.splitext(name)[1] or None)
+    suffix = os.path.splitext(name)[1]
+    # One of the usual suffixes is a layer's only if the lowest number's memory file has it too.
+    catalog = read_catalog(root, "numbered", None if suffix in SUFFIXES else suffix or None)
     for tag, snapshot in catalog.snapshots.items():
         if snapshot.layer.path == name:
             return catalog, tag

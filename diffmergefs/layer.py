@@ -78,16 +78,18 @@ class Layer:
         self._nowait = 0 if in_memory else os.RWF_NOWAIT
 
     @classmethod
-    def open(cls, path: str, root: int | None = None) -> Layer:
+    def open(cls, path: str, root: int | None = None, name: str | None = None) -> Layer:
         """Open the regular file `path` (beneath the directory descriptor `root`, if given).
 
-        Blocks for the fsync and the walk. Raises FileAccessError with the path in its one line.
+        Messages call it `name`, by default `path`. Blocks for the fsync and the walk. Raises
+        FileAccessError with that name in its one line.
         """
         sparse.require_linux()
+        name = path if name is None else name
         try:
-            return cls(path, beneath.open_regular(root, path))
+            return cls(name, beneath.open_regular(root, path))
         except OSError as error:
-            raise FileAccessError(f"{path}: {error.strerror}") from error
+            raise FileAccessError(f"{name}: {error.strerror}") from error
 
     @property
     def key(self) -> FileKey:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pyfuse3
 import trio
@@ -57,32 +59,71 @@ def serve(tree: Tree, mountpoint: str, options: set[str], ready: Callable[[], No
     """Mount the tree on `mountpoint` and serve until it is unmounted; `ready` is called once it
     answers.
 
-    `mountpoint` is a real path that `check_mountpoint` accepted. On SIGTERM and SIGINT the mount
-    is detached and served on until its last file is closed; a second signal ends it at once.
-    Raises MountFailedError.
+    `mountpoint` is a real path that `check_mountpoint` accepted. Call it in the main thread. On
+    SIGTERM and SIGINT (and SIGHUP, unless it is ignored) the mount is detached and served on until
+    its last file is closed; a second signal ends it at once. Raises MountFailedError.
     """
     raise_descriptor_limit()
     operations = Operations(tree)
+    with _signals_kept() as early:
+        try:
+            pyfuse3.init(operations, mountpoint, {_Option(option) for option in options})
+        except RuntimeError as error:
+            raise MountFailedError(
+                f"{mountpoint}: {error}; is /dev/fuse there, is fusermount3 installed, and with"
+                " --allow-other is user_allow_other set in /etc/fuse.conf?"
+            ) from error
+        entry = _entry_at(mountpoint)
+        try:
+            trio.run(functools.partial(_run, operations, entry, ready, early))
+        finally:
+            # Once detached, another mount may stand at the same place: that one is not ours to end.
+            pyfuse3.close(unmount=_entry_at(mountpoint) == entry)
+
+
+class _Option(str):
+    # pyfuse3 encodes options as ASCII, but the path in fsname may hold anything.
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return os.fsencode(str(self))
+
+
+@contextmanager
+def _signals_kept() -> Iterator[list[int]]:
+    # From before the mount is made until after it is gone, a signal that ends a process is only
+    # noted, but for what _watch_signals does with it: an exception in between would leave a mount
+    # without a daemon.
+    noted: list[int] = []
+    before = {n: signal.signal(n, lambda n, _: noted.append(n)) for n in _ending_signals()}
     try:
-        pyfuse3.init(operations, mountpoint, options)
-    except RuntimeError as error:
-        raise MountFailedError(
-            f"{mountpoint}: {error}; is /dev/fuse there, is fusermount3 installed, and with"
-            " --allow-other is user_allow_other set in /etc/fuse.conf?"
-        ) from error
-    entry = mountpoints.mount_entry(mountpoint)
-    try:
-        trio.run(functools.partial(_run, operations, entry, ready))
+        yield noted
     finally:
-        # Once detached, another mount may stand at the same place: that one is not ours to end.
-        pyfuse3.close(unmount=mountpoints.mount_entry(mountpoint) == entry)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ending_signals() -> set[int]:
+    # nohup(1) has SIGHUP ignored, and so it stays.
+    hangup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else set()
+    return {signal.SIGTERM, signal.SIGINT, *hangup}
+
+
+def _entry_at(mountpoint: str) -> mountpoints.MountEntry | None:
+    try:
+        return mountpoints.mount_entry(mountpoint)
+    except OSError as error:
+        log.warning("the table of mounts cannot be read: %s", error)
+        return None
 
 
 async def _run(
-    operations: Operations, entry: mountpoints.MountEntry | None, ready: Callable[[], None]
+    operations: Operations,
+    entry: mountpoints.MountEntry | None,
+    ready: Callable[[], None],
+    early: Sequence[int],
 ) -> None:
     async with trio.open_nursery() as nursery:
-        await nursery.start(_watch_signals, operations, entry, nursery.cancel_scope)
+        await nursery.start(_watch_signals, operations, entry, nursery.cancel_scope, early)
         if operations.tree.store is not None:
             nursery.start_soon(_watch_source, operations.tree.store)
         nursery.start_soon(_say_ready, ready)
@@ -118,11 +159,12 @@ async def _watch_signals(
     operations: Operations,
     entry: mountpoints.MountEntry | None,
     everything: trio.CancelScope,
+    early: Sequence[int],
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    # nohup(1) has SIGHUP ignored, and so it stays.
-    hangup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else set()
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, *hangup) as signals:
+    with trio.open_signal_receiver(*_ending_signals()) as signals:
+        for number in early:
+            signal.raise_signal(number)
         task_status.started()
         asked = False
         async for number in signals:
@@ -144,9 +186,8 @@ async def _watch_signals(
 
 def _detach(entry: mountpoints.MountEntry | None) -> None:
     # Only our own mount: it may be gone already, and another one may stand in its place.
-    if entry is None or mountpoints.mount_entry(entry.path) != entry:
-        return
     try:
-        mountpoints.detach(entry.path)
-    except MountpointError as error:
+        if entry is not None and mountpoints.mount_entry(entry.path) == entry:
+            mountpoints.detach(entry.path)
+    except (MountpointError, OSError) as error:
         log.warning("%s; unmount it by hand, a second signal ends it at once", error)

@@ -34,7 +34,8 @@ class MountEntry(NamedTuple):
 def mount_entry(path: str) -> MountEntry | None:
     """The topmost mount on exactly the real, absolute `path`, or None. Never asks the mount."""
     found = None
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+    # Only a newline ends a line here; the names may hold what else str.splitlines splits at.
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")[:-1]:
         fields, _, rest = line.partition(" - ")
         _, _, device, _, where, *_ = fields.split(" ")
         kind, source, *_ = rest.split(" ")

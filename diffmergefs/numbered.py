@@ -54,14 +54,19 @@ def memory_files(kinds: Mapping[str, int], suffix: str | None = None) -> list[Nu
 def read(statuses: Mapping[str, os.stat_result], suffix: str | None) -> dict[str, Snapshot]:
     """The snapshots of a directory of numbered layers, by tag (the stem).
 
-    `statuses` has the lstat of each of its names.
+    `statuses` has the lstat of each of its names. A file of the same number and another suffix
+    goes with a layer, but for one that could be memory itself: another of SUFFIXES, and the
+    layer's size.
     """
     kinds = {name: stat.S_IFMT(status.st_mode) for name, status in statuses.items()}
     layers = memory_files(kinds, suffix)
     companions: dict[int, dict[str, str]] = {f.number: {} for f in layers}
-    memory = {f.name for f in layers}
+    memory = {f.number: f.name for f in layers}
     for file in _numbered(kinds):
-        if file.number in companions and file.name not in memory:
+        layer_name = memory.get(file.number)
+        if layer_name is None or file.name == layer_name:
+            continue
+        if not _looks_like_memory(file, statuses[file.name], statuses[layer_name]):
             companions[file.number][file.name] = file.name
     snapshots: dict[str, Snapshot] = {}
     parent = None
@@ -91,6 +96,11 @@ def _numbered(kinds: Mapping[str, int]) -> list[NumberedFile]:
         stem, suffix = os.path.splitext(match["stem"])
         files.append(NumberedFile(name, int(match["number"]), stem, suffix))
     return sorted(files, key=lambda f: (f.number, f.name))
+
+
+def _looks_like_memory(file: NumberedFile, status: os.stat_result, layer: os.stat_result) -> bool:
+    # A diff under another of the suffixes, passed through, would read as an image full of zeros.
+    return file.suffix in SUFFIXES and status.st_size == layer.st_size
 
 
 def _refuse_pair(files: list[NumberedFile], what: str) -> None:

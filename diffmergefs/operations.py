@@ -16,7 +16,9 @@ import pyfuse3
 import trio
 from pyfuse3 import FUSEError
 
+from diffmergefs import sparse
 from diffmergefs.errors import DiffMergeError
+from diffmergefs.store import OpenImage
 from diffmergefs.tree import Attributes, Document, MemoryFile, Node, Passed, TagFolder, Tree
 from diffmergefs.view import MergedView
 
@@ -66,7 +68,7 @@ def answering(
 class Handle:
     """An open file or directory: exactly one of the four is what it reads from."""
 
-    view: MergedView | None = None
+    shown: OpenImage | None = None
     fd: int | None = None
     content: bytes | None = None
     entries: list[tuple[bytes, Node]] | None = None
@@ -115,10 +117,14 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         folder = self.tree.node(parent_inode)
         text = os.fsdecode(name)
+        node: Node
         if isinstance(folder, TagFolder) and text == self.tree.memory_name(folder.tag):
-            await self._open_image(folder.tag)
-        node = await self._in_thread(self.tree.child, folder, text)
-        entry = await self._entry(node)
+            # What was opened just now, whatever a look has found meanwhile.
+            node = MemoryFile(await self._open_image(folder.tag))
+        else:
+            node = await self._in_thread(self.tree.child, folder, text)
+        attributes = await self._attributes(node)
+        entry = _entry_attributes(self.tree.inode(node), attributes)
         self._lookups[entry.st_ino] += 1
         return entry
 
@@ -126,7 +132,8 @@ class Operations(pyfuse3.Operations):
     async def getattr(
         self, inode: int, ctx: pyfuse3.RequestContext | None
     ) -> pyfuse3.EntryAttributes:
-        return await self._entry(self.tree.node(inode))
+        attributes = await self._attributes(self.tree.node(inode))
+        return _entry_attributes(inode, attributes)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for inode, count in inode_list:
@@ -169,17 +176,40 @@ class Operations(pyfuse3.Operations):
     @answering
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         entries = self._handles[fh].entries or []
-        for first in range(start_id, len(entries), _READDIR_BATCH):
-            batch = entries[first : first + _READDIR_BATCH]
-            known = await self._in_thread(self._attributes_of, [node for _, node in batch])
-            for number, (name, node) in enumerate(batch, first + 1):
-                attributes = known[number - first - 1]
-                if attributes is None:
-                    continue
-                entry = _entry_attributes(self.tree.inode(node), attributes)
-                if not pyfuse3.readdir_reply(token, name, entry, number):
-                    return
-                self._lookups[entry.st_ino] += 1
+        added = 0
+        try:
+            for first in range(start_id, len(entries), _READDIR_BATCH):
+                batch = entries[first : first + _READDIR_BATCH]
+                known = await self._in_thread(self._attributes_of, [node for _, node in batch])
+                for number, (name, node) in enumerate(batch, first + 1):
+                    attributes = known[number - first - 1]
+                    if attributes is None:
+                        continue
+                    if not self._add_entry(token, name, node, attributes, number):
+                        return
+                    added += 1
+        except Exception:
+            # An error would take back what was added: the kernel would never see it, and never
+            # forget what counts as looked up. The next request meets the error first.
+            if not added:
+                raise
+
+    def _add_entry(
+        self,
+        token: pyfuse3.ReaddirToken,
+        name: bytes,
+        node: Node,
+        attributes: Attributes,
+        number: int,
+    ) -> bool:
+        # An entry that is added counts as looked up; one for which there is no room does not.
+        inode = self.tree.inode(node)
+        is_added = pyfuse3.readdir_reply(token, name, _entry_attributes(inode, attributes), number)
+        if is_added:
+            self._lookups[inode] += 1
+        elif inode not in self._lookups:
+            self.tree.forget(inode)
+        return is_added
 
     def _attributes_of(self, nodes: Sequence[Node]) -> list[Attributes | None]:
         # None for an entry that went away since its directory was opened.
@@ -209,7 +239,7 @@ class Operations(pyfuse3.Operations):
             case MemoryFile(shown):
                 # With direct_io the kernel refuses MAP_SHARED, through which a store would reach
                 # every reader's page cache; MAP_PRIVATE, which a VMM uses, it lets through.
-                handle = self._register(Handle(view=shown.image.view))
+                handle = self._register(Handle(shown=shown))
                 return pyfuse3.FileInfo(fh=handle, keep_cache=not writing, direct_io=writing)
             case Document(_, content):
                 return pyfuse3.FileInfo(fh=self._register(Handle(content=content)))
@@ -221,14 +251,14 @@ class Operations(pyfuse3.Operations):
     @answering
     async def read(self, fh: int, off: int, size: int) -> bytes:
         handle = self._handles[fh]
-        if handle.view is not None:
+        if handle.shown is not None:
             # A reply may be any contiguous buffer: no copy is made of it.
-            return cast(bytes, await self._read_view(handle.view, off, size))
+            return cast(bytes, await self._read_view(handle.shown.image.view, off, size))
         if handle.content is not None:
             return handle.content[off : off + size]
         if handle.fd is None:
             raise FUSEError(errno.EISDIR)
-        return await self._in_thread(os.pread, handle.fd, size, off, limiter=self._reading)
+        return await self._in_thread(_read_file, handle.fd, off, size, limiter=self._reading)
 
     async def _read_view(self, view: MergedView, off: int, size: int) -> bytearray:
         data = view.read_nowait(off, size)
@@ -275,11 +305,10 @@ class Operations(pyfuse3.Operations):
         self._handles[number] = handle
         return number
 
-    async def _entry(self, node: Node) -> pyfuse3.EntryAttributes:
+    async def _attributes(self, node: Node) -> Attributes:
         if isinstance(node, MemoryFile):
-            return _entry_attributes(self.tree.inode(node), self.tree.attributes(node))
-        attributes = await self._in_thread(self.tree.attributes, node)
-        return _entry_attributes(self.tree.inode(node), attributes)
+            return self.tree.attributes(node)
+        return await self._in_thread(self.tree.attributes, node)
 
     async def _try_to_open_image(self, tag: str) -> None:
         try:
@@ -287,11 +316,11 @@ class Operations(pyfuse3.Operations):
         except (DiffMergeError, OSError) as error:
             log.debug("%s: has no memory file: %s", tag, error)
 
-    async def _open_image(self, tag: str) -> None:
+    async def _open_image(self, tag: str) -> OpenImage:
         store = self.tree.store
         assert store is not None
-        if store.opened(tag):
-            return
+        if known := store.opened(tag):
+            return known
         # Layer by layer, so that each is waited for in the event loop and not in a thread: many
         # clients of one slow layer must not use up the threads that others need. The layers are
         # held here until the image holds them. One that cannot be opened is judged by store.open.
@@ -300,7 +329,7 @@ class Operations(pyfuse3.Operations):
             with contextlib.suppress(DiffMergeError, OSError):
                 work = functools.partial(store.open_layer, link.layer)
                 layers.append(await self._once(link.layer.key, work))
-        await self._once(tag, functools.partial(store.open, tag))
+        return cast(OpenImage, await self._once(tag, functools.partial(store.open, tag)))
 
     async def _once(self, key: object, work: Callable[[], object]) -> object:
         running = self._running.get(key)
@@ -325,6 +354,13 @@ class Operations(pyfuse3.Operations):
         return await trio.to_thread.run_sync(
             work, *args, limiter=limiter or self._opening, abandon_on_cancel=True
         )
+
+
+def _read_file(fd: int, off: int, size: int) -> bytes:
+    # Short only at the end of the file as it is now: it is passed through, and may shrink.
+    buffer = bytearray(size)
+    count = sparse.read_into(fd, memoryview(buffer), off)
+    return bytes(buffer[:count])
 
 
 def _entry_attributes(inode: int, known: Attributes) -> pyfuse3.EntryAttributes:

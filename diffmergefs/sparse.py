@@ -116,7 +116,7 @@ def mount_options(fd: int) -> tuple[str, frozenset[str]]:
     """
     info = Path(f"/proc/self/fdinfo/{fd}").read_text()
     mount_id = next(line.split()[1] for line in info.splitlines() if line.startswith("mnt_id:"))
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"):
         if line.split(" ", 1)[0] == mount_id:
             kind, _, options = line.split(" - ", 1)[1].split(" ", 2)
             return kind, frozenset(options.split(","))

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from diffmergefs import beneath
+from diffmergefs import beneath, sparse
 from diffmergefs.access import Access, view_access
 from diffmergefs.catalog import Catalog, read_catalog
 from diffmergefs.errors import DiffMergeError, FileAccessError, LayerChangedError
 from diffmergefs.images import Image, LayerPool, open_snapshot
 from diffmergefs.layer import FileKey
+from diffmergefs.mountpoint import FILESYSTEM_TYPE
 from diffmergefs.snapshot import Snapshot, StoredFile
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.watch import Watch
@@ -61,10 +63,7 @@ class Store:
     ) -> None:
         """Open the directory; raises FileAccessError."""
         self.root = os.path.abspath(root)
-        try:
-            self.fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise FileAccessError(f"{root}: {error.strerror}") from error
+        self.fd = _open_root(root)
         self._layout = layout
         self._suffix = suffix
         self._policy = policy
@@ -72,26 +71,32 @@ class Store:
         self._pool = LayerPool(self.fd)
         self._watch = Watch(self._content_hash)
         self._hashes: dict[FileKey, str] = {}
+        self._hashing: threading.Thread | None = None
+        self._unhashable = ""
         self._lock = threading.Lock()
         self._catalog = Catalog(self.root, layout or "forkd", {})
         self._shown: dict[str, list[Snapshot]] = {}
         self._images: dict[str, tuple[list[FileKey], OpenImage]] = {}
         self._refusals: dict[str, tuple[list[FileKey], DiffMergeError]] = {}
+        self._complaints: dict[str, tuple[list[FileKey], str]] = {}
         self._said: dict[str, str] = {}
 
     def look(self) -> set[str]:
         """Look over the directory by metadata; afterwards `tags` and `chain` speak of it.
 
         Gives the tags that must settle before they can be shown. Images whose chain changed or
-        whose layers are tainted are forgotten: the next `open` makes new ones. Raises
-        DiffMergeError where the directory as a whole cannot be read; then nothing is shown.
+        whose layers are tainted are forgotten: the next `open` makes new ones. A directory that
+        was renamed is followed, until another one stands at `root`. Raises DiffMergeError where
+        the directory as a whole cannot be read; then nothing is shown.
         """
         try:
+            self._follow_root()
             catalog = read_catalog(self.root, self._layout, self._suffix, self.fd)
         except DiffMergeError:
             with self._lock:
                 self._shown, self._images = {}, {}
             raise
+        catalog.recall(self._catalog)
         shown, unsettled = self._watch.judge(catalog, self._clock())
         self._say_changes(catalog, shown, unsettled)
         with self._lock:
@@ -104,7 +109,37 @@ class Store:
                     del self._images[tag]
                     if renewed := current[tag]:
                         self._images[tag] = renewed
+        self._forget(catalog)
         return unsettled
+
+    def _follow_root(self) -> None:
+        # It may have been deleted and made again, or be a filesystem that was mounted anew.
+        here, there = _status(self.fd), _status(self.root)
+        if there is None or not stat.S_ISDIR(there.st_mode):
+            if here is not None and here.st_nlink == 0:
+                raise FileAccessError(f"{self.root}: was deleted; it is shown when it is back")
+            return
+        if here is not None and os.path.samestat(here, there):
+            return
+        fd = _open_root(self.root)
+        try:
+            if sparse.mount_options(fd)[0] == FILESYSTEM_TYPE:
+                raise FileAccessError(f"{self.root}: a diffmergefs was mounted over it")
+            # In one step for all who use the number.
+            os.dup2(fd, self.fd, inheritable=False)
+        finally:
+            os.close(fd)
+        log.warning("%s: another directory stands there now, and is shown instead", self.root)
+
+    def _forget(self, catalog: Catalog) -> None:
+        # What is remembered of tags and files that are gone would grow as long as the mount lives.
+        present = {s.memory.key for s in catalog.snapshots.values() if s.memory}
+        with self._lock:
+            for known in (self._refusals, self._complaints):
+                for tag in known.keys() - self._shown.keys():
+                    del known[tag]
+            for key in self._hashes.keys() - present:
+                del self._hashes[key]
 
     def _renewed(
         self, tag: str, keys: list[FileKey], shown: OpenImage
@@ -195,8 +230,8 @@ class Store:
     def open(self, tag: str) -> OpenImage:
         """The image of `tag`, its chain opened, walked and merged now if it was not yet.
 
-        Raises FileAccessError if the tag is not shown, DiffMergeError if a layer is refused: the
-        reason goes to the log once and holds until the chain changes.
+        Raises FileAccessError if the tag is not shown, DiffMergeError if a layer is refused: that
+        holds until the chain changes. The reason goes to the log once.
         """
         links = self.chain(tag)
         if links is None:
@@ -208,10 +243,10 @@ class Store:
             image = open_snapshot(links, self._pool, self._policy)
             shown = OpenImage.of(image, *self._name_and_access(image, links))
         except OSError as error:
-            log.warning("%s: cannot be opened now: %s", tag, error)
+            self._complain(tag, keys, str(error))
             raise FileAccessError(f"{tag}: {error.strerror}, it may have moved") from error
         except (FileAccessError, LayerChangedError) as error:
-            log.warning("%s: cannot be opened now: %s", tag, error)
+            self._complain(tag, keys, str(error))
             raise
         except DiffMergeError as error:
             log.warning("%s: its memory file is not shown: %s", tag, error)
@@ -225,17 +260,54 @@ class Store:
             if known is not None and known_keys == keys:
                 return known  # another thread was faster: one image has one inode number
             self._images[tag] = keys, shown
+            self._complaints.pop(tag, None)
         return shown
+
+    def _complain(self, tag: str, keys: list[FileKey], text: str) -> None:
+        # Once, however often somebody tries.
+        with self._lock:
+            is_new = self._complaints.get(tag) != (keys, text)
+            self._complaints[tag] = keys, text
+        if is_new:
+            log.warning("%s: cannot be opened now: %s", tag, text)
 
     def _keys(self, tag: str) -> list[FileKey] | None:
         links = self.chain(tag)
         return None if links is None else [link.layer.key for link in links]
 
-    def _content_hash(self, file: StoredFile) -> str:
-        if file.key not in self._hashes:
+    def _content_hash(self, file: StoredFile) -> str | None:
+        # In a thread of its own, one file at a time: a look does not wait for it, and neither does
+        # the end of the process.
+        digest = self._hashes.get(file.key)
+        if digest is None and (self._hashing is None or not self._hashing.is_alive()):
+            self._hashing = threading.Thread(target=self._hash, args=(file,), daemon=True)
+            self._hashing.start()
+        return digest
+
+    def _hash(self, file: StoredFile) -> None:
+        try:
             with open(beneath.open_regular(self.fd, file.path), "rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
                 if FileKey.of(os.fstat(content.fileno())) != file.key:
                     raise LayerChangedError(f"{file.path}: changed while it was hashed")
+        except (OSError, DiffMergeError) as error:
+            if str(error) != self._unhashable:
+                log.warning("%s: its hash cannot be found: %s", file.path, error)
+            self._unhashable = str(error)
+            return
+        with self._lock:
             self._hashes[file.key] = digest
-        return self._hashes[file.key]
+
+
+def _status(file: int | str) -> os.stat_result | None:
+    try:
+        return os.stat(file)
+    except OSError:
+        return None
+
+
+def _open_root(root: str) -> int:
+    try:
+        return os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise FileAccessError(f"{root}: {error.strerror}") from error

@@ -12,14 +12,15 @@ import os
 import stat
 import threading
 import weakref
-from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from diffmergefs import beneath
 from diffmergefs.access import file_bits, folder_bits, reachable, real_folders
-from diffmergefs.errors import DiffMergeError, FileAccessError
+from diffmergefs.errors import DiffMergeError
 from diffmergefs.forkd import DOCUMENT
+from diffmergefs.images import require_spare_descriptors
 from diffmergefs.snapshot import Snapshot, is_left_out
 from diffmergefs.store import OpenImage, Store
 
@@ -108,34 +109,45 @@ class Tree:
         self._fresh = itertools.count(ROOT_INODE + 1)
         self._nodes: dict[int, Node] = {ROOT_INODE: Root()}
         self._inodes: dict[Node, int] = {Root(): ROOT_INODE}
-        self._memory_inodes: weakref.WeakKeyDictionary[OpenImage, int] = weakref.WeakKeyDictionary()
+        # An image lives as long as it is shown or a file of it is open, and its number as long as
+        # the image, whatever the kernel forgets in between. That the kernel remembers a name, which
+        # it may do for days, must not hold layers open: deleted ones would take their space.
+        self._images: weakref.WeakValueDictionary[int, OpenImage] = weakref.WeakValueDictionary()
+        self._image_inodes: weakref.WeakKeyDictionary[OpenImage, int] = weakref.WeakKeyDictionary()
+        self._last_root: Attributes | None = None
 
     def inode(self, node: Node) -> int:
         """The node's inode number, a new one if it has none yet."""
         with self._lock:
-            # A memory file keeps its number for as long as its image is shown, whatever the
-            # kernel forgets in between.
-            numbers: MutableMapping[Any, int] = self._inodes
-            key: object = node
             if isinstance(node, MemoryFile):
-                numbers, key = self._memory_inodes, node.shown
-            inode = numbers.get(key)
-            if inode is None:
-                inode = numbers[key] = next(self._fresh)
-            self._nodes[inode] = node
+                inode = self._image_inodes.get(node.shown) or next(self._fresh)
+                self._image_inodes[node.shown] = inode
+                self._images[inode] = node.shown
+            else:
+                inode = self._inodes.get(node) or next(self._fresh)
+                self._inodes[node] = inode
+                self._nodes[inode] = node
             return inode
 
     def node(self, inode: int) -> Node:
-        """The node with this inode number. Raises FileNotFoundError if it was forgotten."""
+        """The node with this inode number.
+
+        Raises OSError (ESTALE) if it was forgotten, or is an image that is neither shown nor held
+        open any more: the kernel then looks its name up again.
+        """
         with self._lock:
-            try:
-                return self._nodes[inode]
-            except KeyError:
-                raise _missing(f"inode {inode}") from None
+            node = self._nodes.get(inode)
+            shown = self._images.get(inode)
+        if node is not None:
+            return node
+        if shown is not None:
+            return MemoryFile(shown)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), f"inode {inode}")
 
     def forget(self, inode: int) -> None:
         """Drop a node to which the kernel holds no reference."""
         with self._lock:
+            self._images.pop(inode, None)
             if inode != ROOT_INODE and (node := self._nodes.pop(inode, None)):
                 self._inodes.pop(node, None)
 
@@ -155,8 +167,11 @@ class Tree:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
     def child(self, folder: Node, name: str) -> Node:
-        """The entry `name` of a directory. Raises FileNotFoundError, or DiffMergeError where it
-        is a memory file that was refused."""
+        """The entry `name` of a directory.
+
+        Raises FileNotFoundError, also for a memory file whose image is not open, and DiffMergeError
+        for one that was refused.
+        """
         match folder:
             case TagFolder(tag):
                 found = self._tag_child(tag, name)
@@ -173,13 +188,11 @@ class Tree:
         snapshot = self._snapshot(tag)
         if name == os.path.basename(snapshot.layer.path):
             shown = self.store.opened(tag)
-            if shown is None:
-                raise FileAccessError(f"{tag}: its chain changed; try again")
-            return MemoryFile(shown)
+            return None if shown is None else MemoryFile(shown)
         if name == DOCUMENT and snapshot.document is not None:
             return Document(tag, self._rewritten(snapshot))
         if name in snapshot.files:
-            return self._passed(snapshot.files[name], snapshot.folder)
+            return self._passed_along(snapshot, name)
         return None if snapshot.folder is None else self._passed(f"{snapshot.folder}/{name}")
 
     def memory_name(self, tag: str) -> str | None:
@@ -197,8 +210,8 @@ class Tree:
         found: dict[str, Node] = {}
         if snapshot.folder is not None:
             found.update(self._passed_children(snapshot.folder))
-        for name, path in snapshot.files.items():
-            if node := self._passed(path, snapshot.folder):
+        for name in snapshot.files:
+            if node := self._passed_along(snapshot, name):
                 found[name] = node
         if snapshot.document is not None:
             found[DOCUMENT] = Document(tag, self._rewritten(snapshot))
@@ -240,9 +253,20 @@ class Tree:
             if node := self._passed(f"{path}/{name}"):
                 yield name, node
 
-    def _passed(self, path: str, shown_in: str | None = None) -> Passed | None:
+    def _passed(self, path: str) -> Passed | None:
+        return None if is_left_out(os.path.basename(path)) else self._passed_if_fit(path)
+
+    def _passed_along(self, snapshot: Snapshot, name: str) -> Passed | None:
+        # One of `snapshot.files`, whatever it is called: the snapshot names it.
+        path = snapshot.files[name]
+        node = self._passed_if_fit(path)
+        if node is None or snapshot.folder in (None, os.path.dirname(path)):
+            return node
+        return replace(node, elsewhere=True)
+
+    def _passed_if_fit(self, path: str) -> Passed | None:
         assert self.store is not None
-        if is_left_out(os.path.basename(path)) or self.store.is_hidden(path):
+        if self.store.is_hidden(path):
             return None
         try:
             status = beneath.stat_beneath(self.store.fd, path)
@@ -251,8 +275,7 @@ class Tree:
         kind = stat.S_IFMT(status.st_mode)
         if kind not in _PASSED or (kind == stat.S_IFREG and self.store.is_layer(status)):
             return None
-        elsewhere = shown_in is not None and os.path.dirname(path) != shown_in
-        return Passed(path, status.st_dev, status.st_ino, kind, elsewhere)
+        return Passed(path, status.st_dev, status.st_ino, kind)
 
     def attributes(self, node: Node) -> Attributes:
         """What stat says of the node. Raises OSError if its file is gone."""
@@ -278,6 +301,16 @@ class Tree:
         return self._root_attributes()
 
     def _root_attributes(self) -> Attributes:
+        # Those last known where the directory was deleted: the mountpoint does not vanish, and what
+        # lies in it could not be reached any more.
+        try:
+            self._last_root = self._read_root_attributes()
+        except OSError:
+            if self._last_root is None:
+                raise
+        return self._last_root
+
+    def _read_root_attributes(self) -> Attributes:
         if self.store:
             path = self.store.real_root
         else:
@@ -316,10 +349,14 @@ class Tree:
         """
         assert self.store is not None
         fd = beneath.open_regular(self.store.fd, node.path)
-        status = os.fstat(fd)
-        if (status.st_dev, status.st_ino) != (node.device, node.inode):
+        try:
+            require_spare_descriptors(fd, node.path)
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) != (node.device, node.inode):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), node.path)
+        except OSError:
             os.close(fd)
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), node.path)
+            raise
         return fd
 
     def link_target(self, node: Passed) -> str:

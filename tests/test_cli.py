@@ -190,7 +190,7 @@ def test_what_a_user_may_not_read_is_one_line(store: Path) -> None:
     memory = store / "work" / "memory.bin"
     memory.chmod(0o600)
     done = diffmergefs_as_nobody("info", store / "work")
-    assert one_line(done, ACCESS) == "diffmergefs: work/memory.bin: Permission denied\n"
+    assert one_line(done, ACCESS) == f"diffmergefs: {memory}: Permission denied\n"
     done = diffmergefs_as_nobody("info", "--base", memory)
     assert one_line(done, ACCESS) == f"diffmergefs: {memory}: Permission denied\n"
     done = diffmergefs_as_nobody("list", store)

@@ -42,7 +42,7 @@ def test_flatten_writes_the_view_out_and_tells_the_bytes(store: Path, tmp_path: 
     assert output.read_bytes() == MERGED
     rows = [line.split() for line in text.splitlines()]
     assert rows[0] == ["LAYER", "COPIED", "SHARED"]
-    assert [row[0] for row in rows[1:4]] == [f"{t}/memory.bin" for t in ("base", "work", "leaf")]
+    assert [row[0] for row in rows[1:4]] == [f"{store}/{t}/memory.bin" for t in ("base", "work", "leaf")]
     moved = [int(row[1]) + int(row[2]) for row in rows[1:4]]
     assert moved == [13 * PAGE, PAGE, PAGE]
     assert text.endswith(f", {PAGE} holes, verified\n")
@@ -54,7 +54,7 @@ def test_flatten_as_json(store: Path, tmp_path: Path) -> None:
     found = json.loads(succeed("flatten", "--json", store / "leaf", "-o", output))
     assert (found["output"], found["size"], found["holes"]) == (str(output), SIZE, PAGE)
     assert [layer["path"] for layer in found["layers"]] == [
-        f"{tag}/memory.bin" for tag in ("base", "work", "leaf")
+        f"{store}/{tag}/memory.bin" for tag in ("base", "work", "leaf")
     ]
     assert sum(layer["copied"] + layer["shared"] for layer in found["layers"]) == 15 * PAGE
 
@@ -138,7 +138,7 @@ def test_a_layer_that_changes_under_flatten_is_one_line_and_leaves_nothing(
     assert cli.main(["flatten", str(store / "leaf"), "-o", str(tmp_path / "out")]) == 7
     out, err = capfd.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith("diffmergefs: base/memory.bin: the layer changed while in use: its mtime")
+    assert err.startswith(f"diffmergefs: {base}: the layer changed while in use: its mtime")
     assert not (tmp_path / "out").exists()
 
 

@@ -17,8 +17,11 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -83,14 +86,22 @@ def new_table(*columns: str) -> Table:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A callable that takes the bytes done so far; on a terminal it moves a progress bar."""
+def progress(
+    what: str, total: int | None = None, *, unit: str = "bytes"
+) -> Iterator[Callable[[int], None]]:
+    """A callable that takes how much is done so far; on a terminal it moves a progress bar.
+
+    `total` is None where it is not known. Counts are shown as sizes if `unit` is 'bytes', and not
+    at all without a unit.
+    """
+    counts: tuple[ProgressColumn, ...] = (DownloadColumn(binary_units=True), TransferSpeedColumn())
+    if unit != "bytes":
+        counts = (MofNCompleteColumn(), TextColumn(unit)) if unit else ()
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        *counts,
+        TimeElapsedColumn() if total is None else TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
         disable=not sys.stderr.isatty(),
@@ -169,7 +180,11 @@ def opened(
 ) -> Image:
     """The image that the arguments name; overridden checks are told on stderr."""
     require_one_source(image, base, diffs, "IMAGE")
-    found = open_chain(base, diffs, policy) if base is not None else open_image(image or "", policy)
+    with progress("open", unit=""):
+        if base is not None:
+            found = open_chain(base, diffs, policy)
+        else:
+            found = open_image(image or "", policy)
     for line in found.overridden:
         talk(line)
     return found

@@ -17,6 +17,7 @@ from diffmergefs.cli.common import (
     print_json,
     print_table,
     printable,
+    progress,
     talk,
     trust_options,
 )
@@ -67,7 +68,11 @@ def list_(
     try:
         pool = LayerPool(root)
         held: list[Layer] = []  # so that each layer that is shared is walked once
-        rows = [_row(catalog, tag, pool, policy, held) for tag in sorted(catalog.snapshots)]
+        rows = []
+        with progress("list", len(catalog.snapshots), unit="snapshots") as moved:
+            for tag in sorted(catalog.snapshots):
+                rows.append(_row(catalog, tag, pool, policy, held))
+                moved(len(rows))
     finally:
         os.close(root)
     if as_json:

@@ -7,8 +7,10 @@ import logging
 import logging.handlers
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import click
 
@@ -16,7 +18,14 @@ from diffmergefs import daemon
 from diffmergefs import mountpoint as mountpoints
 from diffmergefs.access import view_access
 from diffmergefs.catalog import LAYOUTS
-from diffmergefs.cli.common import PATH, layer_options, require_one_source, talk, trust_options
+from diffmergefs.cli.common import (
+    PATH,
+    layer_options,
+    printable,
+    require_one_source,
+    talk,
+    trust_options,
+)
 from diffmergefs.errors import (
     DiffMergeError,
     FileAccessError,
@@ -32,6 +41,25 @@ log = logging.getLogger("diffmergefs")
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _SYSLOG = "/dev/log"
+
+
+class _Lines(logging.Formatter):
+    # A record is one line, whatever names are in it; a traceback's lines are set in, so that none
+    # of them can pass for a record.
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return textwrap.indent(super().formatException(ei), "    ", lambda line: True)
+
+
+class _SysLogHandler(logging.handlers.SysLogHandler):
+    # A syslog that takes nothing off its socket must not hold up the daemon: then lines are lost.
+
+    def _connect_unixsocket(self, address: str) -> None:
+        super()._connect_unixsocket(address)  # type: ignore[misc]
+        self.socket.setblocking(False)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -108,9 +136,7 @@ class _MountCommand(click.Command):
     metavar="SECONDS",
     help="How long to wait at most until the mount answers.",
 )
-@click.option(
-    "--log", "log_file", type=PATH, metavar="FILE", help="Log to FILE, not to syslog."
-)
+@click.option("--log", "log_file", type=PATH, metavar="FILE", help="Log to FILE, not to syslog.")
 @click.option("-v", "--verbose", is_flag=True, help="Log each failed request too.")
 @trust_options
 def mount(
@@ -214,16 +240,21 @@ def _serve_in_background(
             serve(ready)
         except DiffMergeError as error:
             log.error("%s", error)
-            print(error, file=sys.stderr)
+            print(printable(str(error)), file=sys.stderr)
             return error.exit_code
         except Exception:
             log.exception("the daemon failed: this is a bug")
             return 70
         return 0
 
-    outcome = daemon.start(child, timeout)
+    before = _mounted_at(request)
+    try:
+        outcome = daemon.start(child, timeout)
+    except BaseException:
+        _remove_leftover(request, before)
+        raise
     if outcome.status is None:
-        _remove_leftover(request)
+        _remove_leftover(request, before)
         raise MountTimeoutError(
             f"{request.mountpoint}: the mount did not answer within {timeout:g} s; is the storage"
             " of SOURCE slow? --timeout waits longer, -f shows what it does"
@@ -238,9 +269,16 @@ def _serve_in_background(
     return 0
 
 
-def _remove_leftover(request: Request) -> None:
-    known = mountpoints.mount_entry(mountpoints.resolved(request.mountpoint))
-    if known and known.kind == mountpoints.FILESYSTEM_TYPE and known.source == request.name:
+def _mounted_at(request: Request) -> mountpoints.MountEntry | None:
+    return mountpoints.mount_entry(mountpoints.resolved(request.mountpoint))
+
+
+def _remove_leftover(request: Request, before: mountpoints.MountEntry | None) -> None:
+    # The child's own, and not one that stood there before.
+    known = _mounted_at(request)
+    if known is None or known == before:
+        return
+    if known.kind == mountpoints.FILESYSTEM_TYPE and known.source == request.name:
         mountpoints.detach(known.path)
 
 
@@ -253,10 +291,9 @@ def _background_handler(log_file: str | None) -> logging.Handler:
             f"no syslog answers at {_SYSLOG}, so the daemon's log is lost; keep it with --log FILE"
         )
         return logging.NullHandler()
-    handler = logging.handlers.SysLogHandler(
-        _SYSLOG, facility=logging.handlers.SysLogHandler.LOG_DAEMON
-    )
+    handler = _SysLogHandler(_SYSLOG, facility=_SysLogHandler.LOG_DAEMON)
     handler.ident = "diffmergefs: "
+    handler.setFormatter(_Lines())
     return handler
 
 
@@ -265,7 +302,7 @@ def _file_handler(path: str) -> logging.Handler:
         handler = logging.FileHandler(path, errors="backslashreplace")
     except OSError as error:
         raise FileAccessError(f"{path}: cannot log there: {error.strerror}") from error
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(_Lines(_FORMAT))
     return handler
 
 
@@ -276,7 +313,7 @@ def _log_to(*handlers_and_levels: logging.Handler | int) -> None:
     for handler, level in pairs:
         assert isinstance(handler, logging.Handler) and isinstance(level, int)
         if type(handler) is logging.StreamHandler:
-            handler.setFormatter(logging.Formatter(_FORMAT))
+            handler.setFormatter(_Lines(_FORMAT))
         handler.setLevel(level)
         log.addHandler(handler)
     log.setLevel(logging.DEBUG)

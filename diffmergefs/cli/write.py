@@ -80,6 +80,6 @@ def apply(diff: str, base: str, sync: bool, policy: TrustPolicy) -> None:
     Example:
       cp --reflink=auto mem_file whole.mem && diffmergefs apply mem_diff whole.mem
     """
-    with progress("apply", 0) as moved:
+    with progress("apply") as moved:
         copied = apply_diff(diff, base, sync=sync, policy=policy, progress=moved)
     click.echo(f"{copied} bytes copied")
