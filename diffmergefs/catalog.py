@@ -45,10 +45,10 @@ class Catalog:
             try:
                 self._verdicts[tag] = self._resolve(tag)
             except DiffMergeError as error:
-                self._verdicts[tag] = error
+                self._verdicts[tag] = error.anew()
         verdict = self._verdicts[tag]
         if isinstance(verdict, DiffMergeError):
-            raise verdict.with_traceback(None)
+            raise verdict.anew()
         return verdict
 
     def reject(self, tag: str, problem: str) -> None:
@@ -59,15 +59,20 @@ class Catalog:
         self._rejected[tag] = problem
 
     def _resolve(self, tag: str) -> list[Snapshot]:
-        links = chain.resolve(tag, self.snapshots.get)
-        for link in links:
-            if problem := link.problem or self._rejected.get(link.tag):
-                where = "" if link.tag == tag else f"ancestor '{link.tag}' is broken: "
-                raise BrokenChainError(where + problem)
+        links = chain.resolve(tag, lambda name: self._sound(name, tag))
         base = links[0].layer
         for link in links[1:]:
             require_equal_size(base.path, base.key.size, link.layer.path, link.layer.key.size)
         return links
+
+    def _sound(self, tag: str, head: str) -> Snapshot | None:
+        # Its own defect, or the nearest ancestor's, says more than what is missing further up.
+        snapshot = self.snapshots.get(tag)
+        problem = snapshot and (snapshot.problem or self._rejected.get(tag))
+        if problem:
+            where = "" if tag == head else f"ancestor '{tag}' is broken: "
+            raise BrokenChainError(where + problem)
+        return snapshot
 
     def recall(self, older: Catalog) -> None:
         """Take over the layers that `older` knew, of those snapshots whose own is unknown now.

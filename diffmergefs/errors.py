@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class DiffMergeError(Exception):
@@ -15,6 +15,15 @@ class DiffMergeError(Exception):
 
     exit_code: ClassVar[int] = 3
     errno: ClassVar[int] = errno.EIO
+
+    def anew(self) -> Self:
+        """The same error without its traceback: who keeps one would keep alive all that the frames
+        of the one that was raised hold, open layers among them.
+        """
+        fresh = type(self).__new__(type(self))
+        fresh.args = self.args
+        fresh.__dict__.update(self.__dict__)
+        return fresh
 
 
 class BrokenChainError(DiffMergeError):

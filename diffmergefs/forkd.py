@@ -76,16 +76,24 @@ def _describe(root: int, tag: str, roots: set[str], seen: Mapping[str, Any]) -> 
         return Snapshot(tag, None, memory, tag, **seen)
     path = f"{tag}/{DOCUMENT}"
     document = load_document(root, path)
-    recorded = _text(document, "memory", path)
-    if recorded is None:
-        raise BrokenChainError(f"{path}: 'memory' is missing")
-    memory = _locate(root, tag, recorded, roots)
-    seen = _with_file(seen, memory)
+    found = Snapshot(tag, _parent_if_stated(document, path), folder=tag, **seen)
     try:
-        return _describe_rest(root, tag, roots, Snapshot(tag, None, memory, tag, **seen), document)
+        recorded = _text(document, "memory", path)
+        if recorded is None:
+            raise BrokenChainError(f"{path}: 'memory' is missing")
+        memory = _locate(root, tag, recorded, roots)
+        found = replace(found, memory=memory, **_with_file(seen, memory))
+        return _describe_rest(root, tag, roots, found, document)
     except BrokenChainError as error:
-        # Its layer is known all the same, and is so nowhere passed through.
-        return Snapshot(tag, None, memory, tag, problem=str(error), **seen)
+        # What is known stays known: its parent, and its layer, which is so nowhere passed through.
+        return replace(found, problem=str(error))
+
+
+def _parent_if_stated(document: Mapping[str, Any], path: str) -> str | None:
+    try:
+        return _text(document, "parent_tag", path)
+    except BrokenChainError:
+        return None  # _describe_rest tells why
 
 
 def _describe_rest(

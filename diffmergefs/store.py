@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from diffmergefs import beneath, sparse
 from diffmergefs.access import Access, view_access
@@ -71,8 +72,9 @@ class Store:
         self._pool = LayerPool(self.fd)
         self._watch = Watch(self._content_hash)
         self._hashes: dict[FileKey, str] = {}
+        self._to_hash: dict[FileKey, StoredFile] = {}
+        self._unhashable: dict[FileKey, str] = {}
         self._hashing: threading.Thread | None = None
-        self._unhashable = ""
         self._lock = threading.Lock()
         self._catalog = Catalog(self.root, layout or "forkd", {})
         self._shown: dict[str, list[Snapshot]] = {}
@@ -138,8 +140,11 @@ class Store:
             for known in (self._refusals, self._complaints):
                 for tag in known.keys() - self._shown.keys():
                     del known[tag]
-            for key in self._hashes.keys() - present:
-                del self._hashes[key]
+            of_files: tuple[dict[FileKey, Any], ...]
+            of_files = self._hashes, self._to_hash, self._unhashable
+            for files in of_files:
+                for key in files.keys() - present:
+                    del files[key]
 
     def _renewed(
         self, tag: str, keys: list[FileKey], shown: OpenImage
@@ -218,8 +223,7 @@ class Store:
         keys = self._keys(tag)
         with self._lock:
             if keys is not None and self._refusals.get(tag, (None,))[0] == keys:
-                # Without the traceback of the last time, which would grow, and hold the layers.
-                raise self._refusals[tag][1].with_traceback(None)
+                raise self._refusals[tag][1].anew()
             known_keys, known = self._images.get(tag, (None, None))
             return known if known_keys == keys else None
 
@@ -249,10 +253,10 @@ class Store:
             self._complain(tag, keys, str(error))
             raise
         except DiffMergeError as error:
-            log.warning("%s: its memory file is not shown: %s", tag, error)
+            log.warning("%s: its memory file is not shown: %s", tag, kept := error.anew())
             with self._lock:
-                self._refusals[tag] = keys, error
-            raise error.with_traceback(None) from None
+                self._refusals[tag] = keys, kept
+            raise
         for line in image.overridden:
             log.warning("%s", line)
         with self._lock:
@@ -276,13 +280,29 @@ class Store:
         return None if links is None else [link.layer.key for link in links]
 
     def _content_hash(self, file: StoredFile) -> str | None:
-        # In a thread of its own, one file at a time: a look does not wait for it, and neither does
-        # the end of the process.
-        digest = self._hashes.get(file.key)
-        if digest is None and (self._hashing is None or not self._hashing.is_alive()):
-            self._hashing = threading.Thread(target=self._hash, args=(file,), daemon=True)
+        # In a thread of its own, one file after another: a look does not wait for it, and neither
+        # does the end of the process.
+        with self._lock:
+            if (digest := self._hashes.get(file.key)) is not None:
+                return digest
+            self._to_hash[file.key] = file
+        if self._hashing is None or not self._hashing.is_alive():
+            self._hashing = threading.Thread(target=self._hash_all, daemon=True)
             self._hashing.start()
-        return digest
+        return None
+
+    def _hash_all(self) -> None:
+        # One that fails is asked for again by the next look, and so comes after the others.
+        while file := self._next_to_hash():
+            try:
+                self._hash(file)
+            finally:
+                with self._lock:
+                    self._to_hash.pop(file.key, None)
+
+    def _next_to_hash(self) -> StoredFile | None:
+        with self._lock:
+            return next(iter(self._to_hash.values()), None)
 
     def _hash(self, file: StoredFile) -> None:
         try:
@@ -291,9 +311,9 @@ class Store:
                 if FileKey.of(os.fstat(content.fileno())) != file.key:
                     raise LayerChangedError(f"{file.path}: changed while it was hashed")
         except (OSError, DiffMergeError) as error:
-            if str(error) != self._unhashable:
+            if str(error) != self._unhashable.get(file.key):
                 log.warning("%s: its hash cannot be found: %s", file.path, error)
-            self._unhashable = str(error)
+            self._unhashable[file.key] = str(error)
             return
         with self._lock:
             self._hashes[file.key] = digest

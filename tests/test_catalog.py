@@ -199,3 +199,36 @@ def test_a_name_that_goes_while_it_is_looked_at_does_not_fail_the_look(
     assert len(found.chain("work")) == 2
     assert not (tmp_path / "fleeting").exists()
     assert not (tmp_path / "base" / "fleeting").exists()
+
+
+def test_the_layer_of_a_tag_that_cannot_be_read_now_is_remembered(tmp_path: Path) -> None:
+    write_chain(tmp_path, ["base", "work"])
+    older = read_catalog(str(tmp_path))
+    write_document(tmp_path, "work", "{")
+    (tmp_path / "base").rename(tmp_path.parent / f"{tmp_path.name}-gone")
+    assert read_catalog(str(tmp_path)).hidden == set()
+    found = read_catalog(str(tmp_path))
+    found.recall(older)
+    status = (tmp_path / "work" / "memory.bin").stat()
+    assert found.hidden == {"work/memory.bin", "work/memory.bin.bmap"}
+    assert found.layer_files == {(status.st_dev, status.st_ino)}
+    latest = read_catalog(str(tmp_path))
+    latest.recall(found)
+    assert latest.hidden == found.hidden
+
+
+def test_a_tags_own_defect_comes_before_its_ancestors(tmp_path: Path) -> None:
+    write_chain(tmp_path, ["base", "middle", "leaf"])
+    found = read_catalog(str(tmp_path))
+    for tag in ("base", "leaf"):
+        found.reject(tag, f"because of {tag}")
+    assert [str(raised(found, tag)) for tag in ("leaf", "middle")] == [
+        "because of leaf",
+        "ancestor 'base' is broken: because of base",
+    ]
+
+
+def raised(found: catalog.Catalog, tag: str) -> DiffMergeError:
+    with pytest.raises(DiffMergeError) as caught:
+        found.chain(tag)
+    return caught.value

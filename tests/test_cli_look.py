@@ -127,7 +127,8 @@ def test_info_tells_each_layers_share_of_the_view(store: Path) -> None:
     header, *rows = cells(table)
     assert header == ["#", "LAYER", "DATA", "EXTENTS", "VISIBLE", "SHADOWED", "GRAIN", "TRUST"]
     grain = str(store.stat().st_blksize)
-    base = ["0", f"{store}/base/memory.bin", *map(str, (15 * PAGE, 1, 14 * PAGE, PAGE)), grain, "base"]
+    numbers = map(str, (15 * PAGE, 1, 14 * PAGE, PAGE))
+    base = ["0", f"{store}/base/memory.bin", *numbers, grain, "base"]
     work = ["1", f"{store}/work/memory.bin", *map(str, (PAGE, 1, PAGE, 0)), grain, "trusted"]
     assert rows == [base, work]
     assert total == f"2 layers, {SIZE} bytes, of which {PAGE} are holes in all; 3 segments"

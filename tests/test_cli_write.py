@@ -42,7 +42,8 @@ def test_flatten_writes_the_view_out_and_tells_the_bytes(store: Path, tmp_path: 
     assert output.read_bytes() == MERGED
     rows = [line.split() for line in text.splitlines()]
     assert rows[0] == ["LAYER", "COPIED", "SHARED"]
-    assert [row[0] for row in rows[1:4]] == [f"{store}/{t}/memory.bin" for t in ("base", "work", "leaf")]
+    paths = [f"{store}/{tag}/memory.bin" for tag in ("base", "work", "leaf")]
+    assert [row[0] for row in rows[1:4]] == paths
     moved = [int(row[1]) + int(row[2]) for row in rows[1:4]]
     assert moved == [13 * PAGE, PAGE, PAGE]
     assert text.endswith(f", {PAGE} holes, verified\n")

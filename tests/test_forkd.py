@@ -266,3 +266,43 @@ def test_an_uppercase_hash_is_the_same_hash(tmp_path: Path) -> None:
     write_tag(tmp_path, "base")
     write_tag(tmp_path, "work", "base", parent_content_hash=HASH.upper())
     assert read(tmp_path, "work").parent_hash == HASH
+
+
+def test_an_illegal_tag_keeps_its_parent_and_its_layer_hidden(tmp_path: Path) -> None:
+    write_tag(tmp_path, "base")
+    write_tag(tmp_path, "no tag", "base", layer=1)
+    catalog = read_catalog(str(tmp_path))
+    assert catalog.snapshots["no tag"].parent == "base"
+    assert {"no tag/memory.bin", "no tag/memory.bin.bmap"} <= catalog.hidden
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"vmstate": "missing"},
+        {"vmstate": 7},
+        {"vmstate": "memory.bin"},
+        {"parent_content_hash": "ab"},
+    ],
+)
+def test_a_bad_document_keeps_the_parent_and_the_layer_hidden(
+    tmp_path: Path, fields: dict[str, object]
+) -> None:
+    write_tag(tmp_path, "base")
+    write_tag(tmp_path, "work", "base", layer=1)
+    document = {"memory": "memory.bin", "parent_tag": "base"} | fields
+    write_document(tmp_path, "work", json.dumps(document))
+    assert problem(tmp_path, "work")
+    catalog = read_catalog(str(tmp_path))
+    assert catalog.snapshots["work"].parent == "base"
+    assert "work/memory.bin" in catalog.hidden
+
+
+@pytest.mark.parametrize("memory", [None, 7, "missing"])
+def test_a_tag_without_a_memory_file_keeps_its_parent(tmp_path: Path, memory: object) -> None:
+    write_tag(tmp_path, "work")
+    write_document(tmp_path, "work", json.dumps({"memory": memory, "parent_tag": "nobody"}))
+    # Its own defect, although its parent is missing too.
+    assert "memory" in problem(tmp_path, "work") or "missing" in problem(tmp_path, "work")
+    assert "nobody" not in problem(tmp_path, "work")
+    assert read(tmp_path, "work").parent == "nobody"

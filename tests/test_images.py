@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,7 @@ import pytest
 from diffmergefs.catalog import read_catalog
 from diffmergefs.errors import (
     BrokenChainError,
+    DenseDiffError,
     DiffMergeError,
     FileAccessError,
     LayerChangedError,
@@ -24,6 +27,7 @@ from diffmergefs.images import (
     open_chain,
     open_image,
     open_snapshot,
+    require_spare_descriptors,
 )
 from diffmergefs.layer import FileKey, Layer
 from diffmergefs.snapshot import StoredFile
@@ -256,3 +260,69 @@ def test_another_content_at_the_path_than_was_looked_at_is_refused(
     write_layer(tmp_path / "new", SIZE, []).rename(tmp_path / "a")
     with pytest.raises(LayerChangedError, match="a: changed since it was looked over"):
         LayerPool(root_fd).layer(file)
+
+
+def test_a_numbered_file_of_another_memory_suffix_than_the_base_is_no_image(tmp_path: Path) -> None:
+    write_numbered(tmp_path, ["000-base.mem", "001-one.mem"])
+    for name in ("001-one.bin", "002-two.bin"):
+        write_layer(tmp_path / name, SIZE, pages(7, [7]))
+        with pytest.raises(FileAccessError, match=f"{name}: neither a snapshot directory nor"):
+            open_image(tmp_path / name)
+    assert len(open_image(tmp_path / "001-one.mem").view.layers) == 2
+
+
+def test_a_suffix_of_ones_own_names_the_layers(tmp_path: Path) -> None:
+    write_numbered(tmp_path, ["000-base.ram", "001-one.ram"])
+    assert len(open_image(tmp_path / "001-one.ram").view.layers) == 2
+
+
+def test_messages_name_layers_by_paths_that_can_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = write_chain(tmp_path / "store", ["base", "one"])
+    write_tag(store, "other", "base", layer=2, size=SIZE + PAGE)
+    write_tag(store, "filled", "base", layer=3, numbers=[3])
+    filled = store / "filled" / "memory.bin"
+    filled.write_bytes(filled.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    layers = open_image("store/one").view.layers
+    assert [layer.path for layer in layers] == [
+        f"{store}/{tag}/memory.bin" for tag in ("base", "one")
+    ]
+    with pytest.raises(SizeMismatchError) as caught:
+        open_image("store/other")
+    assert str(caught.value).startswith(f"in {store}: other/memory.bin: {SIZE + PAGE} bytes")
+    with pytest.raises(DenseDiffError) as refused:
+        open_image("store/filled")
+    assert str(refused.value).startswith(f"{filled}: looks like")
+
+
+def test_a_layer_takes_none_of_the_last_descriptors(
+    tmp_path: Path, root_fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_layer(tmp_path / "a", SIZE, [])
+    (file,) = stored(tmp_path, "a")
+    pool = LayerPool(root_fd, "/where")
+    with monkeypatch.context() as patch:
+        patch.setattr(resource, "getrlimit", lambda _: (8, 8))
+        with pytest.raises(FileAccessError) as caught:
+            pool.layer(file)
+    assert str(caught.value) == "/where/a: Too many open files"
+    del caught
+    assert opened_below(tmp_path) == set()
+    assert pool.layer(file).path == "/where/a"
+
+
+@pytest.mark.parametrize(
+    ("soft", "last"), [(64, 47), (512, 383), (1024, 895), (1 << 20, (1 << 20) - 129)]
+)
+def test_how_many_descriptors_are_kept_back(
+    soft: int, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, soft))
+    require_spare_descriptors(last, "x")
+    with pytest.raises(OSError) as caught:
+        require_spare_descriptors(last + 1, "x")
+    assert (caught.value.errno, caught.value.filename) == (errno.EMFILE, "x")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    require_spare_descriptors(10**9, "x")

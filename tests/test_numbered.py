@@ -10,7 +10,7 @@ import pytest
 from diffmergefs.catalog import Catalog, read_catalog
 from diffmergefs.errors import BrokenChainError
 from diffmergefs.images import open_image
-from tests.support.images import overlay_oracle
+from tests.support.images import overlay_oracle, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, pages, write_numbered, write_tag
 
 
@@ -174,3 +174,12 @@ def test_an_empty_directory_has_no_snapshots(tmp_path: Path) -> None:
 def test_stems_that_are_hard_names_are_tags(tmp_path: Path) -> None:
     write_numbered(tmp_path, ["000-\udcff.mem", "001-a b\n.mem"])
     assert tags(read_catalog(str(tmp_path))) == ["\udcff", "a b\n"]
+
+
+def test_what_could_be_memory_itself_does_not_go_with_a_layer(tmp_path: Path) -> None:
+    write_numbered(tmp_path, ["000-base.mem", "001-a.mem"], companions=["001-a.img"])
+    for name in ("001-a.bin", "001-a.raw"):
+        write_layer(tmp_path / name, SIZE, pages(7, [7]))
+    catalog = read_catalog(str(tmp_path))
+    assert set(catalog.snapshots["a"].files) == {"001-a.img", "001-a.raw"}
+    assert tags(catalog) == ["base", "a"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +13,12 @@ from typing import Any
 
 import pytest
 
-from diffmergefs.errors import FileAccessError, LayerChangedError
+from diffmergefs.errors import DiffMergeError, FileAccessError, LayerChangedError
 from diffmergefs.store import Store
 from diffmergefs.trust import TrustPolicy
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
+from tests.support.live import until
+from tests.support.mounts import mounted
 from tests.support.stores import (
     BASE_PAGES,
     OLD_NS,
@@ -44,6 +48,26 @@ def replace_memory(folder: Path, layer: int) -> None:
     new = write_layer(folder / "new", SIZE, pages(layer, BASE_PAGES))
     age(new)
     new.rename(folder / "memory.bin")
+
+
+def pinned(root: Path, tag: str, parent: str) -> None:
+    """A diff that records the hash of its parent's present file."""
+    recorded = hashlib.sha256((root / parent / "memory.bin").read_bytes()).hexdigest()
+    write_tag(root, tag, parent, layer=1, parent_content_hash=recorded)
+
+
+def until_tags(store: Store, *tags: str) -> None:
+    def shows() -> bool:
+        store.look()
+        return set(store.tags()) == set(tags)
+
+    until(shows, f"{tags} are not what is shown")
+
+
+@pytest.fixture(autouse=True)
+def log_seen_by_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The command line, if a test ran it in this process, turned it off.
+    monkeypatch.setattr(logging.getLogger("diffmergefs"), "propagate", True)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -213,7 +237,7 @@ def test_what_is_not_shown_is_logged_once_with_its_reason(
 
 
 def test_a_replaced_parent_is_hashed_and_not_believed_if_it_changes_meanwhile(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = root / "base" / "memory.bin"
     recorded = hashlib.sha256(base.read_bytes()).hexdigest()
@@ -226,12 +250,15 @@ def test_a_replaced_parent_is_hashed_and_not_believed_if_it_changes_meanwhile(
         age(base, mtime_ns=OLD_NS + 1)
         return real(*arguments)
 
-    monkeypatch.setattr("diffmergefs.store.hashlib.file_digest", digest_and_touch)
-    store.look()
+    with monkeypatch.context() as patch:
+        patch.setattr("diffmergefs.store.hashlib.file_digest", digest_and_touch)
+        store.look()
+        until(lambda: warnings(caplog), "it was not hashed")
+    assert warnings(caplog) == [
+        "base/memory.bin: its hash cannot be found: base/memory.bin: changed while it was hashed"
+    ]
     assert store.tags() == ["base"]
-    monkeypatch.undo()
-    store.look()
-    assert set(store.tags()) == {"base", "work", "leaf"}
+    until_tags(store, "base", "work", "leaf")
 
 
 def test_tags_that_must_settle_are_told(root: Path) -> None:
@@ -249,3 +276,145 @@ def test_a_root_that_is_no_directory_is_refused(
     make(tmp_path / "it")
     with pytest.raises(FileAccessError, match=str(tmp_path / "it")):
         Store(str(tmp_path / "it"), TrustPolicy())
+
+
+def test_a_look_does_not_wait_for_a_hash(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned(root, "work", "base")
+    store = looked(root)
+    replace_memory(root / "base", 0)
+    go_on, real = threading.Event(), hashlib.file_digest
+    hashed: list[int] = []
+
+    def slow(file: Any, name: str) -> Any:
+        assert go_on.wait(20)
+        hashed.append(file.fileno())
+        return real(file, name)
+
+    monkeypatch.setattr("diffmergefs.store.hashlib.file_digest", slow)
+    try:
+        for _ in range(3):
+            assert store.look() == {"work", "leaf"}
+            assert store.tags() == ["base"]
+    finally:
+        go_on.set()
+    until_tags(store, "base", "work", "leaf")
+    assert len(hashed) == 1
+
+
+def test_a_parent_that_cannot_be_hashed_holds_no_other_up(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for tag in ("a-child", "z-child"):
+        parent = tag.replace("child", "base")
+        write_tag(root, parent, layer=5, numbers=BASE_PAGES)
+        pinned(root, tag, parent)
+    store = looked(root)
+    for parent in ("a-base", "z-base"):
+        replace_memory(root / parent, 5)
+    real = hashlib.file_digest
+
+    def fails_for_a(file: Any, name: str) -> Any:
+        if "/a-base/" in os.readlink(f"/proc/self/fd/{file.fileno()}"):
+            raise OSError(5, "Input/output error")
+        return real(file, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffmergefs.store.hashlib.file_digest", fails_for_a)
+        until_tags(store, "base", "work", "leaf", "a-base", "z-base", "z-child")
+        for _ in range(3):
+            store.look()
+            until(lambda: not store._to_hash, "it was not tried again")
+        assert warnings(caplog) == [
+            "a-base/memory.bin: its hash cannot be found: [Errno 5] Input/output error"
+        ]
+    until_tags(store, "base", "work", "leaf", "a-base", "z-base", "a-child", "z-child")
+
+
+def test_the_same_complaint_is_logged_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = looked(root)
+    replace_memory(root / "base", 9)
+    for _ in range(3):
+        with pytest.raises(LayerChangedError):
+            store.open("base")
+    assert len(warnings(caplog)) == 1
+    assert warnings(caplog)[0].startswith("base: cannot be opened now: base/memory.bin: changed")
+
+
+def test_what_is_remembered_of_tags_that_are_gone_is_dropped(root: Path) -> None:
+    write_tag(root, "empty", size=0, numbers=[])
+    pinned(root, "work", "base")
+    store = looked(root)
+    replace_memory(root / "base", 0)
+    until(lambda: not store.look() and store._hashes, "the new base was not hashed")
+    with pytest.raises(DiffMergeError):
+        store.open("empty")
+    replace_memory(root / "leaf", 2)
+    with pytest.raises(LayerChangedError):
+        store.open("leaf")
+    assert store._refusals and store._complaints and store._hashes
+    for tag in ("empty", "leaf", "work", "base"):
+        shutil.rmtree(root / tag)
+    store.look()
+    assert not store._refusals and not store._complaints and not store._hashes
+    assert not store._to_hash and not store._unhashable
+
+
+def test_a_directory_that_is_deleted_and_made_anew_is_followed(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = looked(root)
+    old = store.open("leaf")
+    shutil.rmtree(root)
+    with pytest.raises(FileAccessError) as caught:
+        store.look()
+    assert str(caught.value) == f"{root}: was deleted; it is shown when it is back"
+    assert store.tags() == []
+    write_tag(root, "leaf", layer=7, numbers=BASE_PAGES)
+    store.look()
+    assert store.tags() == ["leaf"]
+    assert store.open("leaf").image.view.read(0, PAGE) == signed(7, 0, PAGE)
+    assert old.image.view.read(PAGE, PAGE) == signed(1, PAGE, PAGE)
+    assert store.real_root == str(root)
+    moved = f"{root}: another directory stands there now, and is shown instead"
+    assert [text for text in warnings(caplog) if "another directory" in text] == [moved]
+
+
+def test_a_directory_that_was_renamed_is_followed_until_another_stands_there(root: Path) -> None:
+    store = looked(root)
+    moved = root.rename(root.with_name("moved"))
+    write_tag(moved, "later")
+    store.look()
+    assert set(store.tags()) == {"base", "work", "leaf", "later"}
+    assert store.real_root == str(moved)
+    root.write_text("no directory")
+    store.look()
+    assert "later" in store.tags()
+    root.unlink()
+    write_chain(root, ["new"])
+    store.look()
+    assert store.tags() == ["new"]
+    assert os.get_inheritable(store.fd) is False
+
+
+def test_a_link_that_leads_elsewhere_is_followed(root: Path) -> None:
+    link = root.with_name("link")
+    link.symlink_to(root)
+    store = looked(link)
+    write_chain(root.with_name("other"), ["new"])
+    root.with_name("next").symlink_to("other")
+    root.with_name("next").rename(link)
+    store.look()
+    assert store.tags() == ["new"]
+
+
+def test_a_diffmergefs_over_the_directory_is_not_looked_into(
+    public_path: Path, mountpoint: Path
+) -> None:
+    write_chain(public_path / "store", ["base"])
+    store = looked(mountpoint)
+    with mounted(public_path / "store", mountpoint):
+        with pytest.raises(FileAccessError) as caught:
+            store.look()
+        assert str(caught.value) == f"{mountpoint}: a diffmergefs was mounted over it"
+    store.look()
+    assert store.tags() == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import weakref
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,25 @@ def test_a_passing_failure_is_not_remembered(
             store.open("leaf")
     assert store.opened("leaf") is None
     assert store.open("leaf").image.view.size == SIZE
+
+
+def test_an_error_that_is_kept_keeps_nothing_else(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the frames through which it was raised, and so no layer that a caller holds in one."""
+    store = looked(root)
+    refuse_alignment(monkeypatch)
+
+    def caller() -> weakref.ref[object]:
+        layers = [store.open_layer(link.layer) for link in store.chain("work") or []]
+        with pytest.raises(UntrustedExtentsError, match="refused") as first:
+            store.open("work")
+        with pytest.raises(UntrustedExtentsError, match="refused") as second:
+            store.opened("work")
+        assert (first.value.check, str(first.value)) == (second.value.check, str(second.value))
+        assert second.value is not first.value
+        return weakref.ref(layers[0])
+
+    held = caller()
+    gc.collect()
+    assert held() is None

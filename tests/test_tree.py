@@ -6,8 +6,11 @@ import errno
 import gc
 import json
 import os
+import resource
+import shutil
 import socket
 import stat
+import weakref
 from pathlib import Path
 
 import pytest
@@ -25,8 +28,10 @@ from tests.support.stores import (
     SECOND_NS,
     SIZE,
     age,
+    opened_beneath,
     pages,
     write_chain,
+    write_document,
     write_numbered,
     write_tag,
 )
@@ -270,3 +275,94 @@ def test_explicit_layers_are_one_file_under_the_bases_name(public_path: Path) ->
     assert tree.attributes(Root()).mode == public_path.stat().st_mode
     with pytest.raises(FileNotFoundError):
         tree.child(Root(), "mem_diff")
+
+
+def test_the_root_keeps_its_attributes_when_the_directory_is_deleted(root: Path) -> None:
+    root.chmod(0o750)
+    tree = tree_of(root)
+    known = tree.attributes(Root())
+    assert known.mode == stat.S_IFDIR | 0o750
+    shutil.rmtree(root)
+    assert tree.attributes(Root()) == known
+    with pytest.raises(OSError):
+        tree_of_deleted(root).attributes(Root())
+
+
+def tree_of_deleted(root: Path) -> Tree:
+    """A tree over a directory that was gone before anybody asked for its attributes."""
+    root.mkdir()
+    store = Store(str(root), TrustPolicy())
+    root.rmdir()
+    return Tree(MOUNTPOINT, store)
+
+
+def test_an_image_that_a_look_dropped_is_not_held_by_its_number(root: Path) -> None:
+    """The kernel remembers names for days; the layers of a deleted tag must not wait for that."""
+    tree = tree_of(root)
+    number = tree.inode(opened(tree, "base"))
+    assert tree.store is not None
+    shown = weakref.ref(opened(tree, "base").shown)
+    layer = root / "base" / "memory.bin"
+    assert shown() is not None and str(layer) in opened_beneath(root)
+    replace_memory(root, "base")
+    tree.store.look()
+    gc.collect()
+    assert shown() is None
+    assert opened_beneath(root) == set()
+    with pytest.raises(OSError) as caught:
+        tree.node(number)
+    assert caught.value.errno == errno.ESTALE
+
+
+@pytest.mark.parametrize("name", ["state.tmp", ".compact-staging-state", "vm.part"])
+def test_a_vmstate_is_shown_whatever_it_is_called(root: Path, name: str) -> None:
+    write_tag(root, "leaf", "work", layer=2, vmstate=name)
+    (root / "leaf" / "beside.tmp").touch()
+    tree = tree_of(root)
+    found = tree.children(TagFolder("leaf"))
+    assert set(found) == {"snapshot.json", name}
+    node = tree.child(TagFolder("leaf"), name)
+    assert isinstance(node, Passed) and node == found[name]
+    assert document(tree, "leaf")["vmstate"] == f"{MOUNTPOINT}/leaf/{name}"
+    fd = tree.open_passed(node)
+    try:
+        assert os.read(fd, 100) == b"state of leaf"
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("broken", ["illegal tag", "bad document"])
+def test_the_layer_of_a_broken_tag_is_not_passed_through_elsewhere(root: Path, broken: str) -> None:
+    tag = "no legal tag" if broken == "illegal tag" else "bad"
+    write_tag(root, tag, "base", layer=3)
+    layer = (root / tag / "memory.bin").rename(root / "work" / "other.mem")
+    fields = {"memory": str(layer), "parent_tag": "base"}
+    if broken == "bad document":
+        fields["vmstate"] = "missing"
+    write_document(root, tag, json.dumps(fields))
+    tree = tree_of(root)
+    assert set(tree.children(Root())) == {"base", "work"}
+    assert set(tree.children(TagFolder("work"))) == {"snapshot.json", "vmstate"}
+    with pytest.raises(FileNotFoundError):
+        tree.child(TagFolder("work"), "other.mem")
+
+
+def test_a_passed_file_takes_none_of_the_last_descriptors(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tree_of(root)
+    node = tree.child(TagFolder("work"), "vmstate")
+    assert isinstance(node, Passed)
+    before = len(os.listdir("/proc/self/fd"))
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4 * highest // 5, 10**6))
+    fds: list[int] = []
+    try:
+        with pytest.raises(OSError) as caught:
+            while True:
+                fds.append(tree.open_passed(node))
+    finally:
+        for fd in fds:
+            os.close(fd)
+    assert caught.value.errno == errno.EMFILE
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -273,3 +273,69 @@ def test_a_tag_that_is_gone_is_not_shown(looks: Looks) -> None:
     (looks.store / "leaf").rename(looks.store.parent / "away")
     assert looks.look() == {"base", "work"}
     assert looks.unsettled == set()
+
+
+def test_another_parent_tag_in_the_document_is_no_replacement(looks: Looks) -> None:
+    write_tag(looks.store, "other", layer=3, numbers=BASE_PAGES)
+    looks.look()
+    write_document(looks.store, "work", '{"memory": "memory.bin", "parent_tag": "other"}')
+    assert looks.look() == {"base", "other", "work", "leaf"}
+    replace_memory(looks.store / "other", 9)
+    assert looks.look() == {"base", "other"}
+    assert looks.reason("work").startswith("parent replaced: other/memory.bin ")
+
+
+def test_a_numbered_diff_whose_base_is_gone_is_no_base(tmp_path: Path) -> None:
+    looks = Looks(write_numbered(tmp_path / "store", ["000-base.mem", "001-a.mem", "002-b.mem"]))
+    assert looks.look() == {"base", "a", "b"}
+    (looks.store / "000-base.mem").rename(tmp_path / "away")
+    for _ in range(2):
+        assert looks.look() == set()
+        assert looks.reason("a") == (
+            "parent missing: 001-a.mem was first seen as a diff of 'base'; put that back, or take"
+            " the diff again"
+        )
+        assert looks.reason("b").startswith("ancestor 'a' is broken: parent missing: ")
+    (tmp_path / "away").rename(looks.store / "000-base.mem")
+    assert looks.look() == {"base", "a", "b"}
+
+
+def test_while_the_hash_of_a_new_parent_is_not_known_its_children_wait(looks: Looks) -> None:
+    new = write_layer(looks.store.parent / "new", SIZE, pages(9, BASE_PAGES))
+    known: dict[str, str] = {}
+    recorded = hashlib.sha256(new.read_bytes()).hexdigest()
+    document = {"memory": "memory.bin", "parent_tag": "base", "parent_content_hash": recorded}
+    write_document(looks.store, "work", json.dumps(document))
+    watch = Watch(lambda file: known.get(file.path))
+
+    def look() -> tuple[set[str], set[str]]:
+        shown, unsettled = watch.judge(read_catalog(str(looks.store)), looks.now_ns)
+        return set(shown), unsettled
+
+    assert look() == ({"base", "work", "leaf"}, set())
+    replace_memory(looks.store / "base", 9)
+    for _ in range(3):
+        assert look() == ({"base"}, {"work", "leaf"})
+    known["base/memory.bin"] = recorded
+    assert look() == ({"base", "work", "leaf"}, set())
+
+
+def test_only_so_many_tags_that_are_gone_are_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffmergefs.watch._REMEMBERED", 1)
+    store = tmp_path / "store"
+    write_tag(store, "base")
+    for n, tag in enumerate(("a", "b"), 1):
+        write_tag(store, tag, "base", layer=n)
+    looks = Looks(store)
+    assert looks.look() == {"base", "a", "b"}
+    for tag in ("a", "b"):
+        (store / tag).rename(tmp_path / tag)
+    looks.look()
+    replace_memory(store / "base", 9)
+    for tag in ("a", "b"):
+        (tmp_path / tag).rename(store / tag)
+    shown = looks.look()
+    # Which of the two is forgotten is nobody's business.
+    assert len(shown) == 2 and "base" in shown

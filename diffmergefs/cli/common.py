@@ -35,6 +35,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Files are opened by those who use them: click would call one that cannot be read bad usage.
 PATH = click.Path(readable=False)
 
+# Unicode's categories of control characters, line and paragraph separators.
+_ESCAPED = frozenset({"Cc", "Zl", "Zp"})
+
 # Wide enough that a line stays a line where nobody looks at it on a terminal.
 _PIPE_WIDTH = 4096
 
@@ -48,13 +51,13 @@ def talk(text: str) -> None:
 def printable(text: str) -> str:
     """The text with what a terminal must not get as it is (a hard file name) as escapes.
 
-    That is what is not valid UTF-8, and control characters.
+    That is what is not valid UTF-8, control characters, and what else ends a line.
     """
     try:
         line = os.fsencode(text).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:
         line = ascii(text)[1:-1]
-    return "".join(c if unicodedata.category(c) != "Cc" else repr(c)[1:-1] for c in line)
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in _ESCAPED else c for c in line)
 
 
 def print_json(facts: object) -> None:

@@ -7,7 +7,6 @@ import logging
 import logging.handlers
 import os
 import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +50,8 @@ class _Lines(logging.Formatter):
         return printable(super().formatMessage(record))
 
     def formatException(self, ei: Any) -> str:
-        return textwrap.indent(super().formatException(ei), "    ", lambda line: True)
+        lines = super().formatException(ei).split("\n")
+        return "\n".join(f"    {printable(line)}" for line in lines)
 
 
 class _SysLogHandler(logging.handlers.SysLogHandler):

@@ -25,7 +25,7 @@ class Entry:
 def entries() -> list[Entry]:
     """Every mount, in the order in which they were made."""
     found = []
-    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines():
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")[:-1]:
         before, _, after = line.partition(" - ")
         fields = before.split(" ")
         major, minor = fields[2].split(":")
