@@ -109,15 +109,26 @@ def test_an_empty_mount_of_another_type_is_a_directory_like_others(root: Path) -
     assert [entry.fstype for entry in mounttable.at(str(point))] == ["tmpfs"]
 
 
-@pytest.mark.parametrize("name", ["with blank", "tab\there", "new\nline", "back\\slash", "c,omma"])
+ODD_NAMES = [
+    *("with blank", "tab\there", "new\nline", "back\\slash", "c,omma", "#hash", "naïve 名前"),
+    os.fsdecode(b"no utf-8 \xff"),
+    "a, b\\, é",
+    "lines\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\r",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
 def test_odd_names(name: str, root: Path) -> None:
     source, point = root / f"{name} source", root / name
     (root / "store").rename(source)
     point.mkdir()
     with mounted(source, point) as mount:
+        assert sorted(os.listdir(point)) == ["base", "leaf"]
         entry = mount_entry(str(point))
         assert entry and (entry.kind, entry.source) == ("fuse.diffmergefs", str(source))
+        assert mount_entry("/") is not None  # whose line is another one
         unmount(str(point))
+        assert mount_entry(str(point)) is None
         assert mount.process.wait(20) == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 from collections.abc import Callable, Coroutine
@@ -18,8 +19,8 @@ from diffmergefs.store import Store
 from diffmergefs.tree import ROOT_INODE, Tree
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.view import MergedView
-from tests.support.images import PAGE, overlay_oracle
-from tests.support.stores import BASE_PAGES, SIZE, pages, write_chain
+from tests.support.images import PAGE, overlay_oracle, write_layer
+from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_chain
 
 CTX: Any = None
 
@@ -204,5 +205,148 @@ def test_handles_that_are_odd(operations: Operations, tmp_path: Path) -> None:
         os.close(fd)
         assert await errno_of(operations.release(5)) == errno.EBADF
         assert operations.open_files == 0
+
+    trio.run(main)
+
+
+def test_what_a_listing_added_before_it_failed_counts_as_looked_up(
+    operations: Operations, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernel forgets what it was given, and nothing else."""
+    added: dict[str, int] = {}
+
+    def reply(token: object, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
+        added[os.fsdecode(name)] = entry.st_ino
+        return True
+
+    async def main() -> None:
+        folder = await walk(operations, b"leaf")
+        fh = await operations.opendir(folder.st_ino, CTX)
+        real, batches = operations._attributes_of, 0
+
+        def fails_at_the_second(nodes: Any) -> Any:
+            nonlocal batches
+            batches += 1
+            if batches > 1:
+                raise OSError(errno.ENOMEM, "on purpose")
+            return real(nodes)
+
+        monkeypatch.setattr("diffmergefs.operations._READDIR_BATCH", 2)
+        monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
+        monkeypatch.setattr(operations, "_attributes_of", fails_at_the_second)
+        await operations.readdir(fh, 0, CTX)
+        assert len(added) == 2
+        assert await errno_of(operations.readdir(fh, 2, CTX)) == errno.ENOMEM
+        assert len(added) == 2
+        for inode in added.values():
+            assert (await operations.getattr(inode, CTX)).st_ino == inode
+            await operations.forget([(inode, 1)])
+        assert not operations._lookups.keys() & set(added.values())
+
+    trio.run(main)
+
+
+def test_an_entry_without_room_is_not_remembered(
+    operations: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: dict[str, int] = {}
+
+    def no_room(token: object, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
+        refused[os.fsdecode(name)] = entry.st_ino
+        return False
+
+    async def main() -> None:
+        folder = await walk(operations, b"leaf")
+        monkeypatch.setattr(pyfuse3, "readdir_reply", no_room)
+        fh = await operations.opendir(folder.st_ino, CTX)
+        await operations.readdir(fh, 0, CTX)
+        ((name, inode),) = refused.items()
+        assert await errno_of(operations.getattr(inode, CTX)) == errno.ESTALE
+        # One that was looked up before stays.
+        known = (await operations.lookup(folder.st_ino, os.fsencode(name), CTX)).st_ino
+        await operations.readdir(fh, 0, CTX)
+        assert refused == {name: known}
+        assert (await operations.getattr(known, CTX)).st_ino == known
+
+    trio.run(main)
+
+
+def test_lookup_answers_the_image_that_was_opened_whatever_a_look_found(
+    operations: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = operations.tree.store
+    assert store is not None
+    folder = Path(store.root) / "leaf"
+    real = Store.open
+
+    def open_and_look(self: Store, tag: str) -> object:
+        shown = real(self, tag)
+        if tag == "leaf" and not (folder / "was-changed").exists():
+            (folder / "was-changed").touch()
+            write_layer(folder / "new", SIZE, pages(5, [5])).rename(folder / "memory.bin")
+            age(folder / "memory.bin")
+            self.look()
+            self.look()
+            assert self.opened(tag) is None
+        return shown
+
+    monkeypatch.setattr(Store, "open", open_and_look)
+
+    async def main() -> None:
+        old = await walk(operations, b"leaf", b"memory.bin")
+        assert old.st_size == SIZE
+        await trio.lowlevel.checkpoint()  # trio holds what it last gave to a task
+        gc.collect()
+        # Nobody holds it open: the kernel is told to look the name up again.
+        assert await errno_of(operations.open(old.st_ino, os.O_RDONLY, CTX)) == errno.ESTALE
+        new = await walk(operations, b"leaf", b"memory.bin")
+        assert new.st_ino > old.st_ino
+        info = await operations.open(new.st_ino, os.O_RDONLY, CTX)
+        assert await operations.read(info.fh, 0, SIZE) == image_of((0, BASE_PAGES), (5, [5]))
+
+    trio.run(main)
+
+
+def test_an_open_file_keeps_an_image_that_a_look_dropped(operations: Operations) -> None:
+    store = operations.tree.store
+    assert store is not None
+    folder = Path(store.root) / "leaf"
+
+    async def main() -> None:
+        entry = await walk(operations, b"leaf", b"memory.bin")
+        info = await operations.open(entry.st_ino, os.O_RDONLY, CTX)
+        write_layer(folder / "new", SIZE, pages(5, [5])).rename(folder / "memory.bin")
+        age(folder / "memory.bin")
+        store.look()
+        gc.collect()
+        assert (await operations.getattr(entry.st_ino, CTX)).st_size == SIZE
+        assert await operations.read(info.fh, 0, SIZE) == image_of((0, BASE_PAGES), (1, [1]))
+        await operations.release(info.fh)
+        gc.collect()
+        assert await errno_of(operations.getattr(entry.st_ino, CTX)) == errno.ESTALE
+
+    trio.run(main)
+
+
+def test_a_passed_file_is_read_in_full_though_the_system_gives_less_at_once(
+    operations: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = operations.tree.store
+    assert store is not None
+    content = bytes(range(256)) * 40
+    (Path(store.root) / "leaf" / "vmstate").write_bytes(content)
+    preadv, pread = os.preadv, os.pread
+
+    def little(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        return preadv(fd, [buffers[0][:1000]], offset, flags)
+
+    async def main() -> None:
+        entry = await walk(operations, b"leaf", b"vmstate")
+        info = await operations.open(entry.st_ino, os.O_RDONLY, CTX)
+        monkeypatch.setattr(os, "preadv", little)
+        monkeypatch.setattr(os, "pread", lambda fd, n, offset: pread(fd, min(n, 1000), offset))
+        for off, size in ((0, len(content)), (5, 5000), (9000, 5000), (len(content), 10)):
+            assert await operations.read(info.fh, off, size) == content[off : off + size]
+        await operations.release(info.fh)
 
     trio.run(main)

@@ -16,7 +16,7 @@ from diffmergefs import sparse
 from diffmergefs.errors import UnsupportedPlatformError
 from diffmergefs.extents import Extent, ExtentList
 from diffmergefs.layer import Layer
-from tests.support import loopfs
+from tests.support import loopfs, skips
 from tests.support.images import PAGE, signed, write_layer
 
 MIB = 1 << 20
@@ -227,3 +227,14 @@ def test_read_into_fills_by_many_short_reads_and_stops_at_the_end(
         assert sparse.read_into(fd, memoryview(buffer), PAGE - 30) == 30
         assert sparse.read_into(fd, memoryview(buffer), PAGE) == 0
         assert os.lseek(fd, 0, os.SEEK_CUR) == 0
+
+
+def test_mount_options_of_a_path_with_ends_of_lines(public_path: Path) -> None:
+    """mountinfo(5) escapes a newline only; to str.splitlines these end a line too."""
+    skips.require_mounts()
+    point = public_path / "a\x0b\x1c\x85\u2028b"
+    point.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", point], check=True)
+    with opened(point) as fd:
+        kind, options = sparse.mount_options(fd)
+    assert kind == "tmpfs" and {"rw", "size=1024k"} <= options
