@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from diffmergefs import daemon
+from diffmergefs.cli import mount as mount_command
 from tests.support import mounttable
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.live import Gate, patch_children, until
-from tests.support.stores import OLD_NS, age, pages, write_chain
+from tests.support.mounts import mounted
+from tests.support.stores import OLD_NS, age, pages, write_chain, write_tag
 
 SIZE_MISMATCH, UNTRUSTED, REFUSED, FAILED, TIMEOUT, NO_FILE = 4, 5, 10, 11, 12, 14
 USAGE = 2
@@ -272,3 +278,227 @@ def test_a_mount_right_after_the_snapshot(store: Path, mountpoint: Path) -> None
         assert view[PAGE : 2 * PAGE] == signed(1, PAGE, PAGE)
     finally:
         end(mountpoint)
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt(), SystemExit(143)], ids=repr)
+def test_an_interrupted_start_ends_its_child(
+    ending: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = tmp_path / "pid"
+
+    def never_ready(ready: Callable[[], None]) -> int:
+        known.with_name("new").write_text(str(os.getpid()))
+        known.with_name("new").rename(known)
+        signal.pause()
+        return 0
+
+    def interrupted(*_: object) -> None:
+        until(known.exists, "the child did not start")
+        raise ending
+
+    monkeypatch.setattr("diffmergefs.daemon.select.select", interrupted)
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(type(ending)):
+        daemon.start(never_ready, 30)
+    assert not Path(f"/proc/{known.read_text()}").exists()
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_child_that_ends_with_systemexit_has_its_status() -> None:
+    def ends(code: object) -> Callable[[Callable[[], None]], int]:
+        def serve(ready: Callable[[], None]) -> int:
+            raise SystemExit(code)
+
+        return serve
+
+    assert daemon.start(ends(9), 30) == (9, "")
+    assert daemon.start(ends(143), 30) == (143, "")
+    for code in ("text", None, 0):
+        assert daemon.start(ends(code), 30).status == daemon._FAILED
+
+
+def start_that_hangs(
+    where: str, store: Path, public_path: Path, patch: pytest.MonkeyPatch, *options: str
+) -> tuple[Gate, subprocess.Popen[str]]:
+    """A mount whose daemon waits at a gate: before it mounts ('look'), or after ('mounted')."""
+    gate = Gate(public_path / "gate")
+    code = gate.code
+    if where == "look":
+        code += "import diffmergefs.store as module\n"
+        code += "module.Store.look = lambda self: wait_at_gate()\n"
+    else:
+        code += "import pyfuse3\nreal = pyfuse3.init\n"
+        code += "def init(*args):\n    real(*args)\n    wait_at_gate()\npyfuse3.init = init\n"
+    patch_children(patch, public_path / "patch", code)
+    command = [sys.executable, "-m", "diffmergefs", "mount", "--timeout", "60", *options]
+    process = subprocess.Popen(
+        [*command, str(store), str(public_path / "mnt")],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=public_path,
+    )
+    gate.wait_until_reached()
+    return gate, process
+
+
+def end_by_force(gate: Gate, process: subprocess.Popen[str], mountpoint: Path) -> None:
+    gate.open()
+    for pid in daemons_of(mountpoint):
+        os.kill(pid, signal.SIGKILL)
+    process.kill()
+    process.communicate(timeout=20)
+
+
+@pytest.mark.parametrize("front", [True, False], ids=["front", "background"])
+@pytest.mark.parametrize("where", ["look", "mounted"])
+def test_a_signal_to_the_daemon_while_it_starts_leaves_no_mount(
+    where: str,
+    front: bool,
+    store: Path,
+    public_path: Path,
+    mountpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ["-f"] if front else []
+    gate, caller = start_that_hangs(where, store, public_path, monkeypatch, *options)
+    try:
+        others = [pid for pid in daemons_of(mountpoint) if pid != caller.pid]
+        assert len(others) == (0 if front else 1)
+        os.kill(caller.pid if front else others[0], signal.SIGTERM)
+        if where == "mounted":
+            assert is_mounted(mountpoint)
+            gate.open()
+        # Asked to stop before it was mounted it did not come up; after that it ends as ever.
+        status = caller.wait(30)
+        assert status == (143 if where == "look" else 0)
+        until(lambda: not daemons_of(mountpoint), "the daemon did not end")
+        assert not is_mounted(mountpoint)
+    finally:
+        end_by_force(gate, caller, mountpoint)
+
+
+@pytest.mark.parametrize("where", ["look", "mounted"])
+def test_a_signal_to_the_caller_ends_the_daemon_and_its_mount(
+    where: str,
+    store: Path,
+    public_path: Path,
+    mountpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate, caller = start_that_hangs(where, store, public_path, monkeypatch)
+    try:
+        assert is_mounted(mountpoint) == (where == "mounted")
+        caller.send_signal(signal.SIGTERM)
+        # A daemon that does not answer the signal is killed, and its mount taken off.
+        assert caller.wait(30) == 143
+        assert not daemons_of(mountpoint) and not is_mounted(mountpoint)
+    finally:
+        end_by_force(gate, caller, mountpoint)
+
+
+def test_a_daemon_whose_caller_is_gone_ends(
+    store: Path,
+    public_path: Path,
+    mountpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log = tmp_path / "log"
+    gate, caller = start_that_hangs("mounted", store, public_path, monkeypatch, "--log", str(log))
+    try:
+        caller.kill()
+        caller.wait(20)
+        assert is_mounted(mountpoint) and daemons_of(mountpoint)
+        gate.open()
+        until(lambda: not daemons_of(mountpoint), "the daemon did not end")
+        assert not is_mounted(mountpoint)
+        assert "SIGTERM: detached" in log.read_text() and "Traceback" not in log.read_text()
+    finally:
+        end_by_force(gate, caller, mountpoint)
+
+
+def test_a_start_that_failed_leaves_the_mount_that_stood_there(
+    store: Path, public_path: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("mount", store, mountpoint).returncode == 0
+    gate = Gate(public_path / "gate")
+    code = gate.code + "import diffmergefs.mountpoint as module\n"
+    code += "module.check_mountpoint = lambda *args: wait_at_gate()\n"
+    patch_children(monkeypatch, public_path / "patch", code)
+    try:
+        assert run("mount", "--timeout", "1", store, mountpoint).returncode == TIMEOUT
+        assert sorted(os.listdir(mountpoint)) == ["base", "leaf"]
+    finally:
+        gate.open()
+        end(mountpoint)
+
+
+# As an attacker who may name a directory of SOURCE would have it.
+FORGED = "evil\n2000-01-01 00:00:00,000 ERROR diffmergefs.x: forged\x1b[2J\x85\u2028"
+RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ diffmergefs[.\w]*: ")
+RAISES = (
+    "import diffmergefs.store as module\n"
+    "def total_bytes(self):\n"
+    f"    raise RuntimeError({FORGED!r})\n"
+    "module.Store.total_bytes = total_bytes\n"
+)
+
+
+@pytest.mark.parametrize("front", [True, False], ids=["front", "background"])
+def test_a_log_record_is_one_line_and_a_traceback_is_set_in(
+    front: bool, store: Path, mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tag(store, FORGED, layer=5, numbers=[5])
+    patch_children(monkeypatch, tmp_path / "patch", RAISES)
+    if front:
+        expected = ("not shown: ", "statfs failed", "    Traceback", "forged")
+        with mounted(store, mountpoint, expect_log=expected) as mount:
+            with pytest.raises(OSError, match="Input/output error"):
+                os.statvfs(mountpoint)
+            text = mount.log()
+    else:
+        done = run("mount", "--log", tmp_path / "log", store, mountpoint)
+        try:
+            assert done.returncode == 0
+            (line,) = done.stderr.splitlines()
+            assert "evil\\n2000" in line and "forged\\x1b[2J\\x85\\u2028: not shown: " in line
+            with pytest.raises(OSError, match="Input/output error"):
+                os.statvfs(mountpoint)
+        finally:
+            end(mountpoint)
+        text = (tmp_path / "log").read_text()
+    lines = text.removesuffix("\n").split("\n")
+    assert all(RECORD.match(line) or line.startswith("    ") for line in lines)
+    assert not {"\x1b", "\x85", "\u2028"} & set(text)
+    assert "    Traceback (most recent call last):" in lines
+    shown = "evil\\n2000-01-01 00:00:00,000 ERROR diffmergefs.x: forged\\x1b[2J\\x85\\u2028"
+    assert [line for line in lines if line.startswith("    RuntimeError: evil")]
+    assert [line for line in lines if RECORD.match(line) and f"{shown}: not shown: " in line]
+
+
+def test_a_syslog_that_takes_nothing_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    monkeypatch.setattr(mount_command, "_SYSLOG", str(tmp_path / "log"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
+        syslog.bind(str(tmp_path / "log"))
+        handler = mount_command._background_handler(None)
+        record = logging.LogRecord("x", logging.WARNING, "", 0, "%s", ("a\nb\x1b",), None)
+        full = max(2000, 2 * int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text()))
+        writer = threading.Thread(
+            target=lambda: [handler.handle(record) for _ in range(full)], daemon=True
+        )
+        writer.start()
+        writer.join(20)
+        assert not writer.is_alive()
+        assert syslog.recv(1000).rstrip(b"\0") == b"<28>diffmergefs: a\\nb\\x1b"
+        # And what comes later arrives again.
+        syslog.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                syslog.recv(1000)
+        handler.handle(record)
+        assert syslog.recv(1000).startswith(b"<28>")
+        handler.close()
