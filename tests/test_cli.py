@@ -253,3 +253,36 @@ def test_a_closed_stdout_is_no_error(store: Path) -> None:
     command = f'exec "{sys.executable}" -m diffmergefs list "{store}" >&-'
     done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+PROGRESS = {
+    "list": (["list", "{store}"], "2/2 snapshots"),
+    "info": (["info", "{store}/work"], "open"),
+    "apply": (["apply", "{store}/work/memory.bin", "{store}/base/memory.bin"], "/? "),
+    "flatten": (["flatten", "{store}/work", "-o", "{store}/new"], "flatten"),
+}
+
+
+@pytest.mark.parametrize("verb", PROGRESS)
+def test_a_terminal_gets_a_progress_bar(verb: str, store: Path) -> None:
+    """On stderr, and only where that is a terminal: whatever total is known."""
+    arguments, text = PROGRESS[verb]
+    command = [sys.executable, "-m", "diffmergefs", *(a.format(store=store) for a in arguments)]
+    ours, theirs = os.openpty()
+    try:
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            env=os.environ | {"TERM": "xterm", "COLUMNS": "120", "NO_COLOR": "1"},
+            timeout=60,
+            check=False,
+        )
+        os.set_blocking(ours, False)
+        shown = os.read(ours, 1 << 16).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.returncode == 0 and done.stdout
+    assert text in shown and "Traceback" not in shown
+    assert "\x1b[2K" in shown.rpartition(text)[2]  # and is wiped away in the end

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import diffmergefs, mistake, succeed
+from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, succeed
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.stores import (
@@ -200,3 +200,30 @@ def test_a_filesystem_with_big_blocks_is_refused_with_its_grain(filesystem: obje
     found = listed(store)
     assert found["base"]["state"] == "complete"
     assert "units of 16384 bytes" in str(found["work"]["reason"])
+
+
+def test_list_tells_the_parent_of_a_broken_snapshot(tmp_path: Path) -> None:
+    write_tag(tmp_path, "base")
+    write_tag(tmp_path, "no tag", "base", layer=1)
+    write_tag(tmp_path, "stateless", "base", layer=2)
+    (tmp_path / "stateless" / "vmstate").unlink()
+    found = listed(tmp_path)
+    for tag, text in (("no tag", "is no legal tag"), ("stateless", "vmstate")):
+        assert (found[tag]["parent"], found[tag]["size"]) == ("base", SIZE)
+        assert found[tag]["state"] == "broken" and text in str(found[tag]["reason"])
+
+
+def test_what_a_user_may_not_look_into_is_told_and_spoils_nothing(public_path: Path) -> None:
+    """Every ext4 has a lost+found."""
+    write_numbered(public_path / "numbered", ["000-base.mem", "001-a.mem"])
+    write_chain(public_path / "store", ["base", "work"])
+    for folder in ("numbered", "store"):
+        (public_path / folder / "lost+found").mkdir(mode=0o700)
+    done = diffmergefs_as_nobody("list", public_path / "numbered")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [row[0] for row in cells(done.stdout)] == ["TAG", "a", "base"]
+    done = diffmergefs_as_nobody("list", public_path / "store")
+    assert (done.returncode, done.stderr) == (0, "")
+    states = {row[0]: row[-1] for row in cells(done.stdout)}
+    assert states["lost+found"] == "broken: lost+found: Permission denied"
+    assert states["base"] == states["work"] == "complete"

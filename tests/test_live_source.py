@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -245,3 +246,41 @@ def test_an_ambiguous_source_shows_nothing(public_path: Path, mountpoint: Path) 
         until_shown(mount, "base", "leaf")
         image = (mountpoint / "leaf" / "memory.bin").read_bytes()
         assert image == image_of((0, BASE_PAGES), (1, [1]))
+
+
+def test_a_source_that_is_deleted_and_made_anew(public_path: Path, mountpoint: Path) -> None:
+    store = write_chain(public_path / "store", ["base", "leaf"])
+    gone = f"nothing is shown until this is mended: {store}: was deleted; it is shown when it is"
+    anew = f"{store}: another directory stands there now, and is shown instead"
+    with mounted(store, mountpoint, expect_log=(gone, anew)) as mount:
+        with (mountpoint / "leaf" / "memory.bin").open("rb", buffering=0) as old:
+            shutil.rmtree(store)
+            until_shown(mount)
+            until(lambda: gone in mount.log(), "the log does not say so")
+            # The mountpoint does not vanish with it.
+            assert mountpoint.stat().st_mode & 0o777 == 0o755
+            write_tag(store, "leaf", layer=7, numbers=BASE_PAGES)
+            until_shown(mount, "leaf")
+            new = image_of((7, BASE_PAGES))
+            until(lambda: (mountpoint / "leaf" / "memory.bin").read_bytes() == new, "not the new")
+            assert old.read() == image_of((0, BASE_PAGES), (1, [1]))
+        assert mount.log().count(gone) == mount.log().count(anew) == 1
+
+
+def test_a_deleted_image_gives_its_space_back(public_path: Path, mountpoint: Path) -> None:
+    """Although the kernel may remember its name for days."""
+    store = write_chain(public_path / "store", ["base", "leaf"])
+    with mounted(store, mountpoint) as mount:
+
+        def holds_deleted() -> bool:
+            links = Path(f"/proc/{mount.pid}/fd").iterdir()
+            return any(os.readlink(fd).endswith("/memory.bin (deleted)") for fd in links)
+
+        view = mountpoint / "leaf" / "memory.bin"
+        with view.open("rb", buffering=0) as held:
+            shutil.rmtree(store / "leaf")
+            until_shown(mount, "base")
+            until(holds_deleted, "the open file's layer was closed")
+            assert held.read() == image_of((0, BASE_PAGES), (1, [1]))
+        until(lambda: not holds_deleted(), "the layer is held open")
+        assert (mountpoint / "base" / "memory.bin").read_bytes() == image_of((0, BASE_PAGES))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -180,3 +182,35 @@ def test_a_slow_read_stops_no_other(
             gate.open()
             process.kill()
             process.communicate()
+
+
+def test_users_who_open_all_the_files_they_can_do_not_starve_the_daemon(
+    public_path: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some descriptors are kept for the looks; an open that would take one of them fails."""
+    store = write_chain(public_path / "store", ["base", "leaf"])
+    few = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))\n"
+    patch_children(monkeypatch, public_path / "patch", few)
+    path = mountpoint / "base" / "vmstate"
+    expected = ("leaf: cannot be opened now: ",)
+    held: list[BinaryIO] = []
+    with mounted(store, mountpoint, expect_log=expected) as mount:
+        try:
+            with pytest.raises(OSError) as caught:
+                while len(held) < 80:
+                    held.append(path.open("rb", buffering=0))
+            assert caught.value.errno == errno.EMFILE and len(held) > 20
+            view = mountpoint / "leaf" / "memory.bin"
+            with pytest.raises(OSError, match="Input/output error"):
+                view.stat()
+            # It still looks SOURCE over, and serves who came before.
+            write_tag(store, "later", layer=3, numbers=BASE_PAGES)
+            until(lambda: (mountpoint / "later").exists(), "the daemon looks at nothing any more")
+            assert {file.read() for file in held} == {b"state of base"}
+        finally:
+            for file in held:
+                file.close()
+        until(view.exists, "the layers cannot be opened though there is room")
+        assert view.read_bytes() == image_of((0, BASE_PAGES), (1, [1]))
+        assert "leaf: cannot be opened now: " in mount.log()
+        assert "Too many open files" in mount.log()
