@@ -300,7 +300,11 @@ def test_an_interrupted_start_ends_its_child(
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(type(ending)):
         daemon.start(never_ready, 30)
-    assert not Path(f"/proc/{known.read_text()}").exists()
+    child = int(known.read_text())
+    is_left = Path(f"/proc/{child}").exists()
+    if is_left:
+        os.kill(child, signal.SIGKILL)
+    assert not is_left
     assert set(os.listdir("/proc/self/fd")) == before
 
 
@@ -502,3 +506,13 @@ def test_a_syslog_that_takes_nothing_holds_nobody_up(
         handler.handle(record)
         assert syslog.recv(1000).startswith(b"<28>")
         handler.close()
+
+
+def test_a_failure_at_the_start_is_one_line_whatever_names_are_in_it(
+    public_path: Path, mountpoint: Path
+) -> None:
+    done = run("mount", "--log", public_path / "log", public_path / "none\n2\x85\u2028", mountpoint)
+    assert done.returncode == NO_FILE
+    assert done.stderr.removesuffix("\n").split("\n") == [
+        f"diffmergefs: {public_path}/none\\n2\\x85\\u2028: No such file or directory"
+    ]

@@ -6,16 +6,20 @@ import hashlib
 import logging
 import os
 import shutil
+import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from diffmergefs.catalog import read_catalog
 from diffmergefs.errors import DiffMergeError, FileAccessError, LayerChangedError
 from diffmergefs.store import Store
 from diffmergefs.trust import TrustPolicy
+from tests.support import skips
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.live import until
 from tests.support.mounts import mounted
@@ -304,30 +308,33 @@ def test_a_look_does_not_wait_for_a_hash(root: Path, monkeypatch: pytest.MonkeyP
 def test_a_parent_that_cannot_be_hashed_holds_no_other_up(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for tag in ("a-child", "z-child"):
-        parent = tag.replace("child", "base")
-        write_tag(root, parent, layer=5, numbers=BASE_PAGES)
-        pinned(root, tag, parent)
+    for tag in ("one", "two"):
+        write_tag(root, f"{tag}-base", layer=5, numbers=BASE_PAGES)
+        pinned(root, tag, f"{tag}-base")
+    # The one that is asked for first at each look fails.
+    bad, good = (tag for tag in read_catalog(str(root)).snapshots if tag in ("one", "two"))
     store = looked(root)
-    for parent in ("a-base", "z-base"):
-        replace_memory(root / parent, 5)
+    for tag in (bad, good):
+        replace_memory(root / f"{tag}-base", 5)
+    always = {"base", "work", "leaf", "one-base", "two-base"}
     real = hashlib.file_digest
 
-    def fails_for_a(file: Any, name: str) -> Any:
-        if "/a-base/" in os.readlink(f"/proc/self/fd/{file.fileno()}"):
+    def fails_for_one(file: Any, name: str) -> Any:
+        if f"/{bad}-base/" in os.readlink(f"/proc/self/fd/{file.fileno()}"):
+            time.sleep(0.05)  # it is still at it when the look asks for the other
             raise OSError(5, "Input/output error")
         return real(file, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr("diffmergefs.store.hashlib.file_digest", fails_for_a)
-        until_tags(store, "base", "work", "leaf", "a-base", "z-base", "z-child")
+        patch.setattr("diffmergefs.store.hashlib.file_digest", fails_for_one)
+        until_tags(store, *always, good)
         for _ in range(3):
             store.look()
             until(lambda: not store._to_hash, "it was not tried again")
         assert warnings(caplog) == [
-            "a-base/memory.bin: its hash cannot be found: [Errno 5] Input/output error"
+            f"{bad}-base/memory.bin: its hash cannot be found: [Errno 5] Input/output error"
         ]
-    until_tags(store, "base", "work", "leaf", "a-base", "z-base", "a-child", "z-child")
+    until_tags(store, *always, good, bad)
 
 
 def test_the_same_complaint_is_logged_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -418,3 +425,18 @@ def test_a_diffmergefs_over_the_directory_is_not_looked_into(
         assert str(caught.value) == f"{mountpoint}: a diffmergefs was mounted over it"
     store.look()
     assert store.tags() == []
+
+
+def test_a_filesystem_that_is_mounted_there_is_followed(public_path: Path) -> None:
+    skips.require_mounts()
+    root = write_chain(public_path / "store", ["base", "leaf"])
+    store = looked(root)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(root)], check=True, timeout=60)
+    try:
+        write_chain(root, ["new"])
+        store.look()
+        assert store.tags() == ["new"]
+    finally:
+        subprocess.run(["umount", "-l", str(root)], check=True, timeout=60)
+    store.look()
+    assert set(store.tags()) == {"base", "leaf"}
