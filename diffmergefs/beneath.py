@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import PurePath
 
 from diffmergefs.errors import FileAccessError
@@ -13,23 +14,43 @@ _PASS_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_REGULAR = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
-def open_directory(root: int, relative: str = "") -> int:
+class Reach:
+    """The directory `root`, an open descriptor, and the directories `outside` that a user allows.
+
+    As the `root` of the functions here: a relative path leads beneath `root`, an absolute one
+    beneath that of `outside` in which it lies by its name (the deepest of them), and nowhere else.
+    The allowed directory itself may be a symlink; it is looked up anew each time.
+    """
+
+    def __init__(self, root: int, outside: Iterable[str] = ()) -> None:
+        self.root = root
+        self.outside = sorted({os.path.abspath(path) for path in outside}, key=len, reverse=True)
+
+    def allowed(self, path: str) -> str | None:
+        """That of `outside` in which the absolute `path` lies by its name, or which it is."""
+        if not path.startswith("/"):
+            return None
+        within = (top for top in self.outside if f"{path}/".startswith(f"{top.rstrip('/')}/"))
+        return next(within, None)
+
+
+Root = int | Reach
+
+
+def open_directory(root: Root, relative: str = "") -> int:
     """A new descriptor of the directory `relative` beneath the directory `root`.
 
     '' is the root itself. Raises OSError (ENOTDIR where a component is a symlink) and
-    FileAccessError for a `..` or an absolute path.
+    FileAccessError for a `..` or an absolute path that `root` does not allow.
     """
-    names = _components(relative)
-    if not names:
-        return os.open(".", _OPEN_DIRECTORY, dir_fd=root)
-    parent = _walk(root, names[:-1])
+    parent, name = _walk(root, relative)
     try:
-        return os.open(names[-1], _OPEN_DIRECTORY, dir_fd=parent)
+        return os.open(name, _OPEN_DIRECTORY, dir_fd=parent)
     finally:
         os.close(parent)
 
 
-def open_regular(root: int | None, path: str) -> int:
+def open_regular(root: Root | None, path: str) -> int:
     """A new read-only descriptor of the regular file `path`, beneath the directory `root`.
 
     With `root` None, `path` is any path and symlinks are followed. Raises FileAccessError for
@@ -45,7 +66,7 @@ def open_regular(root: int | None, path: str) -> int:
         os.close(handle)
 
 
-def open_handle(root: int | None, path: str) -> int:
+def open_handle(root: Root | None, path: str) -> int:
     """A new O_PATH descriptor of whatever stands at `path`; arguments as of `open_regular`.
 
     It opens nothing: a FIFO does not block and a device does not act. What it names cannot be
@@ -53,40 +74,45 @@ def open_handle(root: int | None, path: str) -> int:
     """
     if root is None:
         return os.open(path, os.O_PATH | os.O_CLOEXEC)
-    names = _components(path)
-    if not names:
-        return os.open(".", os.O_PATH | os.O_CLOEXEC, dir_fd=root)
-    parent = _walk(root, names[:-1])
+    parent, name = _walk(root, path)
     try:
-        return os.open(names[-1], os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     finally:
         os.close(parent)
 
 
-def stat_beneath(root: int, relative: str) -> os.stat_result:
+def stat_beneath(root: Root, relative: str) -> os.stat_result:
     """lstat of `relative` beneath `root`; raises like `open_directory`."""
-    names = _components(relative)
-    if not names:
-        return os.stat(root)
-    parent = _walk(root, names[:-1])
+    parent, name = _walk(root, relative)
     try:
-        return os.stat(names[-1], dir_fd=parent, follow_symlinks=False)
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
     finally:
         os.close(parent)
 
 
-def _walk(root: int, names: list[str]) -> int:
-    # O_PATH: passing through a directory takes the permission to search it, not to read it.
-    fd = os.open(".", _PASS_DIRECTORY, dir_fd=root)
+def _walk(root: Root, path: str) -> tuple[int, str]:
+    # The directory in which the last component of `path` stands, and that component. O_PATH:
+    # passing through a directory takes the permission to search it, not to read it.
+    fd, names = _start(root, path)
     try:
-        for name in names:
+        for name in names[:-1]:
             inner = os.open(name, _PASS_DIRECTORY, dir_fd=fd)
             os.close(fd)
             fd = inner
     except BaseException:
         os.close(fd)
         raise
-    return fd
+    return fd, names[-1] if names else "."
+
+
+def _start(root: Root, path: str) -> tuple[int, list[str]]:
+    if isinstance(root, Reach):
+        if top := root.allowed(path):
+            names = _components(path[len(top) :].lstrip("/"))
+            return os.open(top, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), names
+        root = root.root
+    names = _components(path)
+    return os.open(".", _PASS_DIRECTORY, dir_fd=root), names
 
 
 def _components(relative: str) -> list[str]:

@@ -79,6 +79,10 @@ class ExtentList:
         """Whether the extents leave no hole in `[0, size)`."""
         return len(self) == 1 and self.starts[0] == 0 and self.stops[0] >= size
 
+    def intersection(self, other: ExtentList) -> ExtentList:
+        """The ranges that are data in both."""
+        return ExtentList(_common(self, other))
+
     def gained_over(self, older: ExtentList) -> ExtentList | None:
         """The ranges that are data here and were holes in `older`; None if data went missing."""
         gained: list[Extent] = []
@@ -88,6 +92,18 @@ class ExtentList:
             if segment.layer == 1:
                 gained.extend(_holes_within(older, segment.start, segment.stop))
         return ExtentList(gained)
+
+
+def _common(a: ExtentList, b: ExtentList) -> Iterator[tuple[int, int]]:
+    i = j = 0
+    while i < len(a) and j < len(b):
+        start, stop = max(a.starts[i], b.starts[j]), min(a.stops[i], b.stops[j])
+        if start < stop:
+            yield start, stop
+        if a.stops[i] < b.stops[j]:
+            i += 1
+        else:
+            j += 1
 
 
 def _holes_within(extents: ExtentList, start: int, stop: int) -> Iterator[Extent]:

@@ -160,6 +160,12 @@ def test_gained_in_between_and_around() -> None:
     assert older.gained_over(ExtentList()) == older
 
 
+@given(extent_lists(), extent_lists())
+def test_the_intersection_is_what_is_data_in_both(a: ExtentList, b: ExtentList) -> None:
+    assert bytes_of(a.intersection(b)) == bytes_of(a) & bytes_of(b)
+    assert a.intersection(b) == b.intersection(a)
+
+
 def test_a_thousand_layers_are_merged_and_one_more_is_refused() -> None:
     layers = [ExtentList([(n, n + 1)]) for n in range(MAX_LAYERS)]
     assert MAX_LAYERS == 1000
