@@ -1,0 +1,72 @@
+"""Somebody who has files open for writing, and what the kernel says of leases."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+#: The kernel's limit is 45 seconds: who waits for that long waits for a lease nobody gave back.
+PATIENCE_SECONDS = 20
+
+_OPENER = """
+import os, sys
+files = [os.open(path, os.O_RDWR) for path in sys.argv[1:]]
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def opened_for_writing(*paths: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has the files open for reading and writing, and writes nothing.
+
+    Fails if opening them takes as long as a lease that nobody gives back.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-c", _OPENER, *map(str, paths)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd="/",
+    )
+    try:
+        _require_line(process)
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
+
+
+def _require_line(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    readable, _, _ = select.select([process.stdout], [], [], PATIENCE_SECONDS)
+    assert readable, f"nobody gave a lease back within {PATIENCE_SECONDS} s"
+    assert process.stdout.readline() == "\n"
+
+
+def is_leased(path: Path) -> bool:
+    """Whether a lease stands in the way of a writer now; if so it is being broken from now on."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+    except BlockingIOError:
+        return True
+    return False
+
+
+def break_leases(paths: Sequence[Path]) -> None:
+    """Have the leases on all of these files broken, without waiting for it; they have some."""
+    held = [path for path in paths if is_leased(path)]
+    assert held == list(paths)
+
+
+def lease_holders(path: Path) -> set[int]:
+    """The processes that have a lease on the file."""
+    status = path.stat()
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    lines = [line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines()]
+    return {int(fields[4]) for fields in lines if fields[1] == "LEASE" and device in fields}
