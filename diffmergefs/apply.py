@@ -11,6 +11,9 @@ from diffmergefs import beneath
 from diffmergefs.copying import Target, copy_range, failures
 from diffmergefs.errors import DenseDiffError, OutputRefusedError
 from diffmergefs.layer import Layer
+from diffmergefs.lease import require_no_writers
+from diffmergefs.seal import Opener
+from diffmergefs.sealing import remove_seal
 from diffmergefs.trust import TrustPolicy, require_trust
 from diffmergefs.view import require_equal_size
 
@@ -32,16 +35,22 @@ def apply_diff(
     the guest had written. `base` is never extended or truncated, nor locked, and not fsynced
     unless `sync`; a diff of holes leaves it untouched. The diff is fsynced, held to law 4 as
     `policy` says (what it overrides is logged as a warning), and compared with its fingerprint at
-    the end. An apply that failed or was interrupted leaves `base` between before and after, and
-    can be repeated: the outcome is the same. `progress` is called with the bytes copied so far.
+    the end; if it has a seal, the seal's extents are copied. It is refused while someone has it
+    open for writing, unless `policy.allow_writers`; `base` is not. The seal of `base` (BASE.bmap)
+    is removed before the first byte is written. An apply that failed or was interrupted leaves
+    `base` between before and after, and can be repeated: the outcome is the same. `progress` is
+    called with the bytes copied so far.
 
     Raises, with `base` untouched, SizeMismatchError, OutputRefusedError (both are one file),
-    UntrustedExtentsError, DenseDiffError (no hole, and no `policy.dense`); LayerChangedError,
-    NoSpaceError, and FileAccessError for every other failure of a file.
+    UntrustedExtentsError, DenseDiffError (no hole, and no `policy.dense`), WriterError;
+    LayerChangedError, NoSpaceError, and FileAccessError for every other failure of a file.
     """
-    with closing(Layer.open(os.fspath(diff))) as layer, _opened(os.fspath(base)) as target:
+    policy = policy or TrustPolicy()
+    with closing(Opener(policy).open(os.fspath(diff))) as layer, _opened(os.fspath(base)) as target:
         _require_fit(layer, target)
-        _require_meant(layer, policy or TrustPolicy())
+        _require_meant(layer, policy)
+        if len(layer.extents):
+            remove_seal(target.path)
         copied = _copy_extents(layer, target, progress)
         with failures(layer.path):
             layer.settle()
@@ -81,7 +90,9 @@ def _require_fit(layer: Layer, target: Target) -> None:
 
 def _require_meant(layer: Layer, policy: TrustPolicy) -> None:
     dense = layer.extents.covers(layer.size)
-    for line in require_trust(layer, policy, complete=dense and policy.dense):
+    overridden = require_no_writers([layer], allowed=policy.allow_writers)
+    overridden += require_trust(layer, policy, complete=dense and policy.dense)
+    for line in overridden:
         log.warning("%s", line)
     if dense and not policy.dense:
         raise DenseDiffError(

@@ -27,7 +27,8 @@ _NO_CLONE = frozenset(
     {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ETXTBSY},
 )
 _NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
-_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+#: What says that there is no room for the output, or none left of the writer's quota.
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Target(NamedTuple):
@@ -50,7 +51,7 @@ def failures(path: str, target: Target | None = None) -> Iterator[None]:
 
 
 def _described(error: OSError, path: str, target: Target | None) -> DiffMergeError:
-    if target is None or error.errno not in _NO_SPACE:
+    if target is None or error.errno not in NO_SPACE:
         return FileAccessError(f"{path}: {error.strerror or error}")
     return NoSpaceError(
         f"{target.path}: {error.strerror} while writing an image of"

@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 import errno
+import unicodedata
 from typing import ClassVar, Self
+
+_CONTROLS = frozenset({"Cc", "Zl", "Zp"})
+
+
+def one_line(text: str) -> str:
+    """The text with control characters and line separators as escapes, as in `repr`.
+
+    File names may hold them, and none may forge a line of a log or move a terminal's cursor.
+    """
+    if text.isprintable():
+        return text
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in _CONTROLS else c for c in text)
 
 
 class DiffMergeError(Exception):
@@ -15,6 +28,9 @@ class DiffMergeError(Exception):
 
     exit_code: ClassVar[int] = 3
     errno: ClassVar[int] = errno.EIO
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
     def anew(self) -> Self:
         """The same error without its traceback: who keeps one would keep alive all that the frames
@@ -122,3 +138,22 @@ class VerificationError(DiffMergeError):
     """What was written does not read back as the view (`flatten --verify`)."""
 
     exit_code = 16
+
+
+class SealError(DiffMergeError):
+    """A seal that is malformed, does not fit its file, or whose checksums do not."""
+
+    exit_code = 17
+
+
+class WriterError(DiffMergeError):
+    """A layer that someone has open for writing."""
+
+    exit_code = 18
+    errno = errno.EBUSY
+
+
+class PinError(DiffMergeError):
+    """A parent whose content is not the one that a snapshot records (`parent_content_hash`)."""
+
+    exit_code = 19

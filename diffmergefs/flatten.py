@@ -19,8 +19,10 @@ from diffmergefs.copying import (
     free_bytes,
 )
 from diffmergefs.errors import NoSpaceError, VerificationError
+from diffmergefs.extents import ExtentList
 from diffmergefs.layer import Layer
 from diffmergefs.output import OutputFile
+from diffmergefs.sealing import remove_seal, write_seal
 from diffmergefs.view import MergedView
 
 _READ_BITS = 0o444
@@ -51,6 +53,7 @@ def flatten(
     *,
     force: bool = False,
     verify: bool = False,
+    seal: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> FlattenResult:
     """Write the view to `output`, a new sparse file of `view.size` bytes, and say how.
@@ -59,9 +62,13 @@ def flatten(
     where the filesystem can reflink (FICLONE of the base, FICLONERANGE of each diff's segment on
     whole blocks) and copied elsewhere; the result says which. A file without a name is written,
     fsynced, and linked when it is whole; then the directory is fsynced. So whatever happens, what
-    stands under the name is whole or what stood there before. `force` replaces an existing file,
-    whose open readers keep it. The file is made with mode 0600 and takes the base's mode at the
+    stands under the name is whole or what stood there before; temporary files that killed runs left
+    beside it are removed (see OutputFile). `force` replaces an existing file, whose open readers
+    keep it. The file is made with mode 0600 and takes the base's mode at the
     end, without the read bits that another layer withholds; owner, xattrs and times are not taken.
+
+    A seal of a file that stood there before (OUTPUT.bmap) is removed at the end, or with `seal`
+    replaced by that of the new one.
 
     `verify` reads the file and the view again and compares them before the file gets its name.
     `progress` is called with the bytes done so far, of `sum(view.visible_bytes())`. The layers are
@@ -81,7 +88,17 @@ def flatten(
         for layer in view.layers:
             _settle(layer)
         file.publish()
+    if seal:
+        write_seal(os.fspath(output), _data(view))
+    else:
+        remove_seal(os.fspath(output))
     return result
+
+
+def _data(view: MergedView) -> ExtentList:
+    return ExtentList(
+        (start, stop) for start, stop, number in view.segments() if number is not None
+    )
 
 
 def _mode(view: MergedView) -> int:

@@ -19,8 +19,9 @@ class LayerInfo:
     """One layer of a chain; numbers are bytes, but for `extents`, the count of data extents.
 
     `visible_bytes` of its `data_bytes` are shown in the view and `shadowed_bytes` are hidden by
-    newer layers. `grain` is the unit in which its filesystem reports holes. `trust` is 'base',
-    'trusted', or 'overridden: ' and the checks of law 4 that failed and were overridden.
+    newer layers. `grain` is the unit in which its filesystem reports holes, or its seal's. `trust`
+    is 'sealed' where its extents are a seal's, else 'base' or 'trusted', or 'overridden: ' and the
+    checks of law 4 that failed and were overridden.
     """
 
     path: str
@@ -65,8 +66,8 @@ def describe(image: Image) -> ChainInfo:
             extents=len(layer.extents),
             visible_bytes=shown,
             shadowed_bytes=layer.extents.data_bytes - shown,
-            grain=grain(layer.fd),
-            trust=_trust(layer, image.overridden) if number else "base",
+            grain=layer.seal.block if layer.seal else grain(layer.fd),
+            trust=_trust(layer, image.overridden, is_base=number == 0),
         )
         for number, (layer, shown) in enumerate(zip(view.layers, visible, strict=True))
     ]
@@ -74,8 +75,10 @@ def describe(image: Image) -> ChainInfo:
     return ChainInfo(view.size, tuple(layers), view.size - sum(visible), segments, image.dense)
 
 
-def _trust(layer: Layer, overridden: Sequence[str]) -> str:
+def _trust(layer: Layer, overridden: Sequence[str], *, is_base: bool) -> str:
     found = (_OVERRIDDEN.fullmatch(line) for line in overridden)
     checks = [m[1] for m in found if m and m[2].startswith(f"{layer.path}: ")]
     # A layer that stands in a chain twice has its lines twice.
-    return f"overridden: {', '.join(dict.fromkeys(checks))}" if checks else "trusted"
+    if checks and not is_base:
+        return f"overridden: {', '.join(dict.fromkeys(checks))}"
+    return "sealed" if layer.seal else "base" if is_base else "trusted"

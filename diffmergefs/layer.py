@@ -15,6 +15,7 @@ from diffmergefs.extents import ExtentList
 
 log = logging.getLogger(__name__)
 
+MAX_SIZE = 16 << 40
 _ZERO_BLOCK = bytes(1 << 20)
 
 
@@ -29,6 +30,19 @@ class FileKey(NamedTuple):
     @classmethod
     def of(cls, status: os.stat_result) -> FileKey:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+class Seal(NamedTuple):
+    """What a layer knows of the seal by which its extents go.
+
+    `path` is for messages, `key` says which content of the seal's file, `block` is its unit in
+    bytes. `unchecked` counts the ranges that were taken without a checksum or a look at them.
+    """
+
+    path: str
+    key: FileKey
+    block: int
+    unchecked: int
 
 
 class Fingerprint(NamedTuple):
@@ -48,10 +62,11 @@ class Fingerprint(NamedTuple):
 class Layer:
     """An open, read-only image file with its data extents.
 
-    `path` is for messages. `size` is the logical size and `extents` the data extents, both as
-    `open` found them; they stay in force for the layer's life. The file is never written, extended
-    or locked. One descriptor; `close()` closes it, and so does the end of the last reference. Safe
-    to use from several threads.
+    `path` is for messages. `size` is the logical size, `walked` the data extents that the
+    filesystem reports and `extents` those in force, all as they were found when it was opened; they
+    stay so for the layer's life. The two differ only for a layer with a `seal`. The file is never
+    written, extended or locked. One descriptor; `close()` closes it, and so does the end of the
+    last reference. Safe to use from several threads.
     """
 
     def __init__(self, path: str, fd: int) -> None:
@@ -67,18 +82,18 @@ class Layer:
         self._recheck = threading.Lock()
         self.status = os.fstat(fd)
         self.size = self.status.st_size
-        if self.size == 0:
-            raise SizeMismatchError(f"{path}: is empty (0 bytes); a layer has the guest's size")
+        require_size(path, self.size)
         _sync(fd)
         # The size is the first one seen: a file that grew during the sync shows at once.
         self.fingerprint = Fingerprint.of(fd)._replace(size=self.size)
-        self.extents = ExtentList(sparse.data_extents(fd, self.size))
+        self.walked = self.extents = ExtentList(sparse.data_extents(fd, self.size))
+        self.seal: Seal | None = None
         # tmpfs refuses RWF_NOWAIT, and its pages are in memory anyway.
         in_memory = sparse.filesystem_magic(fd) == sparse.TMPFS_MAGIC
         self._nowait = 0 if in_memory else os.RWF_NOWAIT
 
     @classmethod
-    def open(cls, path: str, root: int | None = None, name: str | None = None) -> Layer:
+    def open(cls, path: str, root: beneath.Root | None = None, name: str | None = None) -> Layer:
         """Open the regular file `path` (beneath the directory descriptor `root`, if given).
 
         Messages call it `name`, by default `path`. Blocks for the fsync and the walk. Raises
@@ -95,6 +110,10 @@ class Layer:
     def key(self) -> FileKey:
         """The identity of the file as it was opened."""
         return FileKey.of(self.status)
+
+    def adopt(self, extents: ExtentList, seal: Seal) -> None:
+        """Put in force the extents of a seal that was found to be right, before any are used."""
+        self.extents, self.seal = extents, seal
 
     def close(self) -> None:
         self._close()
@@ -153,7 +172,7 @@ class Layer:
             self._accept(now, extents)
 
     def _accept(self, now: Fingerprint, extents: ExtentList) -> None:
-        gained = extents.gained_over(self.extents)
+        gained = extents.gained_over(self.walked)
         if gained is None:
             self._taint("data extents are gone")
         elif not all(self._is_zero(start, stop) for start, stop in gained):
@@ -192,6 +211,17 @@ class Layer:
         return LayerChangedError(
             f"{self.path}: the layer changed while in use: {self.tainted};"
             " its bytes can no longer be told from the view's, open it again"
+        )
+
+
+def require_size(path: str, size: int) -> None:
+    """Raise SizeMismatchError unless a layer can have this size: 1 byte to 16 TiB."""
+    if size == 0:
+        raise SizeMismatchError(f"{path}: is empty (0 bytes); a layer has the guest's size")
+    if size > MAX_SIZE:
+        raise SizeMismatchError(
+            f"{path}: {size} bytes, more than the {MAX_SIZE} (16 TiB) that an image can have;"
+            " is it a memory file?"
         )
 
 

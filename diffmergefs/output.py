@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
+import re
 import secrets
 import stat
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
-from diffmergefs.copying import Target, failures
-from diffmergefs.errors import OutputRefusedError
+from diffmergefs.copying import NO_SPACE, Target, failures, free_bytes
+from diffmergefs.errors import NoSpaceError, OutputRefusedError
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +23,9 @@ _UNNAMED = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
 _NAMED = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_RDWR | os.O_CLOEXEC
 # Kernels and filesystems without O_TMPFILE; the directory itself is open by then.
 _NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})
+_TEMPORARY = re.compile(r"\.diffmergefs-[0-9a-f]{16}\.tmp")
+# O_NONBLOCK: whatever has such a name must not be waited for.
+_LEFTOVER = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class OutputFile:
@@ -28,9 +33,12 @@ class OutputFile:
 
     It has no name (O_TMPFILE) or, where the filesystem cannot do that, a temporary one in the
     output's directory, and mode 0600 until `finish`. Leaving the context before `publish` removes
-    it, whatever the exception. Raises OutputRefusedError for an output that exists without
-    `force`, that is one of `inputs`, or that is no regular file, even with `force` (a symlink is
-    not followed); FileAccessError where the directory cannot be written.
+    it, whatever the exception. Entering removes what a killed process left in that directory under
+    a temporary name: regular files of this user that are no input and that nobody holds (a writer
+    keeps a flock until its end; where there are no locks, nothing is removed). Raises
+    OutputRefusedError for an output that exists without `force`, that is one of `inputs`, or that
+    is no regular file, even with `force` (a symlink is not followed); NoSpaceError where there
+    is no room for a new file; FileAccessError where the directory cannot be written.
     """
 
     target: Target
@@ -50,7 +58,9 @@ class OutputFile:
             with failures(self.path):
                 self._dirfd = self._hold(os.open(self._directory or ".", _DIRECTORY))
                 self._refuse_unfit()
-                self.target = Target(self._hold(self._create()), self.path)
+                self._remove_leftovers()
+                with self._room_needed():
+                    self.target = Target(self._create(), self.path)
         except BaseException:
             self._abandon()
             raise
@@ -88,13 +98,37 @@ class OutputFile:
         self._held.callback(os.close, fd)
         return fd
 
+    @contextmanager
+    def _room_needed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            raise NoSpaceError(
+                f"{self.path}: {error.strerror} for a new file, {free_bytes(self._dirfd)} bytes are"
+                " free on its filesystem; make room or choose another output"
+            ) from error
+
     def _create(self) -> int:
         try:
-            return os.open(".", _UNNAMED, 0o600, dir_fd=self._dirfd)
+            fd = self._hold(os.open(".", _UNNAMED, 0o600, dir_fd=self._dirfd))
         except OSError as error:
             if error.errno not in _NO_TMPFILE:
                 raise
-        return os.open(self._choose_temporary(), _NAMED, 0o600, dir_fd=self._dirfd)
+            return self._create_named()
+        _lock(fd, fcntl.LOCK_EX)  # before it ever has a name
+        return fd
+
+    def _create_named(self) -> int:
+        # Until it is locked, another process may take it for a leftover: then its name is gone, and
+        # another one is made.
+        while True:
+            name = self._choose_temporary()
+            fd = self._hold(os.open(name, _NAMED, 0o600, dir_fd=self._dirfd))
+            _lock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:
+                return fd
 
     def _choose_temporary(self) -> str:
         # Noted before it exists, so that an interrupt right after leaves no litter.
@@ -121,6 +155,32 @@ class OutputFile:
         # which does not follow the link in /proc.
         source = f"/proc/self/fd/{self.target.fd}"
         os.link(source, name, dst_dir_fd=self._dirfd, follow_symlinks=True)
+
+    def _remove_leftovers(self) -> None:
+        for name in filter(_TEMPORARY.fullmatch, os.listdir(self._dirfd)):
+            path = os.path.join(self._directory, name)
+            try:
+                if self._remove_unless_held(name):
+                    log.info("%s: left by a killed process, removed", path)
+            except OSError as error:
+                log.info("%s: a temporary file, not removed: %s", path, error.strerror)
+
+    def _remove_unless_held(self, name: str) -> bool:
+        if not self._is_own(os.stat(name, dir_fd=self._dirfd, follow_symlinks=False)):
+            return False
+        fd = os.open(name, _LEFTOVER, dir_fd=self._dirfd)
+        try:
+            # A shared lock: on NFS an exclusive one needs a descriptor for writing.
+            removable = self._is_own(os.fstat(fd)) and _lock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if removable:
+                os.unlink(name, dir_fd=self._dirfd)
+            return removable
+        finally:
+            os.close(fd)
+
+    def _is_own(self, status: os.stat_result) -> bool:
+        known = (status.st_dev, status.st_ino) in self._inputs
+        return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not known
 
     def _refuse_unfit(self) -> None:
         if self._name in ("", ".", ".."):
@@ -156,3 +216,12 @@ class OutputFile:
             except OSError as error:
                 left = os.path.join(self._directory, self._temporary)
                 log.warning("%s: left behind: %s", left, error.strerror)
+
+
+def _lock(fd: int, how: int) -> bool:
+    # False where another process has it, or the filesystem has no locks.
+    try:
+        fcntl.flock(fd, how)
+    except OSError:
+        return False
+    return True

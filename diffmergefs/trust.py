@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from diffmergefs import sparse
 from diffmergefs.errors import UntrustedExtentsError
 from diffmergefs.extents import ExtentList
-from diffmergefs.layer import Layer
+from diffmergefs.layer import Layer, Seal
 
 PAGE = 4096
 MIB = 1 << 20
@@ -31,12 +32,43 @@ class TrustPolicy:
 
     `page_size` is the guest's page in bytes, a power of two; `trust_grain` overrides the checks of
     grain, alignment, unwritten ranges, copy-up and filesystem type; `dense` accepts a diff without
-    a hole.
+    a hole. `no_seal` ignores seals. `verify` is what checksums are compared: 'no', 'pins' (seals
+    and parents' hashes, each once for a file) or 'full' (all of them anew). `allow_writers` accepts
+    layers that someone has open for writing. `allow_outside` are directories beside SOURCE in which
+    its layers may lie. `state_dir` is where verified checksums are remembered, by default the
+    user's state directory. Raises ValueError for a page size or a `verify` that makes no sense.
     """
 
     page_size: int = PAGE
     trust_grain: bool = False
     dense: bool = False
+    no_seal: bool = False
+    verify: str = "pins"
+    allow_writers: bool = False
+    allow_outside: tuple[str, ...] = ()
+    state_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.verify not in ("no", "pins", "full"):
+            raise ValueError(f"verify is {self.verify!r}, not 'no', 'pins' or 'full'")
+        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise ValueError(f"a page of {self.page_size} bytes, which is no power of two")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A check of law 4 that the diff `path` fails: what was found, and what its owner can do.
+
+    `check` is 'filesystem', 'grain', 'blocks', 'alignment', 'unwritten' or 'copy-up'.
+    """
+
+    path: str
+    check: str
+    text: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.text}; {self.remedy}"
 
 
 def grain(fd: int) -> int:
@@ -51,30 +83,68 @@ def grain(fd: int) -> int:
 def require_trust(layer: Layer, policy: TrustPolicy, *, complete: bool = False) -> list[str]:
     """Raise UntrustedExtentsError for the first check that a diff's extents fail.
 
+    A seal's extents are held to the grain and alignment of the seal alone: where the file lies now
+    says nothing about them.
+
     With `policy.trust_grain` a failed check that may be overridden is a line of the answer
     instead, for the user to see. `complete` says that the diff is a complete image (it has no hole
     and that is as meant): then only what could fake that is checked. Reads metadata only.
     """
     overridden = []
-    for problem in _problems(layer, policy.page_size, complete):
+    for problem in problems(layer, policy.page_size, complete=complete):
         if not policy.trust_grain or problem.check == "blocks":
-            raise problem
+            raise UntrustedExtentsError(str(problem), problem.check)
         overridden.append(f"--trust-grain overrides the check of {problem.check}: {problem}")
     return overridden
 
 
-def _problems(layer: Layer, page: int, complete: bool) -> Iterator[UntrustedExtentsError]:
+def problems(layer: Layer, page: int, *, complete: bool = False) -> Iterator[Problem]:
+    """Every check of law 4 that a diff of pages of `page` bytes fails, in order.
+
+    `complete` is `require_trust`'s. Reads metadata only; raises OSError as fstat does.
+    """
+    if layer.seal is not None:
+        return _problems_of_seal(layer, layer.seal, page, complete)
+    return _problems_of_walk(layer, page, complete)
+
+
+def _problem(layer: Layer, check: str, text: str) -> Problem:
+    if check == "blocks":
+        way_out = "store the diff on a filesystem that reports holes, or put its seal beside it"
+    else:
+        way_out = (
+            "take the diff again on ext4, xfs, btrfs or 4 KiB tmpfs, put its seal beside it if it"
+            " has one, or vouch for it with --trust-grain (wrong bytes if it is not so)"
+        )
+    return Problem(layer.path, check, text, way_out)
+
+
+def _problems_of_seal(
+    layer: Layer, seal: Seal, page: int, complete: bool
+) -> Iterator[Problem]:
+    # What the filesystem says of the file does not count, only in which units the seal was made.
+    if not complete and page % seal.block:
+        yield _problem(
+            layer,
+            "grain",
+            f"{seal.path} was made in blocks of {seal.block} bytes, coarser than the guest page of"
+            f" {page}, so clean pages beside written ones would count as written",
+        )
+    if not complete and (unaligned := _unaligned(layer.extents, layer.size, page)):
+        yield _not_on_pages(layer, unaligned, page)
+
+
+def _not_on_pages(layer: Layer, ends: tuple[int, int], page: int) -> Problem:
+    text = (
+        f"the data extent [{ends[0]}, {ends[1]}) does not begin and end on a page of {page} bytes"
+    )
+    return _problem(layer, "alignment", text)
+
+
+def _problems_of_walk(layer: Layer, page: int, complete: bool) -> Iterator[Problem]:
     fd, size, extents = layer.fd, layer.size, layer.extents
-
-    def problem(check: str, text: str) -> UntrustedExtentsError:
-        if check == "blocks":
-            way_out = "store the diff on a filesystem that reports holes"
-        else:
-            way_out = "take the diff again on ext4, xfs, btrfs or 4 KiB tmpfs, or vouch for it"
-            way_out += " with --trust-grain (wrong bytes if it is not so)"
-        return UntrustedExtentsError(f"{layer.path}: {text}; {way_out}", check)
-
-    if reason := _untrusted_filesystem(fd):
+    problem = functools.partial(_problem, layer)
+    if reason := untrusted_filesystem(fd):
         yield problem("filesystem", reason)
     unit = grain(fd)
     if not complete and page % unit:
@@ -91,11 +161,7 @@ def _problems(layer: Layer, page: int, complete: bool) -> Iterator[UntrustedExte
             " so holes are reported as data",
         )
     if not complete and (unaligned := _unaligned(extents, size, page)):
-        start, stop = unaligned
-        yield problem(
-            "alignment",
-            f"the data extent [{start}, {stop}) does not begin and end on a page of {page} bytes",
-        )
+        yield _not_on_pages(layer, unaligned, page)
     if found := sparse.unwritten_range(fd, size):
         yield problem(
             "unwritten",
@@ -110,7 +176,8 @@ def _problems(layer: Layer, page: int, complete: bool) -> Iterator[UntrustedExte
         )
 
 
-def _untrusted_filesystem(fd: int) -> str | None:
+def untrusted_filesystem(fd: int) -> str | None:
+    """Why the extents on the filesystem of `fd` cannot be trusted, whatever the file, or None."""
     magic = sparse.filesystem_magic(fd)
     if magic in _UNTRUSTED:
         name, reason = _UNTRUSTED[magic]

@@ -186,7 +186,20 @@ def test_apply_to_what_a_user_may_not_write_is_one_line(store: Path) -> None:
 @pytest.mark.parametrize("option", [[], ["--json"]])
 def test_demo_does_it_all_and_leaves_nothing(tmp_path: Path, option: list[str]) -> None:
     skips.require_fuse()
-    done = diffmergefs("demo", *option, TMPDIR=str(tmp_path))
+    # Not by `python -m`: then root believes no TMPDIR.
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from diffmergefs import cli; sys.exit(cli.main(sys.argv[1:]))",
+            "demo",
+            *option,
+        ],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     if option:
         found = json.loads(done.stdout)

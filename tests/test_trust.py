@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -265,3 +266,9 @@ def test_what_was_overridden_is_told_with_the_image(filesystem: Callable[[str], 
         open_chain(base, [one])
     (line,) = open_chain(base, [one], TrustPolicy(trust_grain=True)).overridden
     assert str(one) in line and "grain" in line
+
+
+@pytest.mark.parametrize("wrong", [{"page_size": 0}, {"page_size": 3000}, {"verify": "yes"}])
+def test_a_policy_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+        TrustPolicy(**wrong)

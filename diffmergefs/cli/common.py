@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TypeVar, cast
@@ -120,20 +120,60 @@ def _page_size(context: click.Context, parameter: click.Parameter, value: int) -
     return value
 
 
+def _absolute_path(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> str | None:
+    # A mount in the background is at home in /.
+    if value == "":
+        raise click.BadParameter("an empty path names no directory")
+    return None if value is None else os.path.abspath(value)
+
+
 def trust_options(command: F) -> F:
     """What a user vouches for, as options that reach the command as one `policy`."""
+    return with_policy(_all_of(command, (*_VOUCHING, *_RECORDS)))
+
+
+def vouching_options(command: F) -> F:
+    """`trust_options` for what looks at nothing that was recorded before."""
+    return with_policy(_all_of(command, _VOUCHING))
+
+
+def _all_of(command: F, options: Sequence[Callable[[F], F]]) -> F:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def with_policy(command: F) -> F:
+    """Gather those options that are fields of a `TrustPolicy` into the one argument `policy`."""
 
     @functools.wraps(command)
-    def with_policy(**values: Any) -> Any:
-        named = {field.name: values.pop(field.name) for field in fields(TrustPolicy)}
+    def gathered(**values: Any) -> Any:
+        # Those that the command has: --allow-outside is for directories of snapshots only.
+        names = {field.name for field in fields(TrustPolicy)} & values.keys() - {"verify"}
+        named = {name: values.pop(name) for name in names}
         return command(policy=TrustPolicy(**named), **values)
 
-    for option in reversed(_TRUST_OPTIONS):
-        with_policy = option(with_policy)
-    return cast(F, with_policy)
+    return cast(F, gathered)
 
 
-_TRUST_OPTIONS = (
+page_size_option = click.option(
+    "--page-size",
+    type=int,
+    default=TrustPolicy.page_size,
+    show_default=True,
+    callback=_page_size,
+    help="The guest's page in bytes, a power of two.",
+)
+state_dir_option = click.option(
+    "--state-dir",
+    type=PATH,
+    callback=_absolute_path,
+    metavar="DIR",
+    help="Where verified checksums are remembered, not in the user's state directory.",
+)
+_VOUCHING = (
     click.option(
         "--trust-grain",
         is_flag=True,
@@ -146,15 +186,39 @@ _TRUST_OPTIONS = (
         is_flag=True,
         help="Accept diffs without a hole as the complete images that they seem to be.",
     ),
+    page_size_option,
     click.option(
-        "--page-size",
-        type=int,
-        default=TrustPolicy.page_size,
-        show_default=True,
-        callback=_page_size,
-        help="The guest's page in bytes, a power of two.",
+        "--allow-writers",
+        is_flag=True,
+        help="Accept layers that someone has open for writing. If that one writes, the guest gets"
+        " wrong bytes or none.",
     ),
 )
+_RECORDS = (
+    click.option("--no-seal", is_flag=True, help="Ignore the seals (FILE.bmap) beside layers."),
+    state_dir_option,
+)
+
+
+def _absolute(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
+    if "" in values:
+        raise click.BadParameter("an empty path names no directory")
+    return tuple(os.path.abspath(value) for value in values)
+
+
+def outside_option(command: F) -> F:
+    """--allow-outside, beside `trust_options`, for what reads a directory of snapshots."""
+    return click.option(
+        "--allow-outside",
+        multiple=True,
+        type=PATH,
+        callback=_absolute,
+        metavar="DIR",
+        help="Accept files in DIR, beside the directory of snapshots, where the paths that a"
+        " snapshot records lead there. No symlink inside DIR is followed. Repeat it for more.",
+    )(command)
 
 
 def layer_options(command: F) -> F:
@@ -174,7 +238,7 @@ def layer_options(command: F) -> F:
 
 def image_options(command: F) -> F:
     """IMAGE, or --base and --diff, and the trust options."""
-    command = trust_options(layer_options(command))
+    command = trust_options(outside_option(layer_options(command)))
     return click.argument("image", required=False, type=PATH)(command)
 
 
@@ -182,7 +246,7 @@ def opened(
     image: str | None, base: str | None, diffs: tuple[str, ...], policy: TrustPolicy
 ) -> Image:
     """The image that the arguments name; overridden checks are told on stderr."""
-    require_one_source(image, base, diffs, "IMAGE")
+    require_one_source(image, base, diffs, "IMAGE", policy)
     with progress("open", unit=""):
         if base is not None:
             found = open_chain(base, diffs, policy)
@@ -194,10 +258,21 @@ def opened(
 
 
 def require_one_source(
-    source: str | None, base: str | None, diffs: tuple[str, ...], what: str
+    source: str | None,
+    base: str | None,
+    diffs: tuple[str, ...],
+    what: str,
+    policy: TrustPolicy | None = None,
 ) -> None:
-    """Raise click.UsageError unless exactly one of `source` and `base` is given."""
+    """Raise click.UsageError unless exactly one of `source` and `base` is given.
+
+    And for a `policy` that allows directories beside a source where there is none.
+    """
     if (source is None) == (base is None):
         raise click.UsageError(f"give either {what} or --base FILE [--diff FILE ...]")
     if diffs and base is None:
         raise click.UsageError("--diff needs --base")
+    if base is not None and policy is not None and policy.allow_outside:
+        raise click.UsageError(
+            f"--allow-outside goes with {what}; --base and --diff name their files themselves"
+        )

@@ -25,6 +25,7 @@ from diffmergefs.trust import TrustPolicy
 @click.option("-o", "--output", required=True, type=PATH, help="The new image file.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists, in one step.")
 @click.option("--verify", is_flag=True, help="Read both back and compare before it is published.")
+@click.option("--seal", is_flag=True, help="Write the output's seal too (see `diffmergefs seal`).")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 def flatten(
     image: str | None,
@@ -34,6 +35,7 @@ def flatten(
     output: str,
     force: bool,
     verify: bool,
+    seal: bool,
     as_json: bool,
 ) -> None:
     """Write IMAGE out as a new standalone file: sparse, whole or not there at all.
@@ -48,7 +50,9 @@ def flatten(
     with (found := opened(image, base, diffs, policy)).view:
         view = found.view
         with progress("flatten", sum(view.visible_bytes())) as moved:
-            result = flatten_view(view, output, force=force, verify=verify, progress=moved)
+            result = flatten_view(
+                view, output, force=force, verify=verify, seal=seal, progress=moved
+            )
         paths = [layer.path for layer in view.layers]
     rows = list(zip(paths, result.copied, result.shared, strict=True))
     if as_json:
@@ -61,7 +65,9 @@ def flatten(
     print_table(table)
     click.echo(
         f"{printable(output)}: {result.size} bytes, {sum(result.copied)} copied,"
-        f" {sum(result.shared)} shared, {result.holes} holes" + (", verified" if verify else "")
+        f" {sum(result.shared)} shared, {result.holes} holes"
+        + (", verified" if verify else "")
+        + (", sealed" if seal else "")
     )
 
 

@@ -1,0 +1,76 @@
+"""`seal`: recording where a layer's data are, while that is known to be right."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+
+import click
+
+from diffmergefs.cli.common import (
+    PATH,
+    new_table,
+    print_json,
+    print_table,
+    printable,
+    progress,
+    talk,
+    vouching_options,
+)
+from diffmergefs.errors import DiffMergeError
+from diffmergefs.sealing import SealResult, seal_layer
+from diffmergefs.trust import TrustPolicy
+
+
+@click.command()
+@click.argument("layers", metavar="LAYER...", nargs=-1, required=True, type=PATH)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace a seal that says something else. If a copy has harmed the layer's holes, that"
+    " seal was the only record of them.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@vouching_options
+def seal(layers: tuple[str, ...], force: bool, as_json: bool, policy: TrustPolicy) -> int:
+    """Write the seal of each LAYER, LAYER.bmap beside it: where its data are, with checksums.
+
+    A diff's holes are its meaning, and ordinary copies (cp, cat, tar) destroy them without a word.
+    With its seal beside it a copy merges right all the same: every command takes the extents from
+    the seal, once its checksums were compared with the bytes. Seal a diff as soon as its VMM has
+    closed it, where it was taken.
+
+    The format is bmap 2.0, which bmaptool(1) reads and writes too. A seal that is there is
+    never replaced if it says anything else than what is found now, unless with --force. All layers
+    are tried; the exit code is that of the first that failed.
+
+    \b
+    Examples:
+      diffmergefs seal mem_diff
+      diffmergefs seal /srv/layers/*.mem --dense
+    """
+    done: list[SealResult] = []
+    failed = 0
+    for layer in layers:
+        try:
+            done.append(_seal(layer, force, policy))
+        except DiffMergeError as error:
+            talk(str(error))
+            failed = failed or error.exit_code
+    if as_json:
+        print_json([asdict(result) for result in done])
+    elif done:
+        table = new_table("SEAL", "DONE", ">RANGES", ">DATA", ">BLOCK")
+        for r in done:
+            numbers = map(str, (r.ranges, r.data_bytes, r.block))
+            table.add_row(printable(r.path), r.outcome, *numbers)
+        print_table(table)
+    return failed
+
+
+def _seal(layer: str, force: bool, policy: TrustPolicy) -> SealResult:
+    with progress(f"seal {os.path.basename(layer)}") as moved:
+        result = seal_layer(layer, force=force, policy=policy, progress=moved)
+    for line in result.overridden:
+        talk(line)
+    return result

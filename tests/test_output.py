@@ -1,0 +1,245 @@
+"""What killed writers left is removed by the next one, and nothing else is."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffmergefs import output
+from diffmergefs.errors import NoSpaceError
+from diffmergefs.output import OutputFile
+from tests.support import skips
+from tests.support.users import NOBODY
+
+NAME = ".diffmergefs-0123456789abcdef.tmp"
+
+
+@pytest.fixture(params=["unnamed", "named"])
+def directory(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """An empty directory, on a filesystem with O_TMPFILE and on one without."""
+    if request.param == "named":
+        without_tmpfile(monkeypatch)
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def without_tmpfile(patch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def refusing(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return real(path, flags, *rest, **named)
+
+    patch.setattr(os, "open", refusing)
+
+
+@contextmanager
+def writing(path: Path, *inputs: Path, force: bool = False) -> Iterator[OutputFile]:
+    known = [path.stat() for path in inputs]
+    with OutputFile(os.fspath(path), known, force=force) as file:
+        os.pwrite(file.target.fd, path.name.encode(), 0)
+        yield file
+
+
+def write(path: Path, *inputs: Path, force: bool = False) -> None:
+    with writing(path, *inputs, force=force) as file:
+        file.finish(0o600)
+        file.publish()
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory))
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400])
+def test_a_leftover_is_removed(
+    directory: Path, mode: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    (directory / NAME).write_bytes(b"half")
+    (directory / NAME).chmod(mode)
+    write(directory / "image")
+    assert names(directory) == ["image"]
+    assert f"{directory / NAME}: left by a killed process, removed" in caplog.text
+
+
+def test_a_leftover_that_is_the_output_too_is_only_a_name(directory: Path) -> None:
+    """As a kill between the link and the removal of the temporary name leaves it."""
+    write(directory / "image")
+    (directory / NAME).hardlink_to(directory / "image")
+    write(directory / "other")
+    assert names(directory) == ["image", "other"]
+    assert (directory / "image").read_bytes() == b"image"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".diffmergefs-0123456789abcdeF.tmp",
+        ".diffmergefs-0123456789abcde.tmp",
+        ".diffmergefs-0123456789abcdef.tmp2",
+        ".diffmergefs-.tmp",
+        "diffmergefs-0123456789abcdef.tmp",
+        "x.diffmergefs-0123456789abcdef.tmp",
+        "image.tmp",
+    ],
+)
+def test_a_file_of_another_name_stays(directory: Path, name: str) -> None:
+    (directory / name).write_bytes(b"mine")
+    write(directory / "image")
+    assert (directory / name).read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("kind", ["directory", "symlink", "fifo"])
+def test_what_is_no_regular_file_stays(directory: Path, kind: str) -> None:
+    path = directory / NAME
+    match kind:
+        case "directory":
+            path.mkdir()
+        case "symlink":
+            (directory / "aim").write_bytes(b"mine")
+            path.symlink_to("aim")
+        case "fifo":
+            os.mkfifo(path)
+    before = path.lstat()
+    write(directory / "image")
+    assert path.lstat() == before
+    assert kind != "symlink" or (directory / "aim").exists()
+
+
+def test_another_users_file_stays(directory: Path) -> None:
+    skips.require_root()
+    (directory / NAME).write_bytes(b"theirs")
+    os.chown(directory / NAME, NOBODY, NOBODY)
+    write(directory / "image")
+    assert names(directory) == [NAME, "image"]
+
+
+def test_an_input_stays(directory: Path) -> None:
+    (directory / NAME).write_bytes(b"a layer of that name")
+    write(directory / "image", directory / NAME)
+    assert names(directory) == [NAME, "image"]
+
+
+def test_what_somebody_holds_stays(directory: Path) -> None:
+    with (directory / NAME).open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        write(directory / "image")
+        assert names(directory) == [NAME, "image"]
+    write(directory / "image", force=True)
+    assert names(directory) == ["image"]
+
+
+def test_a_refused_output_removes_nothing(directory: Path) -> None:
+    (directory / NAME).write_bytes(b"half")
+    (directory / "image").write_bytes(b"old")
+    with pytest.raises(output.OutputRefusedError):
+        write(directory / "image")
+    assert names(directory) == [NAME, "image"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_writer_leaves_another_ones_file_alone(directory: Path, force: bool) -> None:
+    """Each while the other is at work, and under the temporary name of a replacement too."""
+    with writing(directory / "first", force=force) as first:
+        with writing(directory / "second", force=force) as second:
+            write(directory / "third")
+            second.finish(0o600)
+            second.publish()
+        first.finish(0o600)
+        first.publish()
+    assert names(directory) == ["first", "second", "third"]
+    for name in names(directory):
+        assert (directory / name).read_bytes() == name.encode()
+
+
+def test_a_replacement_is_locked_under_its_temporary_name(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def watched(source: str, *rest: Any, **named: Any) -> None:
+        write(directory / "other", force=True)
+        assert (directory / source).exists()
+        replace(source, *rest, **named)
+
+    monkeypatch.setattr(os, "replace", lambda *a, **k: (monkeypatch.undo(), watched(*a, **k))[1])
+    write(directory / "image", force=True)
+    assert names(directory) == ["image", "other"]
+
+
+def test_a_file_taken_for_a_leftover_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process came between the creation of the temporary file and its lock."""
+    without_tmpfile(monkeypatch)
+    lock, removed = fcntl.flock, []
+
+    def late(fd: int, how: int) -> None:
+        if not removed:
+            removed.extend(tmp_path.glob(".diffmergefs-*.tmp"))
+            removed[0].unlink()
+        lock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write(tmp_path / "image")
+    assert len(removed) == 1
+    assert (tmp_path / "image").read_bytes() == b"image"
+    assert names(tmp_path) == ["image"]
+
+
+def test_where_there_are_no_locks_nothing_is_removed(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refusing)
+    (directory / NAME).write_bytes(b"half, or another one's")
+    write(directory / "image")
+    assert names(directory) == [NAME, "image"]
+
+
+def test_a_leftover_that_cannot_be_removed_is_no_failure(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (directory / NAME).write_bytes(b"half")
+    unlink = os.unlink
+
+    def refusing(path: Any, **named: Any) -> None:
+        if path == NAME:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        unlink(path, **named)
+
+    monkeypatch.setattr(os, "unlink", refusing)
+    write(directory / "image")
+    assert names(directory) == [NAME, "image"]
+    assert f"{directory / NAME}: a temporary file, not removed" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_no_room_for_a_new_file(
+    directory: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def full(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        fd = real(path, flags, *rest, **named)  # refused first where there is no O_TMPFILE
+        if flags & (os.O_CREAT | os.O_RDWR):
+            os.close(fd)
+            raise OSError(number, os.strerror(number))
+        return fd
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(NoSpaceError, match=f"image: {os.strerror(number)} for a new file, [0-9]+"):
+        write(directory / "image")
+    assert names(directory) == []

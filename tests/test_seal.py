@@ -1,0 +1,479 @@
+"""Layers with a seal beside them: its extents, once they were compared with the bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from diffmergefs import bmap, seal
+from diffmergefs.errors import (
+    DenseDiffError,
+    FileAccessError,
+    LayerChangedError,
+    SealError,
+    UntrustedExtentsError,
+)
+from diffmergefs.extents import ExtentList
+from diffmergefs.images import open_chain, open_image
+from diffmergefs.info import describe
+from diffmergefs.layer import Layer
+from diffmergefs.seal import Opener
+from diffmergefs.sealing import seal_layer
+from diffmergefs.trust import TrustPolicy
+from tests.support.images import PAGE, overlay_oracle, signed, write_layer
+from tests.support.stores import age, write_numbered, write_tag
+
+SIZE = 16 * PAGE
+BASE = [(0, signed(0, 0, SIZE))]
+DIFF = [(2 * PAGE, signed(1, 2 * PAGE, PAGE)), (5 * PAGE, bytes(2 * PAGE))]
+EXTENTS = [(2 * PAGE, 3 * PAGE), (5 * PAGE, 7 * PAGE)]
+ORACLE = overlay_oracle(SIZE, [BASE, DIFF])
+NO_SEAL = TrustPolicy(no_seal=True)
+
+
+@pytest.fixture
+def diff(tmp_path: Path) -> Path:
+    """A sealed diff whose holes a copy has filled since."""
+    return filled(tmp_path / "diff")
+
+
+def filled(path: Path) -> Path:
+    write_layer(path, SIZE, DIFF)
+    seal_layer(path)
+    path.write_bytes(path.read_bytes())
+    age(path)
+    return path
+
+
+def opened(path: Path, **policy: object) -> Layer:
+    return Opener(TrustPolicy(**policy)).open(str(path))  # type: ignore[arg-type]
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    """Change the text of a seal, and make its own checksum right again."""
+    text = path.read_text()
+    assert old in text
+    own = text.split("<BmapFileChecksum> ")[1][:64]
+    text = text.replace(old, new).replace(own, "0" * 64)
+    path.write_bytes(resealed(text.encode()))
+
+
+def resealed(text: bytes) -> bytes:
+    return text.replace(b"0" * 64, hashlib.sha256(text).hexdigest().encode(), 1)
+
+
+def poke(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+    age(path, mtime_ns=path.stat().st_mtime_ns + 1_000_000_000)
+
+
+def test_the_extents_are_those_of_the_seal(diff: Path) -> None:
+    layer = opened(diff)
+    assert list(layer.walked) == [(0, SIZE)]
+    assert list(layer.extents) == EXTENTS
+    assert layer.seal is not None
+    assert (layer.seal.path, layer.seal.block, layer.seal.unchecked) == (f"{diff}.bmap", PAGE, 0)
+    layer.settle()
+
+
+def test_a_layer_without_a_seal_is_as_it_is_walked(tmp_path: Path) -> None:
+    layer = opened(write_layer(tmp_path / "diff", SIZE, DIFF))
+    assert list(layer.extents) == EXTENTS and layer.extents is layer.walked and layer.seal is None
+
+
+def test_no_seal_ignores_it(diff: Path, tmp_path: Path) -> None:
+    assert list(opened(diff, no_seal=True).extents) == [(0, SIZE)]
+    base = write_layer(tmp_path / "base", SIZE, BASE)
+    with pytest.raises(DenseDiffError):
+        open_chain(base, [diff], NO_SEAL)
+    Path(f"{diff}.bmap").write_bytes(b"nonsense")
+    assert list(opened(diff, no_seal=True).extents) == [(0, SIZE)]
+
+
+def test_the_name_may_be_too_long_for_a_seal(tmp_path: Path) -> None:
+    path = write_layer(tmp_path / ("d" * 252), SIZE, DIFF)
+    assert opened(path).seal is None
+    store = tmp_path / "store"
+    write_tag(store, "base", memory="m" * 255)
+    assert open_image(store / "base").view.size == SIZE
+
+
+# Comparing
+
+
+@pytest.mark.parametrize("verify", ["pins", "full"])
+@pytest.mark.parametrize("offset", [2 * PAGE, 3 * PAGE - 1, 6 * PAGE])
+def test_another_byte_within_a_range_is_a_stale_seal(diff: Path, verify: str, offset: int) -> None:
+    poke(diff, offset, b"!")
+    with pytest.raises(SealError, match=r"a stale seal: the sha256 of bytes \[") as caught:
+        opened(diff, verify=verify)
+    start, stop = next(e for e in EXTENTS if e[0] <= offset < e[1])
+    said = str(caught.value)
+    assert said.startswith(f"{diff}.bmap: ") and f"[{start}, {stop}) of {diff} is " in said
+    assert "put the file back" in said and "--no-seal" in said
+
+
+@pytest.mark.parametrize("offset", [0, 2 * PAGE - 1, 3 * PAGE, SIZE - 1])
+def test_another_byte_outside_the_ranges_is_a_stale_seal(diff: Path, offset: int) -> None:
+    poke(diff, offset, b"!")
+    with pytest.raises(SealError, match="a hole by its seal, and must be zeros, but are not"):
+        opened(diff)
+
+
+def test_a_seal_for_another_size_is_refused(diff: Path) -> None:
+    os.truncate(diff, SIZE - PAGE)
+    for policy in (TrustPolicy(), TrustPolicy(verify="no")):
+        with pytest.raises(SealError, match=f"a seal for {SIZE} bytes, but .* has {SIZE - PAGE}"):
+            Opener(policy).open(str(diff))
+
+
+@pytest.mark.parametrize("text", [b"", b"<bmap/>", b"\0" * 100, b"<!DOCTYPE a><bmap/>"])
+def test_what_is_no_seal_is_refused(diff: Path, text: bytes) -> None:
+    Path(f"{diff}.bmap").write_bytes(text)
+    for verify in ("no", "pins", "full"):
+        with pytest.raises(SealError, match=r"not a bmap 2\.0 file that can be used"):
+            opened(diff, verify=verify)
+
+
+def test_a_seal_of_too_many_bytes_is_not_read(diff: Path) -> None:
+    os.truncate(f"{diff}.bmap", bmap.MAX_BYTES + 1)
+    with pytest.raises(SealError, match=f"a seal has at most {bmap.MAX_BYTES}"):
+        opened(diff)
+
+
+def test_a_range_without_a_checksum_must_be_zeros(diff: Path) -> None:
+    path = Path(f"{diff}.bmap")
+    lines = [line for line in path.read_text().splitlines() if "<Range" in line]
+    edit(path, lines[1], "<Range> 5-6 </Range>")
+    assert opened(diff).seal == opened(diff, verify="full").seal
+    edit(path, lines[0], "<Range> 2 </Range>")
+    with pytest.raises(SealError, match="without a checksum, so must be zeros, but are not"):
+        opened(diff)
+    layer = opened(diff, verify="no")
+    assert layer.seal is not None and layer.seal.unchecked == 2
+    assert list(layer.extents) == EXTENTS
+
+
+def test_what_verify_no_lets_through_is_told(diff: Path, tmp_path: Path) -> None:
+    edit(Path(f"{diff}.bmap"), ' chksum="', ' x="')
+    base = write_layer(tmp_path / "base", SIZE, BASE)
+    image = open_chain(base, [diff], TrustPolicy(verify="no"))
+    assert image.view.read(0, SIZE) == ORACLE
+    (line,) = image.overridden
+    assert line.startswith("--verify=no overrides the check of seals: ") and "2 ranges" in line
+
+
+def test_verify_no_compares_nothing_and_remembers_nothing(diff: Path) -> None:
+    poke(diff, 2 * PAGE, b"!")
+    assert list(opened(diff, verify="no").extents) == EXTENTS
+    with pytest.raises(SealError, match="stale"):
+        opened(diff)
+
+
+# Remembering
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of the layers that were compared with their seals."""
+    paths: list[str] = []
+    known = seal.compare
+
+    def compare(layer: Layer, *arguments: object) -> None:
+        paths.append(layer.path)
+        known(layer, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(seal, "compare", compare)
+    return paths
+
+
+def test_a_comparison_is_paid_once_for_a_file(
+    diff: Path, tmp_path: Path, compared: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(monkeypatch)
+    directory = str(tmp_path / "state")
+    for _ in range(3):
+        assert list(opened(diff, state_dir=directory).extents) == EXTENTS
+    assert compared == [str(diff)]
+    opened(diff, state_dir=directory, verify="full")
+    assert compared == [str(diff)] * 2
+    diff.chmod(0o600)  # another ctime: only costs another comparison
+    opened(diff, state_dir=directory)
+    assert compared == [str(diff)] * 3
+
+
+def test_another_seal_is_compared_again(
+    diff: Path, tmp_path: Path, compared: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(monkeypatch)
+    directory = str(tmp_path / "state")
+    opened(diff, state_dir=directory)
+    edit(Path(f"{diff}.bmap"), "<!-- The", "<!--  The")
+    opened(diff, state_dir=directory)
+    assert compared == [str(diff)] * 2
+
+
+def test_what_failed_is_not_remembered(
+    diff: Path, tmp_path: Path, compared: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(monkeypatch)
+    directory = str(tmp_path / "state")
+    poke(diff, 2 * PAGE, b"!")
+    for _ in range(2):
+        with pytest.raises(SealError):
+            opened(diff, state_dir=directory)
+    assert len(compared) == 2
+
+
+def settle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have files of just now count as settled: their identity would be forgotten otherwise."""
+    monkeypatch.setattr("diffmergefs.state.Identity.is_final", lambda identity, since_ns: True)
+
+
+# While it changes
+
+
+def test_a_layer_that_changes_while_it_is_compared(
+    diff: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = seal.sha256
+
+    def change(layer: Layer, *arguments: object) -> bytes:
+        digest = known(layer, *arguments)  # type: ignore[arg-type]
+        poke(diff, 0, b"\0")
+        return digest
+
+    monkeypatch.setattr(seal, "sha256", change)
+    with pytest.raises(LayerChangedError, match="mtime"):
+        opened(diff)
+
+
+def test_a_sealed_layer_whose_bytes_change_is_tainted(diff: Path) -> None:
+    layer = opened(diff)
+    poke(diff, 2 * PAGE, b"!")
+    with pytest.raises(LayerChangedError):
+        layer.settle()
+
+
+def test_a_sealed_layer_is_walked_again_as_the_filesystem_has_it(diff: Path) -> None:
+    layer = opened(diff)
+    diff.chmod(0o600)
+    layer.settle()
+    assert layer.tainted is None and list(layer.extents) == EXTENTS
+
+
+def test_holes_that_vanish_from_a_sealed_file_are_no_change_if_they_are_zeros(
+    filesystem: Callable[[str], Path],
+) -> None:
+    path = write_layer(filesystem("tmpfs") / "diff", SIZE, DIFF)
+    seal_layer(path)
+    layer = opened(path)
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(10 * PAGE)
+        file.write(bytes(PAGE))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    layer.settle()
+    assert list(layer.extents) == EXTENTS
+    assert (10 * PAGE, 11 * PAGE) not in list(layer.extents)
+
+
+# Where it is found
+
+
+def test_a_symlink_has_the_seal_beside_it_or_beside_its_file(diff: Path, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "layer"
+    link.symlink_to(diff)
+    layer = opened(link)
+    assert layer.seal is not None and layer.seal.path == f"{diff}.bmap"
+    Path(f"{diff}.bmap").rename(f"{link}.bmap")
+    layer = opened(link)
+    assert layer.seal is not None and layer.seal.path == f"{link}.bmap"
+    assert opened(diff).seal is None
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo"])
+def test_what_is_no_file_is_not_read_and_refused(diff: Path, kind: str) -> None:
+    path = Path(f"{diff}.bmap")
+    path.unlink()
+    if kind == "directory":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    with pytest.raises(FileAccessError, match=r"diff\.bmap: a .*, not a regular file"):
+        opened(diff)
+
+
+def test_a_symlink_is_not_followed_in_a_store(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    write_tag(store, "base")
+    filled(write_tag(store, "work", "base", layer=1) / "memory.bin")
+    path = store / "work" / "memory.bin.bmap"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileAccessError, match="a symlink, not a regular file"):
+        open_image(store / "work")
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_the_layers_of_a_store_go_by_their_seals(tmp_path: Path, numbered: bool) -> None:
+    store = tmp_path / "store"
+    if numbered:
+        write_numbered(store, ["000-base.mem", "001-work.mem"])
+        base, image = store / "000-base.mem", store / "001-work.mem"
+        work = image
+    else:
+        base = write_tag(store, "base") / "memory.bin"
+        image = write_tag(store, "work", "base", layer=1)
+        work = image / "memory.bin"
+    write_layer(base, SIZE, BASE)
+    filled(work)
+    found = open_image(image)
+    with found.view as view:
+        assert view.read(0, SIZE) == ORACLE and not found.dense
+
+
+# Law 4 of a seal
+
+
+def describe_trust(base: Path, diff: Path, policy: TrustPolicy | None = None) -> tuple[str, int]:
+    image = open_chain(base, [diff], policy)
+    layer = describe(image).layers[1]
+    return layer.trust, layer.grain
+
+
+def test_a_sealed_layer_is_called_so(diff: Path, tmp_path: Path) -> None:
+    base = write_layer(tmp_path / "base", SIZE, BASE)
+    assert describe_trust(base, diff) == ("sealed", PAGE)
+    seal_layer(base, policy=TrustPolicy(dense=True))
+    assert describe(open_chain(base, [diff])).layers[0].trust == "sealed"
+
+
+def test_a_seal_in_blocks_above_the_page_is_coarse(tmp_path: Path) -> None:
+    base = write_layer(tmp_path / "base", SIZE, BASE)
+    diff = write_layer(tmp_path / "diff", SIZE, [(4 * PAGE, signed(1, 4 * PAGE, 4 * PAGE))])
+    seal_layer(diff, policy=TrustPolicy(page_size=4 * PAGE))
+    assert open_chain(base, [diff], TrustPolicy(page_size=4 * PAGE)).overridden == []
+    with pytest.raises(UntrustedExtentsError, match=r"made in blocks of 16384 bytes") as caught:
+        open_chain(base, [diff])
+    assert caught.value.check == "grain"
+    assert describe_trust(base, diff, TrustPolicy(trust_grain=True)) == ("overridden: grain", 16384)
+
+
+def test_a_seal_with_ranges_off_the_page_is_unaligned(tmp_path: Path) -> None:
+    base = write_layer(tmp_path / "base", SIZE, BASE)
+    diff = write_layer(tmp_path / "diff", SIZE, DIFF)
+    seal_layer(diff)
+    with pytest.raises(UntrustedExtentsError, match="does not begin and end on a page") as caught:
+        open_chain(base, [diff], TrustPolicy(page_size=4 * PAGE))
+    assert caught.value.check == "alignment"
+
+
+def test_a_seal_over_a_whole_diff_is_dense(tmp_path: Path) -> None:
+    base = write_layer(tmp_path / "base", SIZE, BASE)
+    diff = write_layer(tmp_path / "diff", SIZE, [(0, signed(1, 0, SIZE))])
+    seal_layer(diff, policy=TrustPolicy(dense=True))
+    with pytest.raises(DenseDiffError):
+        open_chain(base, [diff])
+    image = open_chain(base, [diff], TrustPolicy(dense=True))
+    assert image.dense and image.view.read(0, SIZE) == signed(1, 0, SIZE)
+
+
+# bmaptool, of Debian's package bmap-tools
+
+
+def bmaptool(*arguments: str | Path) -> None:
+    command = ["bmaptool", "--quiet", *map(str, arguments)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+
+def test_bmaptool_reads_ours(real_fs: Path) -> None:
+    diff = write_layer(real_fs / "diff", SIZE - 100, DIFF)
+    seal_layer(diff)
+    with open(real_fs / "copy", "wb") as file:
+        file.truncate(SIZE - 100)
+    bmaptool("copy", "--bmap", f"{diff}.bmap", diff, real_fs / "copy")
+    assert (real_fs / "copy").read_bytes() == diff.read_bytes()
+    poke(diff, 2 * PAGE, b"!")
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        bmaptool("copy", "--bmap", f"{diff}.bmap", diff, real_fs / "copy")
+    assert b"checksum mismatch" in caught.value.stderr
+
+
+def test_ours_reads_bmaptools(real_fs: Path) -> None:
+    base = write_layer(real_fs / "base", SIZE, BASE)
+    diff = write_layer(real_fs / "diff", SIZE, DIFF)
+    bmaptool("create", "--output", f"{diff}.bmap", diff)
+    diff.write_bytes(diff.read_bytes())
+    with open_chain(base, [diff]).view as view:
+        assert list(view.layers[1].extents) == EXTENTS
+        assert view.read(0, SIZE) == ORACLE
+    poke(diff, 2 * PAGE, b"!")
+    with pytest.raises(SealError, match="stale"):
+        open_chain(base, [diff])
+
+
+def test_bmaptools_maps_without_checksums(tmp_path: Path) -> None:
+    diff = write_layer(tmp_path / "diff", SIZE, DIFF)
+    bmaptool("create", "--no-checksum", "--output", f"{diff}.bmap", diff)
+    with pytest.raises(SealError, match="without a checksum"):
+        opened(diff)
+    assert list(opened(diff, verify="no").extents) == EXTENTS
+
+
+def test_bmaptools_map_on_a_filesystem_with_large_blocks_is_coarse(
+    filesystem: Callable[[str], Path],
+) -> None:
+    place = filesystem("xfs16k")
+    base = write_layer(place / "base", SIZE, BASE)
+    diff = write_layer(place / "diff", SIZE, DIFF)
+    bmaptool("create", "--output", f"{diff}.bmap", diff)
+    with pytest.raises(UntrustedExtentsError, match="made in blocks of 16384 bytes"):
+        open_chain(base, [diff])
+    vouched = open_chain(base, [diff], TrustPolicy(trust_grain=True))
+    assert [line.split(":")[0] for line in vouched.overridden] == [
+        "--trust-grain overrides the check of grain"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_bmaptools_map_of_a_preallocated_diff_is_dense(
+    filesystem: Callable[[str], Path], kind: str
+) -> None:
+    place = filesystem(kind)
+    base = write_layer(place / "base", SIZE, BASE)
+    diff = place / "diff"
+    with diff.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, SIZE)
+        file.seek(2 * PAGE)
+        file.write(signed(1, 2 * PAGE, PAGE))
+    assert diff.read_bytes()  # its pages are cached: now all of it is data
+    bmaptool("create", "--output", f"{diff}.bmap", diff)
+    (extent,) = seal.read(f"{diff}.bmap").map.extents()
+    assert extent == (0, SIZE)
+    with pytest.raises(DenseDiffError):
+        open_chain(base, [diff])
+    assert open_chain(base, [diff], TrustPolicy(dense=True)).dense
+
+
+def test_what_is_read_to_compare(diff: Path) -> None:
+    layer = opened(diff, no_seal=True)
+    stored = seal.find(str(diff))
+    assert stored is not None
+    done: list[int] = []
+    seal.compare(layer, stored, done.append)
+    assert sum(done) == seal.compared_bytes(layer, stored) == SIZE
+    sparse = write_layer(diff.with_name("sparse"), SIZE, DIFF)
+    layer = opened(sparse)
+    done.clear()
+    seal.compare(layer, stored, done.append)
+    assert sum(done) == seal.compared_bytes(layer, stored) == 3 * PAGE
+    assert layer.walked == ExtentList(EXTENTS)
