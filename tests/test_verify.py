@@ -1,0 +1,417 @@
+"""`verify`: all that is wrong with an image, in one go; nothing remembered is believed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffmergefs import pins, verify
+from diffmergefs.errors import DiffMergeError
+from diffmergefs.layer import Layer
+from diffmergefs.pins import content_hash
+from diffmergefs.state import Identity, Remembered
+from diffmergefs.trust import TrustPolicy
+from diffmergefs.verdict import Verdict
+from diffmergefs.verify import open_image, open_layers
+from tests.support.commands import diffmergefs, mistake, succeed
+from tests.support.images import PAGE, signed, write_layer
+from tests.support.inputs import unchanged
+from tests.support.live import Gate, patch_children
+from tests.support.stores import (
+    SIZE,
+    opened_beneath,
+    write_chain,
+    write_document,
+    write_numbered,
+    write_tag,
+)
+
+ABSENT = "ab" * 32
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """base <- work <- leaf, all pinned."""
+    store = tmp_path / "store"
+    base = write_tag(store, "base")
+    work = write_tag(store, "work", "base", layer=1, parent_content_hash=hash_of(base))
+    write_tag(store, "leaf", "work", layer=2, parent_content_hash=hash_of(work))
+    return store
+
+
+def hash_of(folder: Path) -> str:
+    return sha256(folder / "memory.bin")
+
+
+def verified(path: Path, state: Path, **options: Any) -> Verdict:
+    policy = TrustPolicy(state_dir=str(state), **options)
+    with open_image(str(path), policy) as opened:
+        return opened.verify()
+
+
+def kinds(verdict: Verdict) -> list[str]:
+    return [fault.kind for fault in verdict.faults]
+
+
+def test_a_sound_chain(root: Path, state: Path) -> None:
+    with unchanged(sorted(root.rglob("memory.bin"))):
+        verdict = verified(root / "leaf", state)
+    assert verdict.sound and verdict.faults == verdict.overridden == ()
+    assert [(v.tag, v.path, v.size, v.pin) for v in verdict.layers] == [
+        ("base", f"{root}/base/memory.bin", SIZE, None),
+        ("work", f"{root}/work/memory.bin", SIZE, "verified"),
+        ("leaf", f"{root}/leaf/memory.bin", SIZE, "verified"),
+    ]
+    assert opened_beneath(root) == set()
+
+
+def test_every_wrong_pin_is_a_fault(root: Path, state: Path) -> None:
+    write_tag(root, "leaf", "work", layer=2, parent_content_hash=ABSENT)
+    write_layer(root / "base" / "memory.bin", SIZE, [(0, signed(9, 0, PAGE))])
+    verdict = verified(root / "leaf", state)
+    assert kinds(verdict) == ["pin", "pin"]
+    first, second = (fault.message for fault in verdict.faults)
+    assert first.startswith(f"{root}/base/memory.bin: its sha256 is ") and "'work'" in first
+    assert second.startswith(f"{root}/work/memory.bin: its sha256 is ") and ABSENT in second
+    assert [v.pin for v in verdict.layers] == [None, "wrong", "wrong"]
+
+
+def test_a_missing_parent_does_not_hide_what_is_wrong_above(root: Path, state: Path) -> None:
+    write_tag(root, "leaf", "work", layer=2, parent_content_hash=ABSENT)
+    (root / "base").rename(root.parent / "away")
+    verdict = verified(root / "leaf", state)
+    assert kinds(verdict) == ["chain", "pin"]
+    assert verdict.faults[0].message == "parent 'base' of 'work' is missing"
+    assert [(v.tag, v.pin) for v in verdict.layers] == [("work", "unknown"), ("leaf", "wrong")]
+
+
+def test_a_cycle_is_named_and_its_pins_are_checked(root: Path, state: Path) -> None:
+    write_tag(root, "base", "leaf", layer=3, parent_content_hash=ABSENT)
+    verdict = verified(root / "leaf", state)
+    assert kinds(verdict)[0] == "chain"
+    assert "cycle: leaf -> work -> base -> leaf" in verdict.faults[0].message
+    assert [fault.message.split(":")[0] for fault in verdict.faults[1:]] == [
+        f"{root}/base/memory.bin"
+    ]
+
+
+def test_bad_metadata_in_the_middle(root: Path, state: Path) -> None:
+    write_document(root, "work", '{"memory": 1}')
+    verdict = verified(root / "leaf", state)
+    assert kinds(verdict) == ["chain"]
+    assert "work/snapshot.json: 'memory' is a int" in verdict.faults[0].message
+    assert [(v.tag, v.path, v.pin) for v in verdict.layers] == [
+        ("work", None, None),
+        ("leaf", f"{root}/leaf/memory.bin", "unknown"),
+    ]
+
+
+def test_every_wrong_size_and_untrusted_extent_is_a_fault(root: Path, state: Path) -> None:
+    write_layer(root / "work" / "memory.bin", SIZE + PAGE, [])
+    # With guest pages of 8 KiB, one that begins in the middle.
+    write_tag(root, "leaf", "work", layer=3)
+    write_tag(root, "top", "leaf", layer=4)
+    verdict = verified(root / "top", state, page_size=2 * PAGE)
+    assert kinds(verdict) == ["size", "extents", "extents"]
+    paths = [fault.message.split(":")[0] for fault in verdict.faults]
+    assert paths == [f"{root}/work/memory.bin", f"{root}/leaf/memory.bin", f"{root}/top/memory.bin"]
+    assert str(SIZE) in verdict.faults[0].message and str(SIZE + PAGE) in verdict.faults[0].message
+
+
+def test_extents_below_a_gap_and_above_it_are_judged(root: Path, state: Path) -> None:
+    write_tag(root, "leaf", "work", layer=3)
+    (root / "work" / "memory.bin").unlink()
+    (root / "work" / "memory.bin").mkdir()
+    verdict = verified(root / "leaf", state, page_size=2 * PAGE)
+    assert kinds(verdict) == ["chain", "extents"]
+
+
+def test_above_a_gap_no_diff_is_compared_with_what_lies_below_it(root: Path, state: Path) -> None:
+    write_layer(root / "work" / "memory.bin", SIZE + PAGE, [])
+    leaf = write_tag(root, "leaf", "work", layer=2) / "memory.bin"
+    leaf.write_bytes(leaf.read_bytes())
+    assert kinds(verified(root / "leaf", state)) == ["size"]
+
+
+def test_a_filled_diff_is_a_fault_and_can_be_vouched_for(root: Path, state: Path) -> None:
+    leaf = root / "leaf" / "memory.bin"
+    leaf.write_bytes(leaf.read_bytes())
+    assert kinds(verified(root / "leaf", state)) == ["dense"]
+    assert verified(root / "leaf", state, dense=True).sound
+
+
+def test_what_trust_grain_overrides_is_told(root: Path, state: Path) -> None:
+    verdict = verified(root / "leaf", state, page_size=2 * PAGE, trust_grain=True)
+    assert verdict.sound
+    assert [line.split(":")[1].strip() for line in verdict.overridden] == [
+        f"{root}/work/memory.bin",
+        f"{root}/leaf/memory.bin",
+    ]
+
+
+def test_an_unreadable_layer_is_a_fault_and_the_others_are_checked(
+    root: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_at_base(layer: Layer, *arguments: Any) -> str:
+        if layer.path == f"{root}/base/memory.bin":
+            raise OSError(5, "Input/output error")
+        return content_hash(layer, *arguments)
+
+    monkeypatch.setattr(pins, "content_hash", fail_at_base)
+    verdict = verified(root / "leaf", state)
+    assert [(fault.kind, fault.message) for fault in verdict.faults] == [
+        ("access", f"{root}/base/memory.bin: Input/output error")
+    ]
+    assert [v.pin for v in verdict.layers] == [None, "unknown", "verified"]
+
+
+def test_a_layer_that_changes_meanwhile_is_a_fault(
+    root: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touch_and_hash(layer: Layer, *arguments: Any) -> str:
+        os.utime(f"/proc/self/fd/{layer.fd}")
+        return content_hash(layer, *arguments)
+
+    monkeypatch.setattr(pins, "content_hash", touch_and_hash)
+    assert kinds(verified(root / "leaf", state)) == ["changed", "changed"]
+
+
+def test_unpinned_is_no_fault(tmp_path: Path, state: Path) -> None:
+    names = [f"00{n}-n{n}.mem" for n in range(3)]
+    write_numbered(tmp_path / "layers", names)
+    verdict = verified(tmp_path / "layers" / names[2], state)
+    assert verdict.sound
+    assert [v.pin for v in verdict.layers] == [None, "unpinned", "unpinned"]
+
+
+def test_explicit_layers_have_no_pins(root: Path, state: Path) -> None:
+    base, work = (str(root / tag / "memory.bin") for tag in ("base", "work"))
+    with open_layers(base, [work], TrustPolicy(state_dir=str(state))) as opened:
+        assert opened.total_bytes == 0
+        verdict = opened.verify()
+    assert verdict.sound
+    assert [(v.tag, v.path, v.pin) for v in verdict.layers] == [
+        (None, base, None),
+        (None, work, None),
+    ]
+    with open_layers(base, [work, "/nowhere", work[:-3]], TrustPolicy()) as opened:
+        faults = opened.verify().faults
+    assert [(fault.kind, fault.message.split(":")[0]) for fault in faults] == [
+        ("access", "/nowhere"),
+        ("access", work[:-3]),
+    ]
+
+
+def test_an_explicit_diff_without_a_hole_is_a_fault(root: Path) -> None:
+    base = str(root / "base" / "memory.bin")
+    full = str(write_layer(root / "full", SIZE, [(0, signed(1, 0, SIZE))]))
+    with open_layers(base, [full], TrustPolicy()) as opened:
+        assert kinds(opened.verify()) == ["dense"]
+    with open_layers(base, [full], TrustPolicy(dense=True)) as opened:
+        assert opened.verify().sound
+
+
+def test_what_is_no_image_is_refused(root: Path) -> None:
+    for path in (root / "nobody", root, root / "leaf" / "vmstate"):
+        with pytest.raises(DiffMergeError):
+            open_image(str(path), TrustPolicy())
+
+
+def test_nothing_remembered_is_believed_and_what_proves_right_is_remembered(
+    root: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Identity, "is_final", lambda identity, since_ns: True)
+    base = root / "base" / "memory.bin"
+    identity = Identity.of(str(base), base.stat())
+    Remembered(str(state)).remember("sha256", identity, sha256(base))
+    read: list[str] = []
+
+    def counted(layer: Layer, *arguments: Any) -> str:
+        read.append(layer.path)
+        return content_hash(layer, *arguments)
+
+    monkeypatch.setattr(pins, "content_hash", counted)
+    assert verified(root / "leaf", state).sound
+    assert sorted(read) == [f"{root}/base/memory.bin", f"{root}/work/memory.bin"]
+    work = root / "work" / "memory.bin"
+    identity = Identity.of(str(work), work.stat())
+    assert Remembered(str(state)).recall("sha256", identity) == sha256(work)
+
+
+def test_progress_counts_up_to_the_total(root: Path, state: Path) -> None:
+    told: list[int] = []
+    with open_image(str(root / "leaf"), TrustPolicy(state_dir=str(state))) as opened:
+        assert opened.total_bytes == 2 * SIZE
+        opened.verify(told.append)
+    assert told == sorted(told) and told[-1] == 2 * SIZE
+
+
+def test_files_are_read_at_the_same_time(
+    root: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = threading.Barrier(2)
+
+    def meet_and_hash(layer: Layer, *arguments: Any) -> str:
+        together.wait(30)
+        return content_hash(layer, *arguments)
+
+    monkeypatch.setattr(pins, "content_hash", meet_and_hash)
+    with open_image(str(root / "leaf"), TrustPolicy(state_dir=str(state))) as opened:
+        assert opened.verify(jobs=2).sound
+
+
+def test_there_are_as_many_threads_as_asked_for(
+    root: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+
+    class Recorder(ThreadPoolExecutor):
+        def __init__(self, threads: int | None) -> None:
+            asked.append(threads)
+            super().__init__(threads)
+
+    monkeypatch.setattr(verify, "ThreadPoolExecutor", Recorder)
+    with open_image(str(root / "leaf"), TrustPolicy(state_dir=str(state))) as opened:
+        assert opened.verify(jobs=1).sound
+        opened.verify()
+    assert asked == [1, os.cpu_count()]
+
+
+def test_what_fails_in_one_thread_ends_the_others(
+    root: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = threading.Barrier(2)
+    blocks = iter(range(3000))
+
+    def meet_and_report(layer: Layer, report: Callable[[int], None]) -> str:
+        together.wait(30)
+        for _ in blocks:
+            report(1)
+            time.sleep(0.01)
+        return "never"
+
+    def interrupt(done: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pins, "content_hash", meet_and_report)
+    opened = open_image(str(root / "leaf"), TrustPolicy(state_dir=str(state)))
+    with opened, pytest.raises(KeyboardInterrupt):
+        opened.verify(interrupt, jobs=2)
+    assert next(blocks, None) is not None
+
+
+# The command
+
+
+def test_the_command_has_a_summary_or_a_line_for_each_fault(root: Path, state: Path) -> None:
+    option = f"--state-dir={state}"
+    assert (
+        succeed("verify", option, root / "leaf")
+        == f"sound: 3 layers of {SIZE} bytes; pins verified: 2\n"
+    )
+    write_tag(root, "free", "leaf", layer=3)
+    assert succeed("verify", option, root / "free").splitlines() == [
+        f"sound: 4 layers of {SIZE} bytes; pins verified: 2",
+        "unpinned: no hash of their parents is recorded in free",
+    ]
+    write_tag(root, "leaf", "work", layer=2, parent_content_hash=ABSENT)
+    (root / "base").rename(root.parent / "away")
+    done = diffmergefs("verify", option, root / "free")
+    assert (done.returncode, done.stderr) == (1, "")
+    missing, wrong = done.stdout.splitlines()
+    assert missing == "parent 'base' of 'work' is missing"
+    assert hash_of(root / "work") in wrong and ABSENT in wrong
+
+
+def test_the_command_speaks_json(root: Path, state: Path) -> None:
+    write_tag(root, "leaf", "work", layer=2, parent_content_hash=ABSENT)
+    done = diffmergefs("verify", "--json", "--jobs=1", f"--state-dir={state}", root / "leaf")
+    facts = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert set(facts) == {"sound", "layers", "faults", "overridden"}
+    assert facts["sound"] is False
+    layer = {
+        "tag": "work",
+        "path": f"{root}/work/memory.bin",
+        "size": SIZE,
+        "pin": "verified",
+        "seal": None,
+    }
+    assert facts["layers"][1] == layer
+    assert [set(fault) for fault in facts["faults"]] == [{"kind", "message"}]
+
+
+def test_the_command_names_few_of_many_unpinned(tmp_path: Path) -> None:
+    tags = [f"t{n}" for n in range(12)]
+    write_chain(tmp_path, tags)
+    line = succeed("verify", tmp_path / tags[-1]).splitlines()[1]
+    assert line.endswith("in t1, t2, t3, t4, t5, t6, t7, t8 and 3 more")
+
+
+def test_the_command_takes_explicit_layers_and_tells_overrides(root: Path) -> None:
+    base, work = (root / tag / "memory.bin" for tag in ("base", "work"))
+    assert succeed("verify", "--base", base, "--diff", work).startswith("sound: 2 layers")
+    done = diffmergefs(
+        "verify", "--base", base, "--diff", work, "--page-size=8192", "--trust-grain"
+    )
+    assert done.returncode == 0
+    assert done.stderr.startswith("diffmergefs: --trust-grain overrides the check of alignment")
+
+
+def test_a_users_mistakes(root: Path) -> None:
+    assert "No such file" in mistake(14, "verify", root / "nobody")
+    assert diffmergefs("verify").returncode == 2
+    assert diffmergefs("verify", "--jobs=0", root / "leaf").returncode == 2
+    assert diffmergefs("verify", "--state-dir=", root / "leaf").returncode == 2
+
+
+def test_an_interrupt_ends_it_at_once(
+    root: Path, state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # After it, each thread may finish one block and no more.
+    gate = Gate(tmp_path / "gate")
+    code = gate.code + (
+        "import diffmergefs.pins as pins\n"
+        "def endless(layer, report):\n"
+        "    wait_at_gate()\n"
+        "    while True:\n"
+        "        report(1)\n"
+        "pins.content_hash = endless\n"
+    )
+    patch_children(monkeypatch, tmp_path / "patch", code)
+    command = [sys.executable, "-m", "diffmergefs", "verify", f"--state-dir={state}"]
+    process = subprocess.Popen(
+        [*command, str(root / "leaf")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        gate.wait_until_reached()
+        gate.open()
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, out, err) == (128 + signal.SIGTERM, "", "")
+    finally:
+        gate.open()
+        process.kill()
+        process.communicate()
