@@ -20,6 +20,7 @@ from diffmergefs.extents import Extent, Segment
 from diffmergefs.flatten import FlattenResult, flatten
 from diffmergefs.images import Image, open_chain, open_image
 from diffmergefs.layer import Layer
+from diffmergefs.sealing import SealResult, seal_layer
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.view import MergedView
 
@@ -32,10 +33,12 @@ __all__ = [
     "Image",
     "Layer",
     "MergedView",
+    "SealResult",
     "Segment",
     "TrustPolicy",
     "apply_diff",
     "flatten",
     "open_chain",
     "open_image",
+    "seal_layer",
 ]

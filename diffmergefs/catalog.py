@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from diffmergefs import chain, forkd, numbered
+from diffmergefs.beneath import Reach
+from diffmergefs.bmap import SEAL_SUFFIX
 from diffmergefs.errors import BrokenChainError, DiffMergeError, FileAccessError
+from diffmergefs.extents import MAX_LAYERS
+from diffmergefs.layer import require_size
 from diffmergefs.snapshot import Snapshot, StoredFile, status_of
 from diffmergefs.view import require_equal_size
 
@@ -51,6 +55,19 @@ class Catalog:
             raise verdict.anew()
         return verdict
 
+    def reachable(self, tag: str) -> list[Snapshot]:
+        """The snapshots from `tag` down as far as parents can be followed, the lowest first.
+
+        For one that `chain` gives, the same; else what there is of it, each snapshot once, at most
+        1,000. Empty if there is no such tag.
+        """
+        links: dict[str, Snapshot] = {}
+        link = self.snapshots.get(tag)
+        while link is not None and link.tag not in links and len(links) < MAX_LAYERS:
+            links[link.tag] = link
+            link = self.snapshots.get(link.parent) if link.parent else None
+        return list(links.values())[::-1]
+
     def reject(self, tag: str, problem: str) -> None:
         """Mark `tag` as broken for a reason that this look alone does not show.
 
@@ -61,6 +78,7 @@ class Catalog:
     def _resolve(self, tag: str) -> list[Snapshot]:
         links = chain.resolve(tag, lambda name: self._sound(name, tag))
         base = links[0].layer
+        require_size(base.path, base.key.size)
         for link in links[1:]:
             require_equal_size(base.path, base.key.size, link.layer.path, link.layer.key.size)
         return links
@@ -90,7 +108,7 @@ class Catalog:
     def hidden(self) -> frozenset[str]:
         """The paths beneath the root that are never passed through: layers and their seals."""
         layers = [layer.path for layer in self._layers.values()]
-        return frozenset(layers).union(f"{path}.bmap" for path in layers)
+        return frozenset(layers).union(path + SEAL_SUFFIX for path in layers)
 
     @cached_property
     def layer_files(self) -> frozenset[tuple[int, int]]:
@@ -99,14 +117,20 @@ class Catalog:
 
 
 def read_catalog(
-    root: str, layout: str | None = None, suffix: str | None = None, at: int | None = None
+    root: str,
+    layout: str | None = None,
+    suffix: str | None = None,
+    at: int | None = None,
+    outside: Iterable[str] = (),
 ) -> Catalog:
     """Look over the directory `root`.
 
     `layout` is one of LAYOUTS, by default found out; `suffix` (`.mem`) names the memory files of a
-    numbered directory; `at` is an open descriptor of `root`, if the caller has one. Reads names,
-    sizes and JSON, never an image. Raises FileAccessError if `root` is no readable directory and
-    BrokenChainError where the directory as a whole is ambiguous.
+    numbered directory; `at` is an open descriptor of `root`, if the caller has one. `outside` are
+    directories beside `root` in which a forkd store's files may lie, if they are recorded there:
+    the path of such a file is absolute. Reads names, sizes and JSON, never an image. Raises
+    FileAccessError if `root` is no readable directory and BrokenChainError where the directory as
+    a whole is ambiguous.
     """
     try:
         path = root if at is None else "."
@@ -122,7 +146,7 @@ def read_catalog(
         if found == "numbered":
             snapshots = numbered.read(statuses, suffix)
         else:
-            snapshots = forkd.read(root, fd, kinds)
+            snapshots = forkd.read(root, Reach(fd, outside), kinds)
     except OSError as error:
         raise FileAccessError(f"{root}: {error.strerror} while it was looked over") from error
     finally:

@@ -21,6 +21,8 @@ class Link(Protocol):
 
 L = TypeVar("L", bound=Link)
 
+_NAMED = 8  # tags of a cycle that stand in its message
+
 
 def resolve(head: str, lookup: Callable[[str], L | None]) -> list[L]:
     """The chain that ends in `head`, base first.
@@ -33,8 +35,8 @@ def resolve(head: str, lookup: Callable[[str], L | None]) -> list[L]:
     tag: str | None = head
     while tag is not None:
         if tag in seen:
-            path = [link.tag for link in chain[[link.tag for link in chain].index(tag) :]]
-            raise BrokenChainError(f"cycle: {' -> '.join([*path[:8], tag])}, each the parent")
+            tags = [link.tag for link in chain]
+            raise BrokenChainError(_cycle(tags[tags.index(tag) :]))
         link = lookup(tag)
         if link is None:
             child = chain[-1].tag if chain else None
@@ -46,3 +48,10 @@ def resolve(head: str, lookup: Callable[[str], L | None]) -> list[L]:
             raise BrokenChainError(f"the chain has more than {MAX_LAYERS} layers; squash some")
         tag = link.parent
     return chain[::-1]
+
+
+def _cycle(tags: list[str]) -> str:
+    # Each tag's parent follows it; the first is the parent of the last.
+    more = [f"{len(tags) - _NAMED} more"] if len(tags) > _NAMED else []
+    path = " -> ".join([*tags[:_NAMED], *more, tags[0]])
+    return f"cycle: {path}, each followed by its parent; a chain ends in a base"

@@ -10,9 +10,11 @@ import os
 import resource
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from diffmergefs import beneath
+from diffmergefs.beneath import Reach, Root
 from diffmergefs.catalog import Catalog, read_catalog
 from diffmergefs.errors import (
     DenseDiffError,
@@ -20,8 +22,11 @@ from diffmergefs.errors import (
     FileAccessError,
     LayerChangedError,
 )
+from diffmergefs.extents import ExtentList
 from diffmergefs.layer import FileKey, Layer
+from diffmergefs.lease import Leases, Writers, require_no_writers, writers
 from diffmergefs.numbered import SUFFIXES
+from diffmergefs.seal import Opener
 from diffmergefs.snapshot import Snapshot, StoredFile
 from diffmergefs.trust import TrustPolicy, require_trust
 from diffmergefs.view import MergedView, require_equal_size
@@ -30,13 +35,17 @@ _SAMPLE = 4096
 _SPARE = 128
 _GOLDEN = (5**0.5 - 1) / 2
 
+# A layer's file, and the seal beside it that is in force.
+_Content = tuple[FileKey, FileKey | None]
+
 
 @dataclass(frozen=True)
 class Image:
     """An open image: its view, and what was found while its layers were judged.
 
     `dense` says that the newest layer is a complete image in spite of its parent; `overridden` has
-    a line for each check of law 4 that failed and that the policy overrode.
+    a line for each check that failed and that the policy overrode: those of law 4, and whether
+    someone has a layer open for writing.
     """
 
     view: MergedView
@@ -64,94 +73,118 @@ def require_spare_descriptors(fd: int, path: str) -> None:
 class LayerPool:
     """The open layers of a directory of snapshots, each file once, however many views share it.
 
-    `root` is a descriptor of that directory, kept by the caller, and `where` what messages put
-    before the paths beneath it. A layer lives as long as a view uses it. Safe to use from several
-    threads: a layer that one of them opens is waited for by the others.
+    `root` is a descriptor of that directory, kept by the caller (or a `beneath.Reach` of it, where
+    layers lie outside), and `where` what messages put before the paths beneath it. A layer lives as
+    long as a view uses it. Safe to use from several threads: a layer that one of them opens is
+    waited for by the others.
     """
 
-    def __init__(self, root: int, where: str = "") -> None:
+    def __init__(self, root: Root, policy: TrustPolicy, where: str = "") -> None:
         self._root = root
         self._where = where
-        self._layers: weakref.WeakValueDictionary[FileKey, Layer] = weakref.WeakValueDictionary()
+        self._opener = Opener(policy)
+        self._layers: weakref.WeakValueDictionary[_Content, Layer] = weakref.WeakValueDictionary()
         # A lock lives as long as somebody opens that layer.
-        self._busy: weakref.WeakValueDictionary[FileKey, threading.Lock]
+        self._busy: weakref.WeakValueDictionary[_Content, threading.Lock]
         self._busy = weakref.WeakValueDictionary()
         self._guard = threading.Lock()
 
     def layer(self, file: StoredFile) -> Layer:
-        """The open layer of `file`, opened, synced and walked if it is not open yet.
+        """The open layer of `file`, opened by `seal.Opener` if it is not open yet.
 
-        Raises LayerChangedError if another content stands at its path by now.
+        Raises LayerChangedError if another content stands at its path, or its seal's, by now.
         """
+        content = file.key, None if self._opener.policy.no_seal else file.seal
         with self._guard:
-            busy = self._busy.setdefault(file.key, threading.Lock())
+            busy = self._busy.setdefault(content, threading.Lock())
         with busy:
-            known = self._layers.get(file.key)
+            known = self._layers.get(content)
             if known is not None and not known.tainted:
                 return known
             name = os.path.join(self._where, file.path)
-            layer = Layer.open(file.path, self._root, name)
+            layer = self._opener.open(file.path, self._root, name)
             try:
                 require_spare_descriptors(layer.fd, name)
             except OSError as error:
                 raise FileAccessError(f"{name}: {error.strerror}") from error
-            if layer.key != file.key:
+            if (layer.key, layer.seal and layer.seal.key) != content:
                 raise LayerChangedError(f"{name}: changed since it was looked over; try again")
-            self._layers[file.key] = layer
+            self._layers[content] = layer
             return layer
+
+    def has_writer(self, file: StoredFile) -> bool:
+        """Whether someone has `file` open for writing now, as far as can be told.
+
+        It is opened for the moment, not walked. Raises OSError, FileAccessError.
+        """
+        fd = beneath.open_regular(self._root, file.path)
+        try:
+            return writers(fd) is Writers.SOME
+        finally:
+            os.close(fd)
 
 
 def open_chain(
     base: str | os.PathLike[str],
     diffs: Sequence[str | os.PathLike[str]] = (),
     policy: TrustPolicy | None = None,
+    leases: Leases | None = None,
 ) -> Image:
     """Open explicit layers, oldest first, as one image.
 
-    The files must exist and have one size; they are synced and walked, never written. The diffs
-    are held to law 4, and one without a hole is refused unless `policy.dense`. Raises
-    DiffMergeError (see `diffmergefs.errors`).
+    The files must exist and have one size; they are synced and walked, never written. A layer with
+    a seal beside it has the seal's extents, compared with its bytes first (`seal.Opener`). The
+    diffs are held to law 4, and one without a hole is refused unless `policy.dense`. A layer that
+    someone has open for writing is refused, unless `policy.allow_writers`, where that can be told
+    (see `lease.writers`); with `leases`, for a process that serves them, leases are kept on the
+    layers. Raises DiffMergeError (see `diffmergefs.errors`).
     """
     policy = policy or TrustPolicy()
-    layers = [Layer.open(os.fspath(path)) for path in (base, *diffs)]
-    return _judge(layers, policy, in_store=False)
+    opener = Opener(policy)
+    layers = [opener.open(os.fspath(path)) for path in (base, *diffs)]
+    return _judge(layers, policy, leases, in_store=False)
 
 
 def open_image(path: str | os.PathLike[str], policy: TrustPolicy | None = None) -> Image:
     """Open a snapshot directory or a numbered layer file as one image.
 
     Its parents lie beside it; its layers are called by their absolute paths. A link without a hole
-    is shown as complete only if a check against its parent supports it, or with `policy.dense`.
-    Raises DiffMergeError.
+    is shown as complete only if a check against its parent supports it, or with `policy.dense`. A
+    layer that someone has open for writing is refused as by `open_chain`. Raises DiffMergeError.
     """
-    catalog, tag = find_image(path)
+    policy = policy or TrustPolicy()
+    catalog, tag = find_image(path, policy.allow_outside)
     try:
         links = catalog.chain(tag)
     except DiffMergeError as error:
         raise type(error)(f"in {catalog.root}: {error}") from None
     root = os.open(catalog.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return open_snapshot(links, LayerPool(root, catalog.root), policy or TrustPolicy())
+        pool = LayerPool(Reach(root, policy.allow_outside), policy, catalog.root)
+        return open_snapshot(links, pool, policy)
     finally:
         os.close(root)
 
 
-def find_image(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
-    """The catalog of the directory in which the IMAGE `path` lies, and its tag there."""
+def find_image(path: str | os.PathLike[str], outside: Iterable[str] = ()) -> tuple[Catalog, str]:
+    """The catalog of the directory in which the IMAGE `path` lies, and its tag there.
+
+    `outside` is `read_catalog`'s. Raises DiffMergeError where `path` names no image.
+    """
     if not os.fspath(path):
         raise FileAccessError("'': an empty path names no image")
     image = os.path.abspath(path)
     image = os.path.realpath(image) if os.path.islink(image) else image
     root, name = os.path.split(image)
     if os.path.isdir(image):
-        return read_catalog(root, "forkd"), name
+        return read_catalog(root, "forkd", outside=outside), name
     if not os.path.exists(image):
         raise FileAccessError(f"{os.fspath(path)}: No such file or directory")
     suffix = os.path.splitext(name)[1]
     # One of the usual suffixes is a layer's only if the lowest number's memory file has it too.
     catalog = read_catalog(root, "numbered", None if suffix in SUFFIXES else suffix or None)
     for tag, snapshot in catalog.snapshots.items():
-        if snapshot.layer.path == name:
+        if snapshot.memory and snapshot.memory.path == name:
             return catalog, tag
     raise FileAccessError(
         f"{os.fspath(path)}: neither a snapshot directory nor a numbered layer (002-name.mem);"
@@ -159,22 +192,57 @@ def find_image(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
     )
 
 
-def open_snapshot(links: Sequence[Snapshot], pool: LayerPool, policy: TrustPolicy) -> Image:
-    """Open the chain `links`, base first, of a directory of snapshots. Raises DiffMergeError."""
-    return _judge([pool.layer(link.layer) for link in links], policy, in_store=True)
+def open_snapshot(
+    links: Sequence[Snapshot],
+    pool: LayerPool,
+    policy: TrustPolicy,
+    leases: Leases | None = None,
+) -> Image:
+    """Open the chain `links`, base first, of a directory of snapshots.
+
+    `leases` is `open_chain`'s. Raises DiffMergeError.
+    """
+    layers = [pool.layer(link.layer) for link in links]
+    return _judge(layers, policy, leases, in_store=True)
 
 
-def _judge(layers: Sequence[Layer], policy: TrustPolicy, *, in_store: bool) -> Image:
-    overridden: list[str] = []
+def _judge(
+    layers: Sequence[Layer], policy: TrustPolicy, leases: Leases | None, *, in_store: bool
+) -> Image:
+    # First of all: what is still being written may well look odd.
+    overridden = require_no_writers(layers, allowed=policy.allow_writers, leases=leases)
+    overridden += [line for layer in layers for line in _unchecked(layer)]
     dense = False
     for n, layer in enumerate(layers[1:], 1):
-        require_equal_size(layers[0].path, layers[0].size, layer.path, layer.size)
-        dense = layer.extents.covers(layer.size)
-        complete = dense and (in_store or policy.dense)
-        overridden += require_trust(layer, policy, complete=complete)
-        if dense and not policy.dense:
-            _require_meant(layers[:n], layer, in_store)
+        dense, lines = judge_diff(layers[:n], layer, policy, in_store=in_store)
+        overridden += lines
     return Image(MergedView(layers), dense, overridden)
+
+
+def _unchecked(layer: Layer) -> Iterator[str]:
+    if layer.seal is not None and layer.seal.unchecked:
+        yield (
+            f"--verify=no overrides the check of seals: {layer.seal.path}: {layer.seal.unchecked}"
+            " ranges without a checksum are taken as they are"
+        )
+
+
+def judge_diff(
+    parents: Sequence[Layer], layer: Layer, policy: TrustPolicy, *, in_store: bool
+) -> tuple[bool, list[str]]:
+    """Whether the diff `layer` over `parents` is dense, and the checks that the policy overrode.
+
+    `in_store` says that it is a link of a directory of snapshots, which may be dense if a check
+    supports it; an explicit diff may only with `policy.dense`. Raises DiffMergeError if it cannot
+    be trusted (law 4), is of another size, or looks like a diff whose holes were filled.
+    """
+    require_equal_size(parents[0].path, parents[0].size, layer.path, layer.size)
+    dense = layer.extents.covers(layer.size)
+    complete = dense and (in_store or policy.dense)
+    overridden = require_trust(layer, policy, complete=complete)
+    if dense and not policy.dense:
+        _require_meant(parents, layer, in_store)
+    return dense, overridden
 
 
 def _require_meant(parents: Sequence[Layer], layer: Layer, in_store: bool) -> None:
@@ -193,36 +261,37 @@ def _require_meant(parents: Sequence[Layer], layer: Layer, in_store: bool) -> No
 
 
 def count_filled_holes(parent: MergedView, layer: Layer, page: int = 4096) -> tuple[int, int]:
-    """How many sampled pages are zero in `layer` though not in `parent`, and how many were sampled.
+    """How many sampled pages are zeros in `layer` though not in `parent`, of how many sampled.
 
-    The sample is up to 4,096 pages, spread evenly over those that are not zero in the parent. The
-    first tells a diff whose holes a copy filled from a complete image.
+    The sample is up to 4,096 pages, spread evenly over those that are data in `layer` and not zero
+    in the parent. The first tells holes that a copy filled from pages that a guest wrote.
     """
     zeros = bytes(page)
     filled = sampled = 0
-    for offset in _spread_pages(parent, page):
+    below = ExtentList((s.start, s.stop) for s in parent.segments() if s.layer is not None)
+    for offset in _spread_pages(below.intersection(layer.extents), page):
         if sampled == _SAMPLE:
             break
-        theirs = parent.read(offset, page)
-        if theirs != zeros[: len(theirs)]:
-            ours = bytearray(len(theirs))
+        length = min(page, parent.size - offset)
+        if parent.read(offset, length) != zeros[:length]:
+            ours = bytearray(length)
             layer.read_into(memoryview(ours), offset)
             sampled += 1
-            filled += ours == zeros[: len(ours)]
+            filled += ours == zeros[:length]
     layer.settle()
     return filled, sampled
 
 
-def _spread_pages(view: MergedView, page: int) -> Iterator[int]:
-    # Offsets of all pages over which the view has data, each once, in an order whose every prefix
-    # is spread evenly: multiples of a step near the golden section of their count and coprime to
-    # it run through all residues.
+def _spread_pages(extents: ExtentList, page: int) -> Iterator[int]:
+    # Offsets of all pages over which there are data, each once, in an order whose every prefix is
+    # spread evenly: multiples of a step near the golden section of their count and coprime to it
+    # run through all residues.
     firsts: list[int] = []
     counts: list[int] = []
-    end = 0  # neighbouring segments may share a page, if the base's grain is smaller
-    for start, stop, number in view.segments():
+    end = 0  # neighbouring extents may share a page, if the base's grain is smaller
+    for start, stop in extents:
         first = max(start // page, end)
-        if number is not None and first * page < stop:
+        if first * page < stop:
             end = -(-stop // page)
             firsts.append(first)
             counts.append(end - first)

@@ -15,7 +15,9 @@ import trio
 
 from diffmergefs import mountpoint as mountpoints
 from diffmergefs.errors import DiffMergeError, MountFailedError, MountpointError
+from diffmergefs.host import FUSE_CONF, FUSE_DEVICE, others_may_be_let_in
 from diffmergefs.images import raise_descriptor_limit
+from diffmergefs.lease import SIGNAL, Leases
 from diffmergefs.operations import Operations
 from diffmergefs.store import Store
 from diffmergefs.tree import Tree
@@ -25,7 +27,10 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.6
 # How many may be under way at once. Those beyond wait in the kernel, also for what is not slow.
 _MAX_REQUESTS = 10_000
-_REFUSED_OPTIONS = ("rw", "max_read", "fsname", "subtype", "fd", "rootmode", "user_id", "group_id")
+_REFUSED_OPTIONS = {
+    *("rw", "suid", "dev", "exec"),
+    *("max_read", "fsname", "subtype", "fd", "rootmode", "user_id", "group_id"),
+}
 
 
 def session_options(
@@ -55,11 +60,14 @@ def settle(store: Store) -> None:
         store.look()
 
 
-def serve(tree: Tree, mountpoint: str, options: set[str], ready: Callable[[], None]) -> None:
+def serve(
+    tree: Tree, mountpoint: str, options: set[str], ready: Callable[[], None], leases: Leases
+) -> None:
     """Mount the tree on `mountpoint` and serve until it is unmounted; `ready` is called once it
     answers.
 
-    `mountpoint` is a real path that `check_mountpoint` accepted. Call it in the main thread. On
+    `mountpoint` is a real path that `check_mountpoint` accepted. `leases` are those kept on the
+    tree's layers: one that is being broken is given back at once. Call it in the main thread. On
     SIGTERM and SIGINT (and SIGHUP, unless it is ignored) the mount is detached and served on until
     its last file is closed; a second signal ends it at once. Raises MountFailedError.
     """
@@ -69,16 +77,23 @@ def serve(tree: Tree, mountpoint: str, options: set[str], ready: Callable[[], No
         try:
             pyfuse3.init(operations, mountpoint, {_Option(option) for option in options})
         except RuntimeError as error:
-            raise MountFailedError(
-                f"{mountpoint}: {error}; is /dev/fuse there, is fusermount3 installed, and with"
-                " --allow-other is user_allow_other set in /etc/fuse.conf?"
-            ) from error
+            raise MountFailedError(f"{mountpoint}: {_why_not(error, options)}") from error
         entry = _entry_at(mountpoint)
         try:
-            trio.run(functools.partial(_run, operations, entry, ready, early))
+            trio.run(functools.partial(_run, operations, entry, ready, early, leases))
         finally:
             # Once detached, another mount may stand at the same place: that one is not ours to end.
             pyfuse3.close(unmount=_entry_at(mountpoint) == entry)
+
+
+def _why_not(error: RuntimeError, options: set[str]) -> str:
+    asked = {"allow_other", "allow_root"} & options
+    if asked and os.geteuid() != 0 and not others_may_be_let_in():
+        return (
+            f"--allow-other takes the line user_allow_other in {FUSE_CONF}, unless root mounts;"
+            " have it added there, or leave --allow-other out"
+        )
+    return f"{error}; is {FUSE_DEVICE} there, and open to this user, and is fusermount3 installed?"
 
 
 class _Option(str):
@@ -121,8 +136,10 @@ async def _run(
     entry: mountpoints.MountEntry | None,
     ready: Callable[[], None],
     early: Sequence[int],
+    leases: Leases,
 ) -> None:
     async with trio.open_nursery() as nursery:
+        await nursery.start(_watch_leases, leases)
         await nursery.start(_watch_signals, operations, entry, nursery.cancel_scope, early)
         if operations.tree.store is not None:
             nursery.start_soon(_watch_source, operations.tree.store)
@@ -153,6 +170,23 @@ async def _watch_source(store: Store) -> None:
             log.exception("looking over the source failed: this is a bug")
         # A look at a very large directory must not keep a processor busy.
         await trio.sleep(max(0.0, trio.current_time() - started - 2 * LOOK_SECONDS))
+
+
+async def _watch_leases(
+    leases: Leases, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    with trio.open_signal_receiver(SIGNAL) as signals:
+        _answer_breaks(leases)  # those that came before anybody listened
+        task_status.started()
+        async for _ in signals:
+            _answer_breaks(leases)
+
+
+def _answer_breaks(leases: Leases) -> None:
+    try:
+        leases.answer_breaks()
+    except Exception:
+        log.exception("answering who opens a layer for writing failed: this is a bug")
 
 
 async def _watch_signals(

@@ -18,6 +18,8 @@ from diffmergefs.errors import BusyError, MountpointError
 log = logging.getLogger(__name__)
 
 FILESYSTEM_TYPE = "fuse.diffmergefs"
+#: Where root looks for helpers: what stands in the PATH of whoever called it could be anyone's.
+ROOTS_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MNT_DETACH = 2
 _MAX_LINKS = 40
 
@@ -61,23 +63,27 @@ def _unescaped(field: str) -> str:
     return os.fsdecode(raw)
 
 
-def check_mountpoint(mountpoint: str, source: str | None, layers: Iterable[str]) -> str:
+def check_mountpoint(
+    mountpoint: str, source: str | None, layers: Iterable[str], outside: Iterable[str] = ()
+) -> str:
     """The real path of a mountpoint that can be used for `source` and `layers`.
 
-    A stale mount of ours on it is unmounted, with a warning in the log. Raises MountpointError:
-    it is missing, no directory, not empty, already a mount, `source` or inside it, or above a
+    `outside` are directories in which layers of `source` may lie too. A stale mount of ours on the
+    mountpoint is unmounted, with a warning in the log. Raises MountpointError: it is missing, no
+    directory, not empty, already a mount, `source` or one of `outside` or inside it, or above a
     layer (a daemon that looks into its own mount hangs).
     """
     real = _real_path(mountpoint)
-    if source is not None:
-        above = os.path.realpath(source)
+    folders = [("the source", source)] if source is not None else []
+    folders += [("the allowed directory", folder) for folder in outside]
+    for what, folder in folders:
+        above = os.path.realpath(folder)
         if os.path.commonpath([real, above]) == above:
             raise MountpointError(
-                f"{mountpoint}: is {'' if real == above else 'inside '}the source {source};"
+                f"{mountpoint}: is {'' if real == above else 'inside '}{what} {folder};"
                 " mount it elsewhere"
             )
-        layers = [*layers, source]
-    for layer in layers:
+    for layer in [*layers, *(folder for _, folder in folders)]:
         if os.path.commonpath([real, os.path.realpath(layer)]) == real:
             raise MountpointError(
                 f"{mountpoint}: lies above {layer}, which the mount would hide and hang on;"
@@ -165,7 +171,7 @@ def _unmount(path: str, flags: int, options: list[str]) -> None:
     if ctypes.CDLL(None, use_errno=True).umount2(os.fsencode(path), flags) == 0:
         return
     number = ctypes.get_errno()
-    helper = shutil.which("fusermount3")
+    helper = shutil.which("fusermount3", path=ROOTS_PATH if os.geteuid() == 0 else None)
     if number != errno.EPERM or helper is None:
         raise OSError(number, os.strerror(number))
     done = subprocess.run([helper, "-u", *options, "--", path], capture_output=True, text=True)

@@ -8,12 +8,12 @@ import stat
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from diffmergefs.bmap import SEAL_SUFFIX
 from diffmergefs.errors import BrokenChainError
 from diffmergefs.layer import FileKey
 from diffmergefs.snapshot import Snapshot, StoredFile, is_left_out
 
 SUFFIXES = (".mem", ".bin", ".img")
-_SEAL = ".bmap"
 _NUMBERED = re.compile(r"(?P<number>[0-9]+)-(?P<stem>.+)", re.DOTALL)
 
 
@@ -37,17 +37,15 @@ def memory_files(kinds: Mapping[str, int], suffix: str | None = None) -> list[Nu
     candidates = [
         f
         for f in _numbered(kinds)
-        if f.suffix in suffixes and f.suffix != _SEAL and kinds[f.name] != stat.S_IFDIR
+        if f.suffix in suffixes and f.suffix != SEAL_SUFFIX and kinds[f.name] != stat.S_IFDIR
     ]
     if not candidates:
         return []
-    lowest = [f for f in candidates if f.number == candidates[0].number]
-    _refuse_pair(lowest, "number")
-    found = [f for f in candidates if f.suffix == lowest[0].suffix]
-    for number in {f.number for f in found}:
-        _refuse_pair([f for f in found if f.number == number], "number")
-    for stem in {f.stem for f in found}:
-        _refuse_pair([f for f in found if f.stem == stem], "stem")
+    lowest = candidates[0]
+    _refuse_pairs([f for f in candidates if f.number == lowest.number], "number")
+    found = [f for f in candidates if f.suffix == lowest.suffix]
+    _refuse_pairs(found, "number")
+    _refuse_pairs(found, "stem")
     return found
 
 
@@ -74,10 +72,11 @@ def read(statuses: Mapping[str, os.stat_result], suffix: str | None) -> dict[str
         files = companions[layer.number]
         seen = {name: FileKey.of(statuses[name]) for name in (layer.name, *files)}
         is_regular = kinds[layer.name] == stat.S_IFREG
+        memory_file = StoredFile(layer.name, seen[layer.name], seen.get(layer.name + SEAL_SUFFIX))
         snapshots[layer.stem] = Snapshot(
             layer.stem,
             parent,
-            StoredFile(layer.name, seen[layer.name]) if is_regular else None,
+            memory_file if is_regular else None,
             files=files,
             problem=None if is_regular else f"{layer.name}: is not a regular file",
             newest_ns=max(key.mtime_ns for key in seen.values()),
@@ -103,12 +102,16 @@ def _looks_like_memory(file: NumberedFile, status: os.stat_result, layer: os.sta
     return file.suffix in SUFFIXES and status.st_size == layer.st_size
 
 
-def _refuse_pair(files: list[NumberedFile], what: str) -> None:
-    if len(files) > 1:
-        raise BrokenChainError(
-            f"{files[0].name} and {files[1].name} are two memory files of one {what};"
-            " rename or remove one, or say which suffix is meant with --suffix"
-        )
+def _refuse_pairs(files: list[NumberedFile], what: str) -> None:
+    # `what` is 'number' or 'stem'.
+    known: dict[object, NumberedFile] = {}
+    for file in files:
+        other = known.setdefault(getattr(file, what), file)
+        if other is not file:
+            raise BrokenChainError(
+                f"{other.name} and {file.name} are two memory files of one {what};"
+                " rename or remove one, or say which suffix is meant with --suffix"
+            )
 
 
 def _dotted(suffix: str) -> str:

@@ -18,7 +18,8 @@ from pyfuse3 import FUSEError
 
 from diffmergefs import sparse
 from diffmergefs.errors import DiffMergeError
-from diffmergefs.store import OpenImage
+from diffmergefs.snapshot import Snapshot
+from diffmergefs.store import OpenImage, Store
 from diffmergefs.tree import Attributes, Document, MemoryFile, Node, Passed, TagFolder, Tree
 from diffmergefs.view import MergedView
 
@@ -103,6 +104,7 @@ class Operations(pyfuse3.Operations):
         self._running: dict[object, Running] = {}
         self._opening = trio.CapacityLimiter(_OPENING_THREADS)
         self._reading = trio.CapacityLimiter(_READING_THREADS)
+        self._hashing = trio.CapacityLimiter(os.cpu_count() or 1)
 
     @property
     def open_files(self) -> int:
@@ -328,17 +330,34 @@ class Operations(pyfuse3.Operations):
         for link in store.chain(tag) or []:
             with contextlib.suppress(DiffMergeError, OSError):
                 work = functools.partial(store.open_layer, link.layer)
-                layers.append(await self._once(link.layer.key, work))
+                # To compare a seal takes a processor, as to hash a parent does.
+                limiter = self._hashing if link.layer.seal else None
+                layers.append(await self._once((link.layer.key, link.layer.seal), work, limiter))
+        async with trio.open_nursery() as nursery:
+            for parent, link in store.pins(tag):
+                nursery.start_soon(self._hash_parent, store, parent, link)
         return cast(OpenImage, await self._once(tag, functools.partial(store.open, tag)))
 
-    async def _once(self, key: object, work: Callable[[], object]) -> object:
+    async def _hash_parent(self, store: Store, parent: Snapshot, link: Snapshot) -> None:
+        # A hash takes a processor for a second a gigabyte: never more at a time than there are,
+        # whoever waits. store.open has the verdict.
+        with contextlib.suppress(DiffMergeError, OSError):
+            work = functools.partial(store.require_pin, parent, link)
+            await self._once((parent.layer.key, link.parent_hash), work, self._hashing)
+
+    async def _once(
+        self,
+        key: object,
+        work: Callable[[], object],
+        limiter: trio.CapacityLimiter | None = None,
+    ) -> object:
         running = self._running.get(key)
         if running is not None:
             await running.done.wait()
         else:
             running = self._running[key] = Running(trio.Event())
             try:
-                running.result = await self._in_thread(work)
+                running.result = await self._in_thread(work, limiter=limiter)
             except Exception as error:
                 running.error = error
             finally:

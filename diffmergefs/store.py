@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import logging
 import os
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from diffmergefs import beneath, sparse
 from diffmergefs.access import Access, view_access
 from diffmergefs.catalog import Catalog, read_catalog
-from diffmergefs.errors import DiffMergeError, FileAccessError, LayerChangedError
+from diffmergefs.errors import (
+    DiffMergeError,
+    FileAccessError,
+    LayerChangedError,
+    WriterError,
+    one_line,
+)
+from diffmergefs.hashqueue import HashQueue
 from diffmergefs.images import Image, LayerPool, open_snapshot
 from diffmergefs.layer import FileKey
+from diffmergefs.lease import Leases
 from diffmergefs.mountpoint import FILESYSTEM_TYPE
+from diffmergefs.pins import Hashes, require_pin
 from diffmergefs.snapshot import Snapshot, StoredFile
+from diffmergefs.state import Remembered
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.watch import Watch
 
 log = logging.getLogger(__name__)
+
+# What the verdict on a chain, and its view, are good for: for each layer its content, and the
+# hash that its parent must have.
+# Which layers, by which seals, over parents of which recorded hashes.
+Keys = list[tuple[FileKey, FileKey | None, str | None]]
+
+
+def _keys_of(links: Sequence[Snapshot]) -> Keys:
+    return [(link.layer.key, link.layer.seal, link.parent_hash) for link in links]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +67,10 @@ class OpenImage:
 class Store:
     """The snapshots of the directory `root`, as they may be shown now.
 
-    `layout` and `suffix` are `read_catalog`'s. Every method that touches files blocks and belongs
-    in a worker thread; all are safe to call from several. Nothing is ever written.
+    `layout` and `suffix` are `read_catalog`'s; with `leases`, leases are kept on the layers that
+    are open. Every method that touches files blocks and belongs in a worker thread; all are safe to
+    call from several. Nothing is ever written beneath `root`; what was verified is remembered in
+    the policy's state directory.
     """
 
     def __init__(
@@ -60,6 +80,7 @@ class Store:
         *,
         layout: str | None = None,
         suffix: str | None = None,
+        leases: Leases | None = None,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         """Open the directory; raises FileAccessError."""
@@ -68,32 +89,36 @@ class Store:
         self._layout = layout
         self._suffix = suffix
         self._policy = policy
+        self._leases = leases
         self._clock = clock
-        self._pool = LayerPool(self.fd)
-        self._watch = Watch(self._content_hash)
-        self._hashes: dict[FileKey, str] = {}
-        self._to_hash: dict[FileKey, StoredFile] = {}
-        self._unhashable: dict[FileKey, str] = {}
-        self._hashing: threading.Thread | None = None
+        self.reach = beneath.Reach(self.fd, policy.allow_outside)
+        self._pool = LayerPool(self.reach, policy)
+        self._hashes = Hashes(Remembered(policy.state_dir), anew=policy.verify == "full")
+        self._replacements = HashQueue(lambda file: self._hashes.of(self._pool.layer(file)))
+        self._watch = Watch(self._replacements.ask)
+        self._right: set[tuple[FileKey, str | None]] = set()  # parents and their recorded hashes
         self._lock = threading.Lock()
         self._catalog = Catalog(self.root, layout or "forkd", {})
         self._shown: dict[str, list[Snapshot]] = {}
-        self._images: dict[str, tuple[list[FileKey], OpenImage]] = {}
-        self._refusals: dict[str, tuple[list[FileKey], DiffMergeError]] = {}
-        self._complaints: dict[str, tuple[list[FileKey], str]] = {}
+        self._images: dict[str, tuple[Keys, OpenImage]] = {}
+        self._refusals: dict[str, tuple[Keys, DiffMergeError]] = {}
+        self._complaints: dict[str, tuple[Keys, str]] = {}
         self._said: dict[str, str] = {}
 
     def look(self) -> set[str]:
         """Look over the directory by metadata; afterwards `tags` and `chain` speak of it.
 
         Gives the tags that must settle before they can be shown. Images whose chain changed or
-        whose layers are tainted are forgotten: the next `open` makes new ones. A directory that
-        was renamed is followed, until another one stands at `root`. Raises DiffMergeError where
-        the directory as a whole cannot be read; then nothing is shown.
+        whose layers are tainted are forgotten, and so is a refusal for a writer that has gone: the
+        next `open` makes new ones. A directory that was renamed is followed, until another one
+        stands at `root`. Raises DiffMergeError where the directory as a whole cannot be read; then
+        nothing is shown.
         """
         try:
             self._follow_root()
-            catalog = read_catalog(self.root, self._layout, self._suffix, self.fd)
+            catalog = read_catalog(
+                self.root, self._layout, self._suffix, self.fd, self._policy.allow_outside
+            )
         except DiffMergeError:
             with self._lock:
                 self._shown, self._images = {}, {}
@@ -104,6 +129,7 @@ class Store:
         with self._lock:
             self._catalog, self._shown = catalog, shown
             images = dict(self._images)
+        self._forget_old_writers()
         current = {tag: self._renewed(tag, *known) for tag, known in images.items()}
         with self._lock:
             for tag, known in images.items():
@@ -113,6 +139,31 @@ class Store:
                         self._images[tag] = renewed
         self._forget(catalog)
         return unsettled
+
+    def _forget_old_writers(self) -> None:
+        with self._lock:
+            refused = [(t, k) for t, k in self._refusals.items() if isinstance(k[1], WriterError)]
+        answers: dict[FileKey, bool] = {}  # descendants share layers: each is asked about once
+        for tag, known in refused:
+            links = self.chain(tag) or []
+            if _keys_of(links) != known[0] or self._has_writer(links, answers):
+                continue
+            log.info("%s: no layer of it is known to be open for writing any more", one_line(tag))
+            with self._lock:
+                if self._refusals.get(tag) is known:
+                    del self._refusals[tag]
+
+    def _has_writer(self, links: list[Snapshot], answers: dict[FileKey, bool]) -> bool:
+        # The newest first: that is the one which is being taken.
+        for link in reversed(links):
+            if link.layer.key not in answers:
+                try:
+                    answers[link.layer.key] = self._pool.has_writer(link.layer)
+                except (OSError, DiffMergeError):
+                    answers[link.layer.key] = False  # the next `open` says what it is
+            if answers[link.layer.key]:
+                return True
+        return False
 
     def _follow_root(self) -> None:
         # It may have been deleted and made again, or be a filesystem that was mounted anew.
@@ -140,20 +191,15 @@ class Store:
             for known in (self._refusals, self._complaints):
                 for tag in known.keys() - self._shown.keys():
                     del known[tag]
-            of_files: tuple[dict[FileKey, Any], ...]
-            of_files = self._hashes, self._to_hash, self._unhashable
-            for files in of_files:
-                for key in files.keys() - present:
-                    del files[key]
+            self._right = {pin for pin in self._right if pin[0] in present}
+        self._replacements.forget_all_but(present)
 
-    def _renewed(
-        self, tag: str, keys: list[FileKey], shown: OpenImage
-    ) -> tuple[list[FileKey], OpenImage] | None:
+    def _renewed(self, tag: str, keys: Keys, shown: OpenImage) -> tuple[Keys, OpenImage] | None:
         layers = shown.image.view.layers
         links = self.chain(tag)
         if links is None or any(layer.tainted for layer in layers):
             return None
-        if [link.layer.key for link in links] != keys:
+        if _keys_of(links) != keys:
             return None
         try:
             name, access = self._name_and_access(shown.image, links)
@@ -180,9 +226,10 @@ class Store:
                 words[tag] = f"not shown: {error}"
         for tag, text in words.items():
             if self._said.get(tag) != text:
-                log.log(logging.INFO if tag in shown else logging.WARNING, "%s: %s", tag, text)
+                level = logging.INFO if tag in shown else logging.WARNING
+                log.log(level, "%s: %s", one_line(tag), text)
         for tag in self._said.keys() - words.keys() - unsettled:
-            log.info("%s: gone", tag)
+            log.info("%s: gone", one_line(tag))
         self._said = words
 
     @property
@@ -231,9 +278,36 @@ class Store:
         """Open, sync and walk one layer; the caller holds the answer until `open` has used it."""
         return self._pool.layer(file)
 
+    def pins(self, tag: str) -> list[tuple[Snapshot, Snapshot]]:
+        """The parents that `open` must hash for `tag`, each with the link that records its hash.
+
+        Those that were hashed before and found right are left out. None with the policy's `verify`
+        'no', and none of a tag that is not shown. Never blocks.
+        """
+        return [
+            (parent, link)
+            for parent, link in self._pins(self.chain(tag) or [])
+            if (parent.layer.key, link.parent_hash) not in self._right
+        ]
+
+    def _pins(self, links: list[Snapshot]) -> list[tuple[Snapshot, Snapshot]]:
+        if self._policy.verify == "no":
+            return []
+        return [pair for pair in itertools.pairwise(links) if pair[1].parent_hash is not None]
+
+    def require_pin(self, parent: Snapshot, link: Snapshot) -> None:
+        """Hash `parent`, unless that was done, and raise PinError if it is not what `link` records.
+
+        Blocks for as long as the whole file takes. `open` does it too: call it before, in a
+        thread of its own, so that nobody waits for a hash in a thread that others need.
+        """
+        require_pin(self._pool.layer(parent.layer), link, self._hashes)
+        self._right.add((parent.layer.key, link.parent_hash))
+
     def open(self, tag: str) -> OpenImage:
         """The image of `tag`, its chain opened, walked and merged now if it was not yet.
 
+        Parents are compared with the hashes that their children record, as `pins` says.
         Raises FileAccessError if the tag is not shown, DiffMergeError if a layer is refused: that
         holds until the chain changes. The reason goes to the log once.
         """
@@ -242,9 +316,11 @@ class Store:
             raise FileAccessError(f"{tag}: no such snapshot is shown")
         if known := self.opened(tag):
             return known
-        keys = [link.layer.key for link in links]
+        keys = _keys_of(links)
         try:
-            image = open_snapshot(links, self._pool, self._policy)
+            image = open_snapshot(links, self._pool, self._policy, self._leases)
+            for parent, link in self._pins(links):
+                self.require_pin(parent, link)
             shown = OpenImage.of(image, *self._name_and_access(image, links))
         except OSError as error:
             self._complain(tag, keys, str(error))
@@ -267,7 +343,7 @@ class Store:
             self._complaints.pop(tag, None)
         return shown
 
-    def _complain(self, tag: str, keys: list[FileKey], text: str) -> None:
+    def _complain(self, tag: str, keys: Keys, text: str) -> None:
         # Once, however often somebody tries.
         with self._lock:
             is_new = self._complaints.get(tag) != (keys, text)
@@ -275,48 +351,9 @@ class Store:
         if is_new:
             log.warning("%s: cannot be opened now: %s", tag, text)
 
-    def _keys(self, tag: str) -> list[FileKey] | None:
+    def _keys(self, tag: str) -> Keys | None:
         links = self.chain(tag)
-        return None if links is None else [link.layer.key for link in links]
-
-    def _content_hash(self, file: StoredFile) -> str | None:
-        # In a thread of its own, one file after another: a look does not wait for it, and neither
-        # does the end of the process.
-        with self._lock:
-            if (digest := self._hashes.get(file.key)) is not None:
-                return digest
-            self._to_hash[file.key] = file
-        if self._hashing is None or not self._hashing.is_alive():
-            self._hashing = threading.Thread(target=self._hash_all, daemon=True)
-            self._hashing.start()
-        return None
-
-    def _hash_all(self) -> None:
-        # One that fails is asked for again by the next look, and so comes after the others.
-        while file := self._next_to_hash():
-            try:
-                self._hash(file)
-            finally:
-                with self._lock:
-                    self._to_hash.pop(file.key, None)
-
-    def _next_to_hash(self) -> StoredFile | None:
-        with self._lock:
-            return next(iter(self._to_hash.values()), None)
-
-    def _hash(self, file: StoredFile) -> None:
-        try:
-            with open(beneath.open_regular(self.fd, file.path), "rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-                if FileKey.of(os.fstat(content.fileno())) != file.key:
-                    raise LayerChangedError(f"{file.path}: changed while it was hashed")
-        except (OSError, DiffMergeError) as error:
-            if str(error) != self._unhashable.get(file.key):
-                log.warning("%s: its hash cannot be found: %s", file.path, error)
-            self._unhashable[file.key] = str(error)
-            return
-        with self._lock:
-            self._hashes[file.key] = digest
+        return None if links is None else _keys_of(links)
 
 
 def _status(file: int | str) -> os.stat_result | None:

@@ -244,7 +244,7 @@ class Tree:
 
     def _passed_children(self, path: str) -> Iterator[tuple[str, Node]]:
         assert self.store is not None
-        fd = beneath.open_directory(self.store.fd, path)
+        fd = beneath.open_directory(self.store.reach, path)
         try:
             names = os.listdir(fd)
         finally:
@@ -269,7 +269,7 @@ class Tree:
         if self.store.is_hidden(path):
             return None
         try:
-            status = beneath.stat_beneath(self.store.fd, path)
+            status = beneath.stat_beneath(self.store.reach, path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         kind = stat.S_IFMT(status.st_mode)
@@ -335,7 +335,7 @@ class Tree:
 
     def _mirrored(self, path: str) -> Attributes:
         assert self.store is not None
-        handle = beneath.open_handle(self.store.fd, path)
+        handle = beneath.open_handle(self.store.reach, path)
         try:
             status = os.fstat(handle)
             return _mirror(status, file_bits(f"/proc/self/fd/{handle}", status.st_mode))
@@ -348,7 +348,7 @@ class Tree:
         ESTALE where another file stands at its path by now: the kernel then looks it up again.
         """
         assert self.store is not None
-        fd = beneath.open_regular(self.store.fd, node.path)
+        fd = beneath.open_regular(self.store.reach, node.path)
         try:
             require_spare_descriptors(fd, node.path)
             status = os.fstat(fd)
@@ -362,7 +362,7 @@ class Tree:
     def link_target(self, node: Passed) -> str:
         """Where a passed-through symlink points, as it is stored."""
         assert self.store is not None
-        folder = beneath.open_directory(self.store.fd, os.path.dirname(node.path))
+        folder = beneath.open_directory(self.store.reach, os.path.dirname(node.path))
         try:
             return os.readlink(os.path.basename(node.path), dir_fd=folder)
         finally:

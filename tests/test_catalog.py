@@ -42,6 +42,18 @@ def test_an_unknown_tag_is_named(tmp_path: Path) -> None:
     assert reason(tmp_path, "nobody") == "no snapshot 'nobody'"
 
 
+def test_what_can_be_reached_of_a_broken_chain(tmp_path: Path) -> None:
+    write_chain(tmp_path, ["base", "work", "leaf"])
+    catalog = read_catalog(str(tmp_path))
+    assert catalog.reachable("leaf") == catalog.chain("leaf")
+    assert catalog.reachable("gone") == []
+    write_tag(tmp_path, "base", "leaf")
+    found = read_catalog(str(tmp_path)).reachable("work")
+    assert [link.tag for link in found] == ["leaf", "base", "work"]
+    write_tag(tmp_path, "base", "gone")
+    assert [s.tag for s in read_catalog(str(tmp_path)).reachable("work")] == ["base", "work"]
+
+
 def test_a_cycle_breaks_all_that_lead_into_it(tmp_path: Path) -> None:
     write_tag(tmp_path, "a", "c", layer=1)
     write_tag(tmp_path, "b", "a", layer=2)

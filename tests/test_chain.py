@@ -60,8 +60,10 @@ def test_a_cycle_is_told_without_the_way_to_it(
 
 def test_a_cycle_of_hundreds_is_told_in_a_short_line() -> None:
     parents: dict[str, str | None] = {f"t{n}": f"t{(n + 1) % 500}" for n in range(500)}
-    expected = " -> ".join([*(f"t{n}" for n in range(8)), "t0"])
-    assert refusal("t0", parents) == f"cycle: {expected}, each the parent"
+    expected = " -> ".join([*(f"t{n}" for n in range(8)), "492 more", "t0"])
+    assert refusal("t0", parents) == (
+        f"cycle: {expected}, each followed by its parent; a chain ends in a base"
+    )
 
 
 @pytest.mark.parametrize("depth", [1000, 1001])

@@ -22,7 +22,7 @@ from tests.support.stores import (
     write_tag,
 )
 
-LIST_FIELDS = {"tag", "parent", "depth", "size", "dirty_bytes", "state", "reason"}
+LIST_FIELDS = {"tag", "parent", "depth", "size", "dirty_bytes", "state", "pinned", "reason"}
 
 
 @pytest.fixture
@@ -57,9 +57,9 @@ def test_list_has_one_line_a_snapshot_in_a_pipe(store: Path) -> None:
     found = {row[0]: row[1:] for row in rows}
     assert len(rows) == 7
     assert found["base"] == ["-", "1", size, str(15 * PAGE), "complete"]
-    assert found["work"] == ["base", "2", size, page, "complete"]
-    assert found["full"] == ["work", "3", size, size, "dense"]
-    assert found["on-full"] == ["full", "4", size, page, "complete"]
+    assert found["work"] == ["base", "2", size, page, "complete, unpinned"]
+    assert found["full"] == ["work", "3", size, size, "dense, unpinned"]
+    assert found["on-full"] == ["full", "4", size, page, "complete, unpinned"]
     assert found["orphan"][:4] == ["nobody", "-", size, "-"]
     assert found["orphan"][4] == "broken: parent 'nobody' of 'orphan' is missing"
     assert found["holes-filled"][4].startswith("broken: holes-filled/memory.bin: looks like a diff")
@@ -77,11 +77,24 @@ def test_list_as_json_has_the_same_facts(store: Path) -> None:
         "size": SIZE,
         "dirty_bytes": PAGE,
         "state": "complete",
+        "pinned": False,
         "reason": None,
     }
-    assert found["base"]["parent"] is None
+    assert (found["base"]["parent"], found["base"]["pinned"]) == (None, None)
     assert (found["orphan"]["depth"], found["orphan"]["dirty_bytes"]) == (None, None)
     assert {row["state"] for row in found.values()} == {"complete", "dense", "broken"}
+
+
+def test_list_tells_who_records_the_hash_of_its_parent(tmp_path: Path) -> None:
+    write_chain(tmp_path, ["base", "free"])
+    write_tag(tmp_path, "held", "base", layer=2, parent_content_hash="ab" * 32)
+    write_tag(tmp_path, "lost", "nobody", layer=3, parent_content_hash="ab" * 32)
+    pinned = {tag: row["pinned"] for tag, row in listed(tmp_path).items()}
+    assert pinned == {"base": None, "free": False, "held": True, "lost": True}
+    states = {row[0]: row[-1] for row in cells(succeed("list", tmp_path))[1:]}
+    assert states["free"] == "complete, unpinned"
+    # A hash is not compared by `list`, and nothing of it is said then.
+    assert (states["base"], states["held"]) == ("complete", "complete")
 
 
 def test_list_accepts_a_filled_diff_with_dense(store: Path) -> None:
@@ -226,4 +239,4 @@ def test_what_a_user_may_not_look_into_is_told_and_spoils_nothing(public_path: P
     assert (done.returncode, done.stderr) == (0, "")
     states = {row[0]: row[-1] for row in cells(done.stdout)}
     assert states["lost+found"] == "broken: lost+found: Permission denied"
-    assert states["base"] == states["work"] == "complete"
+    assert (states["base"], states["work"]) == ("complete", "complete, unpinned")

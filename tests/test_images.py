@@ -192,7 +192,7 @@ def test_many_threads_open_a_layer_once(
         time.sleep(0.05)
 
     monkeypatch.setattr(os, "fsync", slow)
-    pool = LayerPool(root_fd)
+    pool = LayerPool(root_fd, TrustPolicy())
     layers = in_threads([lambda: pool.layer(file)] * 8)
     assert isinstance(layers[0], Layer) and {id(layer) for layer in layers} == {id(layers[0])}
     assert len(syncs) == 1
@@ -205,7 +205,7 @@ def test_different_layers_are_opened_side_by_side(
         write_layer(tmp_path / name, SIZE, [])
     both = threading.Barrier(2, timeout=20)  # broken if one waits for the other's end
     monkeypatch.setattr(os, "fsync", lambda _: both.wait())
-    pool = LayerPool(root_fd)
+    pool = LayerPool(root_fd, TrustPolicy())
     files = stored(tmp_path, "a", "b")
     layers = in_threads([lambda: pool.layer(files[0]), lambda: pool.layer(files[1])])
     assert [layer.path for layer in layers] == ["a", "b"]
@@ -213,7 +213,7 @@ def test_different_layers_are_opened_side_by_side(
 
 def test_two_names_of_one_file_are_one_layer(tmp_path: Path, root_fd: int) -> None:
     os.link(write_layer(tmp_path / "a", SIZE, []), tmp_path / "b")
-    pool = LayerPool(root_fd)
+    pool = LayerPool(root_fd, TrustPolicy())
     a, b = (pool.layer(file) for file in stored(tmp_path, "a", "b"))
     assert a is b
 
@@ -221,7 +221,7 @@ def test_two_names_of_one_file_are_one_layer(tmp_path: Path, root_fd: int) -> No
 def test_views_of_one_directory_share_their_base(tmp_path: Path, root_fd: int) -> None:
     write_chain(tmp_path, ["base", "one"])
     write_tag(tmp_path, "other", "base", layer=3)
-    catalog, pool = read_catalog(str(tmp_path)), LayerPool(root_fd)
+    catalog, pool = read_catalog(str(tmp_path)), LayerPool(root_fd, TrustPolicy())
     one, other = (
         open_snapshot(catalog.chain(t), pool, TrustPolicy()).view for t in ("one", "other")
     )
@@ -231,7 +231,7 @@ def test_views_of_one_directory_share_their_base(tmp_path: Path, root_fd: int) -
 
 def test_a_layer_that_no_view_uses_is_closed(tmp_path: Path, root_fd: int) -> None:
     write_layer(tmp_path / "a", SIZE, [])
-    pool = LayerPool(root_fd)
+    pool = LayerPool(root_fd, TrustPolicy())
     layer = pool.layer(*stored(tmp_path, "a"))
     assert opened_below(tmp_path) == {"a"}
     del layer
@@ -240,7 +240,7 @@ def test_a_layer_that_no_view_uses_is_closed(tmp_path: Path, root_fd: int) -> No
 
 def test_a_tainted_layer_is_opened_anew(tmp_path: Path, root_fd: int) -> None:
     path = write_layer(tmp_path / "a", SIZE, pages(0, [0]))
-    pool = LayerPool(root_fd)
+    pool = LayerPool(root_fd, TrustPolicy())
     (file,) = stored(tmp_path, "a")
     old = pool.layer(file)
     os.utime(path, ns=(1, 1))
@@ -259,7 +259,7 @@ def test_another_content_at_the_path_than_was_looked_at_is_refused(
     (file,) = stored(tmp_path, "a")
     write_layer(tmp_path / "new", SIZE, []).rename(tmp_path / "a")
     with pytest.raises(LayerChangedError, match="a: changed since it was looked over"):
-        LayerPool(root_fd).layer(file)
+        LayerPool(root_fd, TrustPolicy()).layer(file)
 
 
 def test_a_numbered_file_of_another_memory_suffix_than_the_base_is_no_image(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_a_layer_takes_none_of_the_last_descriptors(
 ) -> None:
     write_layer(tmp_path / "a", SIZE, [])
     (file,) = stored(tmp_path, "a")
-    pool = LayerPool(root_fd, "/where")
+    pool = LayerPool(root_fd, TrustPolicy(), "/where")
     with monkeypatch.context() as patch:
         patch.setattr(resource, "getrlimit", lambda _: (8, 8))
         with pytest.raises(FileAccessError) as caught:

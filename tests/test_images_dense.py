@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -14,7 +12,7 @@ from diffmergefs.errors import (
     DenseDiffError,
     UntrustedExtentsError,
 )
-from diffmergefs.extents import Segment
+from diffmergefs.extents import ExtentList
 from diffmergefs.images import (
     _spread_pages,
     count_filled_holes,
@@ -118,11 +116,6 @@ def test_a_sample_is_of_4096_pages_spread_over_the_whole_image(tmp_path: Path) -
     assert abs(filled - 2048) < 40
 
 
-def view_of(*extents: tuple[int, int]) -> Any:
-    """What `_spread_pages` needs of a view; extents in bytes."""
-    return SimpleNamespace(segments=lambda: [Segment(*extent, 0) for extent in extents])
-
-
 @pytest.mark.parametrize(
     ("extents", "expected"),
     [
@@ -138,7 +131,7 @@ def view_of(*extents: tuple[int, int]) -> Any:
 def test_every_page_with_data_is_visited_exactly_once(
     extents: list[tuple[int, int]], expected: list[int]
 ) -> None:
-    found = list(_spread_pages(view_of(*extents), PAGE))
+    found = list(_spread_pages(ExtentList(extents), PAGE))
     assert sorted(found) == [page * PAGE for page in expected]
 
 
@@ -146,7 +139,7 @@ def test_every_page_with_data_is_visited_exactly_once(
 @pytest.mark.parametrize("count", [10, 100, 700, 4096])
 def test_the_first_pages_visited_are_spread_evenly(total: int, count: int) -> None:
     count = min(count, total)
-    visited = sorted(islice(_spread_pages(view_of((0, total * PAGE)), PAGE), count))
+    visited = sorted(islice(_spread_pages(ExtentList([(0, total * PAGE)]), PAGE), count))
     gaps = [b - a for a, b in pairwise([*visited, total * PAGE])]
     assert visited[0] == 0
     assert max(gaps) <= 4 * total * PAGE / count

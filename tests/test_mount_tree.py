@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import socket
@@ -12,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffmergefs.sealing import seal_layer
+from diffmergefs.trust import TrustPolicy
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.mounts import Mount, mounted
@@ -87,10 +90,11 @@ def test_forkd_store(public_path: Path, mountpoint: Path) -> None:
     (store / "plain").mkdir(parents=True)
     files = [write_layer(store / "plain" / "memory.bin", SIZE, BASE)]
     (store / "plain" / "vmstate").write_bytes(b"plain state")
-    # Paths of another place, an unused parent hash, keys to pass on.
+    # Paths of another place, the parent's hash, keys to pass on.
     extra = {"volumes": [{"id": 1}], "rootfs": "/img/root", "note": "ü", "none": None}
     stale = {"memory": "/gone/child/memory.bin", "vmstate": "/gone/child/vm.state"}
-    parent = {"parent_tag": "plain", "parent_content_hash": "ab" * 32}
+    pin = hashlib.sha256(files[0].read_bytes()).hexdigest()
+    parent = {"parent_tag": "plain", "parent_content_hash": pin}
     files.append(write_tag(store, "child", DIFF, **stale, **parent, **extra))
     (store / "child" / "vm.state").write_bytes(b"child state")
     # Files that lie beneath the store, but not in the tag's own directory.
@@ -171,7 +175,7 @@ def test_other_files_of_a_tag(public_path: Path, mountpoint: Path) -> None:
     folder = store / "base"
     for n, name in enumerate(HARD_NAMES):
         Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(b"content %d" % n)
-    (folder / "memory.bin.bmap").write_bytes(b"a seal")
+    seal_layer(folder / "memory.bin", policy=TrustPolicy(dense=True))
     (folder / ".compact-staging-x").write_bytes(b"staging")
     (folder / "half.tmp").write_bytes(b"staging")
     os.mkfifo(folder / "fifo")
@@ -267,7 +271,8 @@ def test_numbered_layers(public_path: Path, mountpoint: Path) -> None:
     names = ["000-base.mem", "7-num py.mem", os.fsdecode(b"010-\xff\n.mem")]
     tags = ["base", "num py", os.fsdecode(b"\xff\n")]
     files = [write_layer(store / name, SIZE, layers[n]) for n, name in enumerate(names)]
-    for name in ("000-base.vmstate", "007-other.state", "7-num py.mem.bmap", "notes.txt"):
+    seal_layer(files[1])
+    for name in ("000-base.vmstate", "007-other.state", "notes.txt"):
         (store / name).write_text(name)
     (store / "7-dir").mkdir()
     os.mkfifo(store / "7-fifo.state")

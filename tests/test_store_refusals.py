@@ -13,7 +13,6 @@ from diffmergefs.errors import (
     DenseDiffError,
     FileAccessError,
     LayerChangedError,
-    SizeMismatchError,
     UntrustedExtentsError,
 )
 from diffmergefs.layer import Layer
@@ -101,11 +100,12 @@ def test_a_refusal_asked_for_again_and_again_does_not_grow(
     assert lengths[1] == lengths[2] == lengths[3]
 
 
-def test_an_empty_layer_is_refused(tmp_path: Path) -> None:
+def test_an_empty_layer_is_never_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_tag(tmp_path, "base", size=0, numbers=[])
-    store = looked(tmp_path)
-    with pytest.raises(SizeMismatchError, match="is empty"):
-        store.open("base")
+    assert looked(tmp_path).tags() == []
+    assert "base: not shown: base/memory.bin: is empty (0 bytes)" in warnings(caplog)[0]
 
 
 def test_a_filled_diff_is_refused_and_a_complete_link_is_dense(root: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 from diffmergefs.access import view_access
 from diffmergefs.errors import DiffMergeError, FileAccessError
 from diffmergefs.images import open_chain
+from diffmergefs.sealing import seal_layer
 from diffmergefs.store import OpenImage, Store
 from diffmergefs.tree import ROOT_INODE, Document, MemoryFile, Passed, Root, TagFolder, Tree
 from diffmergefs.trust import TrustPolicy
@@ -101,18 +102,22 @@ def test_a_tag_shows_its_memory_once_it_is_open_its_files_and_its_document(root:
 
 
 def test_a_refused_memory_file_has_no_entry_and_says_why(public_path: Path) -> None:
-    write_tag(public_path, "empty", size=0, numbers=[])
+    write_chain(public_path, ["base", "filled"])
+    memory = public_path / "filled" / "memory.bin"
+    memory.write_bytes(memory.read_bytes())
+    age(memory)
     tree = tree_of(public_path)
     with pytest.raises(DiffMergeError):
-        opened(tree, "empty")
-    assert set(tree.children(TagFolder("empty"))) == {"snapshot.json", "vmstate"}
-    with pytest.raises(DiffMergeError, match="is empty"):
-        tree.child(TagFolder("empty"), "memory.bin")
+        opened(tree, "filled")
+    assert set(tree.children(TagFolder("filled"))) == {"snapshot.json", "vmstate"}
+    with pytest.raises(DiffMergeError, match="holes were filled"):
+        tree.child(TagFolder("filled"), "memory.bin")
 
 
 def test_numbered_tags_show_their_own_files_only(public_path: Path) -> None:
     names = ["000-base.mem", "001-work.mem"]
-    write_numbered(public_path, names, companions=["001-work.vmstate", "001-work.mem.bmap"])
+    write_numbered(public_path, names, companions=["001-work.vmstate"])
+    seal_layer(public_path / "001-work.mem")
     tree = tree_of(public_path)
     opened(tree, "work")
     assert set(tree.children(TagFolder("work"))) == {"001-work.mem", "001-work.vmstate"}

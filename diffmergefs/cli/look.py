@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 import click
 
 from diffmergefs import info as infos
+from diffmergefs.beneath import Reach
 from diffmergefs.catalog import LAYOUTS, Catalog, read_catalog
 from diffmergefs.cli.common import (
     PATH,
     image_options,
     new_table,
     opened,
+    outside_option,
     print_json,
     print_table,
     printable,
@@ -24,12 +26,16 @@ from diffmergefs.cli.common import (
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.images import LayerPool, open_snapshot
 from diffmergefs.layer import Layer
+from diffmergefs.pins import is_pinned
 from diffmergefs.trust import TrustPolicy
 
 
 @dataclass(frozen=True)
 class Row:
-    """One snapshot as `list` shows it; what could not be found out is None. Sizes in bytes."""
+    """One snapshot as `list` shows it; what could not be found out is None. Sizes in bytes.
+
+    `pinned` says whether it records its parent's hash, and is None for a base.
+    """
 
     tag: str
     parent: str | None
@@ -37,6 +43,7 @@ class Row:
     size: int | None
     dirty_bytes: int | None
     state: str
+    pinned: bool | None
     reason: str | None = None
 
 
@@ -46,6 +53,7 @@ class Row:
 @click.option("--suffix", help="The suffix of numbered memory files (.mem).")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 @trust_options
+@outside_option
 def list_(
     source: str,
     layout: str | None,
@@ -56,17 +64,19 @@ def list_(
     """One line a snapshot of SOURCE: tag, parent, depth, size, own dirty bytes, state.
 
     The state is 'complete', 'dense' (a complete image in spite of its parent) or 'broken' with
-    the reason. The extents of every layer are walked.
+    the reason. 'unpinned' is one that records no hash of its parent, so that nothing can tell
+    whether the parent is still the same. The extents of every layer are walked. Hashes are not
+    compared: `diffmergefs verify` does that.
 
     \b
     Examples:
       diffmergefs list /srv/snapshots
       diffmergefs list --json /srv/snapshots | jq '.[] | select(.state == "broken")'
     """
-    catalog = read_catalog(source, layout, suffix)
+    catalog = read_catalog(source, layout, suffix, outside=policy.allow_outside)
     root = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        pool = LayerPool(root)
+        pool = LayerPool(Reach(root, policy.allow_outside), policy)
         held: list[Layer] = []  # so that each layer that is shared is walked once
         rows = []
         with progress("list", len(catalog.snapshots), unit="snapshots") as moved:
@@ -82,6 +92,8 @@ def list_(
     for row in rows:
         numbers = (row.depth, row.size, row.dirty_bytes)
         state = f"{row.state}: {row.reason}" if row.reason else row.state
+        if row.pinned is False and row.reason is None:
+            state += ", unpinned"
         table.add_row(
             printable(row.tag),
             printable(row.parent or "-"),
@@ -96,17 +108,19 @@ def _row(
 ) -> Row:
     snapshot = catalog.snapshots[tag]
     size = snapshot.memory.key.size if snapshot.memory else None
+    pinned = is_pinned(snapshot)
     try:
         links = catalog.chain(tag)
         image = open_snapshot(links, pool, policy)
     except (DiffMergeError, OSError) as error:
-        return Row(tag, snapshot.parent, None, size, None, "broken", " ".join(str(error).split()))
+        reason = " ".join(str(error).split())
+        return Row(tag, snapshot.parent, None, size, None, "broken", pinned, reason)
     for line in image.overridden:
         talk(line)
     held.extend(image.view.layers)
     dirty = image.view.layers[-1].extents.data_bytes
     state = "dense" if image.dense else "complete"
-    return Row(tag, snapshot.parent, len(links), size, dirty, state)
+    return Row(tag, snapshot.parent, len(links), size, dirty, state, pinned)
 
 
 @click.command()

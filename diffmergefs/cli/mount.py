@@ -8,7 +8,7 @@ import logging.handlers
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -20,6 +20,7 @@ from diffmergefs.catalog import LAYOUTS
 from diffmergefs.cli.common import (
     PATH,
     layer_options,
+    outside_option,
     printable,
     require_one_source,
     talk,
@@ -32,6 +33,7 @@ from diffmergefs.errors import (
     MountTimeoutError,
 )
 from diffmergefs.images import open_chain
+from diffmergefs.lease import Leases
 from diffmergefs.store import OpenImage, Store
 from diffmergefs.tree import Tree
 from diffmergefs.trust import TrustPolicy
@@ -111,6 +113,8 @@ class _MountCommand(click.Command):
         values, _, _ = self.make_parser(ctx).parse_args(arguments)
         for param in self.params:
             if isinstance(param, click.Option) and param.name in values:
+                if param.multiple:
+                    values[param.name] = [*ctx.params[param.name], *values[param.name]]
                 param.handle_parse_result(ctx, values, [])
 
 
@@ -138,7 +142,17 @@ class _MountCommand(click.Command):
 )
 @click.option("--log", "log_file", type=PATH, metavar="FILE", help="Log to FILE, not to syslog.")
 @click.option("-v", "--verbose", is_flag=True, help="Log each failed request too.")
+@click.option(
+    "--verify",
+    type=click.Choice(["no", "pins", "full"]),
+    default=TrustPolicy.verify,
+    show_default=True,
+    help="Compare seals and parents' recorded hashes (pins) with the files before an image is"
+    " shown: each once for a file, and remembered ('pins'), all of them anew ('full'), or"
+    " not at all ('no': the guest may get wrong bytes).",
+)
 @trust_options
+@outside_option
 def mount(
     operands: tuple[str, ...],
     base: str | None,
@@ -152,6 +166,7 @@ def mount(
     timeout: float,
     log_file: str | None,
     verbose: bool,
+    verify: str,
     policy: TrustPolicy,
 ) -> int:
     """Show every complete snapshot of SOURCE under MOUNTPOINT, its memory file merged, read-only.
@@ -173,12 +188,12 @@ def mount(
     if len(operands) > 2:
         raise click.UsageError("give at most SOURCE and MOUNTPOINT")
     source = os.path.abspath(operands[0]) if len(operands) == 2 else None
-    require_one_source(source, base, diffs, "SOURCE")
+    require_one_source(source, base, diffs, "SOURCE", policy)
     request = Request(
         source,
         tuple(os.path.abspath(path) for path in (base, *diffs) if path),
         os.path.abspath(operands[-1]),
-        policy,
+        replace(policy, verify=verify),
         layout,
         suffix,
         allow_other,
@@ -204,22 +219,37 @@ def _serve(request: Request, ready: Callable[[], None]) -> None:
         raise MountFailedError(
             f"pyfuse3 cannot be used ({error}); install libfuse3-dev and pyfuse3"
         ) from error
-    real = mountpoints.check_mountpoint(request.mountpoint, request.source, request.layers)
+    real = mountpoints.check_mountpoint(
+        request.mountpoint, request.source, request.layers, request.policy.allow_outside
+    )
     options = mounts.session_options(
         request.name, request.options, allow_other=request.allow_other, open_rw=request.open_rw
     )
+    if request.policy.verify == "no":
+        log.warning(
+            "%s: neither seals nor parents' hashes are compared with the files (--verify=no):"
+            " a wrong file shows as wrong bytes in guests",
+            request.name,
+        )
+    leases = Leases()
     if request.source is None:
-        tree = Tree(real, explicit=_explicit_image(request), open_rw=request.open_rw)
+        tree = Tree(real, explicit=_explicit_image(request, leases), open_rw=request.open_rw)
     else:
-        store = Store(request.source, request.policy, layout=request.layout, suffix=request.suffix)
+        store = Store(
+            request.source,
+            request.policy,
+            layout=request.layout,
+            suffix=request.suffix,
+            leases=leases,
+        )
         mounts.settle(store)
         tree = Tree(real, store, open_rw=request.open_rw)
-    mounts.serve(tree, real, options, ready)
+    mounts.serve(tree, real, options, ready, leases)
 
 
-def _explicit_image(request: Request) -> OpenImage:
+def _explicit_image(request: Request, leases: Leases) -> OpenImage:
     base, *diffs = request.layers
-    image = open_chain(base, diffs, request.policy)
+    image = open_chain(base, diffs, request.policy, leases)
     for line in image.overridden:
         log.warning("%s", line)
     return OpenImage.of(image, os.path.basename(base), view_access(image.view.layers, "/"))
@@ -261,7 +291,10 @@ def _serve_in_background(
         )
     lines = outcome.text.splitlines()
     if outcome.status != 0:
-        talk(lines[-1] if lines else f"the daemon ended with status {outcome.status}")
+        # What libfuse and its helper say on stderr is the reason of the failure that follows.
+        reasons = [line for line in lines[:-1] if line.startswith(("fuse: ", "fusermount3: "))]
+        last = lines[-1] if lines else f"the daemon ended with status {outcome.status}"
+        talk(" ".join([last, *(f"({reason})" for reason in reasons)]))
         return outcome.status if outcome.status > 0 else MountFailedError.exit_code
     for line in lines:
         talk(line)

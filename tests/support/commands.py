@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib  # noqa: F401  (click imports it when it needs it, as another user perhaps in vain)
 import os
 import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from diffmergefs import cli
@@ -52,10 +54,20 @@ def one_line(done: subprocess.CompletedProcess[str], status: int) -> str:
 
 
 def diffmergefs_as_nobody(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The command line in a child of this process that has become the user nobody.
+    """The command line as the user nobody, like `as_user`."""
+    return as_user(NOBODY, NOBODY, arguments)
 
-    A new process of that user might not be able to read the virtual environment. Skips the test
-    unless it runs as root.
+
+def as_user(
+    uid: int,
+    gid: int,
+    arguments: Sequence[str | Path],
+    prepare: Callable[[], None] = lambda: None,
+) -> subprocess.CompletedProcess[str]:
+    """The command line in a child of this process that has become this user.
+
+    A new process of that user might not be able to read the virtual environment. `prepare` is
+    called in the child before that. Skips the test unless it runs as root.
     """
     skips.require_root()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -68,9 +80,10 @@ def diffmergefs_as_nobody(*arguments: str | Path) -> subprocess.CompletedProcess
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                prepare()
                 os.setgroups([])
-                os.setgid(NOBODY)
-                os.setuid(NOBODY)
+                os.setgid(gid)
+                os.setuid(uid)
                 status = cli.main([os.fspath(argument) for argument in arguments])
                 sys.stdout.flush()
             except BaseException:

@@ -38,6 +38,15 @@ def until(answer: Callable[[], T], what: str) -> T:
     return found
 
 
+def error_of(path: Path) -> int | None:
+    """The errno with which reading the file fails, or None if it does not."""
+    try:
+        path.read_bytes()
+    except OSError as error:
+        return error.errno
+    return None
+
+
 def patch_children(patch: pytest.MonkeyPatch, directory: Path, code: str) -> None:
     """Have every Python process started from now on run this code first."""
     directory.mkdir()

@@ -50,10 +50,11 @@ class Overlay:
 
 
 @contextmanager
-def made(kind: str, under: Path) -> Iterator[Path]:
+def made(kind: str, under: Path, size: int = SIZE) -> Iterator[Path]:
     """A fresh file system of the kind, mounted in a new directory in `under`.
 
-    Yields its root (mode 755). Skips the test where the machine cannot have it.
+    `size` is that of the loop file; one in memory always has `SIZE`. Yields its
+    root (mode 755). Skips the test where the machine cannot have it.
     Mount, loop device and loop file are gone afterwards, whatever happened.
     """
     if kind == "overlay":
@@ -70,7 +71,7 @@ def made(kind: str, under: Path) -> Iterator[Path]:
         else:
             skips.require_loop()
             with image.open("xb") as file:
-                file.truncate(SIZE)
+                file.truncate(size)
             _run([*_MKFS[kind], str(image)])
             _ensure_loop_node()
             # "loop" has the kernel give the loop device up together with the mount.

@@ -62,8 +62,10 @@ def mounted(
     real = os.path.realpath(mountpoint)
     mounts_before = len(mounttable.at(real))
     operands = [mountpoint] if source is None else [source, mountpoint]
-    command = [sys.executable, "-m", "diffmergefs", "mount", "-f", *options, *map(str, operands)]
     with tempfile.TemporaryDirectory(prefix="diffmergefs-log-") as directory:
+        # The later one of two options counts: a test may name its own state directory.
+        mine = ["mount", "-f", f"--state-dir={directory}", *options]
+        command = [sys.executable, "-m", "diffmergefs", *mine, *map(str, operands)]
         log_path = Path(directory) / "log"
         with log_path.open("ab") as log:
             process = subprocess.Popen(

@@ -1,0 +1,271 @@
+"""Directories made by an enemy: files of every kind, documents of every kind, names as well."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffmergefs.catalog import read_catalog
+from diffmergefs.errors import BrokenChainError, FileAccessError, one_line
+from diffmergefs.images import open_image
+from diffmergefs.numbered import memory_files
+from diffmergefs.snapshot import load_document
+from diffmergefs.store import Store
+from diffmergefs.trust import TrustPolicy
+from tests.support import skips
+from tests.support.commands import diffmergefs_as_nobody, mistake, succeed
+from tests.support.stores import (
+    OLD_NS,
+    SECOND_NS,
+    write_chain,
+    write_document,
+    write_numbered,
+    write_tag,
+)
+
+
+def problem(store: Path, tag: str = "base") -> str:
+    catalog = read_catalog(str(store))
+    with pytest.raises(BrokenChainError) as caught:
+        catalog.chain(tag)
+    text = str(caught.value)
+    assert len(text.splitlines()) == 1 and len(text) < 10_000
+    assert catalog.chain("fine")[-1].tag == "fine"  # never the whole directory
+    return text
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    write_tag(tmp_path, "fine")
+    write_tag(tmp_path, "base")
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "symlink", "socket", "char", "block"])
+@pytest.mark.parametrize("name", ["snapshot.json", "memory.bin"])
+def test_what_is_no_regular_file_breaks_its_tag_and_is_not_opened(
+    store: Path, kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = store / "base" / name
+    path.rename(store / "real")
+    with socket.socket(socket.AF_UNIX) as server:
+        if kind == "fifo":
+            os.mkfifo(path)  # without a writer: an open for reading would wait for ever
+        elif kind == "directory":
+            path.mkdir()
+        elif kind == "symlink":
+            path.symlink_to("../real")
+        elif kind == "socket":
+            monkeypatch.chdir(path.parent)
+            server.bind(name)
+        else:
+            skips.require_root()
+            mode = stat.S_IFCHR if kind == "char" else stat.S_IFBLK
+            os.mknod(path, 0o600 | mode, os.makedev(240, 77))  # no driver: an open fails
+        assert "regular file" in problem(store)
+        assert "regular file" in mistake(3, "info", store / "base")
+
+
+def test_what_may_not_be_read_is_broken_with_the_reason(public_path: Path) -> None:
+    write_chain(public_path, ["closed", "child", "base", "file", "document"])
+    write_tag(public_path, "unlisted", "base")
+    (public_path / "closed").chmod(0o700)
+    (public_path / "unlisted").chmod(0o711)
+    (public_path / "file" / "memory.bin").chmod(0o600)
+    (public_path / "document" / "snapshot.json").chmod(0o600)
+    write_document(public_path, "base", f"{{{MEMORY}}}")
+    done = diffmergefs_as_nobody("list", "--json", public_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    reasons = {row["tag"]: row["reason"] for row in json.loads(done.stdout)}
+    assert reasons == {
+        "base": None,
+        "closed": "closed: Permission denied",
+        "child": "ancestor 'closed' is broken: closed: Permission denied",
+        "unlisted": "unlisted: Permission denied",
+        "file": "file/memory.bin: Permission denied",
+        "document": "document/snapshot.json: Permission denied",
+    }
+
+
+def test_a_diff_whose_document_cannot_be_seen_is_no_base(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tag(store, "work", "base", layer=1)
+    real = os.stat
+
+    def status(path: object, **options: object) -> os.stat_result:
+        if path == "snapshot.json" and failing and failing.pop():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, **options)  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(os, "stat", status)
+    # A tag whose first or second look at its document fails is broken, never a base.
+    for count in range(1, 4):
+        failing = [True] * count
+        found = read_catalog(str(store), "forkd").snapshots
+        assert set(found) == {"base", "fine", "work"}
+        assert found["work"].parent == "base" or found["work"].problem == "work: Input/output error"
+    assert all(snapshot.problem for snapshot in found.values())
+
+
+def test_source_itself_may_be_no_fifo(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(FileAccessError, match="Not a directory"):
+        read_catalog(str(tmp_path / "fifo"))
+    assert "not a regular file" in mistake(14, "info", "--base", tmp_path / "fifo")
+
+
+MEMORY = '"memory": "memory.bin"'
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (f'{{{MEMORY}, "x": {"9" * 1001}}}', "a number of 1001 digits"),
+        (f'{{{MEMORY}, "x": {"9" * 5000}}}', "a number of 5000 digits"),
+        (f'{{{MEMORY}, "x": 1e999}}', "the number 1e999 is beyond the range of a float"),
+        (f'{{{MEMORY}, "x": -{"9" * 900}.5}}', "is beyond the range of a float"),
+        (f'{{{MEMORY}, "x": ["\\udc80"]}}', "surrogates not allowed"),
+        (f'{{{MEMORY}, "\\ud800": 1}}', "surrogates not allowed"),
+        (f"\ufeff{{{MEMORY}}}", "BOM"),
+        (f"{{{MEMORY}}}".encode("utf-16"), "'utf-8' codec can't decode"),
+        (f'{{{MEMORY}, "x": "\ud800"}}'.encode("utf-8", "surrogatepass"), "can't decode"),
+        (f'{{{MEMORY}, "x": "a\nb"}}', "Invalid control character"),
+        ("\0" * 100, "not valid JSON"),
+        (b"\x7fELF" + bytes(4096), "not valid JSON"),
+        (json.dumps({"memory": "x" * 4097}), "'memory' has 4097 characters"),
+        (json.dumps({"memory": "x" * 300}), "File name too long"),
+        (json.dumps({"memory": "/".join(["x"] * 2000)}), "is neither in 'base'"),
+        (json.dumps({"memory": "memory.bin", "parent_tag": "x" * 9999}), "has 9999 characters"),
+        (json.dumps({"memory": "memory.bin", "parent_tag": "a\nb"}), r"parent 'a\nb' of"),
+        (json.dumps({"memory": "memory.bin", "parent_tag": "\x1b[2J"}), r"parent '\x1b[2J' of"),
+        (json.dumps({"memory": "memory.bin", "parent_tag": "../fine"}), "'../fine' of"),
+        (json.dumps({"memory": "memory.bin", "parent_tag": "a\u2028b"}), r"'a\u2028b'"),
+        (json.dumps({"memory": True}), "'memory' is a bool"),
+        (json.dumps({"memory": {"path": "memory.bin"}}), "'memory' is a dict"),
+        (json.dumps({"memory": "snapshot.json"}), "its own snapshot.json and 'memory' have one"),
+        (
+            json.dumps({"memory": "memory.bin", "vmstate": "snapshot.json"}),
+            "its own snapshot.json and 'vmstate' have one name",
+        ),
+        (json.dumps({"memory": "."}), "is not a regular file"),
+        (json.dumps({"memory": "/"}), "names no file"),
+        (json.dumps({"memory": "memory.bin\0.png"}), "names no file"),
+        (json.dumps({"memory": "memory.bin", "vmstate": "snapshot.json/x"}), "is neither in"),
+    ],
+)
+def test_hostile_documents(store: Path, text: str | bytes, reason: str) -> None:
+    write_document(store, "base", text)
+    assert reason in problem(store)
+    state = json.loads(succeed("list", "--json", store))[0]
+    assert (state["tag"], state["state"]) == ("base", "broken")
+
+
+def test_a_document_at_its_limits_is_taken_and_can_be_written_again(store: Path) -> None:
+    deep: object = 7
+    for _ in range(62):
+        deep = [deep]
+    fields = {"memory": "memory.bin", "x": deep, "n": int("9" * 1000), "f": 1e308, "é": "😀"}
+    text = json.dumps(fields)
+    write_document(store, "base", text + " " * ((1 << 20) - len(text)))
+    document = read_catalog(str(store)).chain("base")[0].document
+    assert document == fields
+    assert json.loads(json.dumps(document)) == fields
+    write_document(store, "base", text + " " * ((1 << 20) - len(text) + 1))
+    assert "too large" in problem(store)
+
+
+def test_a_key_that_stands_twice_at_the_end_of_many_is_found_at_once(store: Path) -> None:
+    # 1 MiB of keys: comparing each with each would take minutes.
+    keys = ",".join(f'"{n:x}":1' for n in range(100_000))
+    text = f'{{{MEMORY},{keys},"{"long" * 30}":1,"{"long" * 30}":1}}'
+    assert len(text) < 1 << 20
+    write_document(store, "base", text)
+    assert "'longlong" in problem(store) and "stands twice" in problem(store)
+
+
+def test_many_numbered_files_are_compared_in_one_pass() -> None:
+    # Comparing each with each would take hours.
+    kinds = {f"{n}-t{n}.mem": stat.S_IFREG for n in range(200_000)}
+    assert len(memory_files(kinds)) == 200_000
+    with pytest.raises(BrokenChainError, match=r"0199999-x\.mem and 199999-t199999\.mem are"):
+        memory_files(kinds | {"0199999-x.mem": stat.S_IFREG})
+
+
+def test_a_document_that_changes_while_it_is_read_is_refused(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, fstat, seen = store / "base" / "snapshot.json", os.fstat, []
+
+    def status(fd: int) -> os.stat_result:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(path):
+            seen.append(fd)
+            if len(seen) == 3:  # beneath's check, before and after the read
+                write_document(store, "base", "{}")
+        return fstat(fd)
+
+    root = os.open(store, os.O_PATH)
+    monkeypatch.setattr(os, "fstat", status)
+    try:
+        with pytest.raises(BrokenChainError, match="changed while it was read"):
+            load_document(root, "base/snapshot.json")
+    finally:
+        os.close(root)
+
+
+def test_a_sparse_document_of_a_terabyte_is_refused_by_its_first_mebibyte(store: Path) -> None:
+    os.truncate(store / "base" / "snapshot.json", 1 << 40)
+    assert "too large for a snapshot.json" in problem(store)
+
+
+def test_names_that_the_locale_cannot_write_are_refused(store: Path) -> None:
+    write_document(store, "base", json.dumps({"memory": "naïve"}))
+    code = "import sys; from diffmergefs import catalog\n"
+    code += "print(ascii(catalog.read_catalog(sys.argv[1]).snapshots['base'].problem))"
+    environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(store)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "which is no text" in done.stdout
+
+
+def test_a_name_forges_no_line_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tag(tmp_path, "x\n2030-01-01 INFO all is well\x1b[2J")
+    store = Store(str(tmp_path), TrustPolicy(), clock=lambda: OLD_NS + 100 * SECOND_NS)
+    store.look()
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1 and "\n" not in lines[0] and "\x1b" not in lines[0]
+    assert lines[0].startswith(r"x\n2030-01-01 INFO all is well\x1b[2J: not shown: ")
+
+
+def test_errors_are_one_line_whatever_names_they_hold() -> None:
+    text = str(BrokenChainError("a\nb\r\x00\x85\u2028\u2029é\udc80 c"))
+    assert text == "a\\nb\\r\\x00\\x85\\u2028\\u2029é\udc80 c"
+    assert one_line("naïve 名前") == "naïve 名前"
+
+
+def test_a_broken_neighbour_does_not_hide_a_numbered_image(tmp_path: Path) -> None:
+    write_numbered(tmp_path, ["000-base.mem", "002-leaf.mem"])
+    (tmp_path / "001-a.mem").symlink_to("000-base.mem")
+    with open_image(tmp_path / "000-base.mem").view as view:
+        assert len(view.layers) == 1
+    with pytest.raises(BrokenChainError, match=r"001-a\.mem: is not a regular file"):
+        open_image(tmp_path / "002-leaf.mem")
+    (tmp_path / "notes.mem").touch()
+    with pytest.raises(FileAccessError, match="neither a snapshot directory nor"):
+        open_image(tmp_path / "notes.mem")
