@@ -19,19 +19,19 @@ ROOT = PACKAGE.name
 # A module imports from lower levels only. A new module is entered at the level where it
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
-    {"errors", "extents", "daemon"},
-    {"sparse", "beneath", "chain", "mountpoint"},
-    {"layer"},
+    {"errors", "extents", "daemon", "finding"},
+    {"sparse", "beneath", "bmap", "chain", "mountpoint", "state", "verdict"},
+    {"host", "layer", "lease"},
     {"trust", "view", "snapshot", "access", "copying"},
-    {"forkd", "numbered", "output", "apply"},
-    {"catalog", "flatten"},
-    {"images", "watch"},
-    {"info", "store"},
-    {"tree", ROOT},
+    {"forkd", "hashqueue", "numbered", "output", "pins", "probe", "seal"},
+    {"catalog", "sealing"},
+    {"apply", "flatten", "images", "watch"},
+    {"diagnosis", "info", "verify", "store"},
+    {"doctor", "tree", ROOT},
     {"operations"},
     {"mount"},
     {"cli.common"},
-    {"cli.demo", "cli.look", "cli.mount", "cli.write"},
+    {"cli.demo", "cli.doctor", "cli.look", "cli.mount", "cli.seal", "cli.verify", "cli.write"},
     {"cli"},
     {"__main__"},
 ]

@@ -54,7 +54,7 @@ def test_an_error_is_one_line_and_its_exit_code(
     error = cls.__new__(cls)
     error.args = ("/a/path: went\nwrong",)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("diffmergefs.cli.look.read_catalog", fail)
@@ -67,7 +67,7 @@ def test_an_error_is_one_line_and_its_exit_code(
 def test_a_bug_is_a_traceback_and_a_status_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("diffmergefs.cli.look.read_catalog", lambda *_: 1 // 0)
+    monkeypatch.setattr("diffmergefs.cli.look.read_catalog", lambda *_, **__: 1 // 0)
     assert cli.main(["list", "."]) == 70
     out, err = capfd.readouterr()
     assert out == ""
@@ -78,7 +78,7 @@ def test_a_bug_is_a_traceback_and_a_status_of_its_own(
 def test_what_the_system_refuses_is_no_bug(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error", "/a/path")
 
     monkeypatch.setattr("diffmergefs.cli.look.read_catalog", fail)

@@ -15,13 +15,19 @@ from types import FrameType
 import click
 
 from diffmergefs import __version__
-from diffmergefs.cli import demo, look, mount, write
+from diffmergefs.cli import demo, doctor, look, mount, seal, verify, write
 from diffmergefs.cli.common import talk
 from diffmergefs.errors import DiffMergeError, FileAccessError
 from diffmergefs.images import raise_descriptor_limit
+from diffmergefs.mountpoint import ROOTS_PATH
 
 USAGE = 2
 BUG = 70
+
+_OF_TERMINALS = {
+    *("TERM", "COLORTERM", "NO_COLOR", "COLUMNS", "LINES", "LANG", "LANGUAGE"),
+    *("_DIFFMERGEFS_COMPLETE", "COMP_WORDS", "COMP_CWORD"),
+}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -45,6 +51,9 @@ for command in (
     mount.umount,
     look.list_,
     look.info,
+    seal.seal,
+    verify.verify,
+    doctor.doctor,
     write.flatten,
     write.apply,
     demo.demo,
@@ -53,7 +62,13 @@ for command in (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit code. A user's mistake is one line, a bug a traceback."""
+    """Run the command line; the exit code. A user's mistake is one line, a bug a traceback.
+
+    Without `arguments` those of the process count, and what is in its environment, if it is
+    root's, is thrown away but for how a terminal looks and what its user speaks.
+    """
+    if arguments is None and os.geteuid() == 0:
+        _distrust_environment()
     _end_on_signals()
     _make_stdout_take_all()
     raise_descriptor_limit()
@@ -111,6 +126,14 @@ def _warnings_told() -> Iterator[None]:
         yield
     finally:
         log.removeHandler(teller)
+
+
+def _distrust_environment() -> None:
+    # PATH, TMPDIR, HOME and the like may lead whatever we, our libraries or our children look for
+    # to a place of someone who is not root.
+    kept = {k: v for k, v in os.environ.items() if k in _OF_TERMINALS or k.startswith("LC_")}
+    os.environ.clear()
+    os.environ.update(kept, PATH=ROOTS_PATH)
 
 
 def _make_stdout_take_all() -> None:

@@ -1,0 +1,141 @@
+"""What a mount needs of this machine, as root and as an ordinary user find it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffmergefs import host
+from diffmergefs.finding import Finding
+from tests.support import skips
+
+
+@pytest.fixture(scope="session")
+def root() -> None:
+    skips.require_root()
+
+
+@pytest.fixture(autouse=True)
+def as_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+
+
+def found(check: str) -> Finding:
+    (finding,) = (f for f in host.examine_host() if f.check == check)
+    assert finding.subject == "host"
+    assert bool(finding.why) == bool(finding.remedy) == (finding.severity != "fine")
+    return finding
+
+
+def test_every_part_of_the_machine_is_looked_at_once() -> None:
+    checks = [finding.check for finding in host.examine_host()]
+    assert checks == ["kernel", "device", "helper", "allow_other", "pyfuse3"]
+
+
+def test_the_kernel_is_named() -> None:
+    assert found("kernel") == Finding("host", "kernel", "fine", f"Linux {platform.release()}")
+
+
+def test_an_old_kernel_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "release", lambda: "4.9.0-8-amd64")
+    assert found("kernel").severity == "warning"
+    monkeypatch.setattr(platform, "release", lambda: "4.14.1")
+    assert found("kernel").severity == "fine"
+
+
+def test_another_system_than_linux_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert (found("kernel").severity, found("kernel").finding) == ("wrong", "this is darwin")
+
+
+def test_the_device_can_be_opened() -> None:
+    skips.require_fuse()
+    assert found("device").severity == "fine"
+
+
+def test_a_device_that_is_missing_or_closed_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(host, "FUSE_DEVICE", str(tmp_path / "fuse"))
+    assert found("device").finding == f"no {tmp_path}/fuse"
+    (tmp_path / "fuse").mkdir()
+    closed = found("device")
+    assert (closed.severity, closed.finding) == ("warning", f"{tmp_path}/fuse: Is a directory")
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize(
+    ("mode", "uid", "severity", "text"),
+    [
+        (None, 0, "warning", "no fusermount3 in $PATH"),
+        (0o755, 0, "warning", "{} is not setuid root"),
+        (0o4755, 1, "warning", "{} is not setuid root"),
+        (0o4755, 0, "fine", "{} mounts for ordinary users"),
+    ],
+)
+def test_fusermount3(
+    mode: int | None,
+    uid: int,
+    severity: str,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    helper = tmp_path / "fusermount3"
+    if mode is not None:
+        helper.touch()
+        os.chown(helper, uid, 0)
+        helper.chmod(mode)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert (found("helper").severity, found("helper").finding) == (severity, text.format(helper))
+
+
+def test_root_needs_no_helper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(host, "ROOTS_PATH", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert found("helper").severity == "fine" and "without" in found("helper").finding
+
+
+def test_fuse_conf(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    conf = tmp_path / "fuse.conf"
+    monkeypatch.setattr(host, "FUSE_CONF", str(conf))
+    assert found("allow_other").severity == "warning"
+    conf.write_text("#user_allow_other\n", encoding="utf-8")
+    assert found("allow_other").severity == "warning"
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert found("allow_other").finding == "root may mount with --allow-other"
+    conf.write_text("mount_max = 10\nuser_allow_other\n", encoding="utf-8")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert found("allow_other").severity == "fine"
+
+
+def test_the_library_can_be_imported() -> None:
+    finding = found("pyfuse3")
+    assert finding.severity == "fine" and finding.finding.startswith("pyfuse3 3.")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["false"], "exit status 1"),
+        (["sh", "-c", "echo Traceback; echo 'ImportError: libfuse3.so.3' >&2; exit 1"], "libfuse3"),
+        (["/does/not/exist"], "No such file"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_is_a_warning(
+    command: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = subprocess.run
+
+    def instead(_: Any, **options: Any) -> Any:
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", instead)
+    finding = found("pyfuse3")
+    assert finding.severity == "warning" and said in finding.finding

@@ -1,0 +1,122 @@
+"""What filesystems do with a sparse file, tried out on real ones."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffmergefs import probe, sparse
+from diffmergefs.extents import Extent
+from diffmergefs.finding import Finding
+from tests.support import loopfs
+from tests.support.commands import as_user
+from tests.support.users import NOBODY
+
+CHECKS = ["filesystem", "grain", "zeros", "reflink", "lease"]
+
+
+def examined(folder: Path, page: int = 4096) -> dict[str, Finding]:
+    findings = list(probe.examine_filesystem(str(folder), page))
+    assert {finding.subject for finding in findings} == {str(folder)}
+    for finding in findings:
+        assert bool(finding.why) == bool(finding.remedy) == (finding.severity != "fine")
+    return {finding.check: finding for finding in findings}
+
+
+def test_filesystems_for_snapshots_are_fine(real_fs: Path) -> None:
+    found = examined(real_fs)
+    assert list(found) == CHECKS
+    assert {f.severity for f in found.values()} == {"fine"}
+    kind = real_fs.parent.name
+    assert found["filesystem"].finding == f"a filesystem of type {kind}"
+    assert ("shares blocks" in found["reflink"].finding) == (kind in ("xfs", "btrfs"))
+    assert list(real_fs.iterdir()) == []
+
+
+def test_an_overlay_is_fine_too(overlay_fs: loopfs.Overlay) -> None:
+    found = examined(overlay_fs.merged)
+    assert list(found) == CHECKS and found["grain"].severity == found["zeros"].severity == "fine"
+    # What the kernel answers of a writer there depends on its version.
+    assert found["lease"].severity in ("fine", "warning")
+
+
+@pytest.mark.parametrize(("kind", "grain"), [("xfs16k", 16384), ("tmpfs_huge", 2 << 20)])
+def test_a_grain_coarser_than_the_page_is_wrong(
+    kind: str, grain: int, filesystem: Callable[[str], Path]
+) -> None:
+    folder = filesystem(kind)
+    coarse = examined(folder)["grain"]
+    assert coarse.severity == "wrong"
+    assert (
+        coarse.finding == f"one written page of 4096 bytes, but {grain} bytes of data are reported"
+    )
+    assert examined(folder, grain)["grain"].severity == "fine"
+
+
+def test_a_filesystem_that_reports_all_as_data_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse, "data_extents", lambda _, size: iter([Extent(0, size)]))
+    found = examined(tmp_path)
+    assert f"but {16 << 20} bytes of data" in found["grain"].finding
+    assert [found[check].severity for check in ("grain", "zeros")] == ["wrong", "fine"]
+
+
+def test_a_filesystem_that_makes_holes_of_zeros_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk = sparse.data_extents
+
+    def without_zeros(fd: int, size: int) -> Iterator[Extent]:
+        return (e for e in walk(fd, size) if any(os.pread(fd, e.stop - e.start, e.start)))
+
+    monkeypatch.setattr(sparse, "data_extents", without_zeros)
+    found = examined(tmp_path)
+    assert [found[check].severity for check in ("grain", "zeros")] == ["fine", "wrong"]
+
+
+def test_a_filesystem_of_an_untrusted_type_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse, "filesystem_magic", lambda _: 0x2FC12FC1)
+    found = examined(tmp_path)["filesystem"]
+    assert found.severity == "wrong" and "on zfs cannot be trusted" in found.finding
+
+
+def test_no_leases_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    control = fcntl.fcntl
+
+    def without(fd: int, command: int, *rest: Any) -> Any:
+        if command == fcntl.F_SETLEASE:
+            raise OSError(22, "Invalid argument")
+        return control(fd, command, *rest)
+
+    monkeypatch.setattr(fcntl, "fcntl", without)
+    assert examined(tmp_path)["lease"].severity == "warning"
+
+
+def test_a_directory_that_cannot_be_written_is_told_of_by_metadata(public_path: Path) -> None:
+    done = as_user(NOBODY, NOBODY, ["doctor", public_path])
+    assert done.returncode == 0 and done.stderr == ""
+    assert "warning  holes could not be tried out: Permission denied" in done.stdout
+    assert "only its block size of 4096 bytes" in done.stdout
+
+
+def test_a_filesystem_without_unnamed_files_is_tried_out_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "_O_TMPFILE_WORKS", False)
+    monkeypatch.delattr(os, "O_TMPFILE")
+    assert list(examined(tmp_path)) == CHECKS
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        list(probe.examine_filesystem(str(tmp_path / "gone")))
