@@ -9,15 +9,17 @@ BIN := $(VENV)/bin
 
 RUN_PACKAGES := libfuse3-dev pkg-config gcc libc6-dev fuse3
 TEST_PACKAGES := xfsprogs btrfs-progs e2fsprogs qemu-system-x86 qemu-utils \
-	busybox-static cpio acl attr util-linux procps jq
+	busybox-static cpio acl attr util-linux procps fio jq bmap-tools
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean run-packages test-packages
+.PHONY: help demo test soak lint clean run-packages test-packages
 
 help:
 	@echo 'make demo   show the filesystem at work on a chain it makes itself'
 	@echo 'make test   lint, type-check and test (as root: many tests mount file systems)'
 	@echo '            one file: make test PYTEST_ARGS=tests/test_support.py'
+	@echo 'make soak   the fault tests and the fuzzing at their full counts (half an hour);'
+	@echo '            writes what it saw to docs/reliability.md'
 	@echo 'make lint   lint and type-check only'
 	@echo 'make clean  remove the virtual environment and the caches'
 
@@ -27,6 +29,13 @@ demo: $(VENV)/.stamp-run
 # pytest comes last, so that its summary is the end of the output.
 test: $(VENV)/.stamp-test lint | test-packages
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Without the traceback that pytest prints of a test which takes long, and without the debug lines
+# of a hundred thousand inputs.
+soak: $(VENV)/.stamp-test | test-packages
+	@$(BIN)/python -m pytest --soak --soak-report docs/reliability.md \
+		-o faulthandler_timeout=0 -o log_level=INFO tests/faults $(wildcard tests/test_fuzz*.py) \
+		$(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-test
 	@$(BIN)/ruff check

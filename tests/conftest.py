@@ -11,11 +11,72 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+from diffmergefs import state
 from tests.support import loopfs, mounttable
+from tests.support import soak as soaking
 from tests.support.strict_skips import pytest_make_collect_report, pytest_runtest_makereport
 
 __all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]
+
+
+settings.register_profile("soak", deadline=None, print_blob=True)
+
+_SOAK_SECONDS = 1800
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--soak and --soak-report, for `make soak`."""
+    parser.addoption(
+        "--soak", action="store_true", help="run the fuzzing and fault tests at their full counts"
+    )
+    parser.addoption(
+        "--soak-report", type=Path, metavar="FILE", help="write what the tests saw to FILE"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hypothesis runs with the profile of that name too."""
+    if config.getoption("--soak"):
+        settings.load_profile("soak")
+    if path := config.getoption("--soak-report"):
+        config.pluginmanager.register(soaking.Record(path, full=config.getoption("--soak")))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The full counts take longer than a test may otherwise; one that hangs still fails."""
+    if config.getoption("--soak"):
+        for item in items:
+            item.add_marker(pytest.mark.timeout(_SOAK_SECONDS))
+
+
+@pytest.fixture(scope="session")
+def soak(pytestconfig: pytest.Config) -> bool:
+    """Whether the full counts are asked for."""
+    return bool(pytestconfig.getoption("--soak"))
+
+
+@pytest.fixture(scope="session")
+def count(soak: bool) -> Callable[[int], int]:
+    """``count(200)``: 200 with --soak, and a tenth of it without."""
+    return soaking.counter(soak)
+
+
+@pytest.fixture
+def seen(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """``seen(kills=200)``: notes the numbers for the page that `make soak` writes."""
+    return soaking.teller(record_property)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _state_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What this process verifies is not remembered in the real state directory."""
+    directory = tmp_path_factory.mktemp("state")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "ROOTS_DIRECTORY", str(directory))
+        patch.setenv("XDG_STATE_HOME", str(directory))
+        yield
 
 
 @contextmanager

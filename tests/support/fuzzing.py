@@ -1,0 +1,88 @@
+"""For tests that throw random input at what reads the outside world: how much, and who watches."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+_SHARE = 25  # of the full counts, `make test` runs one in so many
+
+
+def inputs(full: int, soak: bool) -> settings:
+    """So many inputs for `make soak`, and a small share of them for `make test`."""
+    count = full if soak else full // _SHARE
+    return settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+class Guard:
+    """Watches every open of this process, and judges those made while it is on duty.
+
+    Each must be for reading, of a regular file or a directory beneath one of `roots`, and such
+    that it cannot wait for anybody. `opened` counts them.
+    """
+
+    def __init__(self, roots: Iterable[Path], patch: pytest.MonkeyPatch) -> None:
+        self._roots = [os.path.realpath(root) for root in roots]
+        self._on_duty = False
+        self._expected = 0
+        self.opened = 0
+        real = os.open
+
+        def watched(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+            if not self._on_duty:
+                return real(path, flags, mode, dir_fd=dir_fd)
+            self._require_harmless(path, flags)
+            self._expected += 1
+            fd = real(path, flags, mode, dir_fd=dir_fd)
+            self._judge(path, fd, flags)
+            return fd
+
+        patch.setattr(os, "open", watched)
+        sys.addaudithook(self._hear)
+
+    @contextmanager
+    def on_duty(self) -> Iterator[None]:
+        """Judge what the body opens, and that nothing was opened past `os.open`."""
+        self._on_duty = True
+        try:
+            yield
+        finally:
+            self._on_duty = False
+        assert self._expected == 0, "the audit hook heard of fewer opens than there were"
+
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        # An audit hook cannot be removed: off duty it costs next to nothing.
+        if not self._on_duty:
+            return
+        path = arguments[0] if arguments else None
+        if event == "open" and not isinstance(path, int):
+            if self._expected == 0:
+                raise AssertionError(f"{path!r} was opened, and not by os.open")
+            self._expected -= 1
+        elif event in ("os.listdir", "os.scandir") and not isinstance(path, int):
+            raise AssertionError(f"{path!r} was listed by its name")
+        elif event in ("subprocess.Popen", "os.exec", "os.fork", "os.remove", "os.rename"):
+            raise AssertionError(f"{event} {arguments}")
+
+    def _require_harmless(self, path: Any, flags: int) -> None:
+        assert flags & os.O_ACCMODE == os.O_RDONLY, f"{path!r} was opened for writing"
+        assert not flags & (os.O_CREAT | os.O_TRUNC), f"{path!r} would be made"
+        passive = os.O_PATH | os.O_DIRECTORY | os.O_NONBLOCK
+        assert flags & passive, f"{path!r}: an open that would wait if it were a FIFO"
+
+    def _judge(self, path: Any, fd: int, flags: int) -> None:
+        self.opened += 1
+        real = os.readlink(f"/proc/self/fd/{fd}")
+        inside = any(real == root or real.startswith(f"{root}/") for root in self._roots)
+        assert inside, f"{path!r} led to {real}, outside"
+        if not flags & os.O_PATH:
+            mode = os.fstat(fd).st_mode
+            assert stat.S_ISREG(mode) or stat.S_ISDIR(mode), f"{real} is no file, and was opened"
