@@ -139,14 +139,14 @@ def test_letting_others_in_takes_a_line_in_fuse_conf(
 ) -> None:
     conf = public_path / "fuse.conf"
     arguments = [f"--log={home}/log", f"--state-dir={home}/state", *option, store, home / "mnt"]
-    for text in ("", "#user_allow_other\n", "mount_max = 10\n"):
+    for text in ("", "#user_allow_other\n", "mount_max = 10000\n"):
         conf.write_text(text)
         namespace.bind(conf, "/etc/fuse.conf")
         done = namespace.diffmergefs(USER, USER, "mount", *arguments)
         line = one_line(done, FAILED)
         assert "the line user_allow_other in /etc/fuse.conf" in line
         assert namespace.mount_options(home / "mnt") is None
-    conf.write_text("mount_max = 10\nuser_allow_other\n")
+    conf.write_text("mount_max = 10000\nuser_allow_other\n")
     with mounted_by_user(namespace, home, *option, store) as (mnt, _):
         view = mnt / "leaf" / "memory.bin"
         assert read_as(namespace, USER, view) == LEAF
