@@ -113,8 +113,12 @@ class OutputDirectory:
     def _abandon(self) -> None:
         with self._held:
             path = getattr(self, "path", "")
-            if path and os.path.lexists(path):
-                shutil.rmtree(path, onerror=_tell)
+            if not path or not os.path.lexists(path):
+                return
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                log.warning("%s: left behind: %s", path, error.strerror)
 
 
 def sync_directory(path: str) -> None:
@@ -124,10 +128,6 @@ def sync_directory(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _tell(function: object, path: str, info: tuple[type, BaseException, object]) -> None:
-    log.warning("%s: left behind: %s", path, info[1])
 
 
 def _lock(fd: int) -> bool:
