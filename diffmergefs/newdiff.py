@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from types import TracebackType
 
 from diffmergefs import sparse
 from diffmergefs.copying import (
@@ -98,13 +97,8 @@ class NewDiff:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._file.__exit__(None, None, None)
 
     def put(self, extents: ExtentList, moved: Callable[[int], None] = lambda count: None) -> None:
         """Make these ranges data, with the source's bytes; what is a hole there becomes zeros.

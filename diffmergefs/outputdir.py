@@ -10,7 +10,6 @@ import secrets
 import shutil
 import stat
 from contextlib import ExitStack
-from types import TracebackType
 
 from diffmergefs.copying import failures
 from diffmergefs.errors import OutputRefusedError
@@ -53,12 +52,7 @@ class OutputDirectory:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._abandon()
 
     def publish(self, mode: int) -> None:

@@ -20,29 +20,17 @@ from diffmergefs.errors import (
 )
 from diffmergefs.extents import Extent
 from diffmergefs.view import MergedView
+from tests.support.asked import asked
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.layers import poke
 from tests.support.randomchains import Extents, chains, open_view, write_chain
 from tests.support.stores import pages
 
+__all__ = ["asked"]
+
 MIB = 1 << 20
 KIB = 1 << 10
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
-    """Which bytes were asked of which layer's file: (name, offset, length), by preadv itself."""
-    calls: list[tuple[str, int, int]] = []
-    preadv = os.preadv
-
-    def recorded(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
-        calls.append((name, offset, sum(len(b) for b in buffers)))
-        return preadv(fd, buffers, offset, flags)
-
-    monkeypatch.setattr(os, "preadv", recorded)
-    return calls
 
 
 def differing_pages(one: bytes, other: bytes, page: int) -> list[int]:

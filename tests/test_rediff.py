@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmergefs import seal, sparse
+from diffmergefs import sparse
 from diffmergefs.apply import apply_diff
 from diffmergefs.compare import compare
 from diffmergefs.errors import (
@@ -28,16 +28,19 @@ from diffmergefs.errors import (
 )
 from diffmergefs.extents import ExtentList
 from diffmergefs.images import open_chain
-from diffmergefs.layer import Layer
 from diffmergefs.rediff import rediff
 from diffmergefs.sealing import seal_layer
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.view import MergedView
+from tests.support.asked import asked
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.layers import poke
+from tests.support.newdiffs import assert_sealed, data_of, harm_writes
 from tests.support.randomchains import Extents, chains, open_view, write_chain
 from tests.support.stores import age, pages
+
+__all__ = ["asked"]
 
 MIB = 1 << 20
 SIZE = 64 * PAGE
@@ -46,11 +49,6 @@ SIZE = 64 * PAGE
 PARENT = pages(0, range(32))
 CHILD = [*pages(0, range(2)), *pages(1, range(2, 4)), *pages(0, range(5, 31)), *pages(1, [40, 63])]
 CHANGED = [(2 * PAGE, 5 * PAGE), (31 * PAGE, 32 * PAGE), (40 * PAGE, 41 * PAGE), (63 * PAGE, SIZE)]
-
-
-def data_of(path: Path) -> list[tuple[int, int]]:
-    with path.open("rb") as file:
-        return [tuple(e) for e in sparse.data_extents(file.fileno(), path.stat().st_size)]
 
 
 @pytest.fixture
@@ -135,22 +133,14 @@ def test_written_zeros_over_a_hole_are_no_change(tmp_path: Path) -> None:
 
 
 def test_of_a_store_only_what_differs_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, asked: list[tuple[str, int, int]]
 ) -> None:
     paths = write_chain(tmp_path, SIZE, [PARENT, pages(1, [3]), pages(2, [9])])
-    asked = []
-    preadv = os.preadv
-
-    def recorded(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
-        asked.append((name, offset // PAGE, sum(map(len, buffers)) // PAGE))
-        return preadv(fd, buffers, offset, flags)
-
-    monkeypatch.setattr(os, "preadv", recorded)
     result = rediff(open_view(paths[:2]), open_view(paths), tmp_path / "diff")
     assert result.compared_bytes == PAGE
     # The last one is for writing it.
-    assert asked == [("000.mem", 9, 1), ("002.mem", 9, 1), ("002.mem", 9, 1)]
+    files = [name for name, offset, length in asked if (offset, length) == (9 * PAGE, PAGE)]
+    assert files == ["000.mem", "002.mem", "002.mem"] and len(asked) == 3
 
 
 def test_processes_write_the_same(tmp_path: Path) -> None:
@@ -330,9 +320,7 @@ def test_a_seal_of_the_old_file_goes_or_is_made_anew(
     assert os.listdir(out.parent) == ["diff"]
     beside.write_text("stale")
     rediff(*sides, out, force=True, seal=True)
-    found = seal.find(str(out))
-    assert found is not None and [tuple(e) for e in found.map.extents()] == CHANGED
-    seal.compare(Layer.open(str(out)), found)
+    assert_sealed(out, CHANGED)
 
 
 def test_the_mode_is_the_childs_without_what_another_layer_withholds(
@@ -366,12 +354,7 @@ def test_a_side_that_changes_meanwhile_leaves_nothing(
 def test_verify_reads_the_file_that_was_written(
     sides: tuple[MergedView, MergedView], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.pwrite
-
-    def harm(fd: int, data: Any, offset: int) -> int:
-        return real(fd, b"\1" + bytes(data)[1:] if offset == 40 * PAGE else data, offset)
-
-    monkeypatch.setattr(os, "pwrite", harm)
+    harm_writes(monkeypatch, 40 * PAGE)
     with pytest.raises(VerificationError, match=f"{out}: with this diff byte {40 * PAGE} of"):
         rediff(*sides, out, verify=True)
     assert os.listdir(out.parent) == []

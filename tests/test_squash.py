@@ -7,13 +7,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmergefs import seal, sparse
 from diffmergefs.errors import (
     LayerChangedError,
     OutputRefusedError,
@@ -22,15 +20,18 @@ from diffmergefs.errors import (
 )
 from diffmergefs.extents import ExtentList
 from diffmergefs.images import open_chain
-from diffmergefs.layer import Layer
 from diffmergefs.sealing import seal_layer
 from diffmergefs.squash import count_data, squash
 from diffmergefs.trust import TrustPolicy
+from tests.support.asked import asked
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.layers import poke
+from tests.support.newdiffs import assert_sealed, data_of, harm_writes
 from tests.support.randomchains import Extents, chains, open_view, write_chain
 from tests.support.stores import pages
+
+__all__ = ["asked"]
 
 MIB = 1 << 20
 SIZE = 64 * PAGE
@@ -42,11 +43,6 @@ CHAIN: list[Extents] = [
     pages(3, [2, 63]),
 ]
 IMAGE = bytes(overlay_oracle(SIZE, CHAIN))
-
-
-def data_of(path: Path) -> list[tuple[int, int]]:
-    with path.open("rb") as file:
-        return [tuple(e) for e in sparse.data_extents(file.fileno(), path.stat().st_size)]
 
 
 def joined(*layers: Extents) -> list[tuple[int, int]]:
@@ -115,25 +111,16 @@ def test_on_real_filesystems_written_zeros_stay_data(real_fs: Path) -> None:
 
 
 def test_the_base_and_the_diffs_beside_are_not_read(
-    layers: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch
+    layers: list[Path], out: Path, asked: list[tuple[str, int, int]]
 ) -> None:
-    asked = set()
-    preadv = os.preadv
-
-    def recorded(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
-        asked.add((name, offset // PAGE, sum(map(len, buffers)) // PAGE))
-        return preadv(fd, buffers, offset, flags)
-
-    monkeypatch.setattr(os, "preadv", recorded)
     squash(open_view(layers), out, first=1, last=2)
     # Nor what a newer one of them hides.
-    assert asked == {
-        ("001.mem", 2, 1),
-        ("001.mem", 4, 1),
-        ("002.mem", 20, 1),
-        ("002.mem", 40, 2),
-    }
+    assert asked == [
+        ("001.mem", 2 * PAGE, PAGE),
+        ("001.mem", 4 * PAGE, PAGE),
+        ("002.mem", 20 * PAGE, PAGE),
+        ("002.mem", 40 * PAGE, 2 * PAGE),
+    ]
     assert data_of(out) == joined(*CHAIN[1:3])
 
 
@@ -209,9 +196,7 @@ def test_an_output_is_replaced_only_with_force_and_its_seal_goes(
     squash(open_view(layers), out, force=True)
     assert os.listdir(out.parent) == ["diff"]
     squash(open_view(layers), out, force=True, seal=True)
-    found = seal.find(str(out))
-    assert found is not None and [tuple(e) for e in found.map.extents()] == joined(*CHAIN[1:])
-    seal.compare(Layer.open(str(out)), found)
+    assert_sealed(out, joined(*CHAIN[1:]))
 
 
 def test_a_filesystem_with_a_coarse_grain_is_refused(
@@ -246,12 +231,7 @@ def test_a_layer_that_changes_meanwhile_leaves_nothing(tmp_path: Path, out: Path
 def test_verify_reads_the_file_that_was_written(
     layers: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.pwrite
-
-    def harm(fd: int, data: Any, offset: int) -> int:
-        return real(fd, b"\1" + bytes(data)[1:] if offset == 40 * PAGE else data, offset)
-
-    monkeypatch.setattr(os, "pwrite", harm)
+    harm_writes(monkeypatch, 40 * PAGE)
     with pytest.raises(VerificationError, match=f"{out}: with this diff byte {40 * PAGE} of"):
         squash(open_view(layers), out, verify=True)
     assert os.listdir(out.parent) == []

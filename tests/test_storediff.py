@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import seal, sparse
+from diffmergefs import seal
 from diffmergefs.errors import (
     BrokenChainError,
     DenseDiffError,
@@ -29,6 +29,7 @@ from diffmergefs.trust import TrustPolicy
 from diffmergefs.verify import open_image as open_to_verify
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
+from tests.support.newdiffs import assert_sealed, data_of, harm_writes
 from tests.support.stores import (
     BASE_PAGES,
     SIZE,
@@ -82,11 +83,6 @@ def convert(store: Path, output: Path, **options: Any) -> dict[str, NewSnapshot]
     assert made.data_before == sum(s.data_before for s in made.snapshots)
     assert made.data_bytes == sum(s.data_bytes for s in made.snapshots)
     return {snapshot.tag: snapshot for snapshot in made.snapshots}
-
-
-def data_of(path: Path) -> list[tuple[int, int]]:
-    with path.open("rb") as file:
-        return [tuple(e) for e in sparse.data_extents(file.fileno(), path.stat().st_size)]
 
 
 def document(store: Path, tag: str) -> dict[str, Any]:
@@ -255,7 +251,7 @@ def test_seals_are_made_anew(store: Path, public_path: Path, all_of_them: bool) 
         found = seal.find(str(new / tag / "memory.bin"))
         assert (found is not None) is (tag in sealed)
         if found is not None:
-            assert [tuple(e) for e in found.map.extents()] == data_of(new / tag / "memory.bin")
+            assert_sealed(new / tag / "memory.bin", data_of(new / tag / "memory.bin"))
     with open_image(new / "tip", TrustPolicy(verify="full")).view as view:
         assert view.read(0, SIZE) == image("tip")
 
@@ -356,12 +352,7 @@ def test_a_store_that_changes_meanwhile_leaves_nothing(store: Path, public_path:
 def test_a_failure_in_the_middle_leaves_nothing(
     store: Path, public_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.pwrite
-
-    def harm(fd: int, data: Any, offset: int) -> int:
-        return real(fd, bytes([data[0] ^ 1]) + bytes(data)[1:], offset)
-
-    monkeypatch.setattr(os, "pwrite", harm)
+    harm_writes(monkeypatch, 0)
     with (
         StoreRediff(store) as opened,
         pytest.raises(VerificationError, match="with this diff byte 0 of"),
