@@ -106,11 +106,12 @@ class StoreRediff:
         one. The directory gets its name when all in it is whole and synced; nothing is written to
         the old store. `progress` is called with the bytes done so far, of `total_bytes`.
 
-        Raises OutputRefusedError (`output` exists, or lies in the store), PinError,
+        Raises OutputRefusedError (`output` exists, lies in the store, or is no UTF-8, which the
+        documents are), BrokenChainError (a recorded hash is wrong, and nothing is to be skipped),
         LayerChangedError (also where the store changed meanwhile), and like `rediff`.
         """
         output = os.fspath(output)
-        self._require_apart(output)
+        self._require_fit(output)
         tally = Tally(progress)
         with OutputDirectory(output) as directory:
             self._require_pins(tally)
@@ -138,7 +139,8 @@ class StoreRediff:
                 self._leave_out(tag, error)
         for links in sorted(chains, key=len):
             try:
-                image = open_snapshot(links, pool, self._policy)
+                with failures(self.source):
+                    image = open_snapshot(links, pool, self._policy)
             except DiffMergeError as error:
                 self._leave_out(links[-1].tag, error)
                 continue
@@ -170,7 +172,14 @@ class StoreRediff:
                 self._leave_out(tag, error)
                 del self._links[tag]
 
-    def _require_apart(self, output: str) -> None:
+    def _require_fit(self, output: str) -> None:
+        try:
+            os.path.abspath(output).encode()
+        except UnicodeEncodeError:
+            raise OutputRefusedError(
+                f"{output!a}: is no UTF-8, and {DOCUMENT} can name nothing else; choose another"
+                " output"
+            ) from None
         store = os.path.realpath(self.source)
         place = os.path.realpath(os.path.dirname(os.path.abspath(output)))
         if os.path.commonpath([store, place]) == store:

@@ -7,9 +7,12 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
+
+_ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -23,7 +26,8 @@ def in_order(
     With one job, or one item, it happens in this process. The others are forks of it: they share
     its open files and see its memory as it was then; results must be picklable. What `work` raises
     is raised here, with the traceback of its process as a note. Close the generator (or exhaust
-    it): that ends the processes, and so does the end of this one. Raises ValueError for less than
+    it): that ends the processes, and so does the end of this one; SIGINT, SIGTERM and SIGHUP do
+    not. Raises ValueError for less than
     one job, and OSError (ECHILD) if a process was ended from outside.
     """
     if jobs < 1:
@@ -36,33 +40,43 @@ def in_order(
     processes: list[multiprocessing.process.BaseProcess] = []
     readers: list[Connection] = []
     try:
-        for number in range(jobs):
-            reader, writer = context.Pipe(duplex=False)
-            readers.append(reader)
-            # Each process has every n-th item, so that its pipe holds them in the order in which
-            # they are taken; a full pipe lets it wait.
-            share = (work, items[number::jobs], writer, readers)
-            processes.append(context.Process(target=_serve, args=share, daemon=True))
-            processes[-1].start()
-            writer.close()
+        with _ending_signals_held():
+            for number in range(jobs):
+                reader, writer = context.Pipe(duplex=False)
+                readers.append(reader)
+                # Each process has every n-th item, so that its pipe holds them in the order in
+                # which they are taken; a full pipe lets it wait.
+                share = (work, items[number::jobs], writer, readers)
+                processes.append(context.Process(target=_serve, args=share, daemon=True))
+                processes[-1].start()
+                writer.close()
         for number in range(len(items)):
             yield _received(readers[number % jobs], processes[number % jobs])
     finally:
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()
-                process.join()
+        started = [process for process in processes if process.pid is not None]
+        for process in started:
+            process.kill()
+        for process in started:
+            process.join()
         for reader in readers:
             reader.close()
+
+
+@contextmanager
+def _ending_signals_held() -> Iterator[None]:
+    # Terminals and service managers signal all processes of a group. This one answers, and ends the
+    # others, which hold such signals for all their life, as they were when they were forked: if
+    # they ended first, that would look like a failure of theirs.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(
     work: Callable[[Any], Any], items: Sequence[Any], writer: Connection, readers: list[Connection]
 ) -> None:
-    # An interrupt from the terminal goes to all: the parent answers it, and ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
     for reader in readers:
         reader.close()  # or the end of the parent would not be seen by those who write
     try:

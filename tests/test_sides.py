@@ -28,6 +28,14 @@ def test_a_snapshot_directory_is_its_image(tmp_path: Path) -> None:
     assert content(tmp_path / "link") == MERGED
 
 
+def test_the_tags_of_a_chain_are_told_where_it_has_some(tmp_path: Path) -> None:
+    store = write_chain(tmp_path / "store", ["base", "work", "leaf"])
+    numbered = write_numbered(tmp_path / "layers", ["000-base.mem", "001-work.mem"])
+    assert open_side(store / "leaf").tags == ("base", "work", "leaf")
+    assert open_side(numbered / "001-work.mem").tags == ("base", "work")
+    assert open_side(numbered / "001-work.mem", plain=True).tags == ()
+
+
 def test_a_numbered_layer_is_its_image_unless_it_is_plain(tmp_path: Path) -> None:
     write_numbered(tmp_path, ["000-base.mem", "001-work.mem", "002-leaf.mem"])
     leaf = tmp_path / "002-leaf.mem"

@@ -326,6 +326,13 @@ def test_an_output_that_exists_is_refused(store: Path, public_path: Path) -> Non
         opened.write(public_path / "new")
 
 
+def test_an_output_that_no_document_can_name_is_refused(store: Path, public_path: Path) -> None:
+    name = os.fsdecode(os.fsencode(public_path) + b"/\xff")
+    with StoreRediff(store) as opened, pytest.raises(OutputRefusedError, match="is no UTF-8"):
+        opened.write(name)
+    assert sorted(os.listdir(public_path)) == ["store"]
+
+
 def test_what_is_no_forkd_store_is_told(public_path: Path) -> None:
     write_numbered(public_path / "layers", ["000-base.mem", "001-work.mem"])
     with pytest.raises(BrokenChainError, match="holds no snapshot of a forkd store"):

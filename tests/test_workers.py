@@ -95,6 +95,17 @@ def test_a_process_that_dies_is_an_error_of_one_line() -> None:
     gc.collect()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_that_a_group_gets_are_left_to_the_parent(number: signal.Signals) -> None:
+    def work(item: int) -> int:
+        os.kill(os.getpid(), number)
+        return item
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert list(in_order(work, range(4), 2)) == [0, 1, 2, 3]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     def work(item: int) -> int:
         (tmp_path / str(os.getpid())).touch()
