@@ -79,7 +79,7 @@ class NewDiff:
         statuses = [layer.status for layer in self._inputs]
         self._file = OutputFile(self.path, statuses, force=force)
         self._put: list[ExtentList] = []
-        self._unshareable: set[Layer] = set()
+        self._sharing: dict[Layer, bool] = {}
         self.copied = 0
         self.shared = 0
 
@@ -178,16 +178,17 @@ class NewDiff:
                 self.shared += stop - start
                 moved(stop - start)
             else:
-                self._unshareable.add(layer)
+                self._sharing[layer] = False
         return shared
 
     def _may_share(self, layer: Layer) -> bool:
         # Not where the layer's file may have a hole, or blocks that were never written, under what
         # counts as its data: the share of a hole is a hole.
-        if layer in self._unshareable or layer.seal is not None:
-            return False
-        with failures(layer.path):
-            return sparse.unwritten_range(layer.fd, layer.size) is None
+        if layer not in self._sharing:
+            with failures(layer.path):
+                is_written = sparse.unwritten_range(layer.fd, layer.size) is None
+            self._sharing[layer] = is_written and layer.seal is None
+        return self._sharing[layer]
 
     def _on_blocks(self, start: int, stop: int) -> bool:
         return start % self._block == 0 and (stop % self._block == 0 or stop == self._source.size)
