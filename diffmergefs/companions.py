@@ -79,13 +79,16 @@ def copy_file(root: Root, path: str, target: str) -> None:
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def take_over(path: str, status: os.stat_result) -> None:
-    """Give the file or directory `path` the mode, and if this is root the owner, of `status`."""
+def take_over(path: str, status: os.stat_result, bits: int = 0o7777) -> None:
+    """Give the file or directory `path` these bits of the mode, and by root the owner, of `status`.
+
+    A symlink keeps its mode. Raises FileAccessError.
+    """
     with failures(path):
         if os.geteuid() == 0:
             os.chown(path, status.st_uid, status.st_gid, follow_symlinks=False)
         if not stat.S_ISLNK(status.st_mode):
-            os.chmod(path, stat.S_IMODE(status.st_mode))
+            os.chmod(path, status.st_mode & bits)
 
 
 def _entries(root: Root, folder: str) -> Iterator[tuple[str, os.stat_result]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from diffmergefs import beneath
 from diffmergefs.beneath import Root
+from diffmergefs.bmap import SEAL_SUFFIX
 from diffmergefs.catalog import Catalog
 from diffmergefs.companions import Kept, copy_file, copy_folder, take_over
 from diffmergefs.compare import require_equal
@@ -187,8 +188,9 @@ class StoreWriter:
             data = _copy_diff(own, path, seal, options, report)
             done = "diff"
         report(link.layer.size)
-        with failures(path):
-            take_over(path, link.layer.status)
+        take_over(path, link.layer.status)
+        if seal:
+            take_over(path + SEAL_SUFFIX, link.layer.status, bits=0o666)
         return NewSnapshot(
             tag=link.tag,
             parent=link.snapshot.parent,

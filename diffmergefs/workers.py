@@ -27,8 +27,8 @@ def in_order(
     its open files and see its memory as it was then; results must be picklable. What `work` raises
     is raised here, with the traceback of its process as a note. Close the generator (or exhaust
     it): that ends the processes, and so does the end of this one; SIGINT, SIGTERM and SIGHUP do
-    not. Raises ValueError for less than
-    one job, and OSError (ECHILD) if a process was ended from outside.
+    not. Raises ValueError for less than one job, and OSError (ECHILD) if a process was ended from
+    outside.
     """
     if jobs < 1:
         raise ValueError(f"{jobs} jobs, at least one is needed")

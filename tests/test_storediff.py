@@ -256,6 +256,19 @@ def test_seals_are_made_anew(store: Path, public_path: Path, all_of_them: bool) 
         assert view.read(0, SIZE) == image("tip")
 
 
+def test_memory_and_seals_keep_their_owners(store: Path, public_path: Path) -> None:
+    for tag, mode in (("base", 0o640), ("work", 0o600), ("leaf", 0o754)):
+        os.chown(store / tag / "memory.bin", NOBODY, NOBODY)
+        (store / tag / "memory.bin").chmod(mode)
+    new = public_path / "new"
+    convert(store, new, seal=True)
+    for tag, mode in (("base", 0o640), ("work", 0o600), ("leaf", 0o754)):
+        memory, beside = (os.stat(new / tag / f"memory.bin{end}") for end in ("", ".bmap"))
+        assert (memory.st_uid, memory.st_gid) == (beside.st_uid, beside.st_gid) == (NOBODY, NOBODY)
+        assert stat.S_IMODE(memory.st_mode) == mode
+        assert stat.S_IMODE(beside.st_mode) == mode & 0o666
+
+
 # Refusals
 
 
