@@ -15,30 +15,43 @@ Nothing here needs libfuse; mounting is done by the command line.
 """
 
 from diffmergefs.apply import apply_diff
+from diffmergefs.compare import Comparison, compare
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.extents import Extent, Segment
 from diffmergefs.flatten import FlattenResult, flatten
 from diffmergefs.images import Image, open_chain, open_image
 from diffmergefs.layer import Layer
+from diffmergefs.newdiff import WrittenDiff
+from diffmergefs.rediff import RediffResult, rediff
 from diffmergefs.sealing import SealResult, seal_layer
+from diffmergefs.sides import open_side
+from diffmergefs.squash import SquashResult, squash
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.view import MergedView
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "DiffMergeError",
     "Extent",
     "FlattenResult",
     "Image",
     "Layer",
     "MergedView",
+    "RediffResult",
     "SealResult",
     "Segment",
+    "SquashResult",
     "TrustPolicy",
+    "WrittenDiff",
     "apply_diff",
+    "compare",
     "flatten",
     "open_chain",
     "open_image",
+    "open_side",
+    "rediff",
     "seal_layer",
+    "squash",
 ]

@@ -113,7 +113,7 @@ def copy_range(
         count = _copy_in_kernel(layer, position, stop, target)
         if not count:
             # Not possible here, or at the end of the layer: then reading it says so.
-            _copy_through_buffer(layer, position, stop, target, moved)
+            copy_through_buffer(layer, position, stop, target, moved)
             return
         position += count
         moved(count)
@@ -130,20 +130,25 @@ def _copy_in_kernel(layer: Layer, position: int, stop: int, target: Target) -> i
             raise
 
 
-def _copy_through_buffer(
+def copy_through_buffer(
     layer: Layer, start: int, stop: int, target: Target, moved: Callable[[int], None]
 ) -> None:
+    """`copy_range` by reading and writing alone: all of the range is data in the target then.
+
+    The kernel's copy shares blocks where it can, and a hole of the layer's file so stays one.
+    """
     buffer = memoryview(bytearray(min(stop - start, BLOCK)))
     for position in range(start, stop, BLOCK):
         part = buffer[: min(stop - position, BLOCK)]
         with failures(layer.path):
             layer.read_into(part, position)
         with failures(target.path, target):
-            _write(target.fd, part, position)
+            write_at(target.fd, part, position)
         moved(len(part))
 
 
-def _write(fd: int, data: memoryview, offset: int) -> None:
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` from `offset` on, positionless. Raises OSError."""
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done:], offset + done)

@@ -11,7 +11,7 @@ import resource
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from diffmergefs import beneath
 from diffmergefs.beneath import Reach, Root
@@ -43,7 +43,8 @@ _Content = tuple[FileKey, FileKey | None]
 class Image:
     """An open image: its view, and what was found while its layers were judged.
 
-    `dense` says that the newest layer is a complete image in spite of its parent; `overridden` has
+    `tags` are those of its layers, base first, where they lie in a directory of snapshots. `dense`
+    says that the newest layer is a complete image in spite of its parent; `overridden` has
     a line for each check that failed and that the policy overrode: those of law 4, and whether
     someone has a layer open for writing.
     """
@@ -51,6 +52,7 @@ class Image:
     view: MergedView
     dense: bool = False
     overridden: list[str] = field(default_factory=list)
+    tags: tuple[str, ...] = ()
 
 
 def raise_descriptor_limit() -> None:
@@ -180,16 +182,26 @@ def find_image(path: str | os.PathLike[str], outside: Iterable[str] = ()) -> tup
         return read_catalog(root, "forkd", outside=outside), name
     if not os.path.exists(image):
         raise FileAccessError(f"{os.fspath(path)}: No such file or directory")
+    if found := find_numbered(root, name):
+        return found
+    raise FileAccessError(
+        f"{os.fspath(path)}: neither a snapshot directory nor a numbered layer (002-name.mem);"
+        " name its layers with --base and --diff"
+    )
+
+
+def find_numbered(root: str, name: str) -> tuple[Catalog, str] | None:
+    """The catalog of the numbered layers in `root`, and the tag of the layer `name`, if it is one.
+
+    Raises DiffMergeError where the directory cannot be read, or is ambiguous.
+    """
     suffix = os.path.splitext(name)[1]
     # One of the usual suffixes is a layer's only if the lowest number's memory file has it too.
     catalog = read_catalog(root, "numbered", None if suffix in SUFFIXES else suffix or None)
     for tag, snapshot in catalog.snapshots.items():
         if snapshot.memory and snapshot.memory.path == name:
             return catalog, tag
-    raise FileAccessError(
-        f"{os.fspath(path)}: neither a snapshot directory nor a numbered layer (002-name.mem);"
-        " name its layers with --base and --diff"
-    )
+    return None
 
 
 def open_snapshot(
@@ -203,7 +215,8 @@ def open_snapshot(
     `leases` is `open_chain`'s. Raises DiffMergeError.
     """
     layers = [pool.layer(link.layer) for link in links]
-    return _judge(layers, policy, leases, in_store=True)
+    image = _judge(layers, policy, leases, in_store=True)
+    return replace(image, tags=tuple(link.tag for link in links))
 
 
 def _judge(

@@ -26,6 +26,11 @@ class NumberedFile(NamedTuple):
     suffix: str
 
 
+def is_numbered(name: str) -> bool:
+    """Whether a file of this name could be a numbered layer."""
+    return _NUMBERED.fullmatch(name) is not None
+
+
 def memory_files(kinds: Mapping[str, int], suffix: str | None = None) -> list[NumberedFile]:
     """The memory files among the names of `kinds` (name -> file type), in numeric order.
 

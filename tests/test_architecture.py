@@ -19,19 +19,21 @@ ROOT = PACKAGE.name
 # A module imports from lower levels only. A new module is entered at the level where it
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
-    {"errors", "extents", "daemon", "finding"},
+    {"errors", "extents", "daemon", "finding", "workers"},
     {"sparse", "beneath", "bmap", "chain", "mountpoint", "state", "verdict"},
     {"host", "layer", "lease"},
     {"trust", "view", "snapshot", "access", "copying"},
-    {"forkd", "hashqueue", "numbered", "output", "pins", "probe", "seal"},
+    {"compare", "forkd", "hashqueue", "numbered", "output", "outputdir", "pins", "probe", "seal"},
     {"catalog", "sealing"},
-    {"apply", "flatten", "images", "watch"},
-    {"diagnosis", "info", "verify", "store"},
-    {"doctor", "tree", ROOT},
-    {"operations"},
+    {"apply", "flatten", "images", "newdiff", "watch"},
+    {"companions", "diagnosis", "info", "rediff", "sides", "squash", "verify", "store"},
+    {"doctor", "newstore", "tree", ROOT},
+    {"operations", "storediff"},
     {"mount"},
     {"cli.common"},
-    {"cli.demo", "cli.doctor", "cli.look", "cli.mount", "cli.seal", "cli.verify", "cli.write"},
+    {"cli.demo", "cli.doctor", "cli.look", "cli.mount", "cli.seal", "cli.sides", "cli.squash"}
+    | {"cli.verify", "cli.write"},
+    {"cli.compare", "cli.rediff"},
     {"cli"},
     {"__main__"},
 ]

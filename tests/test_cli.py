@@ -260,6 +260,10 @@ PROGRESS = {
     "info": (["info", "{store}/work"], "open"),
     "apply": (["apply", "{store}/work/memory.bin", "{store}/base/memory.bin"], "/? "),
     "flatten": (["flatten", "{store}/work", "-o", "{store}/new"], "flatten"),
+    "rediff": (["rediff", "{store}/base", "{store}/work", "-o", "{store}/new"], "rediff"),
+    "rediff --store": (["rediff", "--store", "{store}", "-o", "{store}.new"], "rediff"),
+    "squash": (["squash", "{store}/work", "-o", "{store}/new"], "squash"),
+    "compare": (["compare", "{store}/work", "{store}/work"], "compare"),
 }
 
 

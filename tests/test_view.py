@@ -16,8 +16,11 @@ from diffmergefs.errors import BrokenChainError, SizeMismatchError
 from diffmergefs.extents import Segment
 from diffmergefs.layer import Layer
 from diffmergefs.view import MergedView
+from tests.support.asked import asked
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
+
+__all__ = ["asked"]
 
 MIB = 1 << 20
 Extents = list[tuple[int, bytes]]
@@ -97,21 +100,6 @@ READS: dict[str, tuple[list[list[tuple[int, int]]], list[tuple[int, int, int]]]]
         [(0, 0, 1), (1, 1, 1), (2, 2, 1), (1, 3, 2), (2, 5, 2), (0, 7, 1)],
     ),
 }
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
-    """Which bytes were asked of which layer's file: (name, offset, length), by preadv itself."""
-    calls: list[tuple[str, int, int]] = []
-    preadv = os.preadv
-
-    def recorded(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
-        calls.append((name, offset, sum(len(b) for b in buffers)))
-        return preadv(fd, buffers, offset, flags)
-
-    monkeypatch.setattr(os, "preadv", recorded)
-    return calls
 
 
 @pytest.mark.parametrize("case", READS)

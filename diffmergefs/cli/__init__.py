@@ -15,7 +15,7 @@ from types import FrameType
 import click
 
 from diffmergefs import __version__
-from diffmergefs.cli import demo, doctor, look, mount, seal, verify, write
+from diffmergefs.cli import compare, demo, doctor, look, mount, rediff, seal, squash, verify, write
 from diffmergefs.cli.common import talk
 from diffmergefs.errors import DiffMergeError, FileAccessError
 from diffmergefs.images import raise_descriptor_limit
@@ -56,6 +56,9 @@ for command in (
     doctor.doctor,
     write.flatten,
     write.apply,
+    rediff.rediff,
+    squash.squash,
+    compare.compare,
     demo.demo,
 ):
     cli.add_command(command)

@@ -60,6 +60,11 @@ def printable(text: str) -> str:
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in _ESCAPED else c for c in line)
 
 
+def count(number: int, what: str) -> str:
+    """`1 diff`, `2 diffs`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def print_json(facts: object) -> None:
     """Facts as JSON on stdout."""
     print(json.dumps(facts, indent=2))

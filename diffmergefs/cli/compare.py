@@ -1,0 +1,101 @@
+"""`compare`: are two images the same, and if not, where do they differ?"""
+
+from __future__ import annotations
+
+import click
+
+from diffmergefs.cli.common import (
+    PATH,
+    new_table,
+    outside_option,
+    print_json,
+    print_table,
+    progress,
+    trust_options,
+)
+from diffmergefs.cli.sides import jobs_option, opened_side, plain_option, side_diffs
+from diffmergefs.compare import Comparison, bytes_to_compare, count_pages
+from diffmergefs.compare import compare as compare_views
+from diffmergefs.extents import ExtentList
+from diffmergefs.trust import TrustPolicy
+
+
+@click.command()
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@click.option("--map", "with_map", is_flag=True, help="Print the ranges that differ, too.")
+@side_diffs("a")
+@side_diffs("b")
+@plain_option
+@jobs_option
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@trust_options
+@outside_option
+def compare(
+    a: str,
+    b: str,
+    with_map: bool,
+    a_diffs: tuple[str, ...],
+    b_diffs: tuple[str, ...],
+    plain: bool,
+    jobs: int,
+    as_json: bool,
+    policy: TrustPolicy,
+) -> int:
+    """Compare two images: the first byte that differs, and how many pages do.
+
+    Each is an IMAGE (a snapshot directory or a numbered layer) or any other file, taken as it is:
+    a hole counts as zeros. Both must have one size. What both take from the same layer file is not
+    read. The exit code is 0 if they are equal, and 1 if not.
+
+    \b
+    Examples:
+      diffmergefs compare mem_file mem_file --b-diff mem_diff --map || echo they differ
+      diffmergefs compare /srv/snapshots/numpy /srv/snapshots/pandas --json || true
+    """
+    with (
+        opened_side(a, a_diffs, policy, plain) as one,
+        opened_side(b, b_diffs, policy, plain) as other,
+        progress("compare", bytes_to_compare(one, other)) as moved,
+    ):
+        found = compare_views(one, other, page_size=policy.page_size, jobs=jobs, progress=moved)
+    if as_json:
+        _print_json(found, with_map)
+    else:
+        _print_text(found, with_map)
+    return 0 if found.equal else 1
+
+
+def _pages(found: Comparison) -> int:
+    return -(-found.size // found.page_size)
+
+
+def _print_json(found: Comparison, with_map: bool) -> None:
+    facts: dict[str, object] = {
+        "equal": found.equal,
+        "size": found.size,
+        "page_size": found.page_size,
+        "first_difference": found.first,
+        "pages": _pages(found),
+        "differing_pages": found.differing_pages,
+        "compared_bytes": found.compared_bytes,
+    }
+    if with_map:
+        facts["ranges"] = [{"start": start, "stop": stop} for start, stop in found.ranges]
+    print_json(facts)
+
+
+def _print_text(found: Comparison, with_map: bool) -> None:
+    if found.first is None:
+        click.echo(f"equal: {found.size} bytes, {found.compared_bytes} compared")
+        return
+    click.echo(
+        f"different: the first difference is at byte {found.first} ({found.first:#x});"
+        f" {found.differing_pages} of {_pages(found)} pages of {found.page_size} bytes differ"
+    )
+    if with_map:
+        table = new_table(">START", ">STOP", ">PAGES")
+        for start, stop in found.ranges:
+            pages = count_pages(ExtentList([(start, stop)]), found.page_size)
+            table.add_row(str(start), str(stop), str(pages))
+        print_table(table)

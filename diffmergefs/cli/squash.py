@@ -1,0 +1,128 @@
+"""`squash`: adjacent diffs of a chain as one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from diffmergefs.cli.common import (
+    PATH,
+    count,
+    image_options,
+    opened,
+    print_json,
+    printable,
+    progress,
+    talk,
+)
+from diffmergefs.images import Image
+from diffmergefs.squash import SquashResult, count_data
+from diffmergefs.squash import squash as squash_view
+from diffmergefs.trust import TrustPolicy
+
+_NAMED = 8  # tags of a chain that stand in a message
+
+
+@click.command()
+@image_options
+@click.option("-o", "--output", required=True, type=PATH, help="The new diff.")
+@click.option("--from", "from_tag", metavar="TAG", help="The oldest diff; by default the first.")
+@click.option("--to", "to_tag", metavar="TAG", help="The newest diff; by default IMAGE's own.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists, in one step.")
+@click.option(
+    "--verify", is_flag=True, help="Compare the chain with it in place before it is published."
+)
+@click.option("--seal", is_flag=True, help="Write the output's seal too (see `diffmergefs seal`).")
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+def squash(
+    image: str | None,
+    base: str | None,
+    diffs: tuple[str, ...],
+    policy: TrustPolicy,
+    output: str,
+    from_tag: str | None,
+    to_tag: str | None,
+    force: bool,
+    verify: bool,
+    seal: bool,
+    as_json: bool,
+) -> None:
+    """Merge diffs of IMAGE's chain into one, which takes their place; the base is not touched.
+
+    Written are all diffs, or those from one tag to another, both included. Written zeros stay
+    data. The output is whole or not there at all, and is proven to have data where one of the
+    diffs has, and only there. Blocks are shared (reflinked) where the filesystem can.
+
+    \b
+    Examples:
+      diffmergefs squash /srv/snapshots/pandas -o squashed.diff
+      diffmergefs squash /srv/layers/002-pandas.mem --from numpy --to pandas -o squashed.diff
+      diffmergefs squash --base mem_file --diff mem_diff -o squashed.diff --seal --verify
+    """
+    if base is not None and (from_tag is not None or to_tag is not None):
+        raise click.UsageError(
+            "--from and --to name tags of IMAGE's chain; with --base and --diff, name just the"
+            " diffs to squash"
+        )
+    with (found := opened(image, base, diffs, policy)).view as view:
+        if len(view.layers) == 1:
+            raise click.UsageError(f"{view.layers[0].path} is a base: there is no diff to squash")
+        first = 1 if from_tag is None else _position(found, from_tag, "--from")
+        last = len(view.layers) - 1 if to_tag is None else _position(found, to_tag, "--to")
+        if first > last:
+            raise click.UsageError(
+                f"--from {found.tags[first]} is newer than --to {found.tags[last]} in the chain"
+                f" {_named(found)}"
+            )
+        with progress("squash", count_data(view, first, last)) as moved:
+            result = squash_view(
+                view,
+                output,
+                first=first,
+                last=last,
+                force=force,
+                verify=verify,
+                seal=seal,
+                policy=policy,
+                progress=moved,
+            )
+        paths = [layer.path for layer in view.layers[first : last + 1]]
+    _tell(output, result, paths, verify, seal, as_json)
+
+
+def _position(found: Image, tag: str, option: str) -> int:
+    if tag not in found.tags:
+        raise click.UsageError(f"{option} {tag} is no tag of the chain {_named(found)}")
+    if found.tags[0] == tag:
+        raise click.UsageError(f"{option} {tag} is the base of the chain {_named(found)}; name a"
+                               " diff")
+    return found.tags.index(tag)
+
+
+def _named(found: Image) -> str:
+    tags = [printable(tag) for tag in found.tags]
+    if len(tags) > _NAMED:
+        tags = [*tags[: _NAMED // 2], "...", *tags[-_NAMED // 2 :]]
+    return ", ".join(tags)
+
+
+def _tell(
+    output: str, result: SquashResult, paths: list[str], verify: bool, seal: bool, as_json: bool
+) -> None:
+    written = result.written
+    for line in written.overridden:
+        talk(line)
+    if written.dense:
+        talk(f"{output}: the diff has no hole: it is taken with --dense only")
+    if as_json:
+        shadowed = {"shadowed_bytes": result.shadowed_bytes}
+        print_json({"output": output, **asdict(written), **shadowed, "layers": paths})
+        return
+    click.echo(
+        f"{printable(output)}: {count(len(paths), 'diff')} as one; {written.data_bytes} bytes of"
+        f" data in {count(written.extents, 'extent')}, {written.copied} copied,"
+        f" {written.shared} shared, {result.shadowed_bytes} shadowed"
+        + (", verified" if verify else "")
+        + (", sealed" if seal else "")
+    )

@@ -1,0 +1,102 @@
+"""Work on a list of items that several processes share, with the results in order."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+_ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def in_order(
+    work: Callable[[T], R], items: Sequence[T], jobs: int = 1
+) -> Generator[R, None, None]:
+    """`work(item)` for each of the items, in their order, by up to `jobs` processes.
+
+    With one job, or one item, it happens in this process. The others are forks of it: they share
+    its open files and see its memory as it was then; results must be picklable. What `work` raises
+    is raised here, with the traceback of its process as a note. Close the generator (or exhaust
+    it): that ends the processes, and so does the end of this one; SIGINT, SIGTERM and SIGHUP do
+    not. Raises ValueError for less than one job, and OSError (ECHILD) if a process was ended from
+    outside.
+    """
+    if jobs < 1:
+        raise ValueError(f"{jobs} jobs, at least one is needed")
+    jobs = min(jobs, len(items))
+    if jobs < 2:
+        yield from map(work, items)
+        return
+    context = multiprocessing.get_context("fork")
+    processes: list[multiprocessing.process.BaseProcess] = []
+    readers: list[Connection] = []
+    try:
+        with _ending_signals_held():
+            for number in range(jobs):
+                reader, writer = context.Pipe(duplex=False)
+                readers.append(reader)
+                # Each process has every n-th item, so that its pipe holds them in the order in
+                # which they are taken; a full pipe lets it wait.
+                share = (work, items[number::jobs], writer, readers)
+                processes.append(context.Process(target=_serve, args=share, daemon=True))
+                processes[-1].start()
+                writer.close()
+        for number in range(len(items)):
+            yield _received(readers[number % jobs], processes[number % jobs])
+    finally:
+        started = [process for process in processes if process.pid is not None]
+        for process in started:
+            process.kill()
+        for process in started:
+            process.join()
+        for reader in readers:
+            reader.close()
+
+
+@contextmanager
+def _ending_signals_held() -> Iterator[None]:
+    # Terminals and service managers signal all processes of a group. This one answers, and ends the
+    # others, which hold such signals for all their life, as they were when they were forked: if
+    # they ended first, that would look like a failure of theirs.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(
+    work: Callable[[Any], Any], items: Sequence[Any], writer: Connection, readers: list[Connection]
+) -> None:
+    for reader in readers:
+        reader.close()  # or the end of the parent would not be seen by those who write
+    try:
+        for item in items:
+            writer.send((work(item), None))
+    except BrokenPipeError:
+        os._exit(1)  # the parent is gone
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        writer.send((None, error))
+
+
+def _received(reader: Connection, process: multiprocessing.process.BaseProcess) -> Any:
+    try:
+        result, error = reader.recv()
+    except EOFError:
+        process.join()
+        raise OSError(
+            errno.ECHILD, f"a process ended early ({process.exitcode}); try fewer jobs", "jobs"
+        ) from None
+    if error is not None:
+        raise error
+    return result

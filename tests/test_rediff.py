@@ -1,0 +1,372 @@
+"""`rediff`: the parent with it is the child, data are just the changed pages, and proven to be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffmergefs import sparse
+from diffmergefs.apply import apply_diff
+from diffmergefs.compare import compare
+from diffmergefs.errors import (
+    DenseDiffError,
+    LayerChangedError,
+    NoSpaceError,
+    OutputRefusedError,
+    SizeMismatchError,
+    UntrustedExtentsError,
+    VerificationError,
+)
+from diffmergefs.extents import ExtentList
+from diffmergefs.images import open_chain
+from diffmergefs.rediff import rediff
+from diffmergefs.sealing import seal_layer
+from diffmergefs.trust import TrustPolicy
+from diffmergefs.view import MergedView
+from tests.support.asked import asked
+from tests.support.images import PAGE, overlay_oracle, signed, write_layer
+from tests.support.inputs import unchanged
+from tests.support.layers import poke
+from tests.support.newdiffs import assert_sealed, data_of, harm_writes
+from tests.support.randomchains import Extents, chains, open_view, write_chain
+from tests.support.stores import age, pages
+
+__all__ = ["asked"]
+
+MIB = 1 << 20
+SIZE = 64 * PAGE
+#: The parent has data and holes; in the child pages are new, other, zero and, where it was a hole
+#: in both, written zeros.
+PARENT = pages(0, range(32))
+CHILD = [*pages(0, range(2)), *pages(1, range(2, 4)), *pages(0, range(5, 31)), *pages(1, [40, 63])]
+CHANGED = [(2 * PAGE, 5 * PAGE), (31 * PAGE, 32 * PAGE), (40 * PAGE, 41 * PAGE), (63 * PAGE, SIZE)]
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> Iterator[tuple[MergedView, MergedView]]:
+    """Two plain files, which must not change."""
+    (tmp_path / "in").mkdir()
+    files = [write_layer(tmp_path / "in" / "parent", SIZE, PARENT)]
+    files.append(write_layer(tmp_path / "in" / "child", SIZE, CHILD))
+    age(*files)
+    with unchanged(files), open_view(files[:1]) as parent, open_view(files[1:]) as child:
+        yield parent, child
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "diff"
+
+
+@settings(deadline=None, max_examples=50)
+@given(chains(2, 5), st.data())
+def test_the_diff_laid_over_the_parent_is_the_child(
+    case: tuple[int, list[Extents]], draws: st.DataObject
+) -> None:
+    size, chain = case
+    numbers = st.lists(st.integers(0, len(chain) - 1), min_size=1, max_size=3)
+    some, others = draws.draw(numbers), draws.draw(numbers)
+    page = draws.draw(st.sampled_from([PAGE, 4 * PAGE]))
+    before = overlay_oracle(size, [chain[n] for n in some])
+    after = overlay_oracle(size, [chain[n] for n in others])
+    with tempfile.TemporaryDirectory() as name:
+        paths = write_chain(Path(name), size, chain)
+        output, whole = Path(name) / "diff", Path(name) / "whole"
+        policy = TrustPolicy(page_size=page)
+        with (
+            unchanged(paths),
+            open_view([paths[n] for n in some]) as parent,
+            open_view([paths[n] for n in others]) as child,
+        ):
+            result = rediff(parent, child, output, policy=policy, verify=draws.draw(st.booleans()))
+        changed = [
+            (at, min(at + page, size))
+            for at in range(0, size, page)
+            if before[at : at + page] != after[at : at + page]
+        ]
+        assert data_of(output) == [tuple(e) for e in ExtentList(changed)]
+        assert output.stat().st_size == size
+        assert result.changed_pages == len(changed)
+        written = result.written
+        assert (written.size, written.copied + written.shared) == (size, written.data_bytes)
+        assert written.data_bytes == sum(stop - start for start, stop in changed)
+        assert result.ratio == written.data_bytes / size
+        assert written.extents == len(data_of(output))
+        assert written.dense is (written.data_bytes == size)
+        whole.write_bytes(before)
+        policy = TrustPolicy(page_size=page, dense=True)
+        assert apply_diff(output, whole, policy=policy) == written.data_bytes
+        assert whole.read_bytes() == after
+
+
+def test_on_real_filesystems_pages_that_became_zero_are_data(real_fs: Path) -> None:
+    parent = write_layer(real_fs / "parent", SIZE, PARENT)
+    child = write_layer(real_fs / "child", SIZE, CHILD)
+    output = real_fs / "diff"
+    with open_view([parent]) as before, open_view([child]) as after:
+        result = rediff(before, after, output, verify=True)
+    assert data_of(output) == CHANGED
+    assert (result.changed_pages, result.written.data_bytes) == (6, 6 * PAGE)
+    content = output.read_bytes()
+    assert content[4 * PAGE : 5 * PAGE] == content[31 * PAGE : 32 * PAGE] == bytes(PAGE)
+    apply_diff(output, parent)
+    assert parent.read_bytes() == child.read_bytes()
+    assert sorted(os.listdir(real_fs)) == ["child", "diff", "parent"]
+
+
+def test_written_zeros_over_a_hole_are_no_change(tmp_path: Path) -> None:
+    parent = open_view([write_layer(tmp_path / "parent", SIZE, [])])
+    child = open_view([write_layer(tmp_path / "child", SIZE, [(0, bytes(SIZE))])])
+    result = rediff(parent, child, tmp_path / "diff")
+    assert (result.changed_pages, data_of(tmp_path / "diff")) == (0, [])
+    assert result.compared_bytes == SIZE
+
+
+def test_of_a_store_only_what_differs_is_read(
+    tmp_path: Path, asked: list[tuple[str, int, int]]
+) -> None:
+    paths = write_chain(tmp_path, SIZE, [PARENT, pages(1, [3]), pages(2, [9])])
+    result = rediff(open_view(paths[:2]), open_view(paths), tmp_path / "diff")
+    assert result.compared_bytes == PAGE
+    # The last one is for writing it.
+    files = [name for name, offset, length in asked if (offset, length) == (9 * PAGE, PAGE)]
+    assert files == ["000.mem", "002.mem", "002.mem"] and len(asked) == 3
+
+
+def test_processes_write_the_same(tmp_path: Path) -> None:
+    size = 33 * MIB
+    parent = open_view([write_layer(tmp_path / "parent", size, pages(0, range(0, 8448, 7)))])
+    child = open_view([write_layer(tmp_path / "child", size, pages(1, range(0, 8448, 77)))])
+    done: list[int] = []
+    alone = rediff(parent, child, tmp_path / "one")
+    shared = rediff(parent, child, tmp_path / "two", jobs=2, progress=done.append, verify=True)
+    assert alone == shared
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert data_of(tmp_path / "one") == data_of(tmp_path / "two")
+    assert done[-1] == shared.compared_bytes and len(done) == 3
+
+
+def test_a_child_that_differs_everywhere_gives_a_diff_without_a_hole(tmp_path: Path) -> None:
+    parent = open_view([write_layer(tmp_path / "parent", SIZE, [])])
+    child = open_view([write_layer(tmp_path / "child", SIZE, [(0, signed(1, 0, SIZE))])])
+    assert rediff(parent, child, tmp_path / "diff").written.dense
+    whole = write_layer(tmp_path / "whole", SIZE, [])
+    with pytest.raises(DenseDiffError):
+        apply_diff(tmp_path / "diff", whole)
+
+
+# Law 4, and the proof
+
+
+@pytest.mark.parametrize("kind", ["xfs16k", "tmpfs_huge"])
+def test_where_the_grain_is_coarser_than_the_page_it_is_refused_before_anything_is_read(
+    sides: tuple[MergedView, MergedView], filesystem: Callable[[str], Path], kind: str
+) -> None:
+    place = filesystem(kind)
+    done: list[int] = []
+    with pytest.raises(UntrustedExtentsError, match="coarser than the guest page") as caught:
+        rediff(*sides, place / "diff", progress=done.append)
+    assert caught.value.check == "grain" and done == []
+    assert "nothing was written under that name" in str(caught.value)
+    assert os.listdir(place) == []
+    # Vouching does not help: the proof does not go by what somebody says.
+    with pytest.raises(UntrustedExtentsError, match="were written, but its filesystem reports"):
+        rediff(*sides, place / "diff", policy=TrustPolicy(trust_grain=True))
+    assert os.listdir(place) == []
+
+
+def test_pages_as_large_as_the_grain_are_fine(
+    sides: tuple[MergedView, MergedView], filesystem: Callable[[str], Path]
+) -> None:
+    output = filesystem("xfs16k") / "diff"
+    rediff(*sides, output, policy=TrustPolicy(page_size=4 * PAGE))
+    wide = [(0, 8), (28, 32), (40, 44), (60, 64)]
+    assert data_of(output) == [(start * PAGE, stop * PAGE) for start, stop in wide]
+
+
+@pytest.mark.parametrize("lost", ["a page of zeros", "a hole"])
+def test_a_filesystem_that_does_not_keep_what_was_written_is_found_out(
+    sides: tuple[MergedView, MergedView], out: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    # As ZFS stores zeros, and as a preallocating filesystem would fill holes.
+    real = sparse.data_extents
+
+    def untrue(fd: int, size: int) -> Iterator[Any]:
+        found = list(real(fd, size))
+        if len(found) > 1:
+            found = found[:-1] if lost == "a page of zeros" else [(0, SIZE)]
+        return iter(found)
+
+    monkeypatch.setattr(sparse, "data_extents", untrue)
+    reported = 5 * PAGE if lost == "a page of zeros" else SIZE
+    with pytest.raises(UntrustedExtentsError) as caught:
+        rediff(*sides, out)
+    assert caught.value.check in ("filesystem", "blocks")
+    assert f"{reported} " in str(caught.value)
+    assert os.listdir(out.parent) == []
+
+
+def test_trust_grain_overrides_a_check_that_the_proof_has_passed(
+    sides: tuple[MergedView, MergedView], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffmergefs.trust.untrusted_filesystem", lambda fd: "it is on exoticfs")
+    with pytest.raises(UntrustedExtentsError, match="exoticfs"):
+        rediff(*sides, out)
+    result = rediff(*sides, out, policy=TrustPolicy(trust_grain=True))
+    (line,) = result.written.overridden
+    assert line.startswith("--trust-grain overrides the check of filesystem: ")
+    assert str(out) in line
+    assert data_of(out) == CHANGED
+
+
+def test_pages_under_which_the_child_has_blocks_that_were_never_written_are_data(
+    filesystem: Callable[[str], Path],
+) -> None:
+    # Reading made them data, as long as they are cached. Their share would be a hole.
+    place = filesystem("xfs")
+    parent = write_layer(place / "parent", 4 * MIB, [(0, signed(0, 0, 4 * MIB))])
+    child = write_layer(place / "child", 4 * MIB, [(0, signed(1, 0, PAGE))])
+    with child.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), MIB, 2 * MIB)
+    child.read_bytes()
+    assert data_of(child) == [(0, PAGE), (MIB, 3 * MIB)]
+    result = rediff(open_view([parent]), open_view([child]), place / "diff", verify=True)
+    assert result.written.dense and result.written.shared == 0
+    with (place / "diff").open("rb") as file:
+        assert sparse.unwritten_range(file.fileno(), 4 * MIB) is None
+    shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_large_pieces_are_shared_where_the_filesystem_can(
+    filesystem: Callable[[str], Path], kind: str
+) -> None:
+    place = filesystem(kind)
+    size = 8 * MIB
+    parent = write_layer(place / "parent", size, [])
+    child = write_layer(place / "child", size, [(0, signed(1, 0, 3 * MIB)), *pages(1, [1000])])
+    result = rediff(open_view([parent]), open_view([child]), place / "diff", verify=True)
+    assert (result.written.shared, result.written.copied) == (3 * MIB, PAGE)
+    assert data_of(place / "diff") == [(0, 3 * MIB), (1000 * PAGE, 1001 * PAGE)]
+    assert (place / "diff").read_bytes() == child.read_bytes()
+    shutil.rmtree(place)
+
+
+def test_of_a_sealed_childs_file_nothing_is_shared(filesystem: Callable[[str], Path]) -> None:
+    # Its holes are not to be trusted: that is what the seal is for.
+    place = filesystem("btrfs")
+    base = write_layer(place / "base", 4 * MIB, [(0, signed(0, 0, 4 * MIB))])
+    diff = write_layer(place / "diff", 4 * MIB, [(0, bytes(2 * MIB))])
+    seal_with_holes(diff)
+    parent, child = open_chain(base).view, open_chain(base, [diff]).view
+    result = rediff(parent, child, place / "again", verify=True)
+    assert data_of(place / "again") == [(0, 2 * MIB)]
+    assert result.written.shared == 0
+    shutil.rmtree(place)
+
+
+def seal_with_holes(diff: Path) -> None:
+    """Seal the diff, and then turn its zeros into holes, as `cp --sparse=always` does."""
+    seal_layer(diff)
+    os.truncate(diff, 0)
+    os.truncate(diff, 4 * MIB)
+    assert data_of(diff) == []
+
+
+# The output
+
+
+def test_outputs_that_are_inputs_or_exist_are_refused(
+    sides: tuple[MergedView, MergedView], out: Path
+) -> None:
+    parent, child = sides
+    for view in sides:
+        for force in (False, True):
+            with pytest.raises(OutputRefusedError):
+                rediff(parent, child, view.layers[0].path, force=force)
+    out.write_text("mine")
+    with pytest.raises(OutputRefusedError, match="--force"):
+        rediff(parent, child, out)
+    assert out.read_text() == "mine"
+    rediff(parent, child, out, force=True)
+    assert data_of(out) == CHANGED
+
+
+def test_sizes_that_differ_are_refused_and_leave_nothing(
+    sides: tuple[MergedView, MergedView], tmp_path: Path, out: Path
+) -> None:
+    longer = open_view([write_layer(tmp_path / "longer", SIZE + PAGE, [])])
+    with pytest.raises(SizeMismatchError, match=f"longer: {SIZE + PAGE} bytes, but .* has {SIZE}"):
+        rediff(sides[0], longer, out)
+    assert os.listdir(out.parent) == []
+
+
+def test_a_seal_of_the_old_file_goes_or_is_made_anew(
+    sides: tuple[MergedView, MergedView], out: Path
+) -> None:
+    beside = Path(f"{out}.bmap")
+    beside.write_text("stale")
+    rediff(*sides, out)
+    assert os.listdir(out.parent) == ["diff"]
+    beside.write_text("stale")
+    rediff(*sides, out, force=True, seal=True)
+    assert_sealed(out, CHANGED)
+
+
+def test_the_mode_is_the_childs_without_what_another_layer_withholds(
+    tmp_path: Path, out: Path
+) -> None:
+    parent = write_layer(tmp_path / "parent", SIZE, PARENT)
+    child = write_layer(tmp_path / "child", SIZE, CHILD)
+    child.chmod(0o664)
+    for mode, expected in [(0o644, 0o664), (0o640, 0o660), (0o400, 0o620)]:
+        parent.chmod(mode)
+        rediff(open_view([parent]), open_view([child]), out, force=True)
+        assert stat.S_IMODE(out.stat().st_mode) == expected
+
+
+@pytest.mark.parametrize("which", ["parent", "child"])
+def test_a_side_that_changes_meanwhile_leaves_nothing(
+    tmp_path: Path, out: Path, which: str
+) -> None:
+    files = {"parent": PARENT, "child": CHILD}
+    paths = {name: write_layer(tmp_path / name, SIZE, e) for name, e in files.items()}
+    with pytest.raises(LayerChangedError, match=which):
+        rediff(
+            open_view([paths["parent"]]),
+            open_view([paths["child"]]),
+            out,
+            progress=lambda done: poke(paths[which], 0, b"x"),
+        )
+    assert os.listdir(out.parent) == []
+
+
+def test_verify_reads_the_file_that_was_written(
+    sides: tuple[MergedView, MergedView], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harm_writes(monkeypatch, 40 * PAGE)
+    with pytest.raises(VerificationError, match=f"{out}: with this diff byte {40 * PAGE} of"):
+        rediff(*sides, out, verify=True)
+    assert os.listdir(out.parent) == []
+    rediff(*sides, out)  # nobody asked
+    assert not compare(open_view([Path(sides[0].layers[0].path), out]), sides[1]).equal
+
+
+def test_no_space_is_told_before_it_runs_out(
+    sides: tuple[MergedView, MergedView], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffmergefs.newdiff.free_bytes", lambda fd: 6 * PAGE - 1)
+    numbers = f"{6 * PAGE} bytes are to be written, but {6 * PAGE - 1} are free"
+    with pytest.raises(NoSpaceError, match=numbers):
+        rediff(*sides, out)
+    assert os.listdir(out.parent) == []

@@ -1,0 +1,139 @@
+"""Work shared by processes: results in order, errors, interrupts, processes that die."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from diffmergefs.errors import LayerChangedError
+from diffmergefs.workers import in_order
+
+
+def children() -> set[int]:
+    """The children of this process that have not been waited for."""
+    found = set()
+    for task in os.listdir("/proc/self/task"):
+        found |= set(map(int, Path(f"/proc/self/task/{task}/children").read_text().split()))
+    return found
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3, 7, 100])
+def test_results_come_in_order_whoever_did_the_work(jobs: int) -> None:
+    def work(item: int) -> tuple[int, int]:
+        time.sleep(0.02 if item % 3 == 0 else 0)  # so that some are ready before earlier ones
+        return item * item, os.getpid()
+
+    before = children()
+    found = list(in_order(work, range(10), jobs))
+    assert [square for square, _ in found] == [n * n for n in range(10)]
+    assert len({process for _, process in found}) == min(jobs, 10)
+    assert ({os.getpid()} == {process for _, process in found}) is (jobs == 1)
+    assert children() == before
+
+
+def test_nothing_and_one_thing_take_no_process() -> None:
+    assert list(in_order(lambda item: os.getpid(), [], 4)) == []
+    assert list(in_order(lambda item: os.getpid(), ["x"], 4)) == [os.getpid()]
+
+
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_less_than_one_job_is_refused(jobs: int) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        list(in_order(str, [1], jobs))
+
+
+def failing(error: Exception) -> Callable[[int], int]:
+    def work(item: int) -> int:
+        if item == 3:
+            raise error
+        return item
+
+    return work
+
+
+@pytest.mark.parametrize(
+    "error", [LayerChangedError("/a: changed"), OSError(errno.EIO, "I/O error"), ValueError("bug")]
+)
+def test_an_error_is_raised_here_and_says_where_it_was(error: Exception) -> None:
+    results = in_order(failing(error), range(6), 2)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    before = children()
+    with pytest.raises(type(error)) as caught:
+        next(results)
+    assert str(caught.value) == str(error)
+    assert "in work" in "".join(caught.value.__notes__)
+    assert children() < before
+
+
+def test_a_generator_that_is_closed_ends_its_processes() -> None:
+    before = children()
+    results = in_order(lambda item: bytes(1 << 20), range(100), 3)  # pipes that fill up
+    assert next(results) == bytes(1 << 20)
+    assert len(children() - before) == 3
+    results.close()
+    assert children() == before
+
+
+def test_a_process_that_dies_is_an_error_of_one_line() -> None:
+    def work(item: int) -> int:
+        if item == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+    results = in_order(work, range(4), 2)
+    assert next(results) == 0
+    with pytest.raises(OSError, match=r"a process ended early \(-9\); try fewer jobs") as caught:
+        next(results)
+    assert caught.value.errno == errno.ECHILD
+    gc.collect()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_that_a_group_gets_are_left_to_the_parent(number: signal.Signals) -> None:
+    def work(item: int) -> int:
+        os.kill(os.getpid(), number)
+        return item
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert list(in_order(work, range(4), 2)) == [0, 1, 2, 3]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    def work(item: int) -> int:
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(0.01)
+        return item
+
+    parent = os.fork()
+    if parent == 0:
+        for _ in in_order(work, range(10_000), 2):
+            pass
+        os._exit(0)
+    try:
+        deadline = time.monotonic() + 20
+        while len(os.listdir(tmp_path)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
+    workers = [int(name) for name in os.listdir(tmp_path)]
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"  # whoever adopts it may take a while to wait for it
