@@ -19,7 +19,7 @@ ROOT = PACKAGE.name
 # A module imports from lower levels only. A new module is entered at the level where it
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
-    {"errors", "extents", "daemon", "finding"},
+    {"errors", "extents", "daemon", "finding", "logformat", "notify"},
     {"sparse", "beneath", "bmap", "chain", "mountpoint", "state", "verdict"},
     {"host", "layer", "lease"},
     {"trust", "view", "snapshot", "access", "copying"},
@@ -33,7 +33,7 @@ LEVELS = [
     {"cli.common"},
     {"cli.demo", "cli.doctor", "cli.look", "cli.mount", "cli.seal", "cli.verify", "cli.write"},
     {"cli"},
-    {"__main__"},
+    {"__main__", "cli.helper"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 

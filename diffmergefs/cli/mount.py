@@ -6,8 +6,9 @@ import functools
 import logging
 import logging.handlers
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +35,8 @@ from diffmergefs.errors import (
 )
 from diffmergefs.images import open_chain
 from diffmergefs.lease import Leases
+from diffmergefs.logformat import Json, Prioritized
+from diffmergefs.notify import JOURNAL, Notifier, is_journal
 from diffmergefs.store import OpenImage, Store
 from diffmergefs.tree import Tree
 from diffmergefs.trust import TrustPolicy
@@ -42,6 +45,7 @@ log = logging.getLogger("diffmergefs")
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _SYSLOG = "/dev/log"
+LOG_FORMATS = ["auto", "plain", "journald", "json"]
 
 
 class _Lines(logging.Formatter):
@@ -84,32 +88,43 @@ class Request:
         return self.source or self.layers[0]
 
 
-def _split_options(options: tuple[str, ...]) -> list[str]:
-    # A bare `ro` is what a view is anyway.
-    return [option for option in ",".join(options).split(",") if option not in ("", "ro")]
+def split_options(options: Iterable[str]) -> list[str]:
+    """The single options of several `-o`, without `ro`, which a view is anyway.
+
+    A comma that belongs to a value is written as `\\,` and a backslash before it as `\\\\`.
+    """
+    pieces = re.findall(r"(?:\\.|[^,])+", ",".join(options))
+    found = (re.sub(r"\\([\\,])", r"\1", piece) for piece in pieces)
+    return [option for option in found if option != "ro"]
 
 
-class _MountCommand(click.Command):
-    # Takes its long options as -o options too (`-o open_rw,page_size=16384`), as fstab has them.
+def option_name(option: str) -> str:
+    """The name of the long option that a mount option stands for."""
+    return option.partition("=")[0].replace("_", "-")
+
+
+class MountCommand(click.Command):
+    """Takes its long options as -o options too, as fstab has them: `-o open_rw,page_size=16384`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
-        options = _split_options(ctx.params["options"])
-        names = self._long_names()
-        mine = [o for o in options if o.partition("=")[0].replace("_", "-") in names]
+        options = split_options(ctx.params["options"])
+        names = self.long_names()
+        mine = [option for option in options if option_name(option) in names]
         ctx.params["options"] = tuple(o for o in options if o not in mine)
         self._take(ctx, mine)
         return rest
 
-    def _long_names(self) -> set[str]:
+    def long_names(self) -> set[str]:
+        """The names that are mount options too."""
         names = {name for param in self.params for name in param.opts if name.startswith("--")}
         return {name[2:] for name in names} - {"help"}
 
     def _take(self, ctx: click.Context, options: list[str]) -> None:
         arguments = []
         for option in options:
-            name, equals, value = option.partition("=")
-            arguments.append(f"--{name.replace('_', '-')}{equals}{value}")
+            _, equals, value = option.partition("=")
+            arguments.append(f"--{option_name(option)}{equals}{value}")
         values, _, _ = self.make_parser(ctx).parse_args(arguments)
         for param in self.params:
             if isinstance(param, click.Option) and param.name in values:
@@ -118,7 +133,7 @@ class _MountCommand(click.Command):
                 param.handle_parse_result(ctx, values, [])
 
 
-@click.command(cls=_MountCommand)
+@click.command(cls=MountCommand)
 @click.argument("operands", nargs=-1, required=True, metavar="[SOURCE] MOUNTPOINT")
 @layer_options
 @click.option("-f", "--foreground", is_flag=True, help="Stay in front and log to stderr.")
@@ -141,6 +156,14 @@ class _MountCommand(click.Command):
     help="How long to wait at most until the mount answers.",
 )
 @click.option("--log", "log_file", type=PATH, metavar="FILE", help="Log to FILE, not to syslog.")
+@click.option(
+    "--log-format",
+    type=click.Choice(LOG_FORMATS),
+    default="auto",
+    show_default=True,
+    help="Records as lines with date and level (plain), as lines with <N> in front, N the priority"
+    " (journald), or as JSON. auto: journald where the log goes to the journal, else plain.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log each failed request too.")
 @click.option(
     "--verify",
@@ -165,6 +188,7 @@ def mount(
     suffix: str | None,
     timeout: float,
     log_file: str | None,
+    log_format: str,
     verbose: bool,
     verify: str,
     policy: TrustPolicy,
@@ -201,17 +225,35 @@ def mount(
         options,
     )
     level = logging.DEBUG if verbose else logging.INFO
-    _log_to(logging.StreamHandler(), level)
-    serve = functools.partial(_serve, request)
+    notifier = Notifier.from_environment(os.environ)
+    stream = os.environ.pop(JOURNAL, None)
     if foreground:
-        if log_file:
-            _log_to(_file_handler(log_file), level)
-        serve(lambda: None)
-        return 0
-    return _serve_in_background(request, serve, _background_handler(log_file), level, timeout)
+        to_journal = not log_file and is_journal(2, stream)
+        return _serve_in_front(
+            request, _front_handler(log_file, log_format, to_journal), level, notifier
+        )
+    _log_to(_formatted(logging.StreamHandler(), "plain"), level)
+    serve = functools.partial(_serve, request)
+    handler = _background_handler(log_file, log_format)
+    return _serve_in_background(request, serve, handler, level, timeout)
 
 
-def _serve(request: Request, ready: Callable[[], None]) -> None:
+def _serve_in_front(
+    request: Request, handler: logging.Handler, level: int, notifier: Notifier
+) -> int:
+    _log_to(handler, level)
+    try:
+        _serve(request, functools.partial(notifier.tell, "READY=1"), notifier)
+    except DiffMergeError as error:
+        if isinstance(handler, logging.FileHandler) or isinstance(handler.formatter, _Lines):
+            raise
+        # Whoever reads stderr by priorities or as JSON finds it there.
+        log.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | None = None) -> None:
     # Imported here: all else works where libfuse is missing.
     try:
         from diffmergefs import mount as mounts
@@ -244,7 +286,7 @@ def _serve(request: Request, ready: Callable[[], None]) -> None:
         )
         mounts.settle(store)
         tree = Tree(real, store, open_rw=request.open_rw)
-    mounts.serve(tree, real, options, ready, leases)
+    mounts.serve(tree, real, options, ready, leases, notifier or Notifier())
 
 
 def _explicit_image(request: Request, leases: Leases) -> OpenImage:
@@ -265,7 +307,8 @@ def _serve_in_background(
     def child(ready: Callable[[], None]) -> int:
         logging.raiseExceptions = False  # a log that cannot be written is no reason to complain
         # Warnings at the start are for the caller's terminal, everything is for the log.
-        _log_to(logging.StreamHandler(), logging.WARNING, handler, level)
+        lines = _formatted(logging.StreamHandler(), "plain")
+        _log_to(lines, logging.WARNING, handler, level)
         try:
             serve(ready)
         except DiffMergeError as error:
@@ -315,9 +358,17 @@ def _remove_leftover(request: Request, before: mountpoints.MountEntry | None) ->
         mountpoints.detach(known.path)
 
 
-def _background_handler(log_file: str | None) -> logging.Handler:
+def _front_handler(log_file: str | None, log_format: str, to_journal: bool) -> logging.Handler:
     if log_file:
-        return _file_handler(log_file)
+        return _formatted(_file_handler(log_file), log_format)
+    if log_format == "auto" and to_journal:
+        log_format = "journald"
+    return _formatted(logging.StreamHandler(), log_format)
+
+
+def _background_handler(log_file: str | None, log_format: str = "auto") -> logging.Handler:
+    if log_file:
+        return _formatted(_file_handler(log_file), log_format)
     # The handler itself takes a missing syslog in silence, and then complains of each line.
     if not os.path.exists(_SYSLOG):
         talk(
@@ -326,16 +377,23 @@ def _background_handler(log_file: str | None) -> logging.Handler:
         return logging.NullHandler()
     handler = _SysLogHandler(_SYSLOG, facility=_SysLogHandler.LOG_DAEMON)
     handler.ident = "diffmergefs: "
-    handler.setFormatter(_Lines())
+    # syslog has the time and the priority of each record already.
+    handler.setFormatter(Json() if log_format == "json" else _Lines())
     return handler
 
 
 def _file_handler(path: str) -> logging.Handler:
     try:
-        handler = logging.FileHandler(path, errors="backslashreplace")
+        return logging.FileHandler(path, errors="backslashreplace")
     except OSError as error:
         raise FileAccessError(f"{path}: cannot log there: {error.strerror}") from error
-    handler.setFormatter(_Lines(_FORMAT))
+
+
+def _formatted(handler: logging.Handler, log_format: str) -> logging.Handler:
+    plain = _Lines(_FORMAT)
+    # The journal knows when a line came, and of whom.
+    formats = {"json": Json(), "journald": Prioritized(_Lines("%(name)s: %(message)s"))}
+    handler.setFormatter(formats.get(log_format, plain))
     return handler
 
 
@@ -345,8 +403,6 @@ def _log_to(*handlers_and_levels: logging.Handler | int) -> None:
         log.removeHandler(old)
     for handler, level in pairs:
         assert isinstance(handler, logging.Handler) and isinstance(level, int)
-        if type(handler) is logging.StreamHandler:
-            handler.setFormatter(_Lines(_FORMAT))
         handler.setLevel(level)
         log.addHandler(handler)
     log.setLevel(logging.DEBUG)
