@@ -19,10 +19,10 @@ ROOT = PACKAGE.name
 # A module imports from lower levels only. A new module is entered at the level where it
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
-    {"errors", "extents", "daemon", "finding", "logformat", "notify"},
+    {"errors", "extents", "daemon", "finding", "holders", "logformat", "notify"},
     {"sparse", "beneath", "bmap", "chain", "mountpoint", "state", "verdict"},
     {"host", "layer", "lease"},
-    {"trust", "view", "snapshot", "access", "copying"},
+    {"trust", "view", "snapshot", "access", "copying", "xattrs"},
     {"forkd", "hashqueue", "numbered", "output", "pins", "probe", "seal"},
     {"catalog", "sealing"},
     {"apply", "flatten", "images", "watch"},

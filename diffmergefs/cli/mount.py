@@ -415,6 +415,8 @@ def _log_to(*handlers_and_levels: logging.Handler | int) -> None:
 def umount(mountpoint: str, lazy: bool) -> None:
     """Unmount MOUNTPOINT; refused while files are open, unless --lazy.
 
+    The refusal names the processes that have them open or mapped, as far as they can be seen.
+
     \b
     Example:
       diffmergefs umount /mnt/views
