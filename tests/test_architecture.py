@@ -31,7 +31,16 @@ LEVELS = [
     {"operations"},
     {"mount"},
     {"cli.common"},
-    {"cli.demo", "cli.doctor", "cli.look", "cli.mount", "cli.seal", "cli.verify", "cli.write"},
+    {
+        "cli.completion",
+        "cli.demo",
+        "cli.doctor",
+        "cli.look",
+        "cli.mount",
+        "cli.seal",
+        "cli.verify",
+        "cli.write",
+    },
     {"cli"},
     {"__main__", "cli.helper"},
 ]

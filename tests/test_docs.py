@@ -168,7 +168,8 @@ class Sandbox:
 
     def _environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(self._bin), os.environ["PATH"]])
-        return os.environ | {"PATH": path, "LC_ALL": "C.UTF-8"}
+        home = {"HOME": str(self.work), "XDG_CONFIG_HOME": "", "XDG_DATA_HOME": ""}
+        return os.environ | home | {"PATH": path, "LC_ALL": "C.UTF-8"}
 
     def _call(self, argv: list[str]) -> tuple[int, str]:
         # Into a file: a daemon that keeps a pipe open must not be waited for.

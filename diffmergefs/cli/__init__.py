@@ -15,7 +15,7 @@ from types import FrameType
 import click
 
 from diffmergefs import __version__
-from diffmergefs.cli import demo, doctor, look, mount, seal, verify, write
+from diffmergefs.cli import completion, demo, doctor, look, mount, seal, verify, write
 from diffmergefs.cli.common import talk
 from diffmergefs.errors import DiffMergeError, FileAccessError
 from diffmergefs.images import raise_descriptor_limit
@@ -61,6 +61,7 @@ for command in (
     write.flatten,
     write.apply,
     demo.demo,
+    completion.completion,
 ):
     cli.add_command(command)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from diffmergefs import daemon
 from diffmergefs import mountpoint as mountpoints
@@ -133,11 +134,45 @@ class MountCommand(click.Command):
                 param.handle_parse_result(ctx, values, [])
 
 
+def _complete_path(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    # By the shell. (A type `click.Path` would ask what is mounted there, and that may hang.)
+    return [CompletionItem(incomplete, type="file")]
+
+
+def _complete_options(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[str]:
+    before, comma, begun = incomplete.rpartition(",")
+    names = [
+        name[2:].replace("-", "_") + ("" if option.is_flag else "=")
+        for option in context.command.params
+        if isinstance(option, click.Option)
+        for name in option.opts
+        if name.startswith("--") and name != "--help"
+    ]
+    return [before + comma + name for name in sorted(names) if name.startswith(begun)]
+
+
 @click.command(cls=MountCommand)
-@click.argument("operands", nargs=-1, required=True, metavar="[SOURCE] MOUNTPOINT")
+@click.argument(
+    "operands",
+    nargs=-1,
+    required=True,
+    metavar="[SOURCE] MOUNTPOINT",
+    shell_complete=_complete_path,
+)
 @layer_options
 @click.option("-f", "--foreground", is_flag=True, help="Stay in front and log to stderr.")
-@click.option("-o", "options", multiple=True, metavar="OPT[,OPT...]", help="Mount options.")
+@click.option(
+    "-o",
+    "options",
+    multiple=True,
+    metavar="OPT[,OPT...]",
+    shell_complete=_complete_options,
+    help="Mount options.",
+)
 @click.option("--allow-other", is_flag=True, help="Let other users in, by the permission bits.")
 @click.option(
     "--open-rw",
