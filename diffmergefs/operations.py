@@ -289,14 +289,10 @@ class Operations(pyfuse3.Operations):
     @answering
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         node = self.tree.node(inode)
-        value = None
-        if isinstance(node, MemoryFile):
-            root = self.tree.store.root if self.tree.store else "/"
-            layers = node.shown.image.view.layers
-            value = await self._in_thread(xattrs.value, layers, root, bytes(name))
-        if value is None:
+        if not isinstance(node, MemoryFile) or name not in xattrs.NAMES:
             raise FUSEError(pyfuse3.ENOATTR)
-        return value
+        root = self.tree.store.root if self.tree.store else "/"
+        return await self._in_thread(xattrs.value, node.shown.image.view.layers, root, name)
 
     @answering
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:

@@ -31,19 +31,15 @@ _VALUES: dict[bytes, Callable[[Sequence[Layer], str], str]] = {
 NAMES = list(_VALUES)
 
 
-def value(layers: Sequence[Layer], root: str, name: bytes) -> bytes | None:
-    """The attribute `name` of the file that shows these layers, base first; None if it has none of
-    that name.
+def value(layers: Sequence[Layer], root: str, name: bytes) -> bytes:
+    """The attribute `name`, one of NAMES, of the file that shows these layers, base first.
 
     `user.diffmergefs.chain` is JSON in ASCII: a list, base first, of each layer's `path`, relative
     ones beneath `root`, and `data_bytes`. `.layers` is their number and `.dirty_bytes` how many
     bytes are data in the newest, both decimal. Reads no file. Raises OSError (E2BIG) for a chain
     whose JSON is longer than LONGEST bytes.
     """
-    known = _VALUES.get(name)
-    if known is None:
-        return None
-    found = known(layers, root).encode("ascii")
+    found = _VALUES[name](layers, root).encode("ascii")
     if len(found) > LONGEST:
         raise OSError(errno.E2BIG, os.strerror(errno.E2BIG), os.fsdecode(name))
     return found
