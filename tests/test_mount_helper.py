@@ -21,7 +21,7 @@ from tests.support.users import NOBODY
 
 ROOT = Path(__file__).parent.parent
 HELPER = Path(sys.executable).parent / NAME
-SBIN = Path("/sbin") / NAME
+SBIN = Path(os.path.realpath("/sbin")) / NAME
 LEAF = bytes(overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1])]))
 USAGE, FAILED = 1, 32
 
@@ -35,14 +35,10 @@ def store(public_path: Path) -> Path:
 def namespace(public_path: Path) -> Iterator[Namespace]:
     """A mount namespace whose /sbin can be written to, with no trace outside of it."""
     before = os.path.lexists(SBIN)
-    folder = public_path / "dev"
-    folder.mkdir()
-    with private_mounts(folder) as found:
-        upper, work = folder / "upper", folder / "work"
-        sbin = os.path.realpath("/sbin")
-        found.run(["mkdir", upper, work], check=True)
-        layers = f"lowerdir={sbin},upperdir={upper},workdir={work}"
-        found.run(["mount", "-t", "overlay", "-o", layers, "overlay", sbin], check=True)
+    for name in ("dev", "sbin"):
+        (public_path / name).mkdir()
+    with private_mounts(public_path / "dev") as found:
+        found.replace_sbin(public_path / "sbin")
         found.run(["rm", "-f", SBIN], check=True)
         try:
             yield found
@@ -59,7 +55,7 @@ def make(namespace: Namespace, target: str, *settings: str) -> subprocess.Comple
 @pytest.fixture
 def installed(namespace: Namespace) -> Namespace:
     """As `make install-mount-helper` leaves it."""
-    namespace.run(["ln", "-s", HELPER, SBIN], check=True)
+    namespace.run(["ln", "-sT", HELPER, SBIN], check=True)
     return namespace
 
 
@@ -148,7 +144,7 @@ def test_an_ordinary_user_mounts_what_fstab_lets_him(
     python = public_path / "python"
     python.write_text(f'#!/bin/sh\necho "$(id -u)" "$@" > {home}/ran\n')
     python.chmod(0o755)
-    installed.run(["ln", "-sfn", python, SBIN], check=True)
+    installed.run(["ln", "-sfT", python, SBIN], check=True)
     fstab = public_path / "fstab"
     fstab.write_text(f"{store} {home}/mnt fuse.diffmergefs user,noauto,log={home}/log 0 0\n")
     installed.bind(fstab, "/etc/fstab")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from tests.support import skips
 from tests.support.images import PAGE, signed
 from tests.support.live import held, until
+from tests.support.namespaces import Namespace
 from tests.support.stores import write_chain
 from tests.support.usermanager import Manager, user_manager
 
@@ -117,3 +119,36 @@ def test_a_start_that_fails_is_a_failed_unit(manager: Manager, store: Path) -> N
     store.rename(store.with_name("elsewhere"))
     assert manager.systemctl("start", "diffmergefs@old").returncode == 1
     assert manager.shows("diffmergefs@old")["ExecMainStatus"] == "14"
+
+
+def test_a_unit_made_of_fstab_is_not_stopped_under_vms(
+    manager: Manager, store: Path, mountpoint: Path, public_path: Path
+) -> None:
+    """systemd's umount is refused; after one by hand it leaves the daemon to the VMs."""
+    namespace = Namespace(manager.pid)
+    (public_path / "sbin").mkdir()
+    namespace.replace_sbin(public_path / "sbin")
+    helper = Path(sys.executable).parent / "mount.fuse.diffmergefs"
+    sbin = os.path.realpath("/sbin")
+    namespace.run(["ln", "-sfT", helper, f"{sbin}/{helper.name}"], check=True)
+    command = ["systemd-escape", "--path", "--suffix=mount", mountpoint]
+    unit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    options = f"allow_other,_netdev,nofail,log={public_path}/log,state_dir={public_path}/state"
+    (public_path / "units" / unit).write_text(
+        f"[Mount]\nWhat={store}\nWhere={mountpoint}\nType=fuse.diffmergefs\nOptions={options}\n"
+    )
+    assert manager.systemctl("start", unit).returncode == 0, manager.systemctl("status", unit)
+    with held(mountpoint / "leaf" / "memory.bin", manager.enter) as holder:
+        assert holder.read(0, PAGE) == signed(0, 0, PAGE)
+        assert manager.systemctl("stop", unit).returncode == 1
+        assert manager.shows(unit)["SubState"] == "mounted"
+        assert holder.read(PAGE, PAGE) == signed(1, PAGE, PAGE)
+        assert namespace.run(["umount", "--lazy", mountpoint]).returncode == 0
+        until(lambda: manager.shows(unit)["ActiveState"] == "failed", "it is not seen to be gone")
+        assert holder.read(2 * PAGE, PAGE) == signed(0, 2 * PAGE, PAGE)
+    until(lambda: _daemons(public_path) == [], "it did not end after the last VM")
+
+
+def _daemons(folder: Path) -> list[str]:
+    done = subprocess.run(["pgrep", "-f", f"log={folder}/log"], capture_output=True, text=True)
+    return done.stdout.split()
