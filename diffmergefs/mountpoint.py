@@ -135,10 +135,9 @@ def _require_empty(mountpoint: str, real: str) -> None:
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     """Unmount a diffmergefs mount.
 
-    Raises BusyError while files of it are open, with the processes that can be seen to have them
-    open, unless `lazy`: then it is detached, and its daemon
-    serves the open files on until the last is closed. Raises MountpointError where no diffmergefs
-    is mounted.
+    Raises BusyError, which names the processes that can be seen to keep files of it open, unless
+    `lazy`: then it is detached, and its daemon serves the open files on until the last is closed.
+    Raises MountpointError where no diffmergefs is mounted.
     """
     path = resolved(mountpoint)
     known = mount_entry(path)

@@ -30,7 +30,7 @@ LEVELS = [
     {"doctor", "tree", ROOT},
     {"operations"},
     {"mount"},
-    {"cli.common"},
+    {"cli.common", "cli.logs"},
     {
         "cli.completion",
         "cli.demo",

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.cli.mount import _Lines
-from diffmergefs.logformat import Json, Prioritized, priority
+from diffmergefs.logformat import Json, Lines, Prioritized, priority
 from tests.support import mounttable
 from tests.support.commands import diffmergefs
 from tests.support.stores import write_chain, write_tag
@@ -55,7 +54,7 @@ def test_levels_are_syslogs_priorities(level: int, expected: int) -> None:
 
 
 def test_each_line_has_its_priority_in_front() -> None:
-    formatter = Prioritized(_Lines("%(name)s: %(message)s"))
+    formatter = Prioritized(Lines("%(name)s: %(message)s"))
     assert formatter.format(record(logging.WARNING, HARD)) == (
         "<4>diffmergefs.x: a\\nb\\x1b\\xff é"
     )

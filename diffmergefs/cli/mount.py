@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
-import logging.handlers
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -19,54 +17,29 @@ from diffmergefs import daemon
 from diffmergefs import mountpoint as mountpoints
 from diffmergefs.access import view_access
 from diffmergefs.catalog import LAYOUTS
+from diffmergefs.cli import logs
 from diffmergefs.cli.common import (
     PATH,
     layer_options,
     outside_option,
-    printable,
     require_one_source,
     talk,
     trust_options,
 )
 from diffmergefs.errors import (
     DiffMergeError,
-    FileAccessError,
     MountFailedError,
     MountTimeoutError,
 )
 from diffmergefs.images import open_chain
 from diffmergefs.lease import Leases
-from diffmergefs.logformat import Json, Prioritized
+from diffmergefs.logformat import Lines, printable
 from diffmergefs.notify import JOURNAL, Notifier, is_journal
 from diffmergefs.store import OpenImage, Store
 from diffmergefs.tree import Tree
 from diffmergefs.trust import TrustPolicy
 
 log = logging.getLogger("diffmergefs")
-
-_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_SYSLOG = "/dev/log"
-LOG_FORMATS = ["auto", "plain", "journald", "json"]
-
-
-class _Lines(logging.Formatter):
-    # A record is one line, whatever names are in it; a traceback's lines are set in, so that none
-    # of them can pass for a record.
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
-
-    def formatException(self, ei: Any) -> str:
-        lines = super().formatException(ei).split("\n")
-        return "\n".join(f"    {printable(line)}" for line in lines)
-
-
-class _SysLogHandler(logging.handlers.SysLogHandler):
-    # A syslog that takes nothing off its socket must not hold up the daemon: then lines are lost.
-
-    def _connect_unixsocket(self, address: str) -> None:
-        super()._connect_unixsocket(address)  # type: ignore[misc]
-        self.socket.setblocking(False)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -193,7 +166,7 @@ def _complete_options(
 @click.option("--log", "log_file", type=PATH, metavar="FILE", help="Log to FILE, not to syslog.")
 @click.option(
     "--log-format",
-    type=click.Choice(LOG_FORMATS),
+    type=click.Choice(logs.FORMATS),
     default="auto",
     show_default=True,
     help="Records as lines with date and level (plain), as lines with <N> in front, N the priority"
@@ -263,11 +236,12 @@ def mount(
     notifier = Notifier.from_environment(os.environ)
     stream = os.environ.pop(JOURNAL, None)
     if foreground:
-        to_journal = not log_file and is_journal(2, stream)
-        return _serve_in_front(
-            request, _front_handler(log_file, log_format, to_journal), level, notifier
-        )
-    _log_to(_formatted(logging.StreamHandler(), "plain"), level)
+        if log_file:
+            handler = logs.file_handler(log_file, log_format)
+        else:
+            handler = logs.stderr_handler(log_format, to_journal=is_journal(2, stream))
+        return _serve_in_front(request, handler, level, notifier)
+    logs.log_to(logs.stderr_handler("plain"), level)
     serve = functools.partial(_serve, request)
     handler = _background_handler(log_file, log_format)
     return _serve_in_background(request, serve, handler, level, timeout)
@@ -276,11 +250,11 @@ def mount(
 def _serve_in_front(
     request: Request, handler: logging.Handler, level: int, notifier: Notifier
 ) -> int:
-    _log_to(handler, level)
+    logs.log_to(handler, level)
     try:
         _serve(request, functools.partial(notifier.tell, "READY=1"), notifier)
     except DiffMergeError as error:
-        if isinstance(handler, logging.FileHandler) or isinstance(handler.formatter, _Lines):
+        if isinstance(handler, logging.FileHandler) or isinstance(handler.formatter, Lines):
             raise
         # Whoever reads stderr by priorities or as JSON finds it there.
         log.error("%s", error)
@@ -342,8 +316,7 @@ def _serve_in_background(
     def child(ready: Callable[[], None]) -> int:
         logging.raiseExceptions = False  # a log that cannot be written is no reason to complain
         # Warnings at the start are for the caller's terminal, everything is for the log.
-        lines = _formatted(logging.StreamHandler(), "plain")
-        _log_to(lines, logging.WARNING, handler, level)
+        logs.log_to(logs.stderr_handler("plain"), logging.WARNING, handler, level)
         try:
             serve(ready)
         except DiffMergeError as error:
@@ -393,55 +366,16 @@ def _remove_leftover(request: Request, before: mountpoints.MountEntry | None) ->
         mountpoints.detach(known.path)
 
 
-def _front_handler(log_file: str | None, log_format: str, to_journal: bool) -> logging.Handler:
+def _background_handler(log_file: str | None, log_format: str) -> logging.Handler:
     if log_file:
-        return _formatted(_file_handler(log_file), log_format)
-    if log_format == "auto" and to_journal:
-        log_format = "journald"
-    return _formatted(logging.StreamHandler(), log_format)
-
-
-def _background_handler(log_file: str | None, log_format: str = "auto") -> logging.Handler:
-    if log_file:
-        return _formatted(_file_handler(log_file), log_format)
-    # The handler itself takes a missing syslog in silence, and then complains of each line.
-    if not os.path.exists(_SYSLOG):
+        return logs.file_handler(log_file, log_format)
+    handler = logs.syslog_handler(log_format)
+    if handler is None:
         talk(
-            f"no syslog answers at {_SYSLOG}, so the daemon's log is lost; keep it with --log FILE"
+            f"no syslog answers at {logs.SYSLOG}, so the daemon's log is lost; keep it with"
+            " --log FILE"
         )
-        return logging.NullHandler()
-    handler = _SysLogHandler(_SYSLOG, facility=_SysLogHandler.LOG_DAEMON)
-    handler.ident = "diffmergefs: "
-    # syslog has the time and the priority of each record already.
-    handler.setFormatter(Json() if log_format == "json" else _Lines())
-    return handler
-
-
-def _file_handler(path: str) -> logging.Handler:
-    try:
-        return logging.FileHandler(path, errors="backslashreplace")
-    except OSError as error:
-        raise FileAccessError(f"{path}: cannot log there: {error.strerror}") from error
-
-
-def _formatted(handler: logging.Handler, log_format: str) -> logging.Handler:
-    plain = _Lines(_FORMAT)
-    # The journal knows when a line came, and of whom.
-    formats = {"json": Json(), "journald": Prioritized(_Lines("%(name)s: %(message)s"))}
-    handler.setFormatter(formats.get(log_format, plain))
-    return handler
-
-
-def _log_to(*handlers_and_levels: logging.Handler | int) -> None:
-    pairs = zip(handlers_and_levels[::2], handlers_and_levels[1::2], strict=True)
-    for old in list(log.handlers):
-        log.removeHandler(old)
-    for handler, level in pairs:
-        assert isinstance(handler, logging.Handler) and isinstance(level, int)
-        handler.setLevel(level)
-        log.addHandler(handler)
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
+    return handler or logging.NullHandler()
 
 
 @click.command()
