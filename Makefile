@@ -9,10 +9,12 @@ BIN := $(VENV)/bin
 
 RUN_PACKAGES := libfuse3-dev pkg-config gcc libc6-dev fuse3
 TEST_PACKAGES := xfsprogs btrfs-progs e2fsprogs qemu-system-x86 qemu-utils \
-	busybox-static cpio acl attr util-linux procps fio jq bmap-tools
+	busybox-static cpio acl attr util-linux procps fio jq bmap-tools \
+	systemd mandoc man-db bash zsh fish
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint clean run-packages test-packages
+.PHONY: help demo test soak lint clean run-packages test-packages \
+	install-mount-helper uninstall-mount-helper
 
 help:
 	@echo 'make demo   show the filesystem at work on a chain it makes itself'
@@ -22,6 +24,9 @@ help:
 	@echo '            writes what it saw to docs/reliability.md'
 	@echo 'make lint   lint and type-check only'
 	@echo 'make clean  remove the virtual environment and the caches'
+	@echo 'make install-mount-helper    (root) let mount(8) and fstab mount the type fuse.diffmergefs;'
+	@echo '            FROM=/opt/diffmergefs/bin names the installation, if it is not .venv'
+	@echo 'make uninstall-mount-helper  take that back'
 
 demo: $(VENV)/.stamp-run
 	@$(BIN)/diffmergefs demo
@@ -43,6 +48,25 @@ lint: $(VENV)/.stamp-test
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# mount(8) looks for a type's helper in /sbin only, which a wheel cannot install to. The script there
+# names its interpreter by its absolute path, so it needs no PATH and no activated environment.
+HELPER := mount.fuse.diffmergefs
+FROM ?= $(abspath $(BIN))
+SBIN ?= $(DESTDIR)/sbin
+
+install-mount-helper: | $(if $(filter $(abspath $(BIN)),$(FROM)),$(VENV)/.stamp-run)
+	@test -x '$(FROM)/$(HELPER)' || { echo '$(FROM)/$(HELPER): not there; name the directory that' \
+		'the package was installed to with: make $@ FROM=DIRECTORY' >&2; exit 1; }
+	@test -L '$(SBIN)/$(HELPER)' || test ! -e '$(SBIN)/$(HELPER)' || \
+		{ echo '$(SBIN)/$(HELPER): is there, and no link of ours' >&2; exit 1; }
+	@test "$$(stat -c %u '$(FROM)/$(HELPER)')" = 0 || \
+		echo '$(FROM)/$(HELPER): belongs to a user who will run as root in each mount' >&2
+	ln -sfn '$(FROM)/$(HELPER)' '$(SBIN)/$(HELPER)'
+
+uninstall-mount-helper:
+	@test -L '$(SBIN)/$(HELPER)' || { echo '$(SBIN)/$(HELPER): no link of ours' >&2; exit 1; }
+	rm '$(SBIN)/$(HELPER)'
 
 # The packages are looked for in every run, which takes milliseconds; order-only,
 # so that the virtual environment is not made anew for it.

@@ -18,6 +18,7 @@ from diffmergefs.errors import DiffMergeError, MountFailedError, MountpointError
 from diffmergefs.host import FUSE_CONF, FUSE_DEVICE, others_may_be_let_in
 from diffmergefs.images import raise_descriptor_limit
 from diffmergefs.lease import SIGNAL, Leases
+from diffmergefs.notify import Notifier
 from diffmergefs.operations import Operations
 from diffmergefs.store import Store
 from diffmergefs.tree import Tree
@@ -61,13 +62,19 @@ def settle(store: Store) -> None:
 
 
 def serve(
-    tree: Tree, mountpoint: str, options: set[str], ready: Callable[[], None], leases: Leases
+    tree: Tree,
+    mountpoint: str,
+    options: set[str],
+    ready: Callable[[], None],
+    leases: Leases,
+    notifier: Notifier,
 ) -> None:
     """Mount the tree on `mountpoint` and serve until it is unmounted; `ready` is called once it
     answers.
 
     `mountpoint` is a real path that `check_mountpoint` accepted. `leases` are those kept on the
-    tree's layers: one that is being broken is given back at once. Call it in the main thread. On
+    tree's layers: one that is being broken is given back at once. `notifier` is told how many
+    snapshots are shown and files open, and of the stop. Call it in the main thread. On
     SIGTERM and SIGINT (and SIGHUP, unless it is ignored) the mount is detached and served on until
     its last file is closed; a second signal ends it at once. Raises MountFailedError.
     """
@@ -80,7 +87,7 @@ def serve(
             raise MountFailedError(f"{mountpoint}: {_why_not(error, options)}") from error
         entry = _entry_at(mountpoint)
         try:
-            trio.run(functools.partial(_run, operations, entry, ready, early, leases))
+            trio.run(_run, operations, entry, ready, early, leases, notifier)
         finally:
             # Once detached, another mount may stand at the same place: that one is not ours to end.
             pyfuse3.close(unmount=_entry_at(mountpoint) == entry)
@@ -137,15 +144,53 @@ async def _run(
     ready: Callable[[], None],
     early: Sequence[int],
     leases: Leases,
+    notifier: Notifier,
 ) -> None:
+    service = _Service(operations, notifier)
     async with trio.open_nursery() as nursery:
         await nursery.start(_watch_leases, leases)
-        await nursery.start(_watch_signals, operations, entry, nursery.cancel_scope, early)
+        watch = functools.partial(_watch_signals, operations, entry, nursery.cancel_scope, early)
+        await nursery.start(watch, service)
+        if notifier:
+            nursery.start_soon(service.tell_on)
         if operations.tree.store is not None:
             nursery.start_soon(_watch_source, operations.tree.store)
         nursery.start_soon(_say_ready, ready)
         await pyfuse3.main(max_tasks=_MAX_REQUESTS)
         nursery.cancel_scope.cancel()
+
+
+class _Service:
+    # What a service manager is told of a mount.
+
+    def __init__(self, operations: Operations, notifier: Notifier) -> None:
+        self._operations = operations
+        self._notifier = notifier
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        self._is_stopping = True
+        self._notifier.tell("STOPPING=1", f"STATUS={self.status()}")
+
+    def status(self) -> str:
+        files = _counted(self._operations.open_files, "file")
+        if self._is_stopping:
+            return f"detached; {files} open, serving on until the last is closed"
+        store = self._operations.tree.store
+        shown = "one image" if store is None else _counted(len(store.tags()), "snapshot")
+        return f"serving {shown}, {files} open"
+
+    async def tell_on(self) -> None:
+        said = ""
+        while True:
+            if (status := self.status()) != said:
+                self._notifier.tell(f"STATUS={status}")
+                said = status
+            await trio.sleep(LOOK_SECONDS)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 async def _say_ready(ready: Callable[[], None]) -> None:
@@ -194,6 +239,7 @@ async def _watch_signals(
     entry: mountpoints.MountEntry | None,
     everything: trio.CancelScope,
     early: Sequence[int],
+    service: _Service,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     with trio.open_signal_receiver(*_ending_signals()) as signals:
@@ -215,6 +261,7 @@ async def _watch_signals(
                 name,
                 operations.open_files,
             )
+            service.stop()
             await trio.to_thread.run_sync(_detach, entry, abandon_on_cancel=True)
 
 

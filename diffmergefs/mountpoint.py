@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffmergefs.errors import BusyError, MountpointError
+from diffmergefs.holders import holders, told
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ FILESYSTEM_TYPE = "fuse.diffmergefs"
 #: Where root looks for helpers: what stands in the PATH of whoever called it could be anyone's.
 ROOTS_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MNT_DETACH = 2
+_MOST_HOLDERS = 10
 _MAX_LINKS = 40
 
 
@@ -133,9 +135,9 @@ def _require_empty(mountpoint: str, real: str) -> None:
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     """Unmount a diffmergefs mount.
 
-    Raises BusyError while files of it are open, unless `lazy`: then it is detached, and its daemon
-    serves the open files on until the last is closed. Raises MountpointError where no diffmergefs
-    is mounted.
+    Raises BusyError, which names the processes that can be seen to keep files of it open, unless
+    `lazy`: then it is detached, and its daemon serves the open files on until the last is closed.
+    Raises MountpointError where no diffmergefs is mounted.
     """
     path = resolved(mountpoint)
     known = mount_entry(path)
@@ -150,10 +152,21 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise BusyError(
-                f"{mountpoint}: files of it are open; stop the VMs that use it, or detach it with"
-                " --lazy: it is then served until the last file is closed"
+                f"{mountpoint}: files of it are open{_by_whom(known)}; stop the VMs that use it, or"
+                " detach it with --lazy: it is then served until the last file is closed"
             ) from error
         raise MountpointError(f"{mountpoint}: {error.strerror}") from error
+
+
+def _by_whom(known: MountEntry) -> str:
+    try:
+        found = holders(known.device, known.path)
+    except OSError as error:
+        return f" (by whom cannot be told: {error})"
+    by = told(found.holders, _MOST_HOLDERS) if found.holders else "nobody that can be seen"
+    if os.geteuid() != 0:
+        return f" by {by} (other users' processes cannot be seen)"
+    return f" by {by}" + (f" ({found.unseen} could not be looked into)" if found.unseen else "")
 
 
 def detach(path: str) -> None:

@@ -16,7 +16,7 @@ import pyfuse3
 import trio
 from pyfuse3 import FUSEError
 
-from diffmergefs import sparse
+from diffmergefs import sparse, xattrs
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.snapshot import Snapshot
 from diffmergefs.store import OpenImage, Store
@@ -283,13 +283,20 @@ class Operations(pyfuse3.Operations):
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         pass
 
-    # Extended attributes: there are none
+    # Extended attributes: a memory file's. Who may not read the file does not get here: the kernel
+    # sees to that for `user.*`, as it does for reading.
 
+    @answering
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        raise FUSEError(pyfuse3.ENOATTR)
+        node = self.tree.node(inode)
+        if not isinstance(node, MemoryFile) or name not in xattrs.NAMES:
+            raise FUSEError(pyfuse3.ENOATTR)
+        root = self.tree.store.root if self.tree.store else "/"
+        return await self._in_thread(xattrs.value, node.shown.image.view.layers, root, name)
 
+    @answering
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        return []
+        return list(xattrs.NAMES) if isinstance(self.tree.node(inode), MemoryFile) else []
 
     # Changes: none is ever made
 

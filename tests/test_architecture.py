@@ -19,23 +19,25 @@ ROOT = PACKAGE.name
 # A module imports from lower levels only. A new module is entered at the level where it
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
-    {"errors", "extents", "daemon", "finding", "workers"},
-    {"sparse", "beneath", "bmap", "chain", "mountpoint", "state", "verdict"},
+    {"daemon", "errors", "extents", "finding", "holders", "logformat", "notify", "workers"},
+    {"beneath", "bmap", "chain", "mountpoint", "sparse", "state", "verdict"},
     {"host", "layer", "lease"},
-    {"trust", "view", "snapshot", "access", "copying"},
+    {"access", "copying", "snapshot", "trust", "view", "xattrs"},
     {"compare", "forkd", "hashqueue", "numbered", "output", "outputdir", "pins", "probe", "seal"},
     {"catalog", "sealing"},
     {"apply", "flatten", "images", "newdiff", "watch"},
-    {"companions", "diagnosis", "info", "rediff", "sides", "squash", "verify", "store"},
-    {"doctor", "newstore", "tree", ROOT},
+    {"companions", "diagnosis", "info", "rediff", "sides", "squash", "store", "verify"},
+    {ROOT, "doctor", "newstore", "tree"},
     {"operations", "storediff"},
     {"mount"},
-    {"cli.common"},
-    {"cli.demo", "cli.doctor", "cli.look", "cli.mount", "cli.seal", "cli.sides", "cli.squash"}
-    | {"cli.verify", "cli.write"},
+    {"cli.common", "cli.logs"},
+    {
+        "cli.completion", "cli.demo", "cli.doctor", "cli.look", "cli.mount", "cli.seal",
+        "cli.sides", "cli.squash", "cli.verify", "cli.write",
+    },
     {"cli.compare", "cli.rediff"},
     {"cli"},
-    {"__main__"},
+    {"__main__", "cli.helper"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 

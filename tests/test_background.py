@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from diffmergefs import daemon
-from diffmergefs.cli import mount as mount_command
+from diffmergefs.cli import logs
 from tests.support import mounttable
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.live import Gate, patch_children, until
@@ -485,10 +485,11 @@ def test_a_syslog_that_takes_nothing_holds_nobody_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging, "raiseExceptions", False)
-    monkeypatch.setattr(mount_command, "_SYSLOG", str(tmp_path / "log"))
+    monkeypatch.setattr(logs, "SYSLOG", str(tmp_path / "log"))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
         syslog.bind(str(tmp_path / "log"))
-        handler = mount_command._background_handler(None)
+        handler = logs.syslog_handler("auto")
+        assert handler is not None
         record = logging.LogRecord("x", logging.WARNING, "", 0, "%s", ("a\nb\x1b",), None)
         full = max(2000, 2 * int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text()))
         writer = threading.Thread(

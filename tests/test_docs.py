@@ -37,6 +37,7 @@ import pytest
 
 import diffmergefs
 from diffmergefs import cli, errors, trust
+from diffmergefs.cli import helper
 from diffmergefs.mount import _REFUSED_OPTIONS
 from tests.support import mounts, mounttable, skips
 from tests.support.images import PAGE, write_layer
@@ -63,7 +64,9 @@ NOT_RUN = {
     ("README.md", "pip install"): "installs, needs a network",
     ("README.md", "/snapshot/load"): "needs a Firecracker process that listens on its socket",
     ("README.md", "qemu-system-x86_64"): "needs a guest; tests/vm restores one in this way",
-    ("diffmergefs-mount.md", "[Service]"): "needs systemd",
+    ("diffmergefs-mount.md", "systemctl enable"): "needs systemd; tests/test_service.py has one",
+    ("mount.fuse.diffmergefs.md", "make install-mount-helper"): "test_mount_helper.py does it",
+    ("mount.fuse.diffmergefs.md", "mount -t fuse.diffmergefs"): "test_mount_helper.py does it",
 }
 
 
@@ -165,7 +168,8 @@ class Sandbox:
 
     def _environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(self._bin), os.environ["PATH"]])
-        return os.environ | {"PATH": path, "LC_ALL": "C.UTF-8"}
+        home = {"HOME": str(self.work), "XDG_CONFIG_HOME": "", "XDG_DATA_HOME": ""}
+        return os.environ | home | {"PATH": path, "LC_ALL": "C.UTF-8"}
 
     def _call(self, argv: list[str]) -> tuple[int, str]:
         # Into a file: a daemon that keeps a pipe open must not be waited for.
@@ -413,17 +417,18 @@ def test_the_qemu_call_maps_a_file_of_the_mount_privately(public_path: Path) -> 
         box.assert_clean()
 
 
-def test_the_systemd_unit_parses_and_its_command_is_one() -> None:
+def test_the_command_of_the_systemd_unit_is_one() -> None:
     unit = configparser.ConfigParser(interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
-    unit.read_string(the_block(DOCS / "diffmergefs-mount.md", "[Service]").text)
-    for name in ("ExecStart", "ExecStop"):
-        if command := unit["Service"].get(name):
-            program, verb, *arguments = shlex.split(command)
-            assert os.path.basename(program) == "diffmergefs"
-            # Parses them, and raises for what is wrong.
-            context = click.Context(cli.cli, **cli.cli.context_settings)
-            VERBS[verb].make_context(verb, arguments, parent=context)
+    unit.read(DOCS / "diffmergefs@.service")
+    program, verb, *arguments = shlex.split(unit["Service"]["ExecStart"])
+    assert os.path.basename(program) == "diffmergefs"
+    text = section(DOCS / "diffmergefs-mount.md", "AS A SERVICE")
+    values = dict(re.findall(r"^([A-Z]+)=(.*)$", text, re.MULTILINE))
+    given = [values[word.strip("${}")] if word[0] == "$" else word for word in arguments]
+    # Parses them, and raises for what is wrong.
+    context = click.Context(cli.cli, **cli.cli.context_settings)
+    VERBS[verb].make_context(verb, given, parent=context)
 
 
 # (b) Verbs and options
@@ -525,6 +530,24 @@ def test_the_mount_page_lists_the_refused_mount_options() -> None:
     text = section(DOCS / "diffmergefs-mount.md", "OPTIONS")
     (line,) = [line for line in text.splitlines() if "Refused:" in line]
     assert set(re.findall(r"`([a-z_]+)`", line.split("Refused:")[1])) == set(_REFUSED_OPTIONS)
+
+
+HELPER_PAGE = DOCS / "mount.fuse.diffmergefs.md"
+
+
+def test_the_page_of_the_mount_helper_is_that_of_the_program() -> None:
+    assert documented_options(HELPER_PAGE) == options_of(helper.helper)
+    statuses = re.findall(r"^- `(\d+)`", section(HELPER_PAGE, "EXIT STATUS"), re.MULTILINE)
+    known = {helper._USAGE, helper._BUG, helper._INTERRUPTED, helper._FAILED}
+    assert {int(status) for status in statuses} == known | {0}
+
+
+def test_the_lines_of_fstab_are_understood() -> None:
+    lines = [line.split() for block in blocks_in(HELPER_PAGE, "text") for line in block.lines]
+    lines = [line for line in lines if len(line) == 6]
+    assert len(lines) == 2
+    for source, mountpoint, kind, options, _, _ in lines:
+        assert helper.main([source, mountpoint, "-f", "-t", kind, "-o", options]) == 0
 
 
 # (c) Exit codes, and other tables

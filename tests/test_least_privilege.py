@@ -350,6 +350,8 @@ def test_roots_children_get_nothing_of_its_callers_environment(
     environment = plant.environment | {
         "LD_LIBRARY_PATH": str(plant.state),
         "PYTHONSTARTUP": str(plant.state),
+        "NOTIFY_SOCKET": "/run/systemd/notify",
+        "JOURNAL_STREAM": "1:2",
         "TERM": "vt100",
         "LC_ALL": "C.UTF-8",
     }

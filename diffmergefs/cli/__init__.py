@@ -15,11 +15,24 @@ from types import FrameType
 import click
 
 from diffmergefs import __version__
-from diffmergefs.cli import compare, demo, doctor, look, mount, rediff, seal, squash, verify, write
+from diffmergefs.cli import (
+    compare,
+    completion,
+    demo,
+    doctor,
+    look,
+    mount,
+    rediff,
+    seal,
+    squash,
+    verify,
+    write,
+)
 from diffmergefs.cli.common import talk
 from diffmergefs.errors import DiffMergeError, FileAccessError
 from diffmergefs.images import raise_descriptor_limit
 from diffmergefs.mountpoint import ROOTS_PATH
+from diffmergefs.notify import ADDRESS, JOURNAL
 
 USAGE = 2
 BUG = 70
@@ -28,6 +41,9 @@ _OF_TERMINALS = {
     *("TERM", "COLORTERM", "NO_COLOR", "COLUMNS", "LINES", "LANG", "LANGUAGE"),
     *("_DIFFMERGEFS_COMPLETE", "COMP_WORDS", "COMP_CWORD"),
 }
+# A service manager's, for `mount` alone, which takes them out: whom to tell that it is ready, and
+# which stream is the journal. Whoever names a socket to root gets two counts.
+_OF_SERVICES = {ADDRESS, JOURNAL}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -60,15 +76,23 @@ for command in (
     squash.squash,
     compare.compare,
     demo.demo,
+    completion.completion,
 ):
     cli.add_command(command)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit code. A user's mistake is one line, a bug a traceback.
+def main(
+    arguments: list[str] | None = None,
+    command: click.Command = cli,
+    name: str = "diffmergefs",
+) -> int:
+    """Run `command`, which its user calls `name`; the exit code.
+
+    A user's mistake is one line, a bug a traceback.
 
     Without `arguments` those of the process count, and what is in its environment, if it is
-    root's, is thrown away but for how a terminal looks and what its user speaks.
+    root's, is thrown away but for how a terminal looks, what its user speaks, and whom a service
+    tells how it is.
     """
     if arguments is None and os.geteuid() == 0:
         _distrust_environment()
@@ -76,13 +100,13 @@ def main(arguments: list[str] | None = None) -> int:
     _make_stdout_take_all()
     raise_descriptor_limit()
     with _warnings_told():
-        return _run(arguments)
+        return _run(arguments, command, name)
 
 
-def _run(arguments: list[str] | None) -> int:
+def _run(arguments: list[str] | None, command: click.Command, name: str) -> int:
     stdout = sys.stdout
     try:
-        answer = cli.main(arguments, prog_name="diffmergefs", standalone_mode=False)
+        answer = command.main(arguments, prog_name=name, standalone_mode=False)
         sys.stdout.flush()
         return answer if isinstance(answer, int) else 0
     except click.ClickException as error:
@@ -134,7 +158,8 @@ def _warnings_told() -> Iterator[None]:
 def _distrust_environment() -> None:
     # PATH, TMPDIR, HOME and the like may lead whatever we, our libraries or our children look for
     # to a place of someone who is not root.
-    kept = {k: v for k, v in os.environ.items() if k in _OF_TERMINALS or k.startswith("LC_")}
+    known = _OF_TERMINALS | _OF_SERVICES
+    kept = {k: v for k, v in os.environ.items() if k in known or k.startswith("LC_")}
     os.environ.clear()
     os.environ.update(kept, PATH=ROOTS_PATH)
 

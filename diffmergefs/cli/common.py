@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -28,15 +27,13 @@ from rich.progress import (
 from rich.table import Table
 
 from diffmergefs.images import Image, open_chain, open_image
+from diffmergefs.logformat import printable as printable
 from diffmergefs.trust import TrustPolicy
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Files are opened by those who use them: click would call one that cannot be read bad usage.
 PATH = click.Path(readable=False)
-
-# Unicode's categories of control characters, line and paragraph separators.
-_ESCAPED = frozenset({"Cc", "Zl", "Zp"})
 
 # Wide enough that a line stays a line where nobody looks at it on a terminal.
 _PIPE_WIDTH = 4096
@@ -46,18 +43,6 @@ def talk(text: str) -> None:
     """One line on stderr."""
     line = " ".join(printable(text).split())
     print(f"diffmergefs: {line}", file=sys.stderr, flush=True)
-
-
-def printable(text: str) -> str:
-    """The text with what a terminal must not get as it is (a hard file name) as escapes.
-
-    That is what is not valid UTF-8, control characters, and what else ends a line.
-    """
-    try:
-        line = os.fsencode(text).decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:
-        line = ascii(text)[1:-1]
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) in _ESCAPED else c for c in line)
 
 
 def count(number: int, what: str) -> str:

@@ -4,64 +4,42 @@ from __future__ import annotations
 
 import functools
 import logging
-import logging.handlers
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from diffmergefs import daemon
 from diffmergefs import mountpoint as mountpoints
 from diffmergefs.access import view_access
 from diffmergefs.catalog import LAYOUTS
+from diffmergefs.cli import logs
 from diffmergefs.cli.common import (
     PATH,
     layer_options,
     outside_option,
-    printable,
     require_one_source,
     talk,
     trust_options,
 )
 from diffmergefs.errors import (
     DiffMergeError,
-    FileAccessError,
     MountFailedError,
     MountTimeoutError,
 )
 from diffmergefs.images import open_chain
 from diffmergefs.lease import Leases
+from diffmergefs.logformat import Lines, printable
+from diffmergefs.notify import JOURNAL, Notifier, is_journal
 from diffmergefs.store import OpenImage, Store
 from diffmergefs.tree import Tree
 from diffmergefs.trust import TrustPolicy
 
 log = logging.getLogger("diffmergefs")
-
-_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_SYSLOG = "/dev/log"
-
-
-class _Lines(logging.Formatter):
-    # A record is one line, whatever names are in it; a traceback's lines are set in, so that none
-    # of them can pass for a record.
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
-
-    def formatException(self, ei: Any) -> str:
-        lines = super().formatException(ei).split("\n")
-        return "\n".join(f"    {printable(line)}" for line in lines)
-
-
-class _SysLogHandler(logging.handlers.SysLogHandler):
-    # A syslog that takes nothing off its socket must not hold up the daemon: then lines are lost.
-
-    def _connect_unixsocket(self, address: str) -> None:
-        super()._connect_unixsocket(address)  # type: ignore[misc]
-        self.socket.setblocking(False)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -84,32 +62,43 @@ class Request:
         return self.source or self.layers[0]
 
 
-def _split_options(options: tuple[str, ...]) -> list[str]:
-    # A bare `ro` is what a view is anyway.
-    return [option for option in ",".join(options).split(",") if option not in ("", "ro")]
+def split_options(options: Iterable[str]) -> list[str]:
+    """The single options of several `-o`, without `ro`, which a view is anyway.
+
+    A comma that belongs to a value is written as `\\,` and a backslash before it as `\\\\`.
+    """
+    pieces = re.findall(r"(?:\\.|[^,])+", ",".join(options))
+    found = (re.sub(r"\\([\\,])", r"\1", piece) for piece in pieces)
+    return [option for option in found if option != "ro"]
 
 
-class _MountCommand(click.Command):
-    # Takes its long options as -o options too (`-o open_rw,page_size=16384`), as fstab has them.
+def option_name(option: str) -> str:
+    """The name of the long option that a mount option stands for."""
+    return option.partition("=")[0].replace("_", "-")
+
+
+class MountCommand(click.Command):
+    """Takes its long options as -o options too, as fstab has them: `-o open_rw,page_size=16384`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
-        options = _split_options(ctx.params["options"])
-        names = self._long_names()
-        mine = [o for o in options if o.partition("=")[0].replace("_", "-") in names]
+        options = split_options(ctx.params["options"])
+        names = self.long_names()
+        mine = [option for option in options if option_name(option) in names]
         ctx.params["options"] = tuple(o for o in options if o not in mine)
         self._take(ctx, mine)
         return rest
 
-    def _long_names(self) -> set[str]:
+    def long_names(self) -> set[str]:
+        """The names that are mount options too."""
         names = {name for param in self.params for name in param.opts if name.startswith("--")}
         return {name[2:] for name in names} - {"help"}
 
     def _take(self, ctx: click.Context, options: list[str]) -> None:
         arguments = []
         for option in options:
-            name, equals, value = option.partition("=")
-            arguments.append(f"--{name.replace('_', '-')}{equals}{value}")
+            _, equals, value = option.partition("=")
+            arguments.append(f"--{option_name(option)}{equals}{value}")
         values, _, _ = self.make_parser(ctx).parse_args(arguments)
         for param in self.params:
             if isinstance(param, click.Option) and param.name in values:
@@ -118,11 +107,45 @@ class _MountCommand(click.Command):
                 param.handle_parse_result(ctx, values, [])
 
 
-@click.command(cls=_MountCommand)
-@click.argument("operands", nargs=-1, required=True, metavar="[SOURCE] MOUNTPOINT")
+def _complete_path(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    # By the shell. (A type `click.Path` would ask what is mounted there, and that may hang.)
+    return [CompletionItem(incomplete, type="file")]
+
+
+def _complete_options(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[str]:
+    before, comma, begun = incomplete.rpartition(",")
+    names = [
+        name[2:].replace("-", "_") + ("" if option.is_flag else "=")
+        for option in context.command.params
+        if isinstance(option, click.Option)
+        for name in option.opts
+        if name.startswith("--") and name != "--help"
+    ]
+    return [before + comma + name for name in sorted(names) if name.startswith(begun)]
+
+
+@click.command(cls=MountCommand)
+@click.argument(
+    "operands",
+    nargs=-1,
+    required=True,
+    metavar="[SOURCE] MOUNTPOINT",
+    shell_complete=_complete_path,
+)
 @layer_options
 @click.option("-f", "--foreground", is_flag=True, help="Stay in front and log to stderr.")
-@click.option("-o", "options", multiple=True, metavar="OPT[,OPT...]", help="Mount options.")
+@click.option(
+    "-o",
+    "options",
+    multiple=True,
+    metavar="OPT[,OPT...]",
+    shell_complete=_complete_options,
+    help="Mount options.",
+)
 @click.option("--allow-other", is_flag=True, help="Let other users in, by the permission bits.")
 @click.option(
     "--open-rw",
@@ -141,6 +164,14 @@ class _MountCommand(click.Command):
     help="How long to wait at most until the mount answers.",
 )
 @click.option("--log", "log_file", type=PATH, metavar="FILE", help="Log to FILE, not to syslog.")
+@click.option(
+    "--log-format",
+    type=click.Choice(logs.FORMATS),
+    default="auto",
+    show_default=True,
+    help="Records as lines with date and level (plain), as lines with <N> in front, N the priority"
+    " (journald), or as JSON. auto: journald where the log goes to the journal, else plain.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log each failed request too.")
 @click.option(
     "--verify",
@@ -165,6 +196,7 @@ def mount(
     suffix: str | None,
     timeout: float,
     log_file: str | None,
+    log_format: str,
     verbose: bool,
     verify: str,
     policy: TrustPolicy,
@@ -201,17 +233,36 @@ def mount(
         options,
     )
     level = logging.DEBUG if verbose else logging.INFO
-    _log_to(logging.StreamHandler(), level)
-    serve = functools.partial(_serve, request)
+    notifier = Notifier.from_environment(os.environ)
+    stream = os.environ.pop(JOURNAL, None)
     if foreground:
         if log_file:
-            _log_to(_file_handler(log_file), level)
-        serve(lambda: None)
-        return 0
-    return _serve_in_background(request, serve, _background_handler(log_file), level, timeout)
+            handler = logs.file_handler(log_file, log_format)
+        else:
+            handler = logs.stderr_handler(log_format, to_journal=is_journal(2, stream))
+        return _serve_in_front(request, handler, level, notifier)
+    logs.log_to(logs.stderr_handler("plain"), level)
+    serve = functools.partial(_serve, request)
+    handler = _background_handler(log_file, log_format)
+    return _serve_in_background(request, serve, handler, level, timeout)
 
 
-def _serve(request: Request, ready: Callable[[], None]) -> None:
+def _serve_in_front(
+    request: Request, handler: logging.Handler, level: int, notifier: Notifier
+) -> int:
+    logs.log_to(handler, level)
+    try:
+        _serve(request, functools.partial(notifier.tell, "READY=1"), notifier)
+    except DiffMergeError as error:
+        if isinstance(handler, logging.FileHandler) or isinstance(handler.formatter, Lines):
+            raise
+        # Whoever reads stderr by priorities or as JSON finds it there.
+        log.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | None = None) -> None:
     # Imported here: all else works where libfuse is missing.
     try:
         from diffmergefs import mount as mounts
@@ -244,7 +295,7 @@ def _serve(request: Request, ready: Callable[[], None]) -> None:
         )
         mounts.settle(store)
         tree = Tree(real, store, open_rw=request.open_rw)
-    mounts.serve(tree, real, options, ready, leases)
+    mounts.serve(tree, real, options, ready, leases, notifier or Notifier())
 
 
 def _explicit_image(request: Request, leases: Leases) -> OpenImage:
@@ -265,7 +316,7 @@ def _serve_in_background(
     def child(ready: Callable[[], None]) -> int:
         logging.raiseExceptions = False  # a log that cannot be written is no reason to complain
         # Warnings at the start are for the caller's terminal, everything is for the log.
-        _log_to(logging.StreamHandler(), logging.WARNING, handler, level)
+        logs.log_to(logs.stderr_handler("plain"), logging.WARNING, handler, level)
         try:
             serve(ready)
         except DiffMergeError as error:
@@ -315,42 +366,16 @@ def _remove_leftover(request: Request, before: mountpoints.MountEntry | None) ->
         mountpoints.detach(known.path)
 
 
-def _background_handler(log_file: str | None) -> logging.Handler:
+def _background_handler(log_file: str | None, log_format: str) -> logging.Handler:
     if log_file:
-        return _file_handler(log_file)
-    # The handler itself takes a missing syslog in silence, and then complains of each line.
-    if not os.path.exists(_SYSLOG):
+        return logs.file_handler(log_file, log_format)
+    handler = logs.syslog_handler(log_format)
+    if handler is None:
         talk(
-            f"no syslog answers at {_SYSLOG}, so the daemon's log is lost; keep it with --log FILE"
+            f"no syslog answers at {logs.SYSLOG}, so the daemon's log is lost; keep it with"
+            " --log FILE"
         )
-        return logging.NullHandler()
-    handler = _SysLogHandler(_SYSLOG, facility=_SysLogHandler.LOG_DAEMON)
-    handler.ident = "diffmergefs: "
-    handler.setFormatter(_Lines())
-    return handler
-
-
-def _file_handler(path: str) -> logging.Handler:
-    try:
-        handler = logging.FileHandler(path, errors="backslashreplace")
-    except OSError as error:
-        raise FileAccessError(f"{path}: cannot log there: {error.strerror}") from error
-    handler.setFormatter(_Lines(_FORMAT))
-    return handler
-
-
-def _log_to(*handlers_and_levels: logging.Handler | int) -> None:
-    pairs = zip(handlers_and_levels[::2], handlers_and_levels[1::2], strict=True)
-    for old in list(log.handlers):
-        log.removeHandler(old)
-    for handler, level in pairs:
-        assert isinstance(handler, logging.Handler) and isinstance(level, int)
-        if type(handler) is logging.StreamHandler:
-            handler.setFormatter(_Lines(_FORMAT))
-        handler.setLevel(level)
-        log.addHandler(handler)
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
+    return handler or logging.NullHandler()
 
 
 @click.command()
@@ -358,6 +383,8 @@ def _log_to(*handlers_and_levels: logging.Handler | int) -> None:
 @click.option("--lazy", is_flag=True, help="Detach it although files are open; they stay served.")
 def umount(mountpoint: str, lazy: bool) -> None:
     """Unmount MOUNTPOINT; refused while files are open, unless --lazy.
+
+    The refusal names the processes that have them open or mapped, as far as they can be seen.
 
     \b
     Example:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -119,10 +119,13 @@ class Holder:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[Holder]:
-    """A process that maps the file privately, as a VMM does."""
+def held(path: Path, enter: Sequence[str] = ()) -> Iterator[Holder]:
+    """A process that maps the file privately, as a VMM does.
+
+    `enter` is what stands before its command.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-c", _HOLDER, str(path)],
+        [*enter, sys.executable, "-c", _HOLDER, str(path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

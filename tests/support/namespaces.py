@@ -37,6 +37,15 @@ class Namespace:
         done = self.run(["mount", "--bind", source, target])
         assert done.returncode == 0, done
 
+    def replace_sbin(self, folder: Path) -> None:
+        """Let /sbin be written to, in this namespace only; `folder` is an existing directory."""
+        sbin = os.path.realpath("/sbin")
+        upper, work = folder / "upper", folder / "work"
+        layers = f"lowerdir={sbin},upperdir={upper},workdir={work}"
+        self.run(["mount", "-t", "tmpfs", "none", folder], check=True)
+        self.run(["mkdir", upper, work], check=True)
+        self.run(["mount", "-t", "overlay", "-o", layers, "overlay", sbin], check=True)
+
     def diffmergefs(
         self, uid: int, gid: int, *arguments: str | Path, environment: Mapping[str, str] = {}
     ) -> subprocess.CompletedProcess[str]:

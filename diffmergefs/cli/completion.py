@@ -1,0 +1,32 @@
+"""`completion`: what makes a shell complete our command lines."""
+
+from __future__ import annotations
+
+import click
+from click.shell_completion import get_completion_class
+
+#: The shells that are known.
+SHELLS = ["bash", "zsh", "fish"]
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print what makes SHELL (bash, zsh or fish) complete verbs, options and file names.
+
+    \b
+    Examples:
+      eval "$(diffmergefs completion bash)"
+      diffmergefs completion zsh > _diffmergefs
+      diffmergefs completion fish > diffmergefs.fish
+    """
+    print(script(shell), end="")
+
+
+def script(shell: str) -> str:
+    """The completion script for one of SHELLS. It calls `diffmergefs` for each completion."""
+    kind = get_completion_class(shell)
+    assert kind is not None
+    made = kind(click.Group(), {}, "diffmergefs", "_DIFFMERGEFS_COMPLETE")
+    # Not its source(), which for bash runs a bash and says what it thinks of its version.
+    return made.source_template % made.source_vars()

@@ -1,0 +1,46 @@
+"""The wheel's build: what is made of the sources and installed beside the package.
+
+Man pages of docs/, and the completion scripts. An editable installation has neither.
+"""
+
+from __future__ import annotations
+
+import runpy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+_COMPLETIONS = {
+    "bash": "share/bash-completion/completions/diffmergefs",
+    "zsh": "share/zsh/site-functions/_diffmergefs",
+    "fish": "share/fish/vendor_completions.d/diffmergefs.fish",
+}
+
+
+class Made(BuildHookInterface[Any]):
+    """Adds the files that are made to the shared data of the wheel."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Make them, in a directory that `finalize` removes."""
+        if version == "editable":
+            return
+        root = Path(self.root)
+        self._folder = tempfile.TemporaryDirectory(prefix="diffmergefs-wheel-")
+        folder = Path(self._folder.name)
+        write_all = runpy.run_path(str(root / "tools" / "manpages.py"))["write_all"]
+        for page in write_all(root / "docs", folder, self.metadata.version):
+            target = f"share/man/man{page.suffix[1:]}/{page.name}"
+            build_data["shared_data"][str(page)] = target
+        # Not imported: the package needs more than its build.
+        script = runpy.run_path(str(root / "diffmergefs" / "cli" / "completion.py"))["script"]
+        for shell, target in _COMPLETIONS.items():
+            path = folder / f"completion.{shell}"
+            path.write_text(script(shell), encoding="utf-8")
+            build_data["shared_data"][str(path)] = target
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Remove what went into the wheel."""
+        if version != "editable":
+            self._folder.cleanup()
