@@ -17,7 +17,7 @@ from diffmergefs.cli.completion import SHELLS, script
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-TOOL = runpy.run_path(str(ROOT / "tools" / "manpages.py"))
+TOOL = runpy.run_path(str(ROOT / "docs/build/manpages.py"))
 PAGES = {f"{name}.{number}" for name, number in TOOL["pages"](DOCS).items()}
 
 
@@ -105,7 +105,8 @@ def test_the_completion_scripts_are_installed(prefix: Path) -> None:
 
 def test_pages_unit_and_programs_are_installed(prefix: Path) -> None:
     folder = prefix / "share/doc/diffmergefs"
-    assert {path.name for path in folder.iterdir()} == {path.name for path in DOCS.iterdir()}
+    pages = {path.name for path in DOCS.iterdir() if path.is_file()}
+    assert {path.name for path in folder.iterdir()} == pages
     unit = "diffmergefs@.service"
     assert (folder / unit).read_bytes() == (DOCS / unit).read_bytes()
     assert {path.name for path in (prefix / "bin").iterdir()} == {
@@ -115,7 +116,7 @@ def test_pages_unit_and_programs_are_installed(prefix: Path) -> None:
 
 
 def test_an_editable_installation_makes_nothing() -> None:
-    made = runpy.run_path(str(ROOT / "hatch_build.py"))["Made"]
+    made = runpy.run_path(str(ROOT / "docs/build/wheel.py"))["Made"]
     hook = made(str(ROOT), {}, None, None, "", "wheel")
     data: dict[str, Any] = {"shared_data": {}}
     before = set(os.listdir(tempfile.gettempdir()))

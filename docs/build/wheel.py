@@ -1,6 +1,7 @@
 """The wheel's build: what is made of the sources and installed beside the package.
 
-Man pages of docs/, and the completion scripts. An editable installation has neither.
+The pages of docs/, man pages of them, and the completion scripts. An editable installation has
+none.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ class Made(BuildHookInterface[Any]):
         root = Path(self.root)
         self._folder = tempfile.TemporaryDirectory(prefix="diffmergefs-wheel-")
         folder = Path(self._folder.name)
-        write_all = runpy.run_path(str(root / "tools" / "manpages.py"))["write_all"]
+        for page in (root / "docs").iterdir():
+            if page.is_file():
+                build_data["shared_data"][str(page)] = f"share/doc/diffmergefs/{page.name}"
+        write_all = runpy.run_path(str(Path(__file__).with_name("manpages.py")))["write_all"]
         for page in write_all(root / "docs", folder, self.metadata.version):
             target = f"share/man/man{page.suffix[1:]}/{page.name}"
             build_data["shared_data"][str(page)] = target

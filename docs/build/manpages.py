@@ -1,7 +1,7 @@
 """Man pages of the pages in docs/ that have their form: run it with a directory to write them to.
 
-The wheel's build does that (hatch_build.py). markdown-it parses; here the blocks that the pages use
-become macros of man(7). What is not known is an error, so that nothing goes missing.
+The wheel's build does that (wheel.py beside this). markdown-it parses; here the blocks that the
+pages use become macros of man(7). What is not known is an error, so that nothing goes missing.
 """
 
 from __future__ import annotations
