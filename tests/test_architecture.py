@@ -19,25 +19,30 @@ ROOT = PACKAGE.name
 # A module imports from lower levels only. A new module is entered at the level where it
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
-    {"errors", "extents", "daemon", "finding"},
-    {"sparse", "beneath", "bmap", "chain", "mountpoint", "state", "verdict"},
+    {"errors", "extents", "daemon", "finding", "cells", "legend", "curve"},
+    {"sparse", "beneath", "bmap", "canvas", "chain", "mountpoint", "raster", "state", "verdict"},
     {"host", "layer", "lease"},
     {"trust", "view", "snapshot", "access", "copying"},
-    {"forkd", "hashqueue", "numbered", "output", "pins", "probe", "seal"},
-    {"catalog", "sealing"},
+    {"forkd", "hashqueue", "numbered", "output", "pins", "probe", "seal", "zeros"},
+    {"catalog", "extents_picture", "map_picture", "picture", "sealing"},
     {"apply", "flatten", "images", "watch"},
     {"diagnosis", "info", "verify", "store"},
     {"doctor", "tree", ROOT},
     {"operations"},
     {"mount"},
     {"cli.common"},
-    {"cli.demo", "cli.doctor", "cli.look", "cli.mount", "cli.seal", "cli.verify", "cli.write"},
+    {"cli.picture", "cli.terminal"},
+    {
+        *("cli.demo", "cli.doctor", "cli.look", "cli.map", "cli.mount", "cli.seal"),
+        *("cli.verify", "cli.write"),
+    },
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 
 SEES_FUSE = {"operations", "mount"}
+DRAWS = {"canvas", "curve", "extents_picture", "map_picture", "picture", "raster"}
 PRINTERS = {"print", "sys.stdout.write", "sys.stderr.write", "traceback.print_exc"}
 
 
@@ -88,6 +93,12 @@ def test_a_module_imports_only_from_lower_levels(module: str) -> None:
 def test_only_the_adapter_and_the_mount_see_the_runtime(module: str) -> None:
     runtime = {name.split(".")[0] for name in imported(module)} & {"pyfuse3", "trio"}
     assert not runtime or module in SEES_FUSE
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_pictures_see_what_draws_them(module: str) -> None:
+    drawing = {name.split(".")[0] for name in imported(module)} & {"matplotlib", "numpy", "PIL"}
+    assert not drawing or module in DRAWS
 
 
 @pytest.mark.parametrize("module", MODULES)
