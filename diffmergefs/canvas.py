@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import bisect
 import io
 import re
 from collections.abc import Iterator
@@ -132,12 +133,13 @@ def fitting(words: str, width: float, size: float) -> str:
     """The words in the usual letters, with '..' in the middle if they take more than `width`."""
     font = get_font(findfont(FontProperties(family=[_SANS])))
     font.set_size(size, _DPI)
-    for length in range(len(words), 5, -1):
-        short = shortened(words, length)
-        font.set_text(short)
-        if font.get_width_height()[0] / 64 <= width:
-            return short
-    return shortened(words, 5)
+
+    def fits(length: int) -> bool:
+        font.set_text(shortened(words, length))
+        return bool(font.get_width_height()[0] / 64 <= width)
+
+    length = bisect.bisect(range(5, len(words) + 1), False, key=lambda n: not fits(n))
+    return shortened(words, max(length + 4, 5))
 
 
 def _in_font(words: str, family: str) -> str:

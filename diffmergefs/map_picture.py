@@ -110,7 +110,9 @@ class MapPicture:
     def _frame(self, row: int, column: int, side: int) -> None:
         x, y = self.pixel(row, column)
         pixels = side * self._placing.zoom + 1
-        self._canvas.box(x - 0.5, y - 0.5, pixels, pixels, fill=False, edgecolor=LINE, linewidth=1)
+        # Just around the cells: not moved to where matplotlib thinks that lines look best.
+        looks = {"fill": False, "edgecolor": LINE, "linewidth": 1, "snap": False}
+        self._canvas.box(x - 0.5, y - 0.5, pixels, pixels, **looks)
 
     def _address(self, number: int) -> str:
         return address(self.grid.origin + number * self.grid.cell, self.subject.stop)

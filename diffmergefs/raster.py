@@ -33,7 +33,7 @@ def colours(kinds: Kinds) -> list[str]:
     """
     diffs = len(kinds.layers) - 1
     scale = matplotlib.colormaps["plasma"].resampled(256)
-    steps = [0.72 - 0.70 * n / max(diffs - 1, 1) for n in range(diffs)]
+    steps = [0.02 + 0.70 * (diffs - 1 - n) / max(diffs - 1, 1) for n in range(diffs)]
     return [_PAPER, "#cdf3f1", "#d3d7de", *(to_hex(scale(step)) for step in steps)]
 
 
