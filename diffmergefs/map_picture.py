@@ -104,7 +104,8 @@ class MapPicture:
             self._frame(row * side, column * side, side)
             if (number := int(part) * side**2) < self.grid.cells:
                 x, y = self.pixel(row * side, column * side)
-                words = f"{self._address(number)} {_arrow(parts, row, column)}"
+                goes_on = number + side**2 < self.grid.cells
+                words = f"{self._address(number)} {_arrow(parts, row, column) if goes_on else ''}"
                 self._canvas.text(x, y - 6, words, 14, mono=True)
 
     def _frame(self, row: int, column: int, side: int) -> None:
@@ -187,6 +188,5 @@ class MapPicture:
 
 def _arrow(parts: NDArray[np.int64], row: int, column: int) -> str:
     # To where the next part of the curve is.
-    found = np.argwhere(parts == parts[row, column] + 1)
-    steps = {(0, 1): "→", (0, -1): "←", (1, 0): "↓", (-1, 0): "↑"}
-    return steps[int(found[0, 0]) - row, int(found[0, 1]) - column] if len(found) else ""
+    ((y, x),) = np.argwhere(parts == parts[row, column] + 1)
+    return {(0, 1): "→", (0, -1): "←", (1, 0): "↓", (-1, 0): "↑"}[int(y) - row, int(x) - column]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffmergefs import errors
+from diffmergefs import errors, map_picture  # noqa: F401  (another user may not import it later)
 from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, one_line
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.inputs import unchanged
@@ -192,10 +192,35 @@ def test_an_image_is_named_by_its_tags(tmp_path: Path) -> None:
     assert "\n0 python " in text and "\n1 numpy " in text
 
 
-def test_the_scan_has_a_progress_bar(chain: list[str]) -> None:
-    assert "zeros" not in on_terminal(chain, NO_COLOR="1")[1]
-    bar = on_terminal(["--zeros", *chain], NO_COLOR="1")[1]
-    assert "zeros" in bar and f"{193 * PAGE / 1024:.1f}/{193 * PAGE / 1024:.1f}" in bar
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=str)
+def test_a_bar_shows_how_far_it_is_and_is_wiped_away(chain: list[str], form: list[str]) -> None:
+    """On stderr, and not a byte of it in what is printed."""
+    out, err = on_terminal([*form, *chain], NO_COLOR="1")
+    assert ("map" in err) == (not form)  # ranges that scroll by are a bar of their own
+    assert out.startswith("[{" if form else "base: 1 MiB")
+    with_scan, err = on_terminal(["--zeros", *form, *chain], NO_COLOR="1")
+    data = f"{193 * PAGE / 1024:.1f}"
+    assert (f"{data}/{data} KiB" in err) == (not form)
+    assert with_scan.startswith(out[:20]) and "\x1b[2K" not in with_scan
+
+
+def test_a_bar_beside_a_pipe_leaves_the_json_alone(chain: list[str]) -> None:
+    ours, theirs = os.openpty()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "diffmergefs", "map", "--json", "--zeros", *chain],
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
+            timeout=60,
+            check=False,
+        )
+        shown_there = os.read(ours, 1 << 16).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert sum(entry["length"] for entry in json.loads(done.stdout)) == SIZE
+    assert "zeros" in shown_there and "start" not in shown_there
 
 
 # As JSON

@@ -17,7 +17,9 @@ from diffmergefs.extents_picture import ExtentsPicture
 from diffmergefs.info import run_lengths
 from diffmergefs.layer import Layer
 from diffmergefs.legend import BASE, Kinds
+from diffmergefs.map_picture import LEFT, TOP
 from diffmergefs.picture import picture_format, publish
+from tests.support import sample_map
 from tests.support.commands import diffmergefs, mistake
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.inputs import unchanged
@@ -144,3 +146,20 @@ def test_a_wrong_use_of_plot_ends_with_2(tmp_path: Path, arguments: list[str]) -
     done = diffmergefs("info", "--base", base, *arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert os.listdir(tmp_path) == ["base"]
+
+
+def test_the_picture_in_readme_is_what_is_drawn_today(tmp_path: Path) -> None:
+    """Its cells, that is: letters differ a little from one version of the fonts to the next."""
+    assert sample_map.draw(tmp_path / "map.png") == 0
+    kept = Path(__file__).parent.parent / "docs" / "map.png"
+    assert kept.stat().st_size < 100_000
+    width, height = raster.Placing(7, parted=True).size
+    box = (LEFT, TOP, LEFT + width, TOP + height)
+    ours, theirs = (
+        np.asarray(Image.open(path).convert("RGB").crop(box))
+        for path in (tmp_path / "map.png", kept)
+    )
+    cells = np.ones(ours.shape[:2], bool)
+    for row in range(4):  # the addresses above the parts
+        cells[row * (256 + raster.GAP + raster.STRIP) :][: raster.STRIP] = False
+    assert (ours == theirs)[cells].all()

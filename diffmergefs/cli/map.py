@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import click
@@ -13,7 +14,7 @@ import click
 from diffmergefs import zeros
 from diffmergefs.cli.common import PATH, image_options, opened, printable, progress
 from diffmergefs.cli.picture import draw_map, picture_path
-from diffmergefs.cli.terminal import print_map
+from diffmergefs.cli.terminal import TerminalMap
 from diffmergefs.images import Image
 from diffmergefs.legend import Subject, short_names
 from diffmergefs.picture import require_matplotlib
@@ -22,6 +23,7 @@ from diffmergefs.view import MergedView
 from diffmergefs.zeros import Piece
 
 _NUMBER = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([kmgt])(?:i?b)?)?", re.IGNORECASE)
+_REPORTED = 4096
 _POWERS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
 
@@ -113,15 +115,16 @@ def map_(
         title = printable(image or os.path.basename(base or ""))
         names = [printable(name) for name in short_names([layer.path for layer in view.layers])]
         subject = Subject(title, names, view.size, start, stop, policy.page_size, scan)
+        found_pieces = _pieces(view, subject, bar=not (as_json and sys.stdout.isatty()))
         if output is not None:
-            with _pieces(view, subject) as pieces:
-                draw_map(pieces, view, subject, layout or "hilbert", output, force=force)
-            return
-        with _pieces(view, subject) as pieces:
-            if as_json:
+            draw_map(found_pieces, view, subject, layout or "hilbert", output, force=force)
+        elif as_json:
+            with found_pieces as pieces:
                 _print_ranges(pieces, found)
-            else:
-                print_map(pieces, subject, paths)
+        else:
+            with found_pieces as pieces:
+                rows = TerminalMap(pieces, subject)
+            rows.print(paths)
 
 
 def _within(window: tuple[int, int | None] | None, size: int) -> tuple[int, int]:
@@ -136,14 +139,27 @@ def _within(window: tuple[int, int | None] | None, size: int) -> tuple[int, int]
 
 
 @contextmanager
-def _pieces(view: MergedView, subject: Subject) -> Iterator[Iterable[Piece]]:
+def _pieces(view: MergedView, subject: Subject, *, bar: bool) -> Iterator[Iterable[Piece]]:
+    # With a progress bar, unless what is printed meanwhile would run into it.
     start, stop, page = subject.start, subject.stop, subject.page
-    if not subject.scanned:
-        yield zeros.pieces(view, start, stop)
-        return
-    data = sum(p.stop - p.start for p in zeros.pieces(view, start, stop) if p.layer is not None)
-    with progress("zeros", data) as moved:
-        yield zeros.scanned_pieces(view, start, stop, page, moved)
+    found = zeros.pieces(view, start, stop)
+    if not bar:
+        silent = zeros.scanned_pieces(view, start, stop, page, lambda done: None)
+        yield silent if subject.scanned else found
+    elif subject.scanned:
+        data = sum(piece.stop - piece.start for piece in found if piece.layer is not None)
+        with progress("zeros", data) as moved:
+            yield zeros.scanned_pieces(view, start, stop, page, moved)
+    else:
+        with progress("map", stop - start) as moved:
+            yield _reported(found, start, moved)
+
+
+def _reported(pieces: Iterable[Piece], start: int, moved: Callable[[int], None]) -> Iterator[Piece]:
+    for number, piece in enumerate(pieces):
+        if number % _REPORTED == 0:  # a bar costs more than a piece
+            moved(piece.start - start)
+        yield piece
 
 
 def _print_ranges(pieces: Iterable[Piece], image: Image) -> None:

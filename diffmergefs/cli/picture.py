@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import click
 
@@ -25,7 +27,7 @@ def picture_path(
 
 
 def draw_map(
-    pieces: Iterable[Piece],
+    found: AbstractContextManager[Iterable[Piece]],
     view: MergedView,
     subject: Subject,
     layout: str,
@@ -33,15 +35,18 @@ def draw_map(
     *,
     force: bool,
 ) -> None:
-    """Write the map of the pieces to `output`. Requires `require_matplotlib`, like all here."""
+    """Write the map of the pieces that are `found` to `output`, once that can be written.
+
+    Requires `require_matplotlib`, like all here.
+    """
     from diffmergefs.map_picture import MapPicture
 
     def draw() -> bytes:
-        picture = MapPicture(pieces, subject, layout)
-        return picture.svg() if picture_format(output) == "svg" else picture.png()
+        with found as pieces:
+            picture = MapPicture(pieces, subject, layout)
+        return _drawn(picture, output)
 
-    with progress("draw", unit=""):
-        publish(output, view.layers, draw, force=force)
+    publish(output, view.layers, draw, force=force)
     talk(f"{output}: written")
 
 
@@ -52,9 +57,18 @@ def draw_extents(view: MergedView, title: str, page: int, output: str, *, force:
     def draw() -> bytes:
         names = [printable(name) for name in short_names([layer.path for layer in view.layers])]
         lengths = [run_lengths(layer.extents, page) for layer in view.layers]
-        picture = ExtentsPicture(title, names, lengths, page)
-        return picture.svg() if picture_format(output) == "svg" else picture.png()
+        return _drawn(ExtentsPicture(title, names, lengths, page), output)
 
-    with progress("draw", unit=""):
-        publish(output, view.layers, draw, force=force)
+    publish(output, view.layers, draw, force=force)
     talk(f"{output}: written")
+
+
+class _Picture(Protocol):
+    def png(self) -> bytes: ...
+
+    def svg(self) -> bytes: ...
+
+
+def _drawn(picture: _Picture, output: str) -> bytes:
+    with progress("draw", unit=""):
+        return picture.svg() if picture_format(output) == "svg" else picture.png()

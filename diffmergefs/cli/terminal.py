@@ -32,38 +32,51 @@ _LEAST = 16
 _DIFF_STYLES = ("cyan", "green", "yellow", "magenta")
 
 
-def print_map(pieces: Iterable[Piece], subject: Subject, paths: list[str]) -> None:
-    """The map on stdout, as wide as the terminal, and below it what each row adds up to.
+class TerminalMap:
+    """The map of the pieces of a range, as wide as the terminal."""
 
-    `paths` are the layers' files, to be printed as they are.
-    """
-    # Characters are chosen by what the user's terminal shows, colours by rich: it knows NO_COLOR,
-    # and pipes.
-    ramp = _BLOCKS if _takes_utf8() else _ASCII
-    console = Console(highlight=False, markup=False, emoji=False)
-    kinds = Kinds(len(subject.names))
-    labels = _labels(kinds, subject, console.width // 4)
-    indent = max(map(len, labels.values())) + 1
-    columns = max(console.width - indent, _LEAST)
-    grid = cells.row_grid(subject.start, subject.stop, subject.page, columns)
-    found = ((p.start, p.stop, kinds.of(p.layer, p.zero)) for p in pieces)
-    rows = cells.bytes_by_kind(found, grid, len(kinds))
-    # Printed by print(): rich ends the process with status 1 when the reader has gone away.
-    with console.capture() as capture:
-        for line in _title(subject, grid, len(paths)):
-            console.print(line, soft_wrap=True)
-        console.print()
-        for text in _ruler(subject, grid, "│" if ramp == _BLOCKS else "|"):
-            console.print(" " * indent + text, style="dim", soft_wrap=True)
-        for kind, label in labels.items():
-            bar = "".join(_bar(rows[kind], grid, subject.page, ramp))
-            console.print(Text(f"{label:<{indent}}").append(bar, _style(kind)), soft_wrap=True)
-        console.print()
-    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
-    _print_legend(kinds, subject, paths, {kind: sum(rows[kind]) for kind in labels})
-    print(f"\n{_scale(subject, grid, ramp)}")
-    if kinds.grouped:
-        print(f"{kinds.note()} --json names the layer of each range.")
+    def __init__(self, pieces: Iterable[Piece], subject: Subject) -> None:
+        """Takes the pieces, once and in order; nothing is printed."""
+        # Characters are chosen by what the user's terminal shows, colours by rich: it knows
+        # NO_COLOR, and pipes.
+        self._ramp = _BLOCKS if _takes_utf8() else _ASCII
+        self._console = Console(highlight=False, markup=False, emoji=False)
+        self._subject = subject
+        self._kinds = kinds = Kinds(len(subject.names))
+        self._labels = _labels(kinds, subject, self._console.width // 4)
+        self._indent = max(map(len, self._labels.values())) + 1
+        columns = max(self._console.width - self._indent, _LEAST)
+        self._grid = cells.row_grid(subject.start, subject.stop, subject.page, columns)
+        found = ((p.start, p.stop, kinds.of(p.layer, p.zero)) for p in pieces)
+        self._rows = cells.bytes_by_kind(found, self._grid, len(kinds))
+
+    def print(self, paths: list[str]) -> None:
+        """The rows on stdout, and below them what each adds up to.
+
+        `paths` are the layers' files, to be printed as they are.
+        """
+        # By print(): rich ends the process with status 1 when the reader has gone away.
+        with self._console.capture() as capture:
+            for line in _title(self._subject, self._grid):
+                self._console.print(line, soft_wrap=True)
+            self._console.print()
+            self._print_rows()
+            self._console.print()
+        print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+        totals = {kind: sum(self._rows[kind]) for kind in self._labels}
+        _print_legend(self._kinds, self._subject, paths, totals)
+        print(f"\n{_scale(self._subject, self._grid, self._ramp)}")
+        if self._kinds.grouped:
+            print(f"{self._kinds.note()} --json names the layer of each range.")
+
+    def _print_rows(self) -> None:
+        mark = "│" if self._ramp == _BLOCKS else "|"
+        for line in _ruler(self._subject, self._grid, mark):
+            self._console.print(" " * self._indent + line, style="dim", soft_wrap=True)
+        for kind, label in self._labels.items():
+            bar = "".join(_bar(self._rows[kind], self._grid, self._subject.page, self._ramp))
+            text = Text(f"{label:<{self._indent}}").append(bar, _style(kind))
+            self._console.print(text, soft_wrap=True)
 
 
 def _takes_utf8() -> bool:
@@ -93,8 +106,8 @@ def _row_name(kinds: Kinds, kind: int, subject: Subject) -> str:
     return kinds.name(kind, subject.names) if len(layers) < 2 else counted(len(layers), "layer")
 
 
-def _title(subject: Subject, grid: cells.Grid, layers: int) -> Iterator[str]:
-    yield f"{subject.title}: {size_text(subject.size)}, {counted(layers, 'layer')}"
+def _title(subject: Subject, grid: cells.Grid) -> Iterator[str]:
+    yield f"{subject.title}: {size_text(subject.size)}, {counted(len(subject.names), 'layer')}"
     pages = counted(grid.cell // subject.page, "page")
     first, last = (address(at, subject.stop) for at in (subject.start, subject.stop))
     yield f"{first} to {last}, {pages} a column ({size_text(grid.cell)})"
