@@ -38,26 +38,41 @@ def scanned_pieces(
 
     Each byte that a layer supplies to the range is read once, holes are not. A page is `page`
     bytes, a power of two, but 1 MiB at most; the part of one that a layer supplies is judged by
-    itself. Neighbouring
-    pieces of one layer that are alike are joined. `progress` is called with the bytes read so far.
-    After each segment its layer is compared with its fingerprint (law 6). Raises LayerChangedError
-    and FileAccessError.
+    itself. Neighbouring pieces of one layer that are alike are joined. `progress` is called with
+    the bytes read so far, about once a MiB and at the end. After each segment its layer is compared
+    with its fingerprint (law 6). Raises LayerChangedError and FileAccessError.
     """
-    done = 0
+    meter = _Meter(progress)
     for begin, end, number in view.segments(start, stop - start):
         if number is None:
             yield Piece(begin, end, None, True)
             continue
         layer = view.layers[number]
-        for first, last, zero in _joined(_judged(layer, begin, end, min(page, BLOCK))):
+        judged = _judged(layer, begin, end, min(page, BLOCK), meter)
+        for first, last, zero in _joined(judged):
             yield Piece(first, last, number, zero)
         with failures(layer.path):
             layer.settle()
-        done += end - begin
-        progress(done)
+    progress(meter.done)
 
 
-def _judged(layer: Layer, start: int, stop: int, page: int) -> Iterator[tuple[int, int, bool]]:
+class _Meter:
+    # How much is done, told a MiB at a time: to move a bar takes longer than to look at a page.
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self.done = self._told = 0
+        self._tell = tell
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self.done - self._told >= BLOCK:
+            self._tell(self.done)
+            self._told = self.done
+
+
+def _judged(
+    layer: Layer, start: int, stop: int, page: int, meter: _Meter
+) -> Iterator[tuple[int, int, bool]]:
     # In blocks that begin and end on pages, but for the segment's own ends. `startswith` compares
     # without a copy, and stops at the first byte that differs.
     buffer = bytearray(min(BLOCK, stop - start))
@@ -67,6 +82,7 @@ def _judged(layer: Layer, start: int, stop: int, page: int) -> Iterator[tuple[in
         end = min(stop, (position // BLOCK + 1) * BLOCK)
         with failures(layer.path):
             layer.read_into(memoryview(buffer)[: end - position], position)
+        meter.add(end - position)
         if buffer.startswith(zeros[: end - position]):
             yield position, end, True
         else:
