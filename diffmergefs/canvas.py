@@ -53,7 +53,7 @@ class Canvas:
     def __init__(self, width: int, height: int, title: str) -> None:
         self.width, self.height = width, height
         self.figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
-        self._title = title
+        self._title = _in_font(title, _SANS)
         self._raster = ""
 
     def text(
@@ -119,6 +119,22 @@ class Canvas:
         stream = io.BytesIO()
         self.figure.savefig(stream, format=kind, dpi=_DPI, metadata=metadata)
         return stream.getvalue()
+
+
+class Picture:
+    """What is drawn on a canvas, `_canvas`, in `own_style`; and as a file."""
+
+    _canvas: Canvas
+
+    def png(self) -> bytes:
+        """The picture as a PNG file."""
+        with own_style():
+            return self._canvas.png()
+
+    def svg(self) -> bytes:
+        """The picture as an SVG file, under 2 MB."""
+        with own_style():
+            return self._canvas.svg()
 
 
 def _indexed_png(pixels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> bytes:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-LAYOUTS = ("hilbert", "linear")
-
 
 def hilbert(order: int) -> NDArray[np.int64]:
     """The numbers `0 ... 4**order - 1` in a square, `[row, column]`, along a Hilbert curve.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from diffmergefs import raster
-from diffmergefs.canvas import FAINT, LINE, Canvas, fitting, own_style
+from diffmergefs.canvas import FAINT, LINE, Canvas, Picture, fitting, own_style
 from diffmergefs.legend import BASE, Kinds, counted, size_text
 
 _LEFT = 32
@@ -20,7 +20,7 @@ _BAR = 56
 _BIN = 72
 
 
-class ExtentsPicture:
+class ExtentsPicture(Picture):
     """Two histograms side by side, with a row for each layer (or group, if there are more than 12).
 
     Left how many data extents it has, right how many of which length. `lengths` are `run_lengths`
@@ -44,16 +44,6 @@ class ExtentsPicture:
         self._canvas = Canvas(width, self._bottom + 100, title)
         with own_style():
             self._draw(title, names)
-
-    def png(self) -> bytes:
-        """The picture as a PNG file."""
-        with own_style():
-            return self._canvas.png()
-
-    def svg(self) -> bytes:
-        """The picture as an SVG file."""
-        with own_style():
-            return self._canvas.svg()
 
     def _draw(self, title: str, names: Sequence[str]) -> None:
         canvas = self._canvas

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffmergefs import cells, curve, raster
-from diffmergefs.canvas import FAINT, LINE, Canvas, fitting, own_style
+from diffmergefs.canvas import FAINT, LINE, Canvas, Picture, fitting, own_style
 from diffmergefs.legend import HOLE, ZEROS, Kinds, Subject, address, counted, percent, size_text
 from diffmergefs.zeros import Piece
 
@@ -19,7 +19,7 @@ _ADDRESSES = 130
 _LEGEND = 540
 
 
-class MapPicture:
+class MapPicture(Picture):
     """The map of one subject; `png` and `svg` give it as a file.
 
     The square has `2**order` cells a side, numbered from the start of the range on along a Hilbert
@@ -41,16 +41,6 @@ class MapPicture:
         self.found = cells.tops(kinds, self.grid, len(self.kinds))
         with own_style():
             self._draw()
-
-    def png(self) -> bytes:
-        """The picture as a PNG file."""
-        with own_style():
-            return self._canvas.png()
-
-    def svg(self) -> bytes:
-        """The picture as an SVG file, under 2 MB."""
-        with own_style():
-            return self._canvas.svg()
 
     def pixel(self, row: int, column: int) -> tuple[int, int]:
         """The top left pixel (x, y) of a cell of the square, from the picture's top left."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 import os
 from collections.abc import Callable, Collection
@@ -28,6 +29,8 @@ def require_matplotlib() -> None:
     directory: matplotlib obeys any `matplotlibrc` that lies in it, and a directory of snapshots may
     be anybody's.
     """
+    # What it says of its caches is no talk of ours.
+    logging.getLogger("matplotlib").addHandler(logging.NullHandler())
     here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.chdir("/")

@@ -65,6 +65,20 @@ def test_what_fails_while_it_is_drawn_leaves_nothing(layer: Layer, tmp_path: Pat
     assert (tmp_path / "there.png").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize(("modes", "mode"), [((0o644, 0o644), 0o644), ((0o644, 0o640), 0o640)])
+def test_a_picture_is_for_those_who_may_read_all_layers(
+    tmp_path: Path, modes: tuple[int, int], mode: int
+) -> None:
+    layers = []
+    for number, bits in enumerate(modes):
+        path = write_layer(tmp_path / str(number), PAGE, [])
+        path.chmod(bits)
+        layers.append(Layer.open(str(path)))
+    publish(str(tmp_path / "new.png"), layers, lambda: b"drawn")
+    assert (tmp_path / "new.png").stat().st_mode & 0o777 == mode
+    assert (tmp_path / "new.png").read_bytes() == b"drawn"
+
+
 def test_lengths_are_counted_by_powers_of_two() -> None:
     lengths = [1, 1, 2, 3, 4, 7, 8, 1000]
     starts = [4096 * n for n in range(len(lengths))]
@@ -131,10 +145,12 @@ def test_info_draws_it(tmp_path: Path, form: str) -> None:
     with unchanged([base, diff]):
         done = diffmergefs(*arguments, "--plot", output)
     assert (done.returncode, done.stderr) == (0, f"diffmergefs: {output}: written\n")
+    if form == "png":
+        assert output.read_bytes().startswith(b"\x89PNG")
+        return
     assert done.stdout == diffmergefs(*arguments).stdout
-    if form == "svg":
-        text = output.read_text()
-        assert ">32<" in text and ">64 KiB<" in text
+    text = output.read_text()
+    assert ">32<" in text and ">64 KiB<" in text
     line = mistake(errors.OutputRefusedError.exit_code, *arguments, "--plot", output)
     assert "--force" in line
     assert diffmergefs(*arguments, "--plot", output, "--force").returncode == 0

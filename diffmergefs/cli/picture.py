@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +14,9 @@ from diffmergefs.legend import Subject, short_names
 from diffmergefs.picture import FORMATS, picture_format, publish
 from diffmergefs.view import MergedView
 from diffmergefs.zeros import Piece
+
+if TYPE_CHECKING:
+    from diffmergefs.canvas import Picture
 
 
 def picture_path(
@@ -63,12 +66,6 @@ def draw_extents(view: MergedView, title: str, page: int, output: str, *, force:
     talk(f"{output}: written")
 
 
-class _Picture(Protocol):
-    def png(self) -> bytes: ...
-
-    def svg(self) -> bytes: ...
-
-
-def _drawn(picture: _Picture, output: str) -> bytes:
+def _drawn(picture: Picture, output: str) -> bytes:
     with progress("draw", unit=""):
         return picture.svg() if picture_format(output) == "svg" else picture.png()
