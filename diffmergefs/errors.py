@@ -157,3 +157,10 @@ class PinError(DiffMergeError):
     """A parent whose content is not the one that a snapshot records (`parent_content_hash`)."""
 
     exit_code = 19
+
+
+class MissingExtraError(DiffMergeError):
+    """An optional part of the program that is not installed, with the command that installs it."""
+
+    exit_code = 22
+    errno = errno.ENOSYS

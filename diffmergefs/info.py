@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from diffmergefs.extents import ExtentList
 from diffmergefs.images import Image
 from diffmergefs.layer import Layer
 from diffmergefs.trust import grain
@@ -73,6 +74,20 @@ def describe(image: Image) -> ChainInfo:
     ]
     segments = sum(segment.layer is not None for segment in view.segments())
     return ChainInfo(view.size, tuple(layers), view.size - sum(visible), segments, image.dense)
+
+
+def run_lengths(extents: ExtentList, page: int) -> list[int]:
+    """How many of the extents have which length, in pages of `page` bytes, by powers of two.
+
+    Number `n` counts those of `2**n` up to, but not including, `2**(n+1)` pages; what is shorter
+    than a page is counted as one. The last number is not 0; without extents the list is empty.
+    """
+    counts: list[int] = []
+    for start, stop in zip(extents.starts, extents.stops, strict=True):
+        power = max((stop - start) // page, 1).bit_length() - 1
+        counts.extend([0] * (power + 1 - len(counts)))
+        counts[power] += 1
+    return counts
 
 
 def _trust(layer: Layer, overridden: Sequence[str], *, is_base: bool) -> str:

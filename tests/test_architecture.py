@@ -19,12 +19,18 @@ ROOT = PACKAGE.name
 # A module imports from lower levels only. A new module is entered at the level where it
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
-    {"daemon", "errors", "extents", "finding", "holders", "logformat", "notify", "workers"},
-    {"beneath", "bmap", "chain", "mountpoint", "sparse", "state", "verdict"},
+    {
+        "cells", "curve", "daemon", "errors", "extents", "finding", "holders", "legend",
+        "logformat", "notify", "workers",
+    },
+    {"beneath", "bmap", "canvas", "chain", "mountpoint", "raster", "sparse", "state", "verdict"},
     {"host", "layer", "lease"},
     {"access", "copying", "snapshot", "trust", "view", "xattrs"},
-    {"compare", "forkd", "hashqueue", "numbered", "output", "outputdir", "pins", "probe", "seal"},
-    {"catalog", "sealing"},
+    {
+        "compare", "forkd", "hashqueue", "numbered", "output", "outputdir", "pins", "probe",
+        "seal", "zeros",
+    },
+    {"catalog", "extents_picture", "map_picture", "picture", "sealing"},
     {"apply", "flatten", "images", "newdiff", "watch"},
     {"companions", "diagnosis", "info", "rediff", "sides", "squash", "store", "verify"},
     {ROOT, "doctor", "newstore", "tree"},
@@ -32,16 +38,17 @@ LEVELS = [
     {"mount"},
     {"cli.common", "cli.logs"},
     {
-        "cli.completion", "cli.demo", "cli.doctor", "cli.look", "cli.mount", "cli.seal",
-        "cli.sides", "cli.squash", "cli.verify", "cli.write",
+        "cli.completion", "cli.demo", "cli.doctor", "cli.mount", "cli.picture", "cli.seal",
+        "cli.sides", "cli.squash", "cli.terminal", "cli.verify", "cli.write",
     },
-    {"cli.compare", "cli.rediff"},
+    {"cli.compare", "cli.look", "cli.map", "cli.rediff"},
     {"cli"},
     {"__main__", "cli.helper"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 
 SEES_FUSE = {"operations", "mount"}
+DRAWS = {"canvas", "curve", "extents_picture", "map_picture", "picture", "raster"}
 PRINTERS = {"print", "sys.stdout.write", "sys.stderr.write", "traceback.print_exc"}
 
 
@@ -92,6 +99,12 @@ def test_a_module_imports_only_from_lower_levels(module: str) -> None:
 def test_only_the_adapter_and_the_mount_see_the_runtime(module: str) -> None:
     runtime = {name.split(".")[0] for name in imported(module)} & {"pyfuse3", "trio"}
     assert not runtime or module in SEES_FUSE
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_pictures_see_what_draws_them(module: str) -> None:
+    drawing = {name.split(".")[0] for name in imported(module)} & {"matplotlib", "numpy", "PIL"}
+    assert not drawing or module in DRAWS
 
 
 @pytest.mark.parametrize("module", MODULES)

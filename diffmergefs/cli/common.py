@@ -97,6 +97,8 @@ def progress(
         TimeElapsedColumn() if total is None else TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
+        # What is printed meanwhile would go where the bar goes, to stderr.
+        redirect_stdout=False,
         disable=not sys.stderr.isatty(),
     )
     with bar:

@@ -23,9 +23,11 @@ from diffmergefs.cli.common import (
     talk,
     trust_options,
 )
+from diffmergefs.cli.picture import draw_extents, picture_path
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.images import LayerPool, open_snapshot
 from diffmergefs.layer import Layer
+from diffmergefs.picture import require_matplotlib
 from diffmergefs.pins import is_pinned
 from diffmergefs.trust import TrustPolicy
 
@@ -125,12 +127,22 @@ def _row(
 
 @click.command()
 @image_options
+@click.option(
+    "--plot",
+    type=PATH,
+    metavar="FILE",
+    callback=picture_path,
+    help="Draw the number of extents of each layer, and how long they are: FILE.png or FILE.svg.",
+)
+@click.option("--force", is_flag=True, help="Replace the picture if it exists, in one step.")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 def info(
     image: str | None,
     base: str | None,
     diffs: tuple[str, ...],
     policy: TrustPolicy,
+    plot: str | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """The chain of IMAGE, and for each layer what it holds and what of it is visible.
@@ -141,9 +153,17 @@ def info(
     Examples:
       diffmergefs info /srv/snapshots/pandas
       diffmergefs info --json --base mem_file --diff mem_diff
+      diffmergefs info /srv/snapshots/pandas --plot extents.png
     """
-    with (found := opened(image, base, diffs, policy)).view:
+    if force and plot is None:
+        raise click.UsageError("--force is about a picture: name it with --plot")
+    if plot is not None:
+        require_matplotlib()
+    with (found := opened(image, base, diffs, policy)).view as view:
         facts = infos.describe(found)
+        if plot is not None:
+            title = printable(image or os.path.basename(base or ""))
+            draw_extents(view, title, policy.page_size, plot, force=force)
     if as_json:
         print_json(facts.as_dict())
         return

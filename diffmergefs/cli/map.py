@@ -1,0 +1,184 @@
+"""`map`: which layer supplies which part of an image, in the terminal, as a picture, as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import click
+
+from diffmergefs import zeros
+from diffmergefs.cli.common import PATH, image_options, opened, printable, progress
+from diffmergefs.cli.picture import draw_map, picture_path
+from diffmergefs.cli.terminal import TerminalMap
+from diffmergefs.images import Image
+from diffmergefs.legend import Subject, short_names
+from diffmergefs.picture import require_matplotlib
+from diffmergefs.trust import TrustPolicy
+from diffmergefs.view import MergedView
+from diffmergefs.zeros import Piece
+
+_NUMBER = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([kmgt])(?:i?b)?)?", re.IGNORECASE)
+_REPORTED = 4096
+_POWERS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+
+
+class _Range(click.ParamType[tuple[int, int | None]]):
+    # START:END in bytes, decimal or 0x..., with K, M, G or T; either may be left out.
+    name = "range"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int | None]:
+        start, colon, stop = value.partition(":")
+        if not colon:
+            self.fail(f"{value!r} is not START:END", param, ctx)
+        return self._bytes(start, param, ctx) or 0, self._bytes(stop, param, ctx)
+
+    def _bytes(
+        self, text: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        if not text:
+            return None
+        if not (found := _NUMBER.fullmatch(text)):
+            self.fail(f"{text!r} is no number of bytes, like 4096, 0x1000 or 4K", param, ctx)
+        return (
+            int(found[1], 0 if found[1][:2].lower() == "0x" else 10)
+            << _POWERS[(found[2] or "").lower()]
+        )
+
+
+@click.command("map")
+@image_options
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    metavar="FILE",
+    callback=picture_path,
+    help="Draw a picture, FILE.png or FILE.svg.",
+)
+@click.option("--force", is_flag=True, help="Replace the picture if it exists, in one step.")
+@click.option(
+    "--layout",
+    type=click.Choice(["hilbert", "linear"]),
+    help="How the picture is laid out: along a Hilbert curve (hilbert), or row by row.",
+)
+@click.option(
+    "--range",
+    "window",
+    type=_Range(),
+    metavar="START:END",
+    help="Only these bytes: decimal or 0x..., with K, M, G or T; either may be left out.",
+)
+@click.option("--zeros", "scan", is_flag=True, help="Read the data once, and tell written zeros.")
+@click.option("--json", "as_json", is_flag=True, help="Print the ranges as JSON.")
+def map_(
+    image: str | None,
+    base: str | None,
+    diffs: tuple[str, ...],
+    policy: TrustPolicy,
+    output: str | None,
+    force: bool,
+    layout: str | None,
+    window: tuple[int, int | None] | None,
+    scan: bool,
+    as_json: bool,
+) -> None:
+    """Which layer supplies which part of IMAGE.
+
+    In the terminal a row for each layer: each column shows how much of that part of the image comes
+    from it, on a logarithmic scale on which one page is still seen. With -o a picture, which takes
+    matplotlib (pip install 'diffmergefs[plot]'). With --json the ranges, like those of `qemu-img
+    map --output=json`; depth 0 is the newest layer. Only metadata is read, but for --zeros.
+
+    \b
+    Examples:
+      diffmergefs map /srv/snapshots/pandas
+      diffmergefs map --zeros --range 0x40000:1M --base mem_file --diff mem_diff
+      diffmergefs map /srv/snapshots/pandas -o pandas.png
+      diffmergefs map --json /srv/snapshots/pandas | jq '.[] | select(.depth == 0)'
+    """
+    if output is None and (force or layout):
+        raise click.UsageError("--force and --layout are about a picture: name it with -o")
+    if output is not None and as_json:
+        raise click.UsageError("--json prints ranges, -o draws a picture: one at a time")
+    if output is not None:
+        require_matplotlib()
+    with (found := opened(image, base, diffs, policy)).view as view:
+        start, stop = _within(window, view.size)
+        paths = [printable(layer.path) for layer in view.layers]
+        title = printable(image or os.path.basename(base or ""))
+        names = [printable(name) for name in short_names([layer.path for layer in view.layers])]
+        subject = Subject(title, names, view.size, start, stop, policy.page_size, scan)
+        found_pieces = _pieces(view, subject, bar=not (as_json and sys.stdout.isatty()))
+        if output is not None:
+            draw_map(found_pieces, view, subject, layout or "hilbert", output, force=force)
+        elif as_json:
+            with found_pieces as pieces:
+                _print_ranges(pieces, found)
+        else:
+            with found_pieces as pieces:
+                rows = TerminalMap(pieces, subject)
+            rows.print(paths)
+
+
+def _within(window: tuple[int, int | None] | None, size: int) -> tuple[int, int]:
+    start, stop = window or (0, None)
+    stop = size if stop is None else stop
+    if not start < stop <= size:
+        raise click.BadParameter(
+            f"{start:#x}:{stop:#x} is no range within the image's {size:#x} bytes",
+            param_hint="--range",
+        )
+    return start, stop
+
+
+@contextmanager
+def _pieces(view: MergedView, subject: Subject, *, bar: bool) -> Iterator[Iterable[Piece]]:
+    # With a progress bar, unless what is printed meanwhile would run into it.
+    start, stop, page = subject.start, subject.stop, subject.page
+    found = zeros.pieces(view, start, stop)
+    if not bar:
+        silent = zeros.scanned_pieces(view, start, stop, page, lambda done: None)
+        yield silent if subject.scanned else found
+    elif subject.scanned:
+        data = sum(piece.stop - piece.start for piece in found if piece.layer is not None)
+        with progress("zeros", data) as moved:
+            yield zeros.scanned_pieces(view, start, stop, page, moved)
+    else:
+        with progress("map", stop - start) as moved:
+            yield _reported(found, start, moved)
+
+
+def _reported(pieces: Iterable[Piece], start: int, moved: Callable[[int], None]) -> Iterator[Piece]:
+    for number, piece in enumerate(pieces):
+        if number % _REPORTED == 0:  # a bar costs more than a piece
+            moved(piece.start - start)
+        yield piece
+
+
+def _print_ranges(pieces: Iterable[Piece], image: Image) -> None:
+    # One object a line, as they come: there may be millions.
+    before = "["
+    newest = len(image.view.layers) - 1
+    for start, stop, layer, zero in pieces:
+        present = layer is not None
+        entry: dict[str, int | str] = {
+            "start": start,
+            "length": stop - start,
+            # As qemu-img has it: a hole in all layers is found out at the base.
+            "depth": newest - (layer or 0),
+            "present": present,
+            "zero": zero,
+            "data": present,
+        }
+        if layer is not None:
+            entry |= {"offset": start, "layer": image.view.layers[layer].path}
+        print(f"{before}{json.dumps(entry)}", end="")
+        before = ",\n"
+    print("]")

@@ -1,0 +1,71 @@
+"""The pictures of `map` and `info`, as their options ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import click
+
+from diffmergefs.cli.common import printable, progress, talk
+from diffmergefs.info import run_lengths
+from diffmergefs.legend import Subject, short_names
+from diffmergefs.picture import FORMATS, picture_format, publish
+from diffmergefs.view import MergedView
+from diffmergefs.zeros import Piece
+
+if TYPE_CHECKING:
+    from diffmergefs.canvas import Picture
+
+
+def picture_path(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> str | None:
+    """Refuse the name of a picture that is not that of a PNG or an SVG file."""
+    if value is not None and picture_format(value) is None:
+        endings = " or ".join(f".{name}" for name in FORMATS)
+        raise click.BadParameter(f"{printable(value)}: a picture's name ends with {endings}")
+    return value
+
+
+def draw_map(
+    found: AbstractContextManager[Iterable[Piece]],
+    view: MergedView,
+    subject: Subject,
+    layout: str,
+    output: str,
+    *,
+    force: bool,
+) -> None:
+    """Write the map of the pieces that are `found` to `output`, once that can be written.
+
+    Requires `require_matplotlib`, like all here.
+    """
+    from diffmergefs.map_picture import MapPicture
+
+    def draw() -> bytes:
+        with found as pieces:
+            picture = MapPicture(pieces, subject, layout)
+        return _drawn(picture, output)
+
+    publish(output, view.layers, draw, force=force)
+    talk(f"{output}: written")
+
+
+def draw_extents(view: MergedView, title: str, page: int, output: str, *, force: bool) -> None:
+    """Write the histograms of the layers' extents to `output`."""
+    from diffmergefs.extents_picture import ExtentsPicture
+
+    def draw() -> bytes:
+        names = [printable(name) for name in short_names([layer.path for layer in view.layers])]
+        lengths = [run_lengths(layer.extents, page) for layer in view.layers]
+        return _drawn(ExtentsPicture(title, names, lengths, page), output)
+
+    publish(output, view.layers, draw, force=force)
+    talk(f"{output}: written")
+
+
+def _drawn(picture: Picture, output: str) -> bytes:
+    with progress("draw", unit=""):
+        return picture.svg() if picture_format(output) == "svg" else picture.png()

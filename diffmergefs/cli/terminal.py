@@ -1,0 +1,160 @@
+"""A map of an image for the terminal: a row of block characters for each layer."""
+
+from __future__ import annotations
+
+import os
+import sys
+from array import array
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.text import Text
+
+from diffmergefs import cells
+from diffmergefs.cli.common import new_table, print_table
+from diffmergefs.legend import (
+    HOLE,
+    ZEROS,
+    Kinds,
+    Subject,
+    address,
+    counted,
+    percent,
+    shortened,
+    size_text,
+)
+from diffmergefs.zeros import Piece
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+_ASCII = " .:-=+*#@"
+_STEPS = len(_BLOCKS) - 1
+_LEAST = 16
+_DIFF_STYLES = ("cyan", "green", "yellow", "magenta")
+
+
+class TerminalMap:
+    """The map of the pieces of a range, as wide as the terminal."""
+
+    def __init__(self, pieces: Iterable[Piece], subject: Subject) -> None:
+        """Takes the pieces, once and in order; nothing is printed."""
+        # Characters are chosen by what the user's terminal shows, colours by rich: it knows
+        # NO_COLOR, and pipes.
+        self._ramp = _BLOCKS if _takes_utf8() else _ASCII
+        self._console = Console(highlight=False, markup=False, emoji=False)
+        self._subject = subject
+        self._kinds = kinds = Kinds(len(subject.names))
+        self._labels = _labels(kinds, subject, self._console.width // 4)
+        self._indent = max(map(len, self._labels.values())) + 1
+        columns = max(self._console.width - self._indent, _LEAST)
+        self._grid = cells.row_grid(subject.start, subject.stop, subject.page, columns)
+        found = ((p.start, p.stop, kinds.of(p.layer, p.zero)) for p in pieces)
+        self._rows = cells.bytes_by_kind(found, self._grid, len(kinds))
+
+    def print(self, paths: list[str]) -> None:
+        """The rows on stdout, and below them what each adds up to.
+
+        `paths` are the layers' files, to be printed as they are.
+        """
+        # By print(): rich ends the process with status 1 when the reader has gone away.
+        with self._console.capture() as capture:
+            for line in _title(self._subject, self._grid):
+                self._console.print(line, soft_wrap=True)
+            self._console.print()
+            self._print_rows()
+            self._console.print()
+        print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+        totals = {kind: sum(self._rows[kind]) for kind in self._labels}
+        _print_legend(self._kinds, self._subject, paths, totals)
+        print(f"\n{_scale(self._subject, self._grid, self._ramp)}")
+        if self._kinds.grouped:
+            print(f"{self._kinds.note()} --json names the layer of each range.")
+
+    def _print_rows(self) -> None:
+        mark = "│" if self._ramp == _BLOCKS else "|"
+        for line in _ruler(self._subject, self._grid, mark):
+            self._console.print(" " * self._indent + line, style="dim", soft_wrap=True)
+        for kind, label in self._labels.items():
+            bar = "".join(_bar(self._rows[kind], self._grid, self._subject.page, self._ramp))
+            text = Text(f"{label:<{self._indent}}").append(bar, _style(kind))
+            self._console.print(text, soft_wrap=True)
+
+
+def _takes_utf8() -> bool:
+    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
+    if encoding != "utf8":
+        return False
+    # In the C locale Python speaks UTF-8 for want of better, and for LANG=C sets LC_CTYPE to say
+    # so (PEP 538); the terminal need not.
+    locale = os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG")
+    if locale == "C.UTF-8" and not os.environ.get("LC_ALL"):
+        locale = os.environ.get("LANG") or locale
+    return locale not in ("C", "POSIX")
+
+
+def _labels(kinds: Kinds, subject: Subject, width: int) -> dict[int, str]:
+    # Of the rows, from top to bottom.
+    shown = [*kinds.layers, *[ZEROS] * subject.scanned, HOLE]
+    numbers = {kind: kinds.label(kind) for kind in shown}
+    indent = max(map(len, numbers.values()))
+    room = max(width - indent - 1, 5)
+    names = {kind: shortened(_row_name(kinds, kind, subject), room) for kind in shown}
+    return {kind: f"{numbers[kind]:>{indent}} {names[kind]}" for kind in shown}
+
+
+def _row_name(kinds: Kinds, kind: int, subject: Subject) -> str:
+    layers = kinds.group(kind)
+    return kinds.name(kind, subject.names) if len(layers) < 2 else counted(len(layers), "layer")
+
+
+def _title(subject: Subject, grid: cells.Grid) -> Iterator[str]:
+    yield f"{subject.title}: {size_text(subject.size)}, {counted(len(subject.names), 'layer')}"
+    pages = counted(grid.cell // subject.page, "page")
+    first, last = (address(at, subject.stop) for at in (subject.start, subject.stop))
+    yield f"{first} to {last}, {pages} a column ({size_text(grid.cell)})"
+
+
+def _ruler(subject: Subject, grid: cells.Grid, mark: str) -> tuple[str, str]:
+    # Addresses that are multiples of a power of two, as many as have room; the start's in any case.
+    width = len(address(0, subject.stop)) + 2
+    step = 1 << (width * grid.cell - 1).bit_length()
+    marks = {0: grid.origin}
+    for offset in range(grid.origin - grid.origin % step + step, subject.stop, step):
+        column = (offset - grid.origin) // grid.cell
+        if column >= width:
+            marks[column] = offset
+    # The last one may stand out over the row's end.
+    marks = {c: offset for c, offset in marks.items() if not c or c + width - 2 <= grid.cells}
+    addresses = ticks = ""
+    for column, offset in marks.items():
+        addresses = addresses.ljust(column) + address(offset, subject.stop)
+        ticks = ticks.ljust(column) + mark
+    return addresses, ticks
+
+
+def _bar(row: array[int], grid: cells.Grid, page: int, ramp: str) -> Iterator[str]:
+    for number, nbytes in enumerate(row):
+        yield ramp[cells.level(nbytes, grid.bytes_in(number), page, _STEPS)]
+
+
+def _style(kind: int) -> str:
+    if kind <= ZEROS:
+        return "dim"
+    return "" if kind == ZEROS + 1 else _DIFF_STYLES[kind % len(_DIFF_STYLES)]
+
+
+def _print_legend(kinds: Kinds, subject: Subject, paths: list[str], totals: dict[int, int]) -> None:
+    table = new_table(">#", "LAYER", ">BYTES", ">SHARE")
+    whole = subject.stop - subject.start
+    for kind, nbytes in totals.items():
+        name = kinds.name(kind, paths)
+        table.add_row(kinds.label(kind), name, str(nbytes), percent(nbytes, whole))
+    print_table(table)
+
+
+def _scale(subject: Subject, grid: cells.Grid, ramp: str) -> str:
+    if grid.cell == subject.page:
+        return f"{ramp[1]} a part of a page, {ramp[-1]} all of it"
+    return (
+        f"{ramp[1]} a page or less, {ramp[-1]} all of a column,"
+        f" {ramp[2:-1]} between them on a logarithmic scale"
+    )
