@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from diffmergefs import beneath, bmap
 from diffmergefs.bmap import ABSENT, SEAL_SUFFIX, BlockMap
 from diffmergefs.errors import FileAccessError, SealError
-from diffmergefs.extents import Extent, SegmentMap
+from diffmergefs.extents import ExtentList
 from diffmergefs.layer import FileKey, Layer, Seal
 from diffmergefs.state import Identity, Remembered
 from diffmergefs.trust import TrustPolicy
@@ -181,7 +181,7 @@ def compare(
 def compared_bytes(layer: Layer, seal: StoredSeal) -> int:
     """How many bytes `compare` reads, if all is right."""
     ranges = sum(seal.map.stops) - sum(seal.map.starts)
-    return ranges + sum(stop - start for start, stop in _outside(layer, seal))
+    return ranges + _outside(layer, seal).data_bytes
 
 
 def sha256(
@@ -224,9 +224,6 @@ def _require_zeros(
         report(len(part))
 
 
-def _outside(layer: Layer, seal: StoredSeal) -> Iterator[Extent]:
-    # What the filesystem calls data and the seal a hole: the lower layer shows where the upper one
-    # has nothing. The filesystem's own holes read as zeros anyway.
-    for start, stop, number in SegmentMap([layer.walked, seal.map.extents()]):
-        if number == 0:
-            yield Extent(start, stop)
+def _outside(layer: Layer, seal: StoredSeal) -> ExtentList:
+    # What the filesystem calls data and the seal a hole: its own holes read as zeros anyway.
+    return layer.walked.without(seal.map.extents())

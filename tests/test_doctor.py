@@ -237,7 +237,7 @@ def test_everything_of_law_4_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "data_extents",
         lambda fd, size: iter([Extent(512, size - 1)]) if size == SIZE else real(fd, size),
     )
-    monkeypatch.setattr(sparse, "unwritten_range", lambda fd, size: Extent(0, PAGE))
+    monkeypatch.setattr(sparse, "unwritten_ranges", lambda fd, size: iter([Extent(0, PAGE)]))
     found = of(examined(diff), diff)
     assert found == [("blocks", "wrong"), ("alignment", "wrong"), ("unwritten", "wrong")]
 
