@@ -492,6 +492,27 @@ def test_many_leases_broken_at_once_are_all_given_back(public_path: Path, mountp
         until(lambda: all(line in mount.log() for line in said), "not all were told of")
 
 
+def test_an_opener_waits_for_less_than_a_second(public_path: Path, mountpoint: Path) -> None:
+    """One layer after the other. Of half of them it is asked, lest a busy machine fails the test.
+
+    The kernel would have it wait until it takes the lease away by itself, which is far longer.
+    """
+    require_long_leases()
+    names = [f"{n:03}-t{n}.mem" for n in range(20)]
+    store = write_numbered(public_path / "store", names)
+    paths = [store / name for name in names]
+    with mounted(store, mountpoint) as mount:
+        view = mountpoint / "t19" / names[-1]
+        with held(view) as vmm:
+            before = vmm.read(0, SIZE)
+            assert all(lease_holders(path) == {mount.pid} for path in paths)
+            with opened_for_writing(*paths) as opener:
+                assert len(opener.waits) == len(paths)
+                assert sorted(opener.waits)[len(paths) // 2] < 1, opener.waits
+                assert not any(lease_holders(path) for path in paths)
+            assert vmm.read(0, SIZE) == view.read_bytes() == before
+
+
 def test_the_signal_of_a_broken_lease_ends_no_mount(root: Path, mountpoint: Path) -> None:
     with mounted(root, mountpoint) as mount:
         for _ in range(100):
