@@ -513,6 +513,40 @@ def test_an_opener_waits_for_less_than_a_second(public_path: Path, mountpoint: P
             assert vmm.read(0, SIZE) == view.read_bytes() == before
 
 
+@contextmanager
+def qemu_on(path: Path) -> Iterator[None]:
+    """QEMU with the file as a machine's memory, mapped privately; it opens it read-write."""
+    memory = f"memory-backend-file,id=m,size={SIZE},mem-path={path},share=off"
+    options = ["-machine", "none", "-S", "-display", "none", "-qmp", "stdio", "-object", memory]
+    process = subprocess.Popen(
+        ["qemu-system-x86_64", *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(b'{"QMP"')  # the memory is there by then
+        yield
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
+
+
+def test_qemu_on_a_base_of_its_own_disturbs_no_view(
+    root: Path, mountpoint: Path, tmp_path: Path
+) -> None:
+    base = memory(root, "base")
+    with in_background(mountpoint, tmp_path / "log", root) as pid:
+        view = mountpoint / "leaf" / "memory.bin"
+        with held(view) as vmm:
+            assert vmm.read(0, PAGE) == LEAF[:PAGE]
+            assert lease_holders(base) == {pid}
+            with qemu_on(base):
+                assert lease_holders(base) == set()  # it was broken, and given back
+                assert vmm.read(0, SIZE) == view.read_bytes() == LEAF
+            assert view.read_bytes() == LEAF
+        text = (tmp_path / "log").read_text()
+        assert told_of(text, base) == 1 and " WARNING " not in text
+
+
 def test_the_signal_of_a_broken_lease_ends_no_mount(root: Path, mountpoint: Path) -> None:
     with mounted(root, mountpoint) as mount:
         for _ in range(100):
