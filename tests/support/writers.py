@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 #: The kernel's limit is 45 seconds: who waits for that long waits for a lease nobody gave back.
-PATIENCE_SECONDS = 20
+PATIENCE_SECONDS = 40
 
 # Says how many seconds it waited for each.
 _OPENER = """
