@@ -34,9 +34,8 @@ from diffmergefs.watch import Watch
 
 log = logging.getLogger(__name__)
 
-# What the verdict on a chain, and its view, are good for: for each layer its content, and the
-# hash that its parent must have.
-# Which layers, by which seals, over parents of which recorded hashes.
+# What the verdict on a chain, and its view, are good for: which layers, by which seals, over parents
+# of which recorded hashes.
 Keys = list[tuple[FileKey, FileKey | None, str | None]]
 
 
@@ -302,7 +301,8 @@ class Store:
         thread of its own, so that nobody waits for a hash in a thread that others need.
         """
         require_pin(self._pool.layer(parent.layer), link, self._hashes)
-        self._right.add((parent.layer.key, link.parent_hash))
+        with self._lock:
+            self._right.add((parent.layer.key, link.parent_hash))
 
     def open(self, tag: str) -> OpenImage:
         """The image of `tag`, its chain opened, walked and merged now if it was not yet.

@@ -371,6 +371,19 @@ def test_pins_names_the_parents_that_were_not_found_right_yet(root: Path) -> Non
     assert named() == [("work", "leaf")]
 
 
+def test_what_proved_right_is_noted_while_no_look_goes_through_it(root: Path) -> None:
+    store = looked(root)
+
+    class Watched(set[Any]):
+        def add(self, pin: Any) -> None:
+            assert store._lock.locked()
+            super().add(pin)
+
+    store._right = Watched()
+    store.open("work")
+    assert len(store._right) == 1
+
+
 def test_no_believes_all_and_full_reads_anew(root: Path, settled: None, hashed: list[str]) -> None:
     assert looked(root, "no").open("leaf").image.view.layers
     assert looked(root, "no").pins("leaf") == []
