@@ -47,7 +47,10 @@ def read(path: str, root: beneath.Root | None = None, name: str | None = None) -
         with open(beneath.open_regular(root, path), "rb") as file:
             key = FileKey.of(os.fstat(file.fileno()))
             if key.size > bmap.MAX_BYTES:
-                raise SealError(f"{name}: {key.size} bytes, a seal has at most {bmap.MAX_BYTES}")
+                raise SealError(
+                    f"{name}: {key.size} bytes, a seal has at most {bmap.MAX_BYTES}; bring back the"
+                    " one that was made with the layer, or go without it with --no-seal"
+                )
             data = file.read(key.size + 1)
             if len(data) != key.size or FileKey.of(os.fstat(file.fileno())) != key:
                 raise SealError(f"{name}: changed while it was read; try again")
