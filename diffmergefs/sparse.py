@@ -81,6 +81,11 @@ def unwritten_ranges(fd: int, size: int) -> Iterator[Extent]:
             return
 
 
+def unwritten_range(fd: int, size: int) -> Extent | None:
+    """The first of `unwritten_ranges`, or None."""
+    return next(unwritten_ranges(fd, size), None)
+
+
 def _fiemap(fd: int, start: int, length: int) -> list[tuple[int, int, int]]:
     request = bytearray(_FIEMAP_HEADER.size + _FIEMAP_BATCH * _FIEMAP_EXTENT.size)
     _FIEMAP_HEADER.pack_into(request, 0, start, length, 0, 0, _FIEMAP_BATCH, 0)

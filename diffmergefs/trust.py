@@ -162,7 +162,7 @@ def _problems_of_walk(layer: Layer, page: int, complete: bool) -> Iterator[Probl
         )
     if not complete and (unaligned := _unaligned(extents, size, page)):
         yield _not_on_pages(layer, unaligned, page)
-    if found := next(iter(layer.unwritten), None):
+    if found := sparse.unwritten_range(fd, size):
         yield problem(
             "unwritten",
             f"[{found.start}, {found.stop}) is preallocated and unwritten, which is reported"
