@@ -83,11 +83,12 @@ class ExtentList:
         """The ranges that are data in both."""
         return ExtentList(_common(self, other))
 
-    def without(self, other: ExtentList) -> ExtentList:
-        """The ranges that are data here and holes in `other`."""
-        # The lower of two layers shows where the upper one has nothing.
-        merged = SegmentMap([self, other])
-        return ExtentList((start, stop) for start, stop, layer in merged if layer == 0)
+    def outside(self, other: ExtentList) -> Iterator[Extent]:
+        """The ranges that are data here and not in `other`, in order."""
+        # In a merge the lower layer shows where the upper one has nothing.
+        for segment in SegmentMap([self, other]):
+            if segment.layer == 0:
+                yield Extent(segment.start, segment.stop)
 
 
 def _common(a: ExtentList, b: ExtentList) -> Iterator[tuple[int, int]]:

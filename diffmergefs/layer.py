@@ -175,9 +175,10 @@ class Layer:
             self._accept(now, extents)
 
     def _accept(self, now: Fingerprint, extents: ExtentList) -> None:
-        gained, lost = extents.without(self.walked), self.walked.without(extents)
+        gained = ExtentList(extents.outside(self.walked))
+        lost = ExtentList(self.walked.outside(extents))
         # Preallocated ranges are data as long as their zeros are in the page cache.
-        if len(lost.without(self.unwritten)):
+        if any(lost.outside(self.unwritten)):
             self._taint("data extents are gone")
         elif not all(self._is_zero(start, stop) for start, stop in gained):
             self._taint(f"{gained.data_bytes} bytes became data that are not zeros")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from diffmergefs import beneath, bmap
 from diffmergefs.bmap import ABSENT, SEAL_SUFFIX, BlockMap
 from diffmergefs.errors import FileAccessError, SealError
-from diffmergefs.extents import ExtentList
+from diffmergefs.extents import Extent
 from diffmergefs.layer import FileKey, Layer, Seal
 from diffmergefs.state import Identity, Remembered
 from diffmergefs.trust import TrustPolicy
@@ -184,7 +184,7 @@ def compare(
 def compared_bytes(layer: Layer, seal: StoredSeal) -> int:
     """How many bytes `compare` reads, if all is right."""
     ranges = sum(seal.map.stops) - sum(seal.map.starts)
-    return ranges + _outside(layer, seal).data_bytes
+    return ranges + sum(stop - start for start, stop in _outside(layer, seal))
 
 
 def sha256(
@@ -227,6 +227,7 @@ def _require_zeros(
         report(len(part))
 
 
-def _outside(layer: Layer, seal: StoredSeal) -> ExtentList:
-    # What the filesystem calls data and the seal a hole: its own holes read as zeros anyway.
-    return layer.walked.without(seal.map.extents())
+def _outside(layer: Layer, seal: StoredSeal) -> Iterator[Extent]:
+    # What the filesystem calls data and the seal a hole. The filesystem's own holes read as zeros
+    # anyway.
+    return layer.walked.outside(seal.map.extents())

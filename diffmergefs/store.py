@@ -34,8 +34,9 @@ from diffmergefs.watch import Watch
 
 log = logging.getLogger(__name__)
 
-# What the verdict on a chain, and its view, are good for: which layers, by which seals, over
-# parents of which recorded hashes.
+# What the verdict on a chain, and its view, are good for: for each layer its content, and the
+# hash that its parent must have.
+# Which layers, by which seals, over parents of which recorded hashes.
 Keys = list[tuple[FileKey, FileKey | None, str | None]]
 
 
