@@ -47,7 +47,7 @@ def processes_with(path: Path) -> list[str]:
 
 def test_mounts_and_unmounts(public_path: Path, soak: bool, seen: Callable[..., None]) -> None:
     """Background mounts by the command: no mount, connection, process or descriptor stays"""
-    cycles, lanes = (1000 if soak else 30), 2
+    cycles, lanes = (1000 if soak else 20), 2
     store = write_chain(public_path / "store", ["base", "leaf"])
     if not os.path.ismount(CONNECTIONS):
         skips.require_mounts()
