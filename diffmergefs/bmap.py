@@ -94,8 +94,9 @@ def parse(data: bytes, name: str = "bmap") -> BlockMap:
         _require_own_checksum(data, handler.fields["BmapFileChecksum"])
     except (SAXException, DefusedXmlException, ValueError, LookupError) as error:
         raise SealError(
-            f"{name}: not a bmap 2.0 file that can be used: {_reason(error)}; make it anew with"
-            " `diffmergefs seal --force`, or go without it with --no-seal"
+            f"{name}: not a bmap 2.0 file that can be used: {_reason(error)}; bring back the one"
+            " that was made with the layer, or go without it with --no-seal; only if the layer's"
+            " holes are known to be right, make it anew with `diffmergefs seal --force`"
         ) from error
     return found
 

@@ -150,7 +150,7 @@ def _examine_extents(layer: Layer, parents: Sequence[Layer] | None, page: int) -
     if parents:
         # One of another size is the chain's fault, and said there.
         if parents[0].size == layer.size:
-            yield from _examine_zeros(layer, parents, dense)
+            yield from _examine_zeros(layer, parents, dense, trusted=not failed)
     elif dense:
         yield Finding(
             layer.path,
@@ -165,17 +165,22 @@ def _examine_extents(layer: Layer, parents: Sequence[Layer] | None, page: int) -
         yield _extents_are_fine(layer)
 
 
-def _examine_zeros(layer: Layer, parents: Sequence[Layer], dense: bool) -> Iterator[Finding]:
+def _examine_zeros(
+    layer: Layer, parents: Sequence[Layer], dense: bool, *, trusted: bool
+) -> Iterator[Finding]:
+    # `trusted` says that no check of law 4 failed.
     filled, sampled = count_filled_holes(MergedView(parents), layer)
+    text = f"{filled} of {sampled} pages that are data here, and not zeros below, are zeros"
     if filled * 2 <= sampled:
         if dense:
             text = f"no hole: a complete image ({filled} of {sampled} pages cleared)"
             yield Finding(layer.path, "dense", "fine", text)
+        elif trusted:
+            yield _extents_are_fine(layer, text)
         else:
-            yield _extents_are_fine(layer)
+            yield Finding(layer.path, "zeros", "fine", text)
         return
     severity: Severity = "wrong" if dense else "warning"
-    text = f"{filled} of {sampled} pages that are data here, and not zeros below, are zeros"
     if layer.seal is not None:
         # The seal says that the guest did write them.
         yield Finding(layer.path, "zeros", "fine", f"{text}; they are in its seal")
@@ -192,6 +197,6 @@ def _examine_zeros(layer: Layer, parents: Sequence[Layer], dense: bool) -> Itera
     )
 
 
-def _extents_are_fine(layer: Layer) -> Finding:
+def _extents_are_fine(layer: Layer, share: str = "") -> Finding:
     text = f"{layer.extents.data_bytes} bytes in {len(layer.extents)} extents can be trusted"
-    return Finding(layer.path, "extents", "fine", text)
+    return Finding(layer.path, "extents", "fine", f"{text}; {share}" if share else text)

@@ -83,15 +83,12 @@ class ExtentList:
         """The ranges that are data in both."""
         return ExtentList(_common(self, other))
 
-    def gained_over(self, older: ExtentList) -> ExtentList | None:
-        """The ranges that are data here and were holes in `older`; None if data went missing."""
-        gained: list[Extent] = []
-        for segment in SegmentMap([older, self]):
+    def outside(self, other: ExtentList) -> Iterator[Extent]:
+        """The ranges that are data here and not in `other`, in order."""
+        # In a merge the lower layer shows where the upper one has nothing.
+        for segment in SegmentMap([self, other]):
             if segment.layer == 0:
-                return None
-            if segment.layer == 1:
-                gained.extend(_holes_within(older, segment.start, segment.stop))
-        return ExtentList(gained)
+                yield Extent(segment.start, segment.stop)
 
 
 def _common(a: ExtentList, b: ExtentList) -> Iterator[tuple[int, int]]:
@@ -104,18 +101,6 @@ def _common(a: ExtentList, b: ExtentList) -> Iterator[tuple[int, int]]:
             i += 1
         else:
             j += 1
-
-
-def _holes_within(extents: ExtentList, start: int, stop: int) -> Iterator[Extent]:
-    i = max(bisect_right(extents.starts, start) - 1, 0)
-    position = start
-    while i < len(extents) and extents.starts[i] < stop:
-        if extents.starts[i] > position:
-            yield Extent(position, extents.starts[i])
-        position = max(position, extents.stops[i])
-        i += 1
-    if position < stop:
-        yield Extent(position, stop)
 
 
 class SegmentMap:

@@ -26,8 +26,10 @@ from diffmergefs.extents import ExtentList
 from diffmergefs.layer import FileKey, Layer
 from diffmergefs.lease import Leases, Writers, require_no_writers, writers
 from diffmergefs.numbered import SUFFIXES
+from diffmergefs.pins import Hashes, require_pin
 from diffmergefs.seal import Opener
 from diffmergefs.snapshot import Snapshot, StoredFile
+from diffmergefs.state import Remembered
 from diffmergefs.trust import TrustPolicy, require_trust
 from diffmergefs.view import MergedView, require_equal_size
 
@@ -152,7 +154,9 @@ def open_image(path: str | os.PathLike[str], policy: TrustPolicy | None = None) 
 
     Its parents lie beside it; its layers are called by their absolute paths. A link without a hole
     is shown as complete only if a check against its parent supports it, or with `policy.dense`. A
-    layer that someone has open for writing is refused as by `open_chain`. Raises DiffMergeError.
+    layer that someone has open for writing is refused as by `open_chain`. A parent that is not what
+    its child records of it (`parent_content_hash`) is refused, unless `policy.verify` is 'no': the
+    whole file is read for that, once ('pins'), or each time ('full'). Raises DiffMergeError.
     """
     policy = policy or TrustPolicy()
     catalog, tag = find_image(path, policy.allow_outside)
@@ -163,9 +167,23 @@ def open_image(path: str | os.PathLike[str], policy: TrustPolicy | None = None) 
     root = os.open(catalog.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         pool = LayerPool(Reach(root, policy.allow_outside), policy, catalog.root)
-        return open_snapshot(links, pool, policy)
+        image = open_snapshot(links, pool, policy)
     finally:
         os.close(root)
+    if policy.verify != "no":
+        _require_pins(image.view.layers, links, policy)
+    return image
+
+
+def _require_pins(
+    layers: Sequence[Layer], links: Sequence[Snapshot], policy: TrustPolicy
+) -> None:
+    hashes = Hashes(Remembered(policy.state_dir), anew=policy.verify == "full")
+    for parent, link in zip(layers, links[1:], strict=False):
+        try:
+            require_pin(parent, link, hashes)
+        except OSError as error:
+            raise FileAccessError(f"{parent.path}: {error.strerror}") from error
 
 
 def find_image(path: str | os.PathLike[str], outside: Iterable[str] = ()) -> tuple[Catalog, str]:
@@ -212,7 +230,7 @@ def open_snapshot(
 ) -> Image:
     """Open the chain `links`, base first, of a directory of snapshots.
 
-    `leases` is `open_chain`'s. Raises DiffMergeError.
+    `leases` is `open_chain`'s. Recorded hashes of parents are not compared. Raises DiffMergeError.
     """
     layers = [pool.layer(link.layer) for link in links]
     image = _judge(layers, policy, leases, in_store=True)

@@ -63,8 +63,9 @@ class Layer:
     """An open, read-only image file with its data extents.
 
     `path` is for messages. `size` is the logical size, `walked` the data extents that the
-    filesystem reports and `extents` those in force, all as they were found when it was opened; they
-    stay so for the layer's life. The two differ only for a layer with a `seal`. The file is never
+    filesystem reports, `unwritten` the preallocated ranges (zeros, which may be among them or not)
+    and `extents` those in force, all as they were found when it was opened; they stay so for the
+    layer's life. `extents` and `walked` differ only for a layer with a `seal`. The file is never
     written, extended or locked. One descriptor; `close()` closes it, and so does the end of the
     last reference. Safe to use from several threads.
     """
@@ -87,6 +88,7 @@ class Layer:
         # The size is the first one seen: a file that grew during the sync shows at once.
         self.fingerprint = Fingerprint.of(fd)._replace(size=self.size)
         self.walked = self.extents = ExtentList(sparse.data_extents(fd, self.size))
+        self.unwritten = ExtentList(sparse.unwritten_ranges(fd, self.size))
         self.seal: Seal | None = None
         # tmpfs refuses RWF_NOWAIT, and its pages are in memory anyway.
         in_memory = sparse.filesystem_magic(fd) == sparse.TMPFS_MAGIC
@@ -158,8 +160,9 @@ class Layer:
         """Return if the bytes read so far are those of the view; raise LayerChangedError if not.
 
         A moved ctime or block count alone is no proof of a change (chmod, rename, writeback and a
-        reader of a tmpfs hole move them), so the extents are walked again: the same ones, or more
-        data that reads as zeros, leave the extents known before in force. Blocks for the walk.
+        reader of a tmpfs hole move them), so the extents are walked again: the same ones, more data
+        that reads as zeros, or less where nothing was written but only preallocated, leave the
+        extents known before in force. Blocks for the walk.
         """
         if self.is_settled():
             return
@@ -172,8 +175,10 @@ class Layer:
             self._accept(now, extents)
 
     def _accept(self, now: Fingerprint, extents: ExtentList) -> None:
-        gained = extents.gained_over(self.walked)
-        if gained is None:
+        gained = ExtentList(extents.outside(self.walked))
+        lost = ExtentList(self.walked.outside(extents))
+        # Preallocated ranges are data as long as their zeros are in the page cache.
+        if any(lost.outside(self.unwritten)):
             self._taint("data extents are gone")
         elif not all(self._is_zero(start, stop) for start, stop in gained):
             self._taint(f"{gained.data_bytes} bytes became data that are not zeros")
@@ -183,6 +188,8 @@ class Layer:
                 self.path,
                 f"{gained.data_bytes} bytes of holes became written zeros: still as it was"
                 if len(gained)
+                else f"{lost.data_bytes} bytes that were never written are holes: still as it was"
+                if len(lost)
                 else "the same extents",
             )
             # Size and mtime may have moved since is_settled: then the next comparison sees it,

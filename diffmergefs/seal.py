@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from diffmergefs import beneath, bmap
 from diffmergefs.bmap import ABSENT, SEAL_SUFFIX, BlockMap
 from diffmergefs.errors import FileAccessError, SealError
-from diffmergefs.extents import Extent, SegmentMap
+from diffmergefs.extents import Extent
 from diffmergefs.layer import FileKey, Layer, Seal
 from diffmergefs.state import Identity, Remembered
 from diffmergefs.trust import TrustPolicy
@@ -47,7 +47,10 @@ def read(path: str, root: beneath.Root | None = None, name: str | None = None) -
         with open(beneath.open_regular(root, path), "rb") as file:
             key = FileKey.of(os.fstat(file.fileno()))
             if key.size > bmap.MAX_BYTES:
-                raise SealError(f"{name}: {key.size} bytes, a seal has at most {bmap.MAX_BYTES}")
+                raise SealError(
+                    f"{name}: {key.size} bytes, a seal has at most {bmap.MAX_BYTES}; bring back the"
+                    " one that was made with the layer, or go without it with --no-seal"
+                )
             data = file.read(key.size + 1)
             if len(data) != key.size or FileKey.of(os.fstat(file.fileno())) != key:
                 raise SealError(f"{name}: changed while it was read; try again")
@@ -225,8 +228,6 @@ def _require_zeros(
 
 
 def _outside(layer: Layer, seal: StoredSeal) -> Iterator[Extent]:
-    # What the filesystem calls data and the seal a hole: the lower layer shows where the upper one
-    # has nothing. The filesystem's own holes read as zeros anyway.
-    for start, stop, number in SegmentMap([layer.walked, seal.map.extents()]):
-        if number == 0:
-            yield Extent(start, stop)
+    # What the filesystem calls data and the seal a hole. The filesystem's own holes read as zeros
+    # anyway.
+    return layer.walked.outside(seal.map.extents())

@@ -60,24 +60,30 @@ def data_extents(fd: int, size: int) -> Iterator[Extent]:
             yield Extent(start, position)
 
 
-def unwritten_range(fd: int, size: int) -> Extent | None:
-    """The first preallocated, unwritten range in `[0, size)`, or None.
+def unwritten_ranges(fd: int, size: int) -> Iterator[Extent]:
+    """The preallocated, unwritten ranges in `[0, size)`, in ascending order; they read as zeros.
 
     SEEK_DATA calls such a range data while its pages are cached, and no fsync changes that; only
-    FIEMAP's UNWRITTEN flag tells. None also where the filesystem has no FIEMAP (tmpfs).
+    FIEMAP's UNWRITTEN flag tells. Nothing is synced: on a file with dirty pages a range may have
+    been written already. None where the filesystem has no FIEMAP (tmpfs).
     """
     position = 0
-    while position < size:
-        batch = _fiemap(fd, position, size - position)
+    while position < size and (batch := _fiemap(fd, position, size - position)):
+        asked = position
         for start, length, flags in batch:
-            if flags & _FIEMAP_EXTENT_UNWRITTEN and start < size:
-                return Extent(start, min(start + length, size))
+            stop = min(start + length, size)
+            if flags & _FIEMAP_EXTENT_UNWRITTEN and max(start, position) < stop:
+                yield Extent(max(start, position), stop)
+            position = max(position, stop)
             if flags & _FIEMAP_EXTENT_LAST:
-                return None
-        if not batch:
-            return None
-        position = batch[-1][0] + batch[-1][1]
-    return None
+                return
+        if position == asked:  # not so, but for a filesystem that answers nonsense
+            return
+
+
+def unwritten_range(fd: int, size: int) -> Extent | None:
+    """The first of `unwritten_ranges`, or None."""
+    return next(unwritten_ranges(fd, size), None)
 
 
 def _fiemap(fd: int, start: int, length: int) -> list[tuple[int, int, int]]:

@@ -302,7 +302,8 @@ class Store:
         thread of its own, so that nobody waits for a hash in a thread that others need.
         """
         require_pin(self._pool.layer(parent.layer), link, self._hashes)
-        self._right.add((parent.layer.key, link.parent_hash))
+        with self._lock:
+            self._right.add((parent.layer.key, link.parent_hash))
 
     def open(self, tag: str) -> OpenImage:
         """The image of `tag`, its chain opened, walked and merged now if it was not yet.

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 
 from diffmergefs import state
-from tests.support import loopfs, mounttable
+from tests.support import isolation, loopfs, mounttable
 from tests.support import soak as soaking
 from tests.support.strict_skips import pytest_make_collect_report, pytest_runtest_makereport
 
@@ -37,7 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hypothesis runs with the profile of that name too."""
+    """Hypothesis runs with the profile of that name too; the session has mounts of its own."""
+    isolation.enter_own_mounts()
     if config.getoption("--soak"):
         settings.load_profile("soak")
     if path := config.getoption("--soak-report"):

@@ -351,7 +351,7 @@ def end_by_force(gate: Gate, process: subprocess.Popen[str], mountpoint: Path) -
     for pid in daemons_of(mountpoint):
         os.kill(pid, signal.SIGKILL)
     process.kill()
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
 
 
 @pytest.mark.parametrize("front", [True, False], ids=["front", "background"])
@@ -412,7 +412,7 @@ def test_a_daemon_whose_caller_is_gone_ends(
     gate, caller = start_that_hangs("mounted", store, public_path, monkeypatch, "--log", str(log))
     try:
         caller.kill()
-        caller.wait(20)
+        caller.wait(60)
         assert is_mounted(mountpoint) and daemons_of(mountpoint)
         gate.open()
         until(lambda: not daemons_of(mountpoint), "the daemon did not end")
@@ -496,7 +496,7 @@ def test_a_syslog_that_takes_nothing_holds_nobody_up(
             target=lambda: [handler.handle(record) for _ in range(full)], daemon=True
         )
         writer.start()
-        writer.join(20)
+        writer.join(60)
         assert not writer.is_alive()
         assert syslog.recv(1000).rstrip(b"\0") == b"<28>diffmergefs: a\\nb\\x1b"
         # And what comes later arrives again.

@@ -119,7 +119,7 @@ def test_flatten_that_is_stopped_leaves_nothing(
         assert process.stdout.readline() == "writing\n"
         assert len(os.listdir(tmp_path / "hold")) == has_name
         process.send_signal(number)
-        _, complaint = process.communicate(timeout=30)
+        _, complaint = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in complaint
     assert os.listdir(tmp_path / "hold") == []

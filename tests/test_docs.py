@@ -216,7 +216,7 @@ class Sandbox:
         """Nothing is mounted any more, and what was in front has ended well."""
         assert not self._mounts(), "an example left its mount behind"
         for process in self._foreground:
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
 
     def close(self) -> None:
         for path in self._mounts():

@@ -167,6 +167,25 @@ def test_a_diff_in_part_of_which_holes_were_filled_is_a_warning(store: Path) -> 
     assert zeros.finding.startswith("8 of 9 pages")
 
 
+def test_the_share_of_zeros_is_always_said(store: Path) -> None:
+    layer = memory(store, "work")
+    write_layer(layer, SIZE, [(0, bytes(2 * PAGE)), (2 * PAGE, b"x" * PAGE * 3)])
+    (fine, _) = (f for f in examined(store / "work") if f.subject == str(layer))
+    assert (fine.check, fine.severity) == ("extents", "fine")
+    assert fine.finding == (
+        f"{5 * PAGE} bytes in 1 extents can be trusted;"
+        " 2 of 5 pages that are data here, and not zeros below, are zeros"
+    )
+
+
+def test_what_fails_a_check_is_not_called_trusted(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse, "unwritten_ranges", lambda fd, size: iter([Extent(0, PAGE)]))
+    found = of(examined(store / "work"), memory(store, "work"))
+    assert found == [("unwritten", "wrong"), ("zeros", "fine")]
+
+
 def test_pages_that_were_zeros_before_do_not_count(store: Path) -> None:
     write_tag(store, "base", numbers=[0])
     write_layer(memory(store, "work"), SIZE, [(PAGE, bytes(8 * PAGE)), (0, b"x" * PAGE)])
@@ -237,7 +256,7 @@ def test_everything_of_law_4_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "data_extents",
         lambda fd, size: iter([Extent(512, size - 1)]) if size == SIZE else real(fd, size),
     )
-    monkeypatch.setattr(sparse, "unwritten_range", lambda fd, size: Extent(0, PAGE))
+    monkeypatch.setattr(sparse, "unwritten_ranges", lambda fd, size: iter([Extent(0, PAGE)]))
     found = of(examined(diff), diff)
     assert found == [("blocks", "wrong"), ("alignment", "wrong"), ("unwritten", "wrong")]
 

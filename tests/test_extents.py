@@ -141,23 +141,17 @@ def test_iterating_gives_the_same_segments_without_the_holes(layers: list[Extent
 
 
 @given(extent_lists(), extent_lists())
-def test_gained_is_exactly_what_was_a_hole_and_none_if_data_went_missing(
-    older: ExtentList, newer: ExtentList
-) -> None:
-    gained = newer.gained_over(older)
-    if bytes_of(older) <= bytes_of(newer):
-        assert gained is not None
-        assert bytes_of(gained) == bytes_of(newer) - bytes_of(older)
-    else:
-        assert gained is None
+def test_outside_is_exactly_what_the_other_has_not(one: ExtentList, other: ExtentList) -> None:
+    found = ExtentList(one.outside(other))
+    assert bytes_of(found) == bytes_of(one) - bytes_of(other)
 
 
-def test_gained_in_between_and_around() -> None:
-    older = ExtentList([(10, 20), (30, 40)])
-    assert ExtentList([(0, 50)]).gained_over(older) == ExtentList([(0, 10), (20, 30), (40, 50)])
-    assert ExtentList([(10, 19), (30, 40)]).gained_over(older) is None
-    assert older.gained_over(older) == ExtentList()
-    assert older.gained_over(ExtentList()) == older
+def test_outside_in_between_and_around() -> None:
+    two = ExtentList([(10, 20), (30, 40)])
+    assert list(ExtentList([(0, 50)]).outside(two)) == [(0, 10), (20, 30), (40, 50)]
+    assert list(two.outside(ExtentList([(10, 19), (30, 40)]))) == [(19, 20)]
+    assert list(two.outside(two)) == list(ExtentList().outside(two)) == []
+    assert list(two.outside(ExtentList())) == [(10, 20), (30, 40)]
 
 
 @given(extent_lists(), extent_lists())

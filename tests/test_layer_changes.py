@@ -143,6 +143,36 @@ def test_writeback_of_a_dirty_file_is_no_change(
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_preallocated_range_that_is_not_cached_any_more_is_no_change(
+    kind: str, filesystem: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is data as long as its pages are cached, on these; a base may be full of such."""
+    path = written(filesystem(kind))
+    command = ["fallocate", "--keep-size", "-o", str(4 * PAGE), "-l", str(8 * PAGE), str(path)]
+    subprocess.run(command, check=True)
+    os.utime(path, ns=(10**9, 10**9))
+    assert path.read_bytes()
+    layer = Layer.open(str(path))
+    cached = layer.extents
+    assert list(layer.unwritten) == [(4 * PAGE, 8 * PAGE), (9 * PAGE, 12 * PAGE)]
+    assert list(cached) == [(2 * PAGE, 12 * PAGE)]
+    os.posix_fadvise(layer.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    assert list(sparse.data_extents(layer.fd, SIZE)) == DATA
+    path.chmod(0o600)
+    assert read(layer, 10 * PAGE) == bytes(PAGE)
+    assert read(layer) == signed(1, 2 * PAGE, PAGE)
+    assert layer.extents is cached
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    # All but the page that was read just now.
+    assert f"{6 * PAGE} bytes that were never written are holes" in record.getMessage()
+    # What was written beside it still may not go.
+    keep_times(path, lambda: punch(path, 3 * PAGE, 2 * PAGE))
+    with pytest.raises(LayerChangedError, match="data extents are gone"):
+        read(layer)
+
+
 _TOUCH = "import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=1);"
 
 

@@ -294,7 +294,7 @@ def test_a_break_while_the_lease_is_being_taken_is_answered(
     monkeypatch.setattr(lease, "_take", take_and_be_broken)
     with closing(Layer.open(str(path))) as layer:
         leases.require_no_writer(layer)
-        answering.join(20)
+        answering.join(60)
         assert not answering.is_alive()
         assert not is_leased(path)
 
@@ -333,7 +333,7 @@ def test_an_opener_who_still_waits_is_a_writer_and_is_let_through(
             leases.require_no_writer(layer)
         assert not opened.is_set()
         leases.answer_breaks()
-        opener.join(20)
+        opener.join(60)
         assert opened.is_set()
 
 

@@ -209,7 +209,7 @@ def test_explicit_layers_and_a_mapping(
             assert holder.read(SEEN, PAGE) == signed(1, 0, PAGE)
             assert holder.read(BASES * PAGE, PAGE) == signed(0, BASES * PAGE, PAGE)
             assert holder.read(OWN * PAGE, PAGE) == b""
-            assert holder.process.wait(20) == -signal.SIGBUS
+            assert holder.process.wait(60) == -signal.SIGBUS
         with pytest.raises(OSError, match="Input/output error"):
             view.read_bytes()
         assert mount.log().count(CHANGED) == 1

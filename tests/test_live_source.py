@@ -59,7 +59,7 @@ def polled(path: Path, image: bytes) -> Iterator[None]:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             yield
-            output, _ = process.communicate(timeout=30)
+            output, _ = process.communicate(timeout=60)
             assert output == b"[]\n"
         finally:
             process.kill()

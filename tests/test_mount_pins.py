@@ -111,12 +111,12 @@ def test_another_image_is_served_while_one_is_looked_up_first(
             assert (mountpoint / "base" / "memory.bin").read_bytes() == image(0)
             assert all(client.poll() is None for client in clients)
             gate.open()
-            assert [client.communicate(timeout=30)[0] for client in clients] == [image(0, 1)] * 8
+            assert [client.communicate(timeout=60)[0] for client in clients] == [image(0, 1)] * 8
         finally:
             gate.open()
             for client in clients:
                 client.kill()
-                client.communicate(timeout=30)
+                client.communicate(timeout=60)
     assert log.read_text() == "base/memory.bin\n"
 
 

@@ -146,12 +146,12 @@ def test_other_images_are_served_while_a_seal_is_compared(
             assert (mountpoint / "base" / "memory.bin").read_bytes()
             assert all(client.poll() is None for client in clients)
             gate.open()
-            assert [client.communicate(timeout=30)[0] for client in clients] == [IMAGE] * 8
+            assert [client.communicate(timeout=60)[0] for client in clients] == [IMAGE] * 8
         finally:
             gate.open()
             for client in clients:
                 client.kill()
-                client.communicate(timeout=30)
+                client.communicate(timeout=60)
     assert log.read_text() == "work/memory.bin\n"
 
 

@@ -129,7 +129,7 @@ def test_odd_names(name: str, root: Path) -> None:
         assert mount_entry("/") is not None  # whose line is another one
         unmount(str(point))
         assert mount_entry(str(point)) is None
-        assert mount.process.wait(20) == 0
+        assert mount.process.wait(60) == 0
 
 
 @pytest.mark.parametrize("case", ["missing", "file", "full", "source", "above source"])

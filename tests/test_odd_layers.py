@@ -176,7 +176,7 @@ def test_a_slow_read_stops_no_other(
             assert image.stdout == image_of((0, BASE_PAGES), (1, [1]))
             assert process.poll() is None
             gate.open()
-            output, _ = process.communicate(timeout=30)
+            output, _ = process.communicate(timeout=60)
             assert output == image_of((0, BASE_PAGES))
         finally:
             gate.open()

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffmergefs import pins
-from diffmergefs.errors import LayerChangedError, PinError
+from diffmergefs.errors import FileAccessError, LayerChangedError, PinError
+from diffmergefs.images import open_chain, open_image
 from diffmergefs.layer import Layer
 from diffmergefs.pins import Hashes, content_hash, is_pinned, require_pin
 from diffmergefs.snapshot import Snapshot
 from diffmergefs.state import Identity, Remembered
 from diffmergefs.store import Store
 from diffmergefs.trust import TrustPolicy
+from tests.support.commands import mistake, succeed
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.live import until
 from tests.support.stores import OLD_NS, SECOND_NS, age, write_tag
@@ -368,6 +371,19 @@ def test_pins_names_the_parents_that_were_not_found_right_yet(root: Path) -> Non
     assert named() == [("work", "leaf")]
 
 
+def test_what_proved_right_is_noted_while_no_look_goes_through_it(root: Path) -> None:
+    store = looked(root)
+
+    class Watched(set[Any]):
+        def add(self, pin: Any) -> None:
+            assert store._lock.locked()
+            super().add(pin)
+
+    store._right = Watched()
+    store.open("work")
+    assert len(store._right) == 1
+
+
 def test_no_believes_all_and_full_reads_anew(root: Path, settled: None, hashed: list[str]) -> None:
     assert looked(root, "no").open("leaf").image.view.layers
     assert looked(root, "no").pins("leaf") == []
@@ -419,8 +435,12 @@ def test_a_parent_that_changes_while_it_is_hashed_is_tried_again(
     with pytest.raises(LayerChangedError):
         store.open("work")
     monkeypatch.setattr(pins, "content_hash", content_hash)
-    # The replaced parent's hash is taken beside the looks: it is shown at the look after that.
-    until(lambda: "work" not in store.look() and "work" in store.tags(), "is not shown again")
+
+    def is_shown() -> bool:
+        store.look()  # it asks for the hash of the replaced parent, and does not wait for it
+        return "work" in store.tags()
+
+    until(is_shown, "the tag did not come back")
     assert store.open("work").image.view.layers
 
 
@@ -438,3 +458,49 @@ def test_an_unreadable_parent_is_no_lasting_verdict(
             store.open("work")
     monkeypatch.setattr(pins, "content_hash", content_hash)
     assert store.open("work").image.view.layers
+
+
+# Images
+
+
+def test_an_image_whose_parent_is_not_the_recorded_one_is_refused(
+    root: Path, settled: None, hashed: list[str], tmp_path: Path
+) -> None:
+    write_tag(root, "leaf", "work", layer=2, parent_content_hash=ABSENT)
+    policy = TrustPolicy(state_dir=str(tmp_path / "state"))
+    work = root / "work" / "memory.bin"
+    for _ in range(2):
+        with pytest.raises(PinError) as caught:
+            open_image(root / "leaf", policy)
+        said = str(caught.value)
+        assert said.startswith(f"{work}: its sha256 is {sha256(work)}") and ABSENT in said
+    assert len(open_image(root / "work", policy).view.layers) == 2
+    assert len(open_image(root / "leaf", replace(policy, verify="no")).view.layers) == 3
+    # Who names the files means them.
+    open_chain(root / "base" / "memory.bin", [work, root / "leaf" / "memory.bin"], policy)
+    base = str(root / "base" / "memory.bin")
+    assert hashed == [base, str(work), str(work)]  # a wrong one is not believed to be so
+    open_image(root / "work", replace(policy, verify="full"))
+    assert hashed.count(base) == 2
+
+
+def test_a_parent_that_cannot_be_read_is_one_line(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(layer: Layer, *arguments: Any) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(pins, "content_hash", fail)
+    with pytest.raises(FileAccessError, match=r"base/memory\.bin: Input/output error$"):
+        open_image(root / "leaf", TrustPolicy(state_dir=str(tmp_path / "state")))
+
+
+def test_flatten_and_info_refuse_it_and_list_does_not_look(root: Path, tmp_path: Path) -> None:
+    write_tag(root, "leaf", "work", layer=2, parent_content_hash=ABSENT)
+    state, out = f"--state-dir={tmp_path}/state", tmp_path / "out"
+    for command in (["flatten", "-o", out], ["info"]):
+        line = mistake(PinError.exit_code, *command, state, root / "leaf")
+        assert line.startswith(f"diffmergefs: {root}/work/memory.bin: its sha256 is ")
+    assert not out.exists()
+    assert "broken" not in succeed("list", state, root)
+    succeed("flatten", "-o", out, state, root / "work")

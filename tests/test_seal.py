@@ -21,9 +21,10 @@ from diffmergefs.errors import (
 from diffmergefs.extents import ExtentList
 from diffmergefs.images import open_chain, open_image
 from diffmergefs.info import describe
-from diffmergefs.layer import Layer
+from diffmergefs.layer import FileKey, Layer
 from diffmergefs.seal import Opener
 from diffmergefs.sealing import seal_layer
+from diffmergefs.state import Identity, Remembered
 from diffmergefs.trust import TrustPolicy
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.stores import age, write_numbered, write_tag
@@ -148,6 +149,32 @@ def test_a_seal_of_too_many_bytes_is_not_read(diff: Path) -> None:
         opened(diff)
 
 
+@pytest.mark.parametrize("change", ["grown", "cut", "overwritten"])
+def test_a_seal_that_changes_while_it_is_read_is_refused(
+    diff: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, known = Path(f"{diff}.bmap"), seal.FileKey.of
+    text = path.read_bytes()
+    age(path)
+
+    class Key:
+        @staticmethod
+        def of(status: os.stat_result) -> FileKey:
+            key = known(status)
+            match change:
+                case "grown":
+                    path.write_bytes(text + b"\n")
+                case "cut":
+                    path.write_bytes(text[:-1])
+                case _:
+                    path.write_bytes(text)
+            return key
+
+    monkeypatch.setattr(seal, "FileKey", Key)
+    with pytest.raises(SealError, match=r"diff\.bmap: changed while it was read; try again"):
+        seal.find(str(diff))
+
+
 def test_a_range_without_a_checksum_must_be_zeros(diff: Path) -> None:
     path = Path(f"{diff}.bmap")
     lines = [line for line in path.read_text().splitlines() if "<Range" in line]
@@ -230,6 +257,40 @@ def test_what_failed_is_not_remembered(
         with pytest.raises(SealError):
             opened(diff, state_dir=directory)
     assert len(compared) == 2
+
+
+def test_a_layer_changed_just_before_it_was_compared_is_compared_again(
+    diff: Path, tmp_path: Path, compared: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the comparison took: a store at its beginning may have moved no time stamp."""
+    now = [diff.stat().st_ctime_ns + 1]
+    known = seal.compare
+
+    def slowly(layer: Layer, *arguments: object) -> None:
+        known(layer, *arguments)  # type: ignore[arg-type]
+        now[0] += 10**11
+
+    monkeypatch.setattr(seal, "compare", slowly)
+    monkeypatch.setattr(seal.time, "time_ns", lambda: now[0])
+    directory = str(tmp_path / "state")
+    for _ in range(3):
+        opened(diff, state_dir=directory)
+    assert compared == [str(diff)] * 2  # remembered since the second, which began late enough
+
+
+def test_what_is_remembered_is_no_good_to_a_layer_that_changed_since_it_was_opened(
+    diff: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = seal.find(str(diff))
+    assert stored is not None
+
+    class Memory(Remembered):
+        def recall(self, kind: str, identity: Identity) -> str | None:
+            poke(diff, 2 * PAGE, b"!")
+            return stored.digest if stored else None
+
+    with pytest.raises(LayerChangedError):
+        seal.compare_once(Layer.open(str(diff)), stored, Memory())
 
 
 def settle(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -153,6 +154,21 @@ def test_a_layer_that_changes_meanwhile_is_not_sealed(
         return known(layer, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(seal, "sha256", change)
+    with pytest.raises(LayerChangedError):
+        seal_layer(diff)
+    assert os.listdir(diff.parent) == ["diff"]
+
+
+def test_a_layer_that_changes_once_it_was_read_is_not_sealed(
+    diff: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = sealing.bmap.dump
+
+    def change(*arguments: Any) -> bytes:
+        age(diff, mtime_ns=1)
+        return known(*arguments)
+
+    monkeypatch.setattr(sealing.bmap, "dump", change)
     with pytest.raises(LayerChangedError):
         seal_layer(diff)
     assert os.listdir(diff.parent) == ["diff"]

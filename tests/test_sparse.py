@@ -124,26 +124,34 @@ def test_off_linux_it_is_an_error_that_says_so(
         Layer.open(str(path))
 
 
+def unwritten(fd: int, size: int = 4 * MIB) -> list[tuple[int, int]]:
+    """The preallocated ranges, those that lie side by side joined."""
+    return list(ExtentList(sparse.unwritten_ranges(fd, size)))
+
+
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
-def test_a_preallocated_range_is_found_and_is_none_once_written(
+def test_a_preallocated_range_is_found_and_none_is_once_written(
     kind: str, filesystem: Callable[[str], Path]
 ) -> None:
     path = write_layer(filesystem(kind) / "file", 4 * MIB, [(0, signed(0, 0, PAGE))])
     with opened(path) as fd:
-        assert sparse.unwritten_range(fd, 4 * MIB) is None
+        assert unwritten(fd) == []
         subprocess.run(["fallocate", "-o", f"{MIB}", "-l", f"{MIB}", path], check=True)
+        subprocess.run(["fallocate", "-o", f"{3 * MIB}", "-l", f"{PAGE}", path], check=True)
         os.fsync(fd)
-        found = sparse.unwritten_range(fd, 4 * MIB)
-        assert found is not None and found.start == MIB and MIB < found.stop <= 2 * MIB
-        # A window that ends before it, and one that cuts it.
+        assert unwritten(fd) == [(MIB, 2 * MIB), (3 * MIB, 3 * MIB + PAGE)]
+        # A window that ends before them, and ones that cut them.
+        assert unwritten(fd, MIB) == []
+        assert unwritten(fd, MIB + PAGE) == [(MIB, MIB + PAGE)]
         assert sparse.unwritten_range(fd, MIB) is None
         assert sparse.unwritten_range(fd, MIB + PAGE) == (MIB, MIB + PAGE)
+        assert unwritten(fd, 3 * MIB + 1) == [(MIB, 2 * MIB), (3 * MIB, 3 * MIB + 1)]
         with path.open("r+b") as file:
             file.seek(MIB)
-            file.write(signed(0, MIB, MIB))
+            file.write(signed(0, MIB, 3 * MIB))
             file.flush()
             os.fsync(file.fileno())
-        assert sparse.unwritten_range(fd, 4 * MIB) is None
+        assert unwritten(fd) == []
 
 
 def test_an_unwritten_range_behind_thousands_of_extents_is_found(
@@ -155,7 +163,7 @@ def test_an_unwritten_range_behind_thousands_of_extents_is_found(
     subprocess.run(["fallocate", "-o", f"{30 * MIB}", "-l", f"{PAGE}", path], check=True)
     with opened(path) as fd:
         os.fsync(fd)
-        assert sparse.unwritten_range(fd, 40 * MIB) == (30 * MIB, 30 * MIB + PAGE)
+        assert unwritten(fd, 40 * MIB) == [(30 * MIB, 30 * MIB + PAGE)]
 
 
 def test_where_there_is_no_fiemap_there_is_no_unwritten_range(
@@ -164,7 +172,27 @@ def test_where_there_is_no_fiemap_there_is_no_unwritten_range(
     path = write_layer(filesystem("tmpfs") / "file", MIB, [])
     subprocess.run(["fallocate", "-l", f"{MIB}", path], check=True)
     with opened(path) as fd:
-        assert sparse.unwritten_range(fd, MIB) is None
+        assert unwritten(fd, MIB) == []
+
+
+@pytest.mark.parametrize(
+    ("answers", "found"),
+    [
+        # Overlapping ones, and one that was given before, as of a file that changes meanwhile.
+        ([[(0, 8, 0x800), (4, 8, 0x800)], [(4, 8, 0x801)]], [(0, 8), (8, 12)]),
+        ([[(0, 8, 0)], [(0, 8, 0)]], []),
+        ([[(8, 100, 0x800)]], [(8, 64)]),
+    ],
+    ids=["overlap", "no progress", "beyond the end"],
+)
+def test_odd_answers_of_fiemap(
+    answers: list[list[tuple[int, int, int]]],
+    found: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rest = iter(answers)
+    monkeypatch.setattr(sparse, "_fiemap", lambda fd, start, length: next(rest))
+    assert list(sparse.unwritten_ranges(-1, 64)) == found
 
 
 @pytest.mark.parametrize(

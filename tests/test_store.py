@@ -290,7 +290,7 @@ def test_a_look_does_not_wait_for_a_hash(root: Path, monkeypatch: pytest.MonkeyP
     hashed: list[str] = []
 
     def slow(layer: Layer, *arguments: Any) -> str:
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         hashed.append(layer.path)
         return real(layer, *arguments)
 

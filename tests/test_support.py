@@ -186,3 +186,37 @@ def _pytest(directory: Path, ci: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+ISOLATED = """
+import subprocess, sys
+from tests.support import isolation, mounttable
+folder = sys.argv[1]
+assert isolation.enter_own_mounts()
+theirs = [entry.path for entry in mounttable.entries() if entry.path.startswith(folder)]
+subprocess.run(["mount", "-t", "tmpfs", "tmpfs", f"{folder}/ours"], check=True)
+print(theirs, len(mounttable.at(f"{folder}/ours")), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_sessions_do_not_see_each_others_mounts(public_path: Path) -> None:
+    skips.require_mounts()
+    theirs, ours = public_path / "theirs", public_path / "ours"
+    theirs.mkdir()
+    ours.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", theirs], check=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", ISOLATED, str(public_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "[] 1\n"
+        assert mounttable.at(str(ours)) == [] and len(mounttable.at(str(theirs))) == 1
+    finally:
+        process.communicate(timeout=60)
+        mounttable.unmount(str(theirs))

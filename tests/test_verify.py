@@ -409,7 +409,7 @@ def test_an_interrupt_ends_it_at_once(
         gate.wait_until_reached()
         gate.open()
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=60)
         assert (process.returncode, out, err) == (128 + signal.SIGTERM, "", "")
     finally:
         gate.open()

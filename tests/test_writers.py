@@ -492,6 +492,61 @@ def test_many_leases_broken_at_once_are_all_given_back(public_path: Path, mountp
         until(lambda: all(line in mount.log() for line in said), "not all were told of")
 
 
+def test_an_opener_waits_for_less_than_a_second(public_path: Path, mountpoint: Path) -> None:
+    """One layer after the other. Of half of them it is asked, lest a busy machine fails the test.
+
+    The kernel would have it wait until it takes the lease away by itself, which is far longer.
+    """
+    require_long_leases()
+    names = [f"{n:03}-t{n}.mem" for n in range(20)]
+    store = write_numbered(public_path / "store", names)
+    paths = [store / name for name in names]
+    with mounted(store, mountpoint) as mount:
+        view = mountpoint / "t19" / names[-1]
+        with held(view) as vmm:
+            before = vmm.read(0, SIZE)
+            assert all(lease_holders(path) == {mount.pid} for path in paths)
+            with opened_for_writing(*paths) as opener:
+                assert len(opener.waits) == len(paths)
+                assert sorted(opener.waits)[len(paths) // 2] < 1, opener.waits
+                assert not any(lease_holders(path) for path in paths)
+            assert vmm.read(0, SIZE) == view.read_bytes() == before
+
+
+@contextmanager
+def qemu_on(path: Path) -> Iterator[None]:
+    """QEMU with the file as a machine's memory, mapped privately; it opens it read-write."""
+    memory = f"memory-backend-file,id=m,size={SIZE},mem-path={path},share=off"
+    options = ["-machine", "none", "-S", "-display", "none", "-qmp", "stdio", "-object", memory]
+    process = subprocess.Popen(
+        ["qemu-system-x86_64", *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(b'{"QMP"')  # the memory is there by then
+        yield
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
+
+
+def test_qemu_on_a_base_of_its_own_disturbs_no_view(
+    root: Path, mountpoint: Path, tmp_path: Path
+) -> None:
+    base = memory(root, "base")
+    with in_background(mountpoint, tmp_path / "log", root) as pid:
+        view = mountpoint / "leaf" / "memory.bin"
+        with held(view) as vmm:
+            assert vmm.read(0, PAGE) == LEAF[:PAGE]
+            assert lease_holders(base) == {pid}
+            with qemu_on(base):
+                assert lease_holders(base) == set()  # it was broken, and given back
+                assert vmm.read(0, SIZE) == view.read_bytes() == LEAF
+            assert view.read_bytes() == LEAF
+        text = (tmp_path / "log").read_text()
+        assert told_of(text, base) == 1 and " WARNING " not in text
+
+
 def test_the_signal_of_a_broken_lease_ends_no_mount(root: Path, mountpoint: Path) -> None:
     with mounted(root, mountpoint) as mount:
         for _ in range(100):

@@ -47,13 +47,13 @@ def processes_with(path: Path) -> list[str]:
 
 def test_mounts_and_unmounts(public_path: Path, soak: bool, seen: Callable[..., None]) -> None:
     """Background mounts by the command: no mount, connection, process or descriptor stays"""
-    cycles, lanes = (1000 if soak else 30), 2
+    cycles, lanes = (1000 if soak else 20), 2
     store = write_chain(public_path / "store", ["base", "leaf"])
     if not os.path.ismount(CONNECTIONS):
         skips.require_mounts()
         subprocess.run(["mount", "-t", "fusectl", "fusectl", str(CONNECTIONS)], check=True)
     before = own_descriptors()
-    own: set[int] = set()
+    own: set[tuple[int, int]] = set()
     with ThreadPoolExecutor(lanes) as pool:
         done = [pool.submit(cycle, store, public_path, n, cycles, lanes, own) for n in range(lanes)]
         for lane in done:
@@ -62,26 +62,30 @@ def test_mounts_and_unmounts(public_path: Path, soak: bool, seen: Callable[..., 
     below = f"{public_path}/"
     assert not [entry for entry in mounttable.entries() if entry.path.startswith(below)]
     assert descriptors() == before
-    until(lambda: not left_over(own), "a connection is left")
-    seen(cycles=cycles, device_numbers_used=len(own))
+    until(lambda: not own & connections(), "a connection is left")
+    seen(cycles=cycles, device_numbers_used=len({minor for minor, _ in own}))
 
 
-def left_over(own: set[int]) -> set[int]:
-    """The FUSE connections of these device numbers that no mount has."""
-    # The numbers are used again, at once by whoever mounts next: by other programs too.
-    in_use = {entry.minor for entry in mounttable.entries() if entry.fstype.startswith("fuse")}
-    return {minor for minor in own - in_use if (CONNECTIONS / str(minor)).exists()}
+def connections() -> set[tuple[int, int]]:
+    """The FUSE connections of the machine: device number, and inode number of what stands for it.
+
+    Device numbers are used again, at once by whoever mounts next, other programs among them; that
+    is another connection.
+    """
+    with os.scandir(CONNECTIONS) as entries:
+        return {(int(entry.name), entry.inode()) for entry in entries}
 
 
-def cycle(store: Path, folder: Path, lane: int, cycles: int, lanes: int, own: set[int]) -> None:
+def cycle(
+    store: Path, folder: Path, lane: int, cycles: int, lanes: int, own: set[tuple[int, int]]
+) -> None:
     mountpoint = folder / f"mnt{lane}"
     mountpoint.mkdir()
     view = mountpoint / "leaf" / "memory.bin"
     for n in range(lane, cycles, lanes):
         command("mount", "--log", folder / "log", store, mountpoint)
         (entry,) = mounttable.at(str(mountpoint))
-        own.add(entry.minor)
-        assert (CONNECTIONS / str(entry.minor)).exists()
+        own.add((entry.minor, (CONNECTIONS / str(entry.minor)).stat().st_ino))
         assert view.read_bytes()[PAGE : 2 * PAGE] == signed(1, PAGE, PAGE)
         command("umount", *(["--lazy"] if n % 10 == 9 else []), mountpoint)
         assert not mounttable.at(str(mountpoint)), f"cycle {n}"

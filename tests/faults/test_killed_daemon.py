@@ -37,7 +37,7 @@ def test_kill_9_under_load(
             with reading(READERS, pairs) as load:
                 time.sleep(random.random() / 2)
                 mount.process.kill()
-                mount.process.wait(20)
+                mount.process.wait(60)
                 more, _, ended = load.outcome()
             assert set(ended) <= ERRORS and ended.total() == READERS
             reads, ends = reads + more, ends + ended
@@ -74,10 +74,10 @@ def test_the_mappings_of_a_killed_daemon(public_path: Path, mountpoint: Path) ->
     with mounted(store, mountpoint) as mount, held(mountpoint / name) as holder:
         assert holder.read(0, 8192) == oracle[:8192]
         mount.process.kill()
-        mount.process.wait(20)
+        mount.process.wait(60)
         mount_again(store, mountpoint)
         assert holder.read(0, 8192) == oracle[:8192]
         assert holder.read(32 << 20, 4096) == b""
-        assert holder.process.wait(20) == -signal.SIGBUS
+        assert holder.process.wait(60) == -signal.SIGBUS
         assert (mountpoint / name).read_bytes() == oracle
         unmount(mountpoint)

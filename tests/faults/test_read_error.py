@@ -109,7 +109,7 @@ def test_in_mappings(base: Faulty, diff: Path, mountpoint: Path) -> None:
             for page in HIDDEN:
                 assert victim.read(page * PAGE, PAGE) == signed(1, page * PAGE, PAGE)
             assert victim.read(FAILING[0] * PAGE, PAGE) == b""
-            assert victim.process.wait(20) == -signal.SIGBUS
+            assert victim.process.wait(60) == -signal.SIGBUS
             for page in set(range(PAGES)) - set(FAILING):
                 assert other.read(page * PAGE, PAGE) == ORACLE[page * PAGE :][:PAGE]
             break_pages(base, [])

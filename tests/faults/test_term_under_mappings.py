@@ -52,5 +52,5 @@ def test_mappings_outlive_the_mount(
             assert last.read(SIZE - 4096, 4096) == oracle.read_bytes()[-4096:]
             assert mount.process.poll() is None
             last.end()
-            assert mount.process.wait(20) == 0
+            assert mount.process.wait(60) == 0
     seen(rounds=rounds, mappings=rounds * MAPPINGS, MiB_compared=compared // STEP)

@@ -23,7 +23,7 @@ from pyfuse3 import FUSEError
 
 from tests.support import mounts, mounttable, skips
 
-_TIMEOUT_SECONDS = 20
+_TIMEOUT_SECONDS = 60
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 
 T = TypeVar("T")
 
-_DEADLINE_SECONDS = 20
+_DEADLINE_SECONDS = 60
 
 _HOLDER = """
 import mmap, sys
@@ -115,7 +115,7 @@ class Holder:
     def end(self) -> None:
         """Give the mapping up."""
         self.process.kill()
-        self.process.wait(20)
+        self.process.wait(60)
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from tests.support import mounttable, skips
 
-_READY_SECONDS = 30
-_END_SECONDS = 20
+_READY_SECONDS = 60
+_END_SECONDS = 60
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
 _READY = re.compile(r"\bready\b")
 _COMPLAINT = re.compile(r" (WARNING|ERROR|CRITICAL) |Traceback")

@@ -25,7 +25,7 @@ from pathlib import Path
 
 _MAX_LENGTH = 256 << 10
 _WRONG = 99
-_TIMEOUT_SECONDS = 30
+_TIMEOUT_SECONDS = 60
 _COUNTS = struct.Struct("=QQ")
 
 

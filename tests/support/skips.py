@@ -26,7 +26,8 @@ ALLOWED: frozenset[str] = frozenset()
 _CAP_SYS_ADMIN = 21
 
 
-def _may_mount() -> bool:
+def may_mount() -> bool:
+    """Whether this process has the right to mount."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         name, _, value = line.partition(":")
         if name == "CapEff":
@@ -43,7 +44,7 @@ def require_root() -> None:
 def require_mounts() -> None:
     """Skip the test unless it runs as a root that may mount."""
     require_root()
-    if not _may_mount():
+    if not may_mount():
         pytest.skip(NO_MOUNTS)
 
 

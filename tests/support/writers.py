@@ -9,20 +9,33 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 #: The kernel's limit is 45 seconds: who waits for that long waits for a lease nobody gave back.
-PATIENCE_SECONDS = 20
+PATIENCE_SECONDS = 40
 
+# Says how many seconds it waited for each.
 _OPENER = """
-import os, sys
-files = [os.open(path, os.O_RDWR) for path in sys.argv[1:]]
-print(flush=True)
+import os, sys, time
+waits, files = [], []
+for path in sys.argv[1:]:
+    begun = time.monotonic()
+    files.append(os.open(path, os.O_RDWR))
+    waits.append(time.monotonic() - begun)
+print(*waits, flush=True)
 sys.stdin.read()
 """
 
 
+class Opener(NamedTuple):
+    """A process that has files open for writing, and the seconds that it waited for each."""
+
+    process: subprocess.Popen[str]
+    waits: list[float]
+
+
 @contextmanager
-def opened_for_writing(*paths: Path) -> Iterator[subprocess.Popen[str]]:
+def opened_for_writing(*paths: Path) -> Iterator[Opener]:
     """Another process that has the files open for reading and writing, and writes nothing.
 
     Fails if opening them takes as long as a lease that nobody gives back.
@@ -35,18 +48,19 @@ def opened_for_writing(*paths: Path) -> Iterator[subprocess.Popen[str]]:
         cwd="/",
     )
     try:
-        _require_line(process)
-        yield process
+        yield Opener(process, _waits(process))
     finally:
         process.kill()
         process.communicate(timeout=60)
 
 
-def _require_line(process: subprocess.Popen[str]) -> None:
+def _waits(process: subprocess.Popen[str]) -> list[float]:
     assert process.stdout is not None
     readable, _, _ = select.select([process.stdout], [], [], PATIENCE_SECONDS)
     assert readable, f"nobody gave a lease back within {PATIENCE_SECONDS} s"
-    assert process.stdout.readline() == "\n"
+    line = process.stdout.readline()
+    assert line, "the opener ended"
+    return [float(word) for word in line.split()]
 
 
 def is_leased(path: Path) -> bool:

@@ -1,0 +1,43 @@
+"""The test session in a mount namespace of its own.
+
+Other programs of the machine, other sessions among them, then neither see what is mounted here nor
+keep it mounted (a new namespace holds a copy of every mount that it was made from, and a FUSE
+daemon ends with the last copy). And what they left mounted is not seen here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+
+from tests.support import mounttable, skips
+
+_CLONE_NEWNS = 0x20000
+_MS_REC, _MS_SLAVE = 0x4000, 0x80000
+_MNT_DETACH = 2
+
+
+def enter_own_mounts() -> bool:
+    """Move this process into a new mount namespace, without the mounts of other sessions in it.
+
+    Mounts of other programs that come and go later are followed, if the machine shares them; those
+    made here reach nobody. False where that is not allowed: then all stays as it was. Call it
+    before any thread was started: only the caller moves.
+    """
+    if not skips.may_mount():
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS) != 0:
+        return False
+    if libc.mount(None, b"/", None, _MS_REC | _MS_SLAVE, None) != 0:
+        raise OSError(ctypes.get_errno(), "the namespace's mounts cannot be made its own")
+    for entry in reversed(mounttable.entries()):
+        if _is_of_a_session(entry):
+            libc.umount2(os.fsencode(entry.path), _MNT_DETACH)
+    return True
+
+
+def _is_of_a_session(entry: mounttable.Entry) -> bool:
+    made_by_tests = os.path.join(os.path.realpath(tempfile.gettempdir()), "diffmergefs-")
+    return entry.fstype == "fuse.diffmergefs" or entry.path.startswith(made_by_tests)
