@@ -138,23 +138,38 @@ class SegmentMap:
 
     def __iter__(self) -> Iterator[Segment]:
         stop = self._starts[-1] if self._starts else 0
-        return (s for s in self.window(0, stop) if s.layer is not None)
+        return (Segment(*s) for s in self.window(0, stop) if s[2] is not None)
 
     @property
     def nbytes(self) -> int:
         """The bytes of memory that the map's entries take."""
         return sum(a.itemsize * len(a) for a in (self._starts, self._owners))
 
-    def window(self, start: int, stop: int) -> Iterator[Segment]:
-        """The segments that tile `[start, stop)` exactly: sorted, never empty, holes included."""
-        starts, owners = self._starts, self._owners
+    def window(self, start: int, stop: int) -> Iterable[tuple[int, int, int | None]]:
+        """The segments that tile `[start, stop)` exactly: sorted, never empty, holes included.
+
+        As plain tuples, in a `Segment`'s order: every read goes through here, and to name the
+        fields would take longer than to find them.
+        """
+        starts = self._starts
         i = bisect_right(starts, start)
-        owner = owners[i - 1] if i else 0
+        owner = self._owners[i - 1] if i else 0
+        if start < stop and (i == len(starts) or stop <= starts[i]):
+            # Most windows are a page, in one segment: a generator takes longer than the search.
+            return ((start, stop, owner - 1 if owner else None),)
+        return self._tiles(i, owner, start, stop)
+
+    def _tiles(
+        self, i: int, owner: int, start: int, stop: int
+    ) -> Iterator[tuple[int, int, int | None]]:
+        starts, owners, last = self._starts, self._owners, len(self._starts)
         while start < stop:
-            end = min(starts[i], stop) if i < len(starts) else stop
-            yield Segment(start, end, owner - 1 if owner else None)
+            end = starts[i] if i < last else stop
+            if end > stop:
+                end = stop
+            yield start, end, owner - 1 if owner else None
             start = end
-            if i < len(starts):
+            if i < last:
                 owner = owners[i]
                 i += 1
 

@@ -144,14 +144,18 @@ class Layer:
         """
         if self.tainted:
             raise self._changed()
-        now = Fingerprint.of(self.fd)
-        if now == self.fingerprint:
+        now, known = os.fstat(self.fd), self.fingerprint
+        if (
+            now.st_ctime_ns == known.ctime_ns
+            and now.st_mtime_ns == known.mtime_ns
+            and now.st_size == known.size
+            and now.st_blocks == known.blocks
+        ):
             return True
-        known = self.fingerprint
-        if now.size != known.size:
-            self._taint(f"its size moved from {known.size} to {now.size}")
-        if now.mtime_ns != known.mtime_ns:
-            self._taint(f"its mtime moved from {known.mtime_ns} to {now.mtime_ns} ns")
+        if now.st_size != known.size:
+            self._taint(f"its size moved from {known.size} to {now.st_size}")
+        if now.st_mtime_ns != known.mtime_ns:
+            self._taint(f"its mtime moved from {known.mtime_ns} to {now.st_mtime_ns} ns")
         return False
 
     def settle(self) -> None:

@@ -19,7 +19,7 @@ ROOT = PACKAGE.name
 # A module imports from lower levels only. A new module is entered at the level where it
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
-    {"errors", "extents", "daemon", "finding"},
+    {"errors", "extents", "daemon", "finding", "buffers"},
     {"sparse", "beneath", "bmap", "chain", "mountpoint", "state", "verdict"},
     {"host", "layer", "lease"},
     {"trust", "view", "snapshot", "access", "copying"},

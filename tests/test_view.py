@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from diffmergefs.errors import BrokenChainError, SizeMismatchError
 from diffmergefs.extents import Segment
 from diffmergefs.layer import Layer
-from diffmergefs.view import MergedView
+from diffmergefs.view import HOLE, MergedView
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 
@@ -216,8 +216,8 @@ def test_read_nowait_raises_other_errors(tmp_path: Path, monkeypatch: pytest.Mon
 def test_read_nowait_gives_the_same_bytes_once_they_are_cached(real_fs: Path) -> None:
     chain = [[data(0, 0, 4)], [data(1, 1, 1), (2 * PAGE, bytes(PAGE))]]
     view = open_view(real_fs, 4 * PAGE, chain)
-    assert view.read(0, 4 * PAGE) == view.read_nowait(0, 4 * PAGE) == overlay_oracle(
-        4 * PAGE, chain
+    assert (
+        view.read(0, 4 * PAGE) == view.read_nowait(0, 4 * PAGE) == overlay_oracle(4 * PAGE, chain)
     )
 
 
@@ -227,6 +227,44 @@ def test_read_nowait_leaves_an_unsettled_layer_to_read(tmp_path: Path) -> None:
     (tmp_path / "0.mem").chmod(0o600)
     assert view.read_nowait(0, PAGE) is None
     assert view.read(0, PAGE) == view.read_nowait(0, PAGE) == signed(0, 0, PAGE)
+
+
+def test_a_fill_says_who_supplied_how_much_and_goes_on_where_it_could_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, int, int]]
+) -> None:
+    view = open_view(tmp_path, 6 * PAGE, [[data(0, 0, 3)], [data(1, 1, 1), data(1, 4, 1)]])
+    oracle = bytes(view.read(0, 6 * PAGE))
+    told = {0: 2 * PAGE - 10, 1: 2 * PAGE, HOLE: PAGE}
+    buffer = memoryview(bytearray(b"older" * PAGE))[: 5 * PAGE - 10]
+    for fill in (view.fill_nowait, view.fill):
+        supplied: dict[int, int] = {}
+        buffer[:10] = b"old bytes!"
+        assert fill(buffer, 10, supplied) in (len(buffer), None)
+        assert (buffer, supplied) == (oracle[10 : 5 * PAGE], told)
+
+    preadv = os.preadv
+
+    def without_page_4(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT and offset == 4 * PAGE:
+            raise BlockingIOError(errno.EAGAIN, "not cached")
+        return preadv(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", without_page_4)
+    supplied = {}
+    done = view.fill_nowait(buffer, 10, supplied)
+    assert done == 4 * PAGE - 10
+    asked.clear()
+    view.fill(buffer, 10, supplied, done)
+    assert (buffer, supplied) == (oracle[10 : 5 * PAGE], told)
+    assert asked == [("1.mem", 4 * PAGE, PAGE)]
+
+    # Nothing counts as filled while a layer that was asked is not settled.
+    (tmp_path / "0.mem").chmod(0o600)
+    monkeypatch.setattr(os, "preadv", preadv)
+    supplied = {}
+    assert (view.fill_nowait(buffer, 10, supplied), supplied) == (0, {})
+    view.fill(buffer, 10, supplied)
+    assert (buffer, supplied) == (oracle[10 : 5 * PAGE], told)
 
 
 def test_a_size_mismatch_names_both_files_and_both_sizes(tmp_path: Path) -> None:
