@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import weakref
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from diffmergefs import beneath, sparse
 from diffmergefs.errors import FileAccessError, LayerChangedError, SizeMismatchError
@@ -67,7 +67,11 @@ class Layer:
     stay so for the layer's life. The two differ only for a layer with a `seal`. The file is never
     written, extended or locked. One descriptor; `close()` closes it, and so does the end of the
     last reference. Safe to use from several threads.
+
+    `taints` counts the layers that were found changed since this process began.
     """
+
+    taints: ClassVar[int] = 0
 
     def __init__(self, path: str, fd: int) -> None:
         """Take over `fd`, sync the file and walk its extents. Raises OSError, SizeMismatchError.
@@ -208,6 +212,7 @@ class Layer:
     def _taint(self, reason: str) -> None:
         if self.tainted is None:
             self.tainted = reason
+            Layer.taints += 1
             log.warning("%s: the layer changed under its views: %s", self.path, reason)
         raise self._changed()
 

@@ -14,6 +14,7 @@ import pyfuse3
 import trio
 
 from diffmergefs import mountpoint as mountpoints
+from diffmergefs.dropbehind import DropBehind
 from diffmergefs.errors import DiffMergeError, MountFailedError, MountpointError
 from diffmergefs.host import FUSE_CONF, FUSE_DEVICE, others_may_be_let_in
 from diffmergefs.images import raise_descriptor_limit
@@ -61,18 +62,26 @@ def settle(store: Store) -> None:
 
 
 def serve(
-    tree: Tree, mountpoint: str, options: set[str], ready: Callable[[], None], leases: Leases
+    tree: Tree,
+    mountpoint: str,
+    options: set[str],
+    ready: Callable[[], None],
+    leases: Leases,
+    *,
+    drop_behind: bool = False,
 ) -> None:
     """Mount the tree on `mountpoint` and serve until it is unmounted; `ready` is called once it
     answers.
 
     `mountpoint` is a real path that `check_mountpoint` accepted. `leases` are those kept on the
-    tree's layers: one that is being broken is given back at once. Call it in the main thread. On
+    tree's layers: one that is being broken is given back at once. With `drop_behind`, layers' pages
+    are dropped from the page cache once they were served. Call it in the main thread. On
     SIGTERM and SIGINT (and SIGHUP, unless it is ignored) the mount is detached and served on until
     its last file is closed; a second signal ends it at once. Raises MountFailedError.
     """
     raise_descriptor_limit()
-    operations = Operations(tree)
+    dropping = DropBehind() if drop_behind else None
+    operations = Operations(tree, dropping)
     with _signals_kept() as early:
         try:
             pyfuse3.init(operations, mountpoint, {_Option(option) for option in options})
@@ -84,6 +93,8 @@ def serve(
         finally:
             # Once detached, another mount may stand at the same place: that one is not ours to end.
             pyfuse3.close(unmount=_entry_at(mountpoint) == entry)
+            if dropping is not None:
+                dropping.close()
 
 
 def _why_not(error: RuntimeError, options: set[str]) -> str:

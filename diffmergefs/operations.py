@@ -10,18 +10,33 @@ import os
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from time import perf_counter_ns
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import pyfuse3
 import trio
 from pyfuse3 import FUSEError
 
-from diffmergefs import sparse
+from diffmergefs import __version__, sparse
 from diffmergefs.buffers import Buffers
+from diffmergefs.dropbehind import DropBehind
 from diffmergefs.errors import DiffMergeError
+from diffmergefs.layer import Layer
+from diffmergefs.metrics import Metrics
+from diffmergefs.openmetrics import exposition
 from diffmergefs.snapshot import Snapshot
+from diffmergefs.status import METRICS_FILE, Status, status_of
 from diffmergefs.store import OpenImage, Store
-from diffmergefs.tree import Attributes, Document, MemoryFile, Node, Passed, TagFolder, Tree
+from diffmergefs.tree import (
+    Attributes,
+    Document,
+    MemoryFile,
+    Node,
+    Passed,
+    StatusFile,
+    TagFolder,
+    Tree,
+)
 from diffmergefs.view import MergedView
 
 log = logging.getLogger(__name__)
@@ -48,33 +63,38 @@ def answering(
 
     @functools.wraps(handler)
     async def answer(*args: P.args, **kwargs: P.kwargs) -> T:
+        metrics = cast(Operations, args[0]).metrics
+        metrics.requests[handler.__name__] += 1
         try:
             return await handler(*args, **kwargs)
-        except FUSEError:
-            raise
         except Exception as error:
-            raise _fuse_error(handler.__name__, error) from error
+            raise _fuse_error(metrics, handler.__name__, error) from error
 
     return answer
 
 
-def _fuse_error(handler: str, error: Exception) -> FUSEError:
-    # What the client gets for it, after the log has it.
-    if isinstance(error, DiffMergeError):
+def _fuse_error(metrics: Metrics, handler: str, error: Exception) -> FUSEError:
+    # What the client gets for it, after the log and the counters have it.
+    number = errno.EIO
+    if isinstance(error, FUSEError):
+        number = error.errno
+    elif isinstance(error, DiffMergeError):
         log.debug("%s: %s", handler, error)
-        return FUSEError(error.errno)
-    if isinstance(error, OSError):
+        number = error.errno
+    elif isinstance(error, OSError):
         level = logging.WARNING if error.errno == errno.EIO else logging.DEBUG
         log.log(level, "%s: %s", handler, error)
-        return FUSEError(error.errno or errno.EIO)
-    log.error("%s failed: this is a bug", handler, exc_info=error)
-    return FUSEError(errno.EIO)
+        number = error.errno or errno.EIO
+    else:
+        log.error("%s failed: this is a bug", handler, exc_info=error)
+    metrics.errors[handler, number] += 1
+    return FUSEError(number)
 
 
 class Handle:
     """An open file or directory: exactly one of the four is what it reads from."""
 
-    __slots__ = ("content", "entries", "fd", "shown", "view")
+    __slots__ = ("content", "entries", "fd", "shown", "supplied", "view")
 
     def __init__(
         self,
@@ -85,6 +105,7 @@ class Handle:
     ) -> None:
         self.shown, self.fd, self.content, self.entries = shown, fd, content, entries
         self.view = shown.image.view if shown else None
+        self.supplied: dict[int, int] = {}
 
 
 @dataclass
@@ -107,9 +128,11 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = False
     enable_acl = False
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, drop_behind: DropBehind | None = None) -> None:
         super().__init__()
         self.tree = tree
+        self.metrics = Metrics()
+        self._drop_behind = drop_behind
         self._handles: dict[int, Handle] = {}
         self._replies = Buffers()
         self._next_handle = 1
@@ -255,16 +278,25 @@ class Operations(pyfuse3.Operations):
                 # With direct_io the kernel refuses MAP_SHARED, through which a store would reach
                 # every reader's page cache; MAP_PRIVATE, which a VMM uses, it lets through.
                 handle = self._register(Handle(shown=shown))
+                self._handles[handle].supplied = self.metrics.of_tag(shown.tag)
                 return pyfuse3.FileInfo(fh=handle, keep_cache=not writing, direct_io=writing)
             case Document(_, content):
                 return pyfuse3.FileInfo(fh=self._register(Handle(content=content)))
             case Passed():
                 fd = await self._in_thread(self.tree.open_passed, node)
                 return pyfuse3.FileInfo(fh=self._register(Handle(fd=fd)))
+            case StatusFile(name):
+                # What is read through one handle is of one moment, and no page cache keeps it.
+                content = await self._in_thread(_rendered, name, self._status())
+                handle = self._register(Handle(content=content))
+                return pyfuse3.FileInfo(fh=handle, direct_io=True)
         raise FUSEError(errno.EISDIR)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         # The most frequent request by far: without the second coroutine that `answering` takes.
+        began = perf_counter_ns()
+        metrics = self.metrics
+        metrics.requests["read"] += 1
         try:
             handle = self._handles[fh]
             view = handle.view
@@ -277,13 +309,15 @@ class Operations(pyfuse3.Operations):
             supplied: dict[int, int] = {}
             done = view.fill_nowait(buffer, off, supplied)
             if done < size:
+                metrics.waited += 1
                 buffer = await self._read_rest(view, off, supplied, buffer[:done], size)
+            if self._drop_behind is not None:
+                self._drop_behind.served(view, off, size)
+            metrics.read(perf_counter_ns() - began, supplied, handle.supplied)
             # A reply may be any contiguous buffer: no copy is made of it.
             return cast(bytes, buffer)
-        except FUSEError:
-            raise
         except Exception as error:
-            raise _fuse_error("read", error) from error
+            raise _fuse_error(metrics, "read", error) from error
 
     async def _read_rest(
         self, view: MergedView, off: int, supplied: dict[int, int], begun: memoryview, size: int
@@ -337,6 +371,21 @@ class Operations(pyfuse3.Operations):
     create = write = setxattr = removexattr = _refuse
 
     # How things get done
+
+    def _status(self) -> Status:
+        # Of this moment, so in the event loop; to write it out takes longer and may wait.
+        store = self.tree.store
+        opened = [handle.shown for handle in self._handles.values() if handle.shown]
+        if store is not None:
+            self.metrics.fold({*store.tags(), *(shown.tag for shown in opened)})
+        return status_of(
+            self.metrics,
+            version=__version__,
+            pid=os.getpid(),
+            taints=Layer.taints,
+            images=self.tree.open_images(),
+            files=len(opened),
+        )
 
     def _register(self, handle: Handle) -> int:
         number = self._next_handle
@@ -417,6 +466,10 @@ def _read_file(fd: int, off: int, size: int) -> bytes:
     buffer = bytearray(size)
     count = sparse.read_into(fd, memoryview(buffer), off)
     return bytes(buffer[:count])
+
+
+def _rendered(name: str, status: Status) -> bytes:
+    return exposition(status) if name == METRICS_FILE else status.to_json().encode()
 
 
 def _entry_attributes(inode: int, known: Attributes) -> pyfuse3.EntryAttributes:

@@ -19,11 +19,11 @@ ROOT = PACKAGE.name
 # A module imports from lower levels only. A new module is entered at the level where it
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
-    {"errors", "extents", "daemon", "finding", "buffers"},
-    {"sparse", "beneath", "bmap", "chain", "mountpoint", "state", "verdict"},
-    {"host", "layer", "lease"},
+    {"errors", "extents", "daemon", "finding", "buffers", "metrics"},
+    {"sparse", "beneath", "bmap", "chain", "mountpoint", "state", "status", "verdict"},
+    {"host", "layer", "lease", "openmetrics"},
     {"trust", "view", "snapshot", "access", "copying"},
-    {"forkd", "hashqueue", "numbered", "output", "pins", "probe", "seal"},
+    {"dropbehind", "forkd", "hashqueue", "numbered", "output", "pins", "probe", "seal"},
     {"catalog", "sealing"},
     {"apply", "flatten", "images", "watch"},
     {"diagnosis", "info", "verify", "store"},
@@ -31,7 +31,16 @@ LEVELS = [
     {"operations"},
     {"mount"},
     {"cli.common"},
-    {"cli.demo", "cli.doctor", "cli.look", "cli.mount", "cli.seal", "cli.verify", "cli.write"},
+    {
+        "cli.demo",
+        "cli.doctor",
+        "cli.look",
+        "cli.mount",
+        "cli.seal",
+        "cli.status",
+        "cli.verify",
+        "cli.write",
+    },
     {"cli"},
     {"__main__"},
 ]

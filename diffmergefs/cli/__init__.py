@@ -15,7 +15,7 @@ from types import FrameType
 import click
 
 from diffmergefs import __version__
-from diffmergefs.cli import demo, doctor, look, mount, seal, verify, write
+from diffmergefs.cli import demo, doctor, look, mount, seal, status, verify, write
 from diffmergefs.cli.common import talk
 from diffmergefs.errors import DiffMergeError, FileAccessError
 from diffmergefs.images import raise_descriptor_limit
@@ -49,6 +49,7 @@ def cli() -> None:
 for command in (
     mount.mount,
     mount.umount,
+    status.status,
     look.list_,
     look.info,
     seal.seal,

@@ -77,6 +77,7 @@ class Request:
     allow_other: bool
     open_rw: bool
     options: tuple[str, ...]
+    drop_behind: bool = False
 
     @property
     def name(self) -> str:
@@ -130,6 +131,11 @@ class _MountCommand(click.Command):
     help="For programs that open read-write even for a private mapping (QEMU before 8.2). Writes"
     " and shared writable mappings still fail; each such mapping drops the image's cached pages.",
 )
+@click.option(
+    "--drop-behind",
+    is_flag=True,
+    help="Drop the layers' pages from the page cache once they were served: the views keep them.",
+)
 @click.option("--layout", type=click.Choice(LAYOUTS), help="What SOURCE holds, if it is unclear.")
 @click.option("--suffix", help="The suffix of numbered memory files (.mem).")
 @click.option(
@@ -161,6 +167,7 @@ def mount(
     options: tuple[str, ...],
     allow_other: bool,
     open_rw: bool,
+    drop_behind: bool,
     layout: str | None,
     suffix: str | None,
     timeout: float,
@@ -199,6 +206,7 @@ def mount(
         allow_other,
         open_rw,
         options,
+        drop_behind,
     )
     level = logging.DEBUG if verbose else logging.INFO
     _log_to(logging.StreamHandler(), level)
@@ -244,7 +252,7 @@ def _serve(request: Request, ready: Callable[[], None]) -> None:
         )
         mounts.settle(store)
         tree = Tree(real, store, open_rw=request.open_rw)
-    mounts.serve(tree, real, options, ready, leases)
+    mounts.serve(tree, real, options, ready, leases, drop_behind=request.drop_behind)
 
 
 def _explicit_image(request: Request, leases: Leases) -> OpenImage:
