@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pyfuse3
 import trio
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.6
 # How many may be under way at once. Those beyond wait in the kernel, also for what is not slow.
 _MAX_REQUESTS = 10_000
+_M_MMAP_THRESHOLD = -3
 _REFUSED_OPTIONS = {
     *("rw", "suid", "dev", "exec"),
     *("max_read", "fsname", "subtype", "fd", "rootmode", "user_id", "group_id"),
@@ -80,6 +82,7 @@ def serve(
     its last file is closed; a second signal ends it at once. Raises MountFailedError.
     """
     raise_descriptor_limit()
+    _give_memory_back()
     dropping = DropBehind() if drop_behind else None
     operations = Operations(tree, dropping)
     with _signals_kept() as early:
@@ -95,6 +98,14 @@ def serve(
             pyfuse3.close(unmount=_entry_at(mountpoint) == entry)
             if dropping is not None:
                 dropping.close()
+
+
+def _give_memory_back() -> None:
+    # What is at least as large as this has pages of its own, which the kernel gets back when it is
+    # freed. By default glibc (mallopt(3)) learns from the large lists of the first merge not to do
+    # that: seen with 16 chains of 100,000 segments, 5 MiB more.
+    with suppress(AttributeError):  # another libc
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 << 10)
 
 
 def _why_not(error: RuntimeError, options: set[str]) -> str:
