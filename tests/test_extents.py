@@ -140,6 +140,24 @@ def test_iterating_gives_the_same_segments_without_the_holes(layers: list[Extent
     assert list(segments) == whole
 
 
+@given(st.lists(extent_lists(), max_size=6), extent_lists())
+def test_a_newer_layer_over_a_merge_is_the_merge_of_all(
+    layers: list[ExtentList], newer: ExtentList
+) -> None:
+    below = SegmentMap(layers)
+    before = list(below)
+    merged, expected = below.under(newer, len(layers)), SegmentMap([*layers, newer])
+    assert (merged._starts, merged._owners) == (expected._starts, expected._owners)
+    assert list(below) == before
+
+
+@given(st.lists(extent_lists(), max_size=6))
+def test_each_layer_owns_the_bytes_of_its_segments(layers: list[ExtentList]) -> None:
+    found = owners(layers)
+    expected = [found.count(number) for number in range(len(layers))]
+    assert SegmentMap(layers).owned_bytes(len(layers)) == expected
+
+
 @given(extent_lists(), extent_lists())
 def test_gained_is_exactly_what_was_a_hole_and_none_if_data_went_missing(
     older: ExtentList, newer: ExtentList

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffmergefs.errors import BrokenChainError, SizeMismatchError
-from diffmergefs.extents import Segment
+from diffmergefs.extents import ExtentList, Segment, SegmentMap
 from diffmergefs.layer import Layer
 from diffmergefs.view import HOLE, MergedView
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
@@ -265,6 +266,37 @@ def test_a_fill_says_who_supplied_how_much_and_goes_on_where_it_could_not_wait(
     assert (view.fill_nowait(buffer, 10, supplied), supplied) == (0, {})
     view.fill(buffer, 10, supplied)
     assert (buffer, supplied) == (oracle[10 : 5 * PAGE], told)
+
+
+def test_a_chain_is_merged_from_the_part_of_it_that_an_open_view_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages, size = range(0, 40, 2), 41 * PAGE
+    chain = [[data(0, 0, 41)], [data(1, n, 1) for n in pages], [data(2, n, 1) for n in pages[5:9]]]
+    chain += [[data(3, 7, 5)], [data(4, 0, 2), data(4, 40, 1)]]
+    whole: list[int] = []
+    real = SegmentMap.__init__
+
+    def merging(self: SegmentMap, layers: Sequence[ExtentList]) -> None:
+        whole.append(len(layers))
+        real(self, layers)
+
+    monkeypatch.setattr(SegmentMap, "__init__", merging)
+    layers = open_view(tmp_path, size, chain).layers
+    views = [MergedView(layers[:depth]) for depth in (3, 5, 4, 5, 2)]
+    for view in views:
+        assert view.read(0, size) == overlay_oracle(size, chain[: len(view.layers)])
+    # Three are merged anew, and two, of which no view knows more than a little; the others are
+    # those three with a layer or two over them, or the very same.
+    assert [count for count in whole if count] == [3, 2]
+    assert views[1]._map is views[3]._map
+    # Once no view uses them, nothing holds a layer open.
+    fds = [layer.fd for layer in layers]
+    del views, view, layers
+    gc.collect()
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
 
 
 def test_a_size_mismatch_names_both_files_and_both_sizes(tmp_path: Path) -> None:
