@@ -93,6 +93,8 @@ async def of_a_slow_store(base: Path, diffs: list[Path]) -> None:
     operations = Operations(Tree("/nowhere", explicit=OpenImage.of(image, "base", (0, 0, 0o400))))
     inode = (await operations.lookup(ROOT_INODE, b"base", CTX)).st_ino
     fh = (await operations.open(inode, os.O_RDONLY, CTX)).fh
+    for layer in image.view.layers:
+        layer._nowait = os.RWF_NOWAIT  # as if they were not on a tmpfs, which is never slow
     preadv = os.preadv
 
     def slow(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
@@ -198,7 +200,8 @@ def constant(mountpoint: Path) -> Iterator[int]:
         yield server.pid
     finally:
         subprocess.run(["umount", "-l", mountpoint], check=False)
-        server.wait(20)
+        server.kill()  # another namespace may still have the mount
+        server.wait()
 
 
 def pin(pid: int, cpus: set[int]) -> None:
