@@ -289,7 +289,7 @@ class Operations(pyfuse3.Operations):
                 # What is read through one handle is of one moment, and no page cache keeps it.
                 content = await self._in_thread(_rendered, name, self._status())
                 handle = self._register(Handle(content=content))
-                return pyfuse3.FileInfo(fh=handle, direct_io=True)
+                return pyfuse3.FileInfo(fh=handle, direct_io=True, keep_cache=False)
         raise FUSEError(errno.EISDIR)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:

@@ -64,6 +64,7 @@ async def walk(operations: Operations, *names: bytes) -> pyfuse3.EntryAttributes
 async def status_by(operations: Operations) -> Status:
     entry = await walk(operations, b".diffmergefs", b"status.json")
     info = await operations.open(entry.st_ino, os.O_RDONLY, CTX)
+    assert info.direct_io and not info.keep_cache
     found = Status.from_json(await operations.read(info.fh, 0, 1 << 20))
     await operations.release(info.fh)
     return found
