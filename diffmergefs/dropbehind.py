@@ -46,12 +46,12 @@ class DropBehind:
                 self._guard.notify()
 
     def close(self) -> None:
-        """Drop what is left, and end the thread."""
+        """Drop what is left, and end the thread; that is waited for a second at most."""
         with self._guard:
             self._ending = True
             self._guard.notify()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_SECONDS)
 
     def _run(self) -> None:
         while not self._ending or self._served:
