@@ -6,7 +6,7 @@ All ranges are half-open byte ranges `[start, stop)`.
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -111,35 +111,66 @@ class SegmentMap:
     segment takes 10 bytes (its start and its layer; it ends where the next one starts).
     """
 
-    __slots__ = ("_owners", "_starts")
+    __slots__ = ("__weakref__", "_owners", "_starts")
 
     def __init__(self, layers: Sequence[ExtentList]) -> None:
         if len(layers) > MAX_LAYERS:
             raise ValueError(f"{len(layers)} layers; at most {MAX_LAYERS} can be merged")
         self._starts, self._owners = _merge(layers)
 
+    def under(self, newer: ExtentList, number: int) -> SegmentMap:
+        """The merge of the same layers and of a newer one, whose position in the chain is `number`.
+
+        Takes a microsecond or two for each of its extents, whatever lies below; this map stays.
+        """
+        merged = SegmentMap(())
+        merged._starts, merged._owners = _overlay(self._starts, self._owners, newer, number + 1)
+        return merged
+
     def __len__(self) -> int:
         return len(self._starts)
 
     def __iter__(self) -> Iterator[Segment]:
         stop = self._starts[-1] if self._starts else 0
-        return (s for s in self.window(0, stop) if s.layer is not None)
+        return (Segment(*s) for s in self.window(0, stop) if s[2] is not None)
 
     @property
     def nbytes(self) -> int:
         """The bytes of memory that the map's entries take."""
         return sum(a.itemsize * len(a) for a in (self._starts, self._owners))
 
-    def window(self, start: int, stop: int) -> Iterator[Segment]:
-        """The segments that tile `[start, stop)` exactly: sorted, never empty, holes included."""
-        starts, owners = self._starts, self._owners
+    def owned_bytes(self, layers: int) -> list[int]:
+        """For each of so many layers, how many bytes it owns."""
+        owned = [0] * (layers + 1)
+        for start, stop, owner in zip(self._starts, self._starts[1:], self._owners, strict=False):
+            owned[owner] += stop - start
+        return owned[1:]
+
+    def window(self, start: int, stop: int) -> Iterable[tuple[int, int, int | None]]:
+        """The segments that tile `[start, stop)` exactly: sorted, never empty, holes included.
+
+        As plain tuples, in a `Segment`'s order: every read goes through here, and to name the
+        fields would take longer than to find them.
+        """
+        starts = self._starts
         i = bisect_right(starts, start)
-        owner = owners[i - 1] if i else 0
+        owner = self._owners[i - 1] if i else 0
+        if start < stop and (i == len(starts) or stop <= starts[i]):
+            # Most windows are a page, in one segment: a generator takes longer than the search.
+            return ((start, stop, owner - 1 if owner else None),)
+        return self._tiles(i, owner, start, stop)
+
+    def _tiles(
+        self, i: int, owner: int, start: int, stop: int
+    ) -> Iterator[tuple[int, int, int | None]]:
+        starts, owners, last = self._starts, self._owners, len(self._starts)
         while start < stop:
-            end = min(starts[i], stop) if i < len(starts) else stop
-            yield Segment(start, end, owner - 1 if owner else None)
+            end = starts[i] if i < last else stop
+            if end > stop:
+                end = stop
+            yield start, end, owner - 1 if owner else None
             start = end
-            if i < len(starts):
+            if i < last:
                 owner = owners[i]
                 i += 1
 
@@ -171,3 +202,24 @@ def _merge(layers: Sequence[ExtentList]) -> tuple[array[int], array[int]]:
             owners.append(newest)
         owner = newest
     return starts, owners
+
+
+def _overlay(
+    starts: array[int], owners: array[int], newer: ExtentList, owner: int
+) -> tuple[array[int], array[int]]:
+    # What lies between two extents of the newer layer is copied in one piece. No neighbours of one
+    # owner arise: there were none, and the new owner is in none of the pieces.
+    new_starts, new_owners = array("Q"), array("H")
+    position = 0  # of the first border that was not copied, nor lies under the newer layer
+    for start, stop in zip(newer.starts, newer.stops, strict=True):
+        border = bisect_left(starts, start, position)
+        new_starts += starts[position:border]
+        new_owners += owners[position:border]
+        position = bisect_right(starts, stop, border)
+        new_starts.append(start)
+        new_owners.append(owner)
+        new_starts.append(stop)
+        new_owners.append(owners[position - 1] if position else 0)
+    new_starts += starts[position:]
+    new_owners += owners[position:]
+    return new_starts, new_owners

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import weakref
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from diffmergefs import beneath, sparse
 from diffmergefs.errors import FileAccessError, LayerChangedError, SizeMismatchError
@@ -68,7 +68,11 @@ class Layer:
     layer's life. `extents` and `walked` differ only for a layer with a `seal`. The file is never
     written, extended or locked. One descriptor; `close()` closes it, and so does the end of the
     last reference. Safe to use from several threads.
+
+    `taints` counts the layers that were found changed since this process began.
     """
+
+    taints: ClassVar[int] = 0
 
     def __init__(self, path: str, fd: int) -> None:
         """Take over `fd`, sync the file and walk its extents. Raises OSError, SizeMismatchError.
@@ -146,14 +150,18 @@ class Layer:
         """
         if self.tainted:
             raise self._changed()
-        now = Fingerprint.of(self.fd)
-        if now == self.fingerprint:
+        now, known = os.fstat(self.fd), self.fingerprint
+        if (
+            now.st_ctime_ns == known.ctime_ns
+            and now.st_mtime_ns == known.mtime_ns
+            and now.st_size == known.size
+            and now.st_blocks == known.blocks
+        ):
             return True
-        known = self.fingerprint
-        if now.size != known.size:
-            self._taint(f"its size moved from {known.size} to {now.size}")
-        if now.mtime_ns != known.mtime_ns:
-            self._taint(f"its mtime moved from {known.mtime_ns} to {now.mtime_ns} ns")
+        if now.st_size != known.size:
+            self._taint(f"its size moved from {known.size} to {now.st_size}")
+        if now.st_mtime_ns != known.mtime_ns:
+            self._taint(f"its mtime moved from {known.mtime_ns} to {now.st_mtime_ns} ns")
         return False
 
     def settle(self) -> None:
@@ -211,6 +219,7 @@ class Layer:
     def _taint(self, reason: str) -> None:
         if self.tainted is None:
             self.tainted = reason
+            Layer.taints += 1
             log.warning("%s: the layer changed under its views: %s", self.path, reason)
         raise self._changed()
 

@@ -10,17 +10,33 @@ import os
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from time import perf_counter_ns
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import pyfuse3
 import trio
 from pyfuse3 import FUSEError
 
-from diffmergefs import sparse, xattrs
+from diffmergefs import __version__, sparse, xattrs
+from diffmergefs.buffers import Buffers
+from diffmergefs.dropbehind import DropBehind
 from diffmergefs.errors import DiffMergeError
+from diffmergefs.layer import Layer
+from diffmergefs.metrics import Metrics
+from diffmergefs.openmetrics import exposition
 from diffmergefs.snapshot import Snapshot
+from diffmergefs.status import METRICS_FILE, Status, status_of
 from diffmergefs.store import OpenImage, Store
-from diffmergefs.tree import Attributes, Document, MemoryFile, Node, Passed, TagFolder, Tree
+from diffmergefs.tree import (
+    Attributes,
+    Document,
+    MemoryFile,
+    Node,
+    Passed,
+    StatusFile,
+    TagFolder,
+    Tree,
+)
 from diffmergefs.view import MergedView
 
 log = logging.getLogger(__name__)
@@ -47,32 +63,49 @@ def answering(
 
     @functools.wraps(handler)
     async def answer(*args: P.args, **kwargs: P.kwargs) -> T:
+        metrics = cast(Operations, args[0]).metrics
+        metrics.requests[handler.__name__] += 1
         try:
             return await handler(*args, **kwargs)
-        except FUSEError:
-            raise
-        except DiffMergeError as error:
-            log.debug("%s: %s", handler.__name__, error)
-            raise FUSEError(error.errno) from error
-        except OSError as error:
-            level = logging.WARNING if error.errno == errno.EIO else logging.DEBUG
-            log.log(level, "%s: %s", handler.__name__, error)
-            raise FUSEError(error.errno or errno.EIO) from error
         except Exception as error:
-            log.exception("%s failed: this is a bug", handler.__name__)
-            raise FUSEError(errno.EIO) from error
+            raise _fuse_error(metrics, handler.__name__, error) from error
 
     return answer
 
 
-@dataclass
+def _fuse_error(metrics: Metrics, handler: str, error: Exception) -> FUSEError:
+    # What the client gets for it, after the log and the counters have it.
+    number = errno.EIO
+    if isinstance(error, FUSEError):
+        number = error.errno
+    elif isinstance(error, DiffMergeError):
+        log.debug("%s: %s", handler, error)
+        number = error.errno
+    elif isinstance(error, OSError):
+        level = logging.WARNING if error.errno == errno.EIO else logging.DEBUG
+        log.log(level, "%s: %s", handler, error)
+        number = error.errno or errno.EIO
+    else:
+        log.error("%s failed: this is a bug", handler, exc_info=error)
+    metrics.errors[handler, number] += 1
+    return FUSEError(number)
+
+
 class Handle:
     """An open file or directory: exactly one of the four is what it reads from."""
 
-    shown: OpenImage | None = None
-    fd: int | None = None
-    content: bytes | None = None
-    entries: list[tuple[bytes, Node]] | None = None
+    __slots__ = ("content", "entries", "fd", "shown", "supplied", "view")
+
+    def __init__(
+        self,
+        shown: OpenImage | None = None,
+        fd: int | None = None,
+        content: bytes | None = None,
+        entries: list[tuple[bytes, Node]] | None = None,
+    ) -> None:
+        self.shown, self.fd, self.content, self.entries = shown, fd, content, entries
+        self.view = shown.image.view if shown else None
+        self.supplied: dict[int, int] = {}
 
 
 @dataclass
@@ -95,10 +128,13 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = False
     enable_acl = False
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, drop_behind: DropBehind | None = None) -> None:
         super().__init__()
         self.tree = tree
+        self.metrics = Metrics()
+        self._drop_behind = drop_behind
         self._handles: dict[int, Handle] = {}
+        self._replies = Buffers()
         self._next_handle = 1
         self._lookups: Counter[int] = Counter()
         self._running: dict[object, Running] = {}
@@ -242,31 +278,66 @@ class Operations(pyfuse3.Operations):
                 # With direct_io the kernel refuses MAP_SHARED, through which a store would reach
                 # every reader's page cache; MAP_PRIVATE, which a VMM uses, it lets through.
                 handle = self._register(Handle(shown=shown))
+                self._handles[handle].supplied = self.metrics.of_tag(shown.tag)
                 return pyfuse3.FileInfo(fh=handle, keep_cache=not writing, direct_io=writing)
             case Document(_, content):
                 return pyfuse3.FileInfo(fh=self._register(Handle(content=content)))
             case Passed():
                 fd = await self._in_thread(self.tree.open_passed, node)
                 return pyfuse3.FileInfo(fh=self._register(Handle(fd=fd)))
+            case StatusFile(name):
+                # What is read through one handle is of one moment, and no page cache keeps it.
+                content = await self._in_thread(_rendered, name, self._status())
+                handle = self._register(Handle(content=content))
+                return pyfuse3.FileInfo(fh=handle, direct_io=True, keep_cache=False)
         raise FUSEError(errno.EISDIR)
 
-    @answering
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        handle = self._handles[fh]
-        if handle.shown is not None:
+        # The most frequent request by far: without the second coroutine that `answering` takes.
+        began = perf_counter_ns()
+        metrics = self.metrics
+        metrics.requests["read"] += 1
+        try:
+            handle = self._handles[fh]
+            view = handle.view
+            if view is None:
+                return await self._read_other(handle, off, size)
+            size = min(size, max(0, view.size - off))
+            # One buffer serves all requests: nothing awaits between here and the reply, which
+            # pyfuse3 sends before anything else runs.
+            buffer = self._replies.shared(size)
+            supplied: dict[int, int] = {}
+            done = view.fill_nowait(buffer, off, supplied)
+            if done < size:
+                metrics.waited += 1
+                buffer = await self._read_rest(view, off, supplied, buffer[:done], size)
+            if self._drop_behind is not None:
+                self._drop_behind.served(view, off, size)
+            metrics.read(perf_counter_ns() - began, supplied, handle.supplied)
             # A reply may be any contiguous buffer: no copy is made of it.
-            return cast(bytes, await self._read_view(handle.shown.image.view, off, size))
+            return cast(bytes, buffer)
+        except Exception as error:
+            raise _fuse_error(metrics, "read", error) from error
+
+    async def _read_rest(
+        self, view: MergedView, off: int, supplied: dict[int, int], begun: memoryview, size: int
+    ) -> memoryview:
+        # The whole rest in one go in a thread, into a buffer of its own.
+        done = len(begun)
+        buffer = self._replies.take(size)
+        buffer[:done] = begun
+        await self._in_thread(view.fill, buffer, off, supplied, done, limiter=self._reading)
+        # For the next request, which comes after the reply. If this one was cancelled or failed,
+        # its buffer is left to the thread.
+        self._replies.give_back(buffer)
+        return buffer
+
+    async def _read_other(self, handle: Handle, off: int, size: int) -> bytes:
         if handle.content is not None:
             return handle.content[off : off + size]
         if handle.fd is None:
             raise FUSEError(errno.EISDIR)
         return await self._in_thread(_read_file, handle.fd, off, size, limiter=self._reading)
-
-    async def _read_view(self, view: MergedView, off: int, size: int) -> bytearray:
-        data = view.read_nowait(off, size)
-        if data is None:
-            data = await self._in_thread(view.read, off, size, limiter=self._reading)
-        return data
 
     @answering
     async def release(self, fh: int) -> None:
@@ -307,6 +378,21 @@ class Operations(pyfuse3.Operations):
     create = write = setxattr = removexattr = _refuse
 
     # How things get done
+
+    def _status(self) -> Status:
+        # Of this moment, so in the event loop; to write it out takes longer and may wait.
+        store = self.tree.store
+        opened = [handle.shown for handle in self._handles.values() if handle.shown]
+        if store is not None:
+            self.metrics.fold({*store.tags(), *(shown.tag for shown in opened)})
+        return status_of(
+            self.metrics,
+            version=__version__,
+            pid=os.getpid(),
+            taints=Layer.taints,
+            images=self.tree.open_images(),
+            files=len(opened),
+        )
 
     def _register(self, handle: Handle) -> int:
         number = self._next_handle
@@ -387,6 +473,10 @@ def _read_file(fd: int, off: int, size: int) -> bytes:
     buffer = bytearray(size)
     count = sparse.read_into(fd, memoryview(buffer), off)
     return bytes(buffer[:count])
+
+
+def _rendered(name: str, status: Status) -> bytes:
+    return exposition(status) if name == METRICS_FILE else status.to_json().encode()
 
 
 def _entry_attributes(inode: int, known: Attributes) -> pyfuse3.EntryAttributes:

@@ -133,12 +133,10 @@ def read_into(fd: int, buffer: memoryview, offset: int, flags: int = 0) -> int:
     """Fill `buffer` from `offset` on; the number of bytes read, less only at the end of the file.
 
     Positionless. `flags` are preadv2(2)'s: with RWF_NOWAIT a miss raises BlockingIOError, and then
-    the buffer's contents are undefined.
+    the buffer's contents are undefined. A full read takes one system call.
     """
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(fd, [buffer[done:]], offset + done, flags)
-        if count == 0:
-            break
+    done = count = os.preadv(fd, (buffer,), offset, flags)
+    while count and done < len(buffer):
+        count = os.preadv(fd, (buffer[done:],), offset + done, flags)
         done += count
     return done

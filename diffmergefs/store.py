@@ -48,7 +48,8 @@ def _keys_of(links: Sequence[Snapshot]) -> Keys:
 class OpenImage:
     """One image as it is shown: a file name, a view, who may read it, one inode number's worth.
 
-    Compares by identity: a changed chain, or changed access, is another OpenImage.
+    `tag` is what it counts under: its tag, or without one its name. Compares by identity: a changed
+    chain, or changed access, is another OpenImage.
     """
 
     name: str
@@ -56,12 +57,13 @@ class OpenImage:
     access: Access
     visible: int
     mtime_ns: int
+    tag: str
 
     @classmethod
-    def of(cls, image: Image, name: str, access: Access) -> OpenImage:
+    def of(cls, image: Image, name: str, access: Access, tag: str | None = None) -> OpenImage:
         visible = sum(image.view.visible_bytes())
         newest = max(layer.status.st_mtime_ns for layer in image.view.layers)
-        return cls(name, image, access, visible, newest)
+        return cls(name, image, access, visible, newest, name if tag is None else tag)
 
 
 class Store:
@@ -206,7 +208,7 @@ class Store:
         except OSError:
             return None
         if (name, access) != (shown.name, shown.access):
-            return keys, OpenImage.of(shown.image, name, access)
+            return keys, OpenImage.of(shown.image, name, access, tag)
         return keys, shown
 
     def _name_and_access(self, image: Image, links: list[Snapshot]) -> tuple[str, Access]:
@@ -322,7 +324,7 @@ class Store:
             image = open_snapshot(links, self._pool, self._policy, self._leases)
             for parent, link in self._pins(links):
                 self.require_pin(parent, link)
-            shown = OpenImage.of(image, *self._name_and_access(image, links))
+            shown = OpenImage.of(image, *self._name_and_access(image, links), tag)
         except OSError as error:
             self._complain(tag, keys, str(error))
             raise FileAccessError(f"{tag}: {error.strerror}, it may have moved") from error

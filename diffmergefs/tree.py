@@ -11,6 +11,7 @@ import json
 import os
 import stat
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from diffmergefs.errors import DiffMergeError
 from diffmergefs.forkd import DOCUMENT
 from diffmergefs.images import require_spare_descriptors
 from diffmergefs.snapshot import Snapshot, is_left_out
+from diffmergefs.status import METRICS_FILE, STATUS_FILE, STATUS_FOLDER
 from diffmergefs.store import OpenImage, Store
 
 ROOT_INODE = 1
@@ -69,7 +71,19 @@ class Passed:
     elsewhere: bool = False
 
 
-Node = Root | TagFolder | MemoryFile | Document | Passed
+@dataclass(frozen=True)
+class StatusFolder:
+    """The directory in the root that no listing has, with what the mount says of itself."""
+
+
+@dataclass(frozen=True)
+class StatusFile:
+    """One file of it, whose content is made when it is opened."""
+
+    name: str
+
+
+Node = Root | TagFolder | MemoryFile | Document | Passed | StatusFolder | StatusFile
 
 
 class Attributes(NamedTuple):
@@ -115,6 +129,7 @@ class Tree:
         self._images: weakref.WeakValueDictionary[int, OpenImage] = weakref.WeakValueDictionary()
         self._image_inodes: weakref.WeakKeyDictionary[OpenImage, int] = weakref.WeakKeyDictionary()
         self._last_root: Attributes | None = None
+        self._began_ns = time.time_ns()
 
     def inode(self, node: Node) -> int:
         """The node's inode number, a new one if it has none yet."""
@@ -164,6 +179,8 @@ class Tree:
                 return self._tag_children(tag)
             case Passed(path, kind=stat.S_IFDIR):
                 return dict(self._passed_children(path))
+            case StatusFolder():
+                return {name: StatusFile(name) for name in (METRICS_FILE, STATUS_FILE)}
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
     def child(self, folder: Node, name: str) -> Node:
@@ -179,6 +196,9 @@ class Tree:
                 found = self._passed(f"{path}/{name}")
             case _:
                 found = self.children(folder).get(name)
+        if found is None and name == STATUS_FOLDER and isinstance(folder, Root):
+            # Not among the children: neither cp -r nor a scan of the directory meets it.
+            found = StatusFolder()
         if found is None:
             raise _missing(name)
         return found
@@ -298,7 +318,20 @@ class Tree:
                 folder = self._snapshot(tag).folder
                 if folder is not None:
                     return self._mirrored(folder)
+            case StatusFolder():
+                return self._own(stat.S_IFDIR | 0o500, 2)
+            case StatusFile():
+                return self._own(stat.S_IFREG | 0o400, 1)
         return self._root_attributes()
+
+    def _own(self, mode: int, nlink: int) -> Attributes:
+        # Of what the mount itself says, to its owner; of no size, as in /proc.
+        return Attributes(mode, os.geteuid(), os.getegid(), 0, 0, nlink, self._began_ns)
+
+    def open_images(self) -> int:
+        """How many images have their layers open: those that are shown, and those held open."""
+        with self._lock:
+            return len({id(shown.image) for shown in self._image_inodes})
 
     def _root_attributes(self) -> Attributes:
         # Those last known where the directory was deleted: the mountpoint does not vanish, and what

@@ -20,15 +20,18 @@ ROOT = PACKAGE.name
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
     {
-        "cells", "curve", "daemon", "errors", "extents", "finding", "holders", "legend",
-        "logformat", "notify", "workers",
+        "buffers", "cells", "curve", "daemon", "errors", "extents", "finding", "holders", "legend",
+        "logformat", "metrics", "notify", "workers",
     },
-    {"beneath", "bmap", "canvas", "chain", "mountpoint", "raster", "sparse", "state", "verdict"},
-    {"host", "layer", "lease"},
+    {
+        "beneath", "bmap", "canvas", "chain", "mountpoint", "raster", "sparse", "state", "status",
+        "verdict",
+    },
+    {"host", "layer", "lease", "openmetrics"},
     {"access", "copying", "snapshot", "trust", "view", "xattrs"},
     {
-        "compare", "forkd", "hashqueue", "numbered", "output", "outputdir", "pins", "probe",
-        "seal", "zeros",
+        "compare", "dropbehind", "forkd", "hashqueue", "numbered", "output", "outputdir", "pins",
+        "probe", "seal", "zeros",
     },
     {"catalog", "extents_picture", "map_picture", "picture", "sealing"},
     {"apply", "flatten", "images", "newdiff", "watch"},
@@ -39,7 +42,7 @@ LEVELS = [
     {"cli.common", "cli.logs"},
     {
         "cli.completion", "cli.demo", "cli.doctor", "cli.mount", "cli.picture", "cli.seal",
-        "cli.sides", "cli.squash", "cli.terminal", "cli.verify", "cli.write",
+        "cli.sides", "cli.squash", "cli.status", "cli.terminal", "cli.verify", "cli.write",
     },
     {"cli.compare", "cli.look", "cli.map", "cli.rediff"},
     {"cli"},

@@ -327,12 +327,14 @@ def help_examples() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("verb", "example"), help_examples())
 def test_the_examples_of_a_help_work(verb: str, example: str, public_path: Path) -> None:
     with sandbox(public_path) as box:
-        if verb == "umount":
+        if verb in ("umount", "status"):
             assert box.run("diffmergefs mount /srv/snapshots /mnt/views")[0] == 0
         status, output = box.run(example)
         assert status == 0, output
         if " mount " in example:
             assert box.run(f"diffmergefs umount {example.split()[-1]}") == (0, "")
+        if verb == "status":
+            assert box.run("diffmergefs umount /mnt/views") == (0, "")
         box.assert_clean()
 
 

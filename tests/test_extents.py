@@ -125,7 +125,7 @@ def owners(layers: list[ExtentList]) -> list[int | None]:
 def test_every_window_is_tiled_exactly_as_the_owner_of_each_byte_says(
     layers: list[ExtentList], start: int, stop: int
 ) -> None:
-    segments = list(SegmentMap(layers).window(start, stop))
+    segments = [Segment(*s) for s in SegmentMap(layers).window(start, stop)]
     expected = owners(layers)
     assert all(segment.start < segment.stop for segment in segments)
     assert all(one.stop == two.start and one.layer != two.layer for one, two in pairwise(segments))
@@ -136,8 +136,26 @@ def test_every_window_is_tiled_exactly_as_the_owner_of_each_byte_says(
 @given(st.lists(extent_lists(), max_size=6))
 def test_iterating_gives_the_same_segments_without_the_holes(layers: list[ExtentList]) -> None:
     segments = SegmentMap(layers)
-    whole = [s for s in segments.window(0, LENGTH) if s.layer is not None]
+    whole = [s for s in segments.window(0, LENGTH) if s[2] is not None]
     assert list(segments) == whole
+
+
+@given(st.lists(extent_lists(), max_size=6), extent_lists())
+def test_a_newer_layer_over_a_merge_is_the_merge_of_all(
+    layers: list[ExtentList], newer: ExtentList
+) -> None:
+    below = SegmentMap(layers)
+    before = list(below)
+    merged, expected = below.under(newer, len(layers)), SegmentMap([*layers, newer])
+    assert (merged._starts, merged._owners) == (expected._starts, expected._owners)
+    assert list(below) == before
+
+
+@given(st.lists(extent_lists(), max_size=6))
+def test_each_layer_owns_the_bytes_of_its_segments(layers: list[ExtentList]) -> None:
+    found = owners(layers)
+    expected = [found.count(number) for number in range(len(layers))]
+    assert SegmentMap(layers).owned_bytes(len(layers)) == expected
 
 
 @given(extent_lists(), extent_lists())

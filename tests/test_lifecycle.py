@@ -90,8 +90,8 @@ def test_a_second_signal_does_not_wait_for_a_hung_read(
     gate = Gate(public_path / "gate")
     code = gate.code + (
         "from diffmergefs.view import MergedView\n"
-        "MergedView.read_nowait = lambda *args: None\n"
-        "MergedView.read = lambda *args: wait_at_gate()\n"
+        "MergedView.fill_nowait = lambda *args: 0\n"
+        "MergedView.fill = lambda *args: wait_at_gate()\n"
     )
     patch_children(monkeypatch, public_path / "patch", code)
     with mounted(store, mountpoint) as mount:

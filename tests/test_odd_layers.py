@@ -27,12 +27,12 @@ def test_a_bug_met_by_a_mount(
     store = write_chain(public_path / "store", ["base", "leaf"])
     code = (
         "from diffmergefs.view import MergedView\n"
-        "real = MergedView.read_nowait\n"
-        "def read_nowait(self, offset, length):\n"
-        f"    if offset <= {3 * PAGE} < offset + length:\n"
+        "real = MergedView.fill_nowait\n"
+        "def fill_nowait(self, buffer, offset, supplied):\n"
+        f"    if offset <= {3 * PAGE} < offset + len(buffer):\n"
         "        raise RuntimeError('on purpose')\n"
-        "    return real(self, offset, length)\n"
-        "MergedView.read_nowait = read_nowait\n"
+        "    return real(self, buffer, offset, supplied)\n"
+        "MergedView.fill_nowait = fill_nowait\n"
     )
     patch_children(monkeypatch, public_path / "patch", code)
     with mounted(store, mountpoint, expect_log=("this is a bug", "Traceback")) as mount:

@@ -159,7 +159,7 @@ BUGS: dict[str, tuple[object, str, Callable[[Operations, int], Coroutine[Any, An
     "open": (Tree, "node", lambda o, inode: o.open(inode, os.O_RDONLY, CTX)),
     "readlink": (Tree, "node", lambda o, inode: o.readlink(inode, CTX)),
     "statfs": (Store, "total_bytes", lambda o, _: o.statfs(CTX)),
-    "read": (MergedView, "read_nowait", lambda o, _: o.read(1, 0, PAGE)),
+    "read": (MergedView, "fill_nowait", lambda o, _: o.read(1, 0, PAGE)),
     "readdir": (Tree, "attributes", lambda o, _: o.readdir(2, 0, CTX)),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffmergefs.errors import BrokenChainError, SizeMismatchError
-from diffmergefs.extents import Segment
+from diffmergefs.extents import ExtentList, Segment, SegmentMap
 from diffmergefs.layer import Layer
-from diffmergefs.view import MergedView
+from diffmergefs.view import HOLE, MergedView
 from tests.support.asked import asked
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
@@ -204,8 +205,8 @@ def test_read_nowait_raises_other_errors(tmp_path: Path, monkeypatch: pytest.Mon
 def test_read_nowait_gives_the_same_bytes_once_they_are_cached(real_fs: Path) -> None:
     chain = [[data(0, 0, 4)], [data(1, 1, 1), (2 * PAGE, bytes(PAGE))]]
     view = open_view(real_fs, 4 * PAGE, chain)
-    assert view.read(0, 4 * PAGE) == view.read_nowait(0, 4 * PAGE) == overlay_oracle(
-        4 * PAGE, chain
+    assert (
+        view.read(0, 4 * PAGE) == view.read_nowait(0, 4 * PAGE) == overlay_oracle(4 * PAGE, chain)
     )
 
 
@@ -215,6 +216,75 @@ def test_read_nowait_leaves_an_unsettled_layer_to_read(tmp_path: Path) -> None:
     (tmp_path / "0.mem").chmod(0o600)
     assert view.read_nowait(0, PAGE) is None
     assert view.read(0, PAGE) == view.read_nowait(0, PAGE) == signed(0, 0, PAGE)
+
+
+def test_a_fill_says_who_supplied_how_much_and_goes_on_where_it_could_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, int, int]]
+) -> None:
+    view = open_view(tmp_path, 6 * PAGE, [[data(0, 0, 3)], [data(1, 1, 1), data(1, 4, 1)]])
+    oracle = bytes(view.read(0, 6 * PAGE))
+    told = {0: 2 * PAGE - 10, 1: 2 * PAGE, HOLE: PAGE}
+    buffer = memoryview(bytearray(b"older" * PAGE))[: 5 * PAGE - 10]
+    for fill in (view.fill_nowait, view.fill):
+        supplied: dict[int, int] = {}
+        buffer[:10] = b"old bytes!"
+        assert fill(buffer, 10, supplied) in (len(buffer), None)
+        assert (buffer, supplied) == (oracle[10 : 5 * PAGE], told)
+
+    preadv = os.preadv
+
+    def without_page_4(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT and offset == 4 * PAGE:
+            raise BlockingIOError(errno.EAGAIN, "not cached")
+        return preadv(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", without_page_4)
+    supplied = {}
+    done = view.fill_nowait(buffer, 10, supplied)
+    assert done == 4 * PAGE - 10
+    asked.clear()
+    view.fill(buffer, 10, supplied, done)
+    assert (buffer, supplied) == (oracle[10 : 5 * PAGE], told)
+    assert asked == [("1.mem", 4 * PAGE, PAGE)]
+
+    # Nothing counts as filled while a layer that was asked is not settled.
+    (tmp_path / "0.mem").chmod(0o600)
+    monkeypatch.setattr(os, "preadv", preadv)
+    supplied = {}
+    assert (view.fill_nowait(buffer, 10, supplied), supplied) == (0, {})
+    view.fill(buffer, 10, supplied)
+    assert (buffer, supplied) == (oracle[10 : 5 * PAGE], told)
+
+
+def test_a_chain_is_merged_from_the_part_of_it_that_an_open_view_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages, size = range(0, 40, 2), 41 * PAGE
+    chain = [[data(0, 0, 41)], [data(1, n, 1) for n in pages], [data(2, n, 1) for n in pages[5:9]]]
+    chain += [[data(3, 7, 5)], [data(4, 0, 2), data(4, 40, 1)]]
+    whole: list[int] = []
+    real = SegmentMap.__init__
+
+    def merging(self: SegmentMap, layers: Sequence[ExtentList]) -> None:
+        whole.append(len(layers))
+        real(self, layers)
+
+    monkeypatch.setattr(SegmentMap, "__init__", merging)
+    layers = open_view(tmp_path, size, chain).layers
+    views = [MergedView(layers[:depth]) for depth in (3, 5, 4, 5, 2)]
+    for view in views:
+        assert view.read(0, size) == overlay_oracle(size, chain[: len(view.layers)])
+    # Three are merged anew, and two, of which no view knows more than a little; the others are
+    # those three with a layer or two over them, or the very same.
+    assert [count for count in whole if count] == [3, 2]
+    assert views[1]._map is views[3]._map
+    # Once no view uses them, nothing holds a layer open.
+    fds = [layer.fd for layer in layers]
+    del views, view, layers
+    gc.collect()
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
 
 
 def test_a_size_mismatch_names_both_files_and_both_sizes(tmp_path: Path) -> None:

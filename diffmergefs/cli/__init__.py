@@ -26,6 +26,7 @@ from diffmergefs.cli import (
     rediff,
     seal,
     squash,
+    status,
     verify,
     write,
 )
@@ -66,6 +67,7 @@ def cli() -> None:
 for command in (
     mount.mount,
     mount.umount,
+    status.status,
     look.list_,
     look.info,
     map.map_,

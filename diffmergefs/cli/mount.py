@@ -55,6 +55,7 @@ class Request:
     allow_other: bool
     open_rw: bool
     options: tuple[str, ...]
+    drop_behind: bool = False
 
     @property
     def name(self) -> str:
@@ -153,6 +154,11 @@ def _complete_options(
     help="For programs that open read-write even for a private mapping (QEMU before 8.2). Writes"
     " and shared writable mappings still fail; each such mapping drops the image's cached pages.",
 )
+@click.option(
+    "--drop-behind",
+    is_flag=True,
+    help="Drop the layers' pages from the page cache once they were served: the views keep them.",
+)
 @click.option("--layout", type=click.Choice(LAYOUTS), help="What SOURCE holds, if it is unclear.")
 @click.option("--suffix", help="The suffix of numbered memory files (.mem).")
 @click.option(
@@ -192,6 +198,7 @@ def mount(
     options: tuple[str, ...],
     allow_other: bool,
     open_rw: bool,
+    drop_behind: bool,
     layout: str | None,
     suffix: str | None,
     timeout: float,
@@ -231,6 +238,7 @@ def mount(
         allow_other,
         open_rw,
         options,
+        drop_behind,
     )
     level = logging.DEBUG if verbose else logging.INFO
     notifier = Notifier.from_environment(os.environ)
@@ -295,7 +303,15 @@ def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | Non
         )
         mounts.settle(store)
         tree = Tree(real, store, open_rw=request.open_rw)
-    mounts.serve(tree, real, options, ready, leases, notifier or Notifier())
+    mounts.serve(
+        tree,
+        real,
+        options,
+        ready,
+        leases,
+        notifier or Notifier(),
+        drop_behind=request.drop_behind,
+    )
 
 
 def _explicit_image(request: Request, leases: Leases) -> OpenImage:

@@ -38,7 +38,7 @@ def main(extents: int = 1_000_000, layers: int = 4) -> None:
     offsets = [numbers.randrange(extents * 5) * PAGE for _ in range(100_000)]
     began = time.perf_counter()
     for offset in offsets:
-        next(segments.window(offset, offset + PAGE))
+        next(iter(segments.window(offset, offset + PAGE)))
     microseconds = (time.perf_counter() - began) * 1e6 / len(offsets)
     print(f"a look-up of one page takes {microseconds:.2f} us")
 

@@ -1,0 +1,209 @@
+"""Reads that must wait: beside each other, in buffers of their own, and never in the event loop."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from diffmergefs.buffers import LARGEST, Buffers
+from diffmergefs.images import open_chain
+from diffmergefs.operations import Operations
+from diffmergefs.store import OpenImage
+from diffmergefs.tree import ROOT_INODE, Tree
+from tests.support.images import PAGE, overlay_oracle, signed, write_layer
+
+CLIENTS = 8
+SIZE = 64 * PAGE
+CTX: Any = None
+
+
+class SlowStore:
+    """Stands in for os.preadv: nothing of the slow layers is in the page cache.
+
+    A read that may wait does so until as many of them are under way as `together` says, which
+    fails the test if they come one after another.
+    """
+
+    def __init__(self, slow: set[str], together: int) -> None:
+        self._preadv = os.preadv
+        self._slow = slow
+        self._meet = threading.Barrier(together)
+        self.threads: set[int] = set()
+        self.asked: list[tuple[str, int, int]] = []
+
+    def __call__(self, fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+        if name in self._slow:
+            if flags & os.RWF_NOWAIT:
+                raise BlockingIOError(errno.EAGAIN, "not in the page cache")
+            self.threads.add(threading.get_ident())
+            self._meet.wait(20)
+        self.asked.append((name, offset, sum(map(len, buffers))))
+        return self._preadv(fd, buffers, offset, flags)
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Iterator[tuple[Operations, bytes]]:
+    """A mounted chain of which the base has even pages, the diff some odd ones."""
+    layers = [
+        [(n * PAGE, signed(0, n * PAGE, PAGE)) for n in range(0, 64, 2)],
+        [(n * PAGE, signed(1, n * PAGE, PAGE)) for n in range(1, 32, 2)],
+    ]
+    paths = [write_layer(tmp_path / f"{n}.mem", SIZE, extents) for n, extents in enumerate(layers)]
+    image = open_chain(paths[0], paths[1:])
+    with image.view as view:
+        view.read(0, SIZE)
+        shown = OpenImage.of(image, "0.mem", (0, 0, 0o400))
+        yield Operations(Tree("/somewhere", explicit=shown)), bytes(overlay_oracle(SIZE, layers))
+
+
+async def opened(operations: Operations) -> int:
+    entry = await operations.lookup(ROOT_INODE, b"0.mem", CTX)
+    return (await operations.open(entry.st_ino, os.O_RDONLY, CTX)).fh
+
+
+def test_readers_of_a_slow_layer_wait_beside_each_other_and_others_do_not_wait(
+    chain: tuple[Operations, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operations, oracle = chain
+    # All eight are in their reads at once, or the barrier breaks.
+    store = SlowStore({"1.mem"}, CLIENTS)
+    found: dict[int, bytes] = {}
+
+    async def read(fh: int, offset: int, size: int) -> None:
+        found[offset] = bytes(await operations.read(fh, offset, size))
+
+    async def main() -> None:
+        fh = await opened(operations)
+        monkeypatch.setattr(os, "preadv", store)
+        async with trio.open_nursery() as nursery:
+            for n in range(CLIENTS - 1):
+                nursery.start_soon(read, fh, (2 * n + 1) * PAGE, PAGE)
+            await trio.testing.wait_all_tasks_blocked()
+            # Seven wait in threads; the base's pages are answered meanwhile, in the event loop.
+            assert not found
+            for page in (0, 2, 40):
+                assert await operations.read(fh, page * PAGE, PAGE) == oracle[page * PAGE :][:PAGE]
+            nursery.start_soon(read, fh, 21 * PAGE, PAGE)
+
+    trio.run(main)
+    assert len(found) == CLIENTS == len(store.threads)
+    assert threading.get_ident() not in store.threads
+    for offset, data in found.items():
+        assert data == oracle[offset : offset + PAGE]
+
+
+def test_a_miss_sends_the_whole_rest_and_nothing_else_to_one_thread(
+    chain: tuple[Operations, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operations, oracle = chain
+    store = SlowStore({"1.mem"}, 1)
+
+    async def main() -> None:
+        fh = await opened(operations)
+        monkeypatch.setattr(os, "preadv", store)
+        assert await operations.read(fh, 30 * PAGE, 6 * PAGE) == oracle[30 * PAGE : 36 * PAGE]
+
+    trio.run(main)
+    assert len(store.threads) == 1
+    # Page 30 was there, 31 was not; 33 and 35 are holes in all.
+    asked = [("0.mem", 30), ("1.mem", 31), ("0.mem", 32), ("0.mem", 34)]
+    assert store.asked == [(name, page * PAGE, PAGE) for name, page in asked]
+
+
+def test_a_reused_buffer_shows_nothing_of_the_reads_before(
+    chain: tuple[Operations, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once and in threads: holes are zeros, and no reply is longer than what was asked."""
+    operations, oracle = chain
+
+    async def main() -> None:
+        fh = await opened(operations)
+        for _ in range(3):
+            for offset, size in ((0, SIZE), (31 * PAGE, 9 * PAGE), (60 * PAGE, 90 * PAGE), (5, 7)):
+                assert await operations.read(fh, offset, size) == oracle[offset : offset + size]
+            assert await operations.read(fh, SIZE, PAGE) == b""
+            monkeypatch.setattr(os, "preadv", SlowStore({"0.mem", "1.mem"}, 1))
+
+    trio.run(main)
+
+
+def test_a_reply_stays_as_it_is_until_the_next_task_runs(
+    chain: tuple[Operations, bytes],
+) -> None:
+    """What pyfuse3 relies on: from the return to its reply nothing else fills the buffer."""
+    operations, oracle = chain
+    wrong = 0
+
+    async def client(fh: int, page: int) -> None:
+        nonlocal wrong
+        for _ in range(50):
+            reply = await operations.read(fh, page * PAGE, PAGE)
+            wrong += reply != oracle[page * PAGE :][:PAGE]
+            await trio.lowlevel.checkpoint()
+
+    async def main() -> None:
+        fh = await opened(operations)
+        async with trio.open_nursery() as nursery:
+            for page in range(16):
+                nursery.start_soon(client, fh, page)
+
+    trio.run(main)
+    assert wrong == 0
+
+
+def test_a_change_while_a_read_waits_is_seen(
+    chain: tuple[Operations, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Law 6, also for what was read before the wait: the base, when it is the diff that is slow."""
+    operations, _ = chain
+    preadv = os.preadv
+
+    def changing(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("1.mem"):
+            if flags & os.RWF_NOWAIT:
+                raise BlockingIOError(errno.EAGAIN, "not in the page cache")
+            os.utime(tmp_path / "0.mem")
+        return preadv(fd, buffers, offset, flags)
+
+    async def main() -> None:
+        fh = await opened(operations)
+        monkeypatch.setattr(os, "preadv", changing)
+        with pytest.raises(Exception) as caught:
+            await operations.read(fh, 0, 2 * PAGE)
+        assert getattr(caught.value, "errno", None) == errno.EIO
+
+    trio.run(main)
+
+
+def test_buffers_are_handed_out_once_and_used_again() -> None:
+    buffers = Buffers()
+    one, two = buffers.take(PAGE), buffers.take(LARGEST)
+    assert (len(one), len(two)) == (PAGE, LARGEST)
+    assert one.obj is not two.obj
+    shared = buffers.shared(PAGE).obj
+    assert shared is buffers.shared(7).obj
+    assert shared is not one.obj and shared is not two.obj
+    buffers.give_back(one)
+    assert buffers.take(10).obj is one.obj
+    # Larger ones than the kernel asks for are nobody's but the caller's.
+    large = buffers.take(LARGEST + 1)
+    assert len(large) == LARGEST + 1 == len(buffers.shared(LARGEST + 1))
+    buffers.give_back(large)
+    assert buffers.take(1).obj is not large.obj
+
+
+def test_only_a_few_idle_buffers_are_kept() -> None:
+    buffers = Buffers()
+    taken = [buffers.take(1) for _ in range(64)]
+    for buffer in taken:
+        buffers.give_back(buffer)
+    assert len(buffers._idle) == 8
