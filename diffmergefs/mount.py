@@ -9,28 +9,45 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal, NamedTuple
 
 import pyfuse3
 import trio
 
 from diffmergefs import mountpoint as mountpoints
+from diffmergefs import tuning
+from diffmergefs.adviser import Adviser
 from diffmergefs.errors import DiffMergeError, MountFailedError, MountpointError
 from diffmergefs.host import FUSE_CONF, FUSE_DEVICE, others_may_be_let_in
 from diffmergefs.images import raise_descriptor_limit
 from diffmergefs.lease import SIGNAL, Leases
+from diffmergefs.openwatch import OpenWatch, Unwatched
 from diffmergefs.operations import Operations
+from diffmergefs.prefetch import Notify, Prefetcher
+from diffmergefs.recorder import Recorder
 from diffmergefs.store import Store
 from diffmergefs.tree import Tree
+from diffmergefs.tuning import Tuning
+from diffmergefs.workingset import WorkingSets
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.6
 # How many may be under way at once. Those beyond wait in the kernel, also for what is not slow.
 _MAX_REQUESTS = 10_000
+# For how long the end waits for a push: it may read from storage that hangs.
+_STOP_SECONDS = 2.0
 _REFUSED_OPTIONS = {
     *("rw", "suid", "dev", "exec"),
     *("max_read", "fsname", "subtype", "fd", "rootmode", "user_id", "group_id"),
 }
+
+
+class Restoring(NamedTuple):
+    """What is done with working sets: each is recorded, or brought into the page cache."""
+
+    sets: WorkingSets
+    how: Literal["record", "notify", "fadvise"]
 
 
 def session_options(
@@ -61,13 +78,20 @@ def settle(store: Store) -> None:
 
 
 def serve(
-    tree: Tree, mountpoint: str, options: set[str], ready: Callable[[], None], leases: Leases
+    tree: Tree,
+    mountpoint: str,
+    options: set[str],
+    ready: Callable[[], None],
+    leases: Leases,
+    wanted: Tuning = Tuning(),  # noqa: B008  (it is frozen)
+    restoring: Restoring | None = None,
 ) -> None:
     """Mount the tree on `mountpoint` and serve until it is unmounted; `ready` is called once it
     answers.
 
     `mountpoint` is a real path that `check_mountpoint` accepted. `leases` are those kept on the
-    tree's layers: one that is being broken is given back at once. Call it in the main thread. On
+    tree's layers: one that is being broken is given back at once. `wanted` is asked of the kernel
+    before it is ready. Call it in the main thread. On
     SIGTERM and SIGINT (and SIGHUP, unless it is ignored) the mount is detached and served on until
     its last file is closed; a second signal ends it at once. Raises MountFailedError.
     """
@@ -79,11 +103,31 @@ def serve(
         except RuntimeError as error:
             raise MountFailedError(f"{mountpoint}: {_why_not(error, options)}") from error
         entry = _entry_at(mountpoint)
+        operations.watch = _watch_of(tree, entry, restoring)
         try:
-            trio.run(functools.partial(_run, operations, entry, ready, early, leases))
+            trio.run(functools.partial(_run, operations, entry, ready, early, leases, wanted))
         finally:
+            # Nothing may call into a session that is closed.
+            if not operations.watch.stop(_STOP_SECONDS) and entry is not None:
+                tuning.abort(entry.device)
+                operations.watch.stop(_STOP_SECONDS)
             # Once detached, another mount may stand at the same place: that one is not ours to end.
             pyfuse3.close(unmount=_entry_at(mountpoint) == entry)
+
+
+def _watch_of(
+    tree: Tree, entry: mountpoints.MountEntry | None, restoring: Restoring | None
+) -> OpenWatch:
+    if restoring is None:
+        return Unwatched()
+    if restoring.how == "record":
+        return Recorder(restoring.sets)
+    if restoring.how == "notify":
+        return Prefetcher(restoring.sets, Notify(pyfuse3.notify_store))
+    if entry is None:
+        return Unwatched()  # the log said that the table of mounts cannot be read
+    device = os.makedev(*map(int, entry.device.split(":")))
+    return Prefetcher(restoring.sets, Adviser(device, tree.path_of))
 
 
 def _why_not(error: RuntimeError, options: set[str]) -> str:
@@ -137,19 +181,30 @@ async def _run(
     ready: Callable[[], None],
     early: Sequence[int],
     leases: Leases,
+    wanted: Tuning,
 ) -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(_watch_leases, leases)
         await nursery.start(_watch_signals, operations, entry, nursery.cancel_scope, early)
         if operations.tree.store is not None:
             nursery.start_soon(_watch_source, operations.tree.store)
-        nursery.start_soon(_say_ready, ready)
+        nursery.start_soon(_say_ready, operations, entry, ready, wanted)
         await pyfuse3.main(max_tasks=_MAX_REQUESTS)
         nursery.cancel_scope.cancel()
 
 
-async def _say_ready(ready: Callable[[], None]) -> None:
-    await trio.lowlevel.checkpoint()
+async def _say_ready(
+    operations: Operations,
+    entry: mountpoints.MountEntry | None,
+    ready: Callable[[], None],
+    wanted: Tuning,
+) -> None:
+    # The answer to the first request undoes what was set before it.
+    await operations.answers.wait()
+    if entry is not None:
+        readahead = await trio.to_thread.run_sync(tuning.tune, entry.device, wanted)
+        if isinstance(operations.watch, Recorder):
+            operations.watch.readahead_kib = readahead
     log.info("ready")
     ready()
 
@@ -205,6 +260,11 @@ async def _watch_signals(
             name = signal.Signals(number).name
             if asked:
                 log.info("%s again: ending at once, %d files open", name, operations.open_files)
+                # While requests are still answered: a push may wait for a page that one of them
+                # brings, and nobody could end it then.
+                await trio.to_thread.run_sync(
+                    operations.watch.stop, _STOP_SECONDS, abandon_on_cancel=True
+                )
                 # Requests that are being answered are not waited for: their storage may hang.
                 pyfuse3.terminate()
                 everything.cancel()

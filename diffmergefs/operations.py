@@ -18,6 +18,7 @@ from pyfuse3 import FUSEError
 
 from diffmergefs import sparse
 from diffmergefs.errors import DiffMergeError
+from diffmergefs.openwatch import OpenWatch, Unwatched
 from diffmergefs.snapshot import Snapshot
 from diffmergefs.store import OpenImage, Store
 from diffmergefs.tree import Attributes, Document, MemoryFile, Node, Passed, TagFolder, Tree
@@ -95,9 +96,11 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = False
     enable_acl = False
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, watch: OpenWatch | None = None) -> None:
         super().__init__()
         self.tree = tree
+        self.watch = watch or Unwatched()
+        self.answers = trio.Event()  # set at the kernel's first request
         self._handles: dict[int, Handle] = {}
         self._next_handle = 1
         self._lookups: Counter[int] = Counter()
@@ -105,6 +108,9 @@ class Operations(pyfuse3.Operations):
         self._opening = trio.CapacityLimiter(_OPENING_THREADS)
         self._reading = trio.CapacityLimiter(_READING_THREADS)
         self._hashing = trio.CapacityLimiter(os.cpu_count() or 1)
+
+    def init(self) -> None:
+        self.answers.set()
 
     @property
     def open_files(self) -> int:
@@ -242,7 +248,9 @@ class Operations(pyfuse3.Operations):
                 # With direct_io the kernel refuses MAP_SHARED, through which a store would reach
                 # every reader's page cache; MAP_PRIVATE, which a VMM uses, it lets through.
                 handle = self._register(Handle(shown=shown))
-                return pyfuse3.FileInfo(fh=handle, keep_cache=not writing, direct_io=writing)
+                keep = self.watch.opened(handle, inode, shown, ctx, writing=writing)
+                keep = keep and not writing
+                return pyfuse3.FileInfo(fh=handle, keep_cache=keep, direct_io=writing)
             case Document(_, content):
                 return pyfuse3.FileInfo(fh=self._register(Handle(content=content)))
             case Passed():
@@ -254,6 +262,7 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         handle = self._handles[fh]
         if handle.shown is not None:
+            self.watch.read(fh, off, size)
             # A reply may be any contiguous buffer: no copy is made of it.
             return cast(bytes, await self._read_view(handle.shown.image.view, off, size))
         if handle.content is not None:
@@ -273,6 +282,8 @@ class Operations(pyfuse3.Operations):
         handle = self._handles.pop(fh, None)
         if handle is not None and handle.fd is not None:
             os.close(handle.fd)
+        if (work := self.watch.closed(fh)) is not None:
+            await self._in_thread(work)
 
     async def flush(self, fh: int) -> None:
         pass

@@ -19,19 +19,23 @@ ROOT = PACKAGE.name
 # A module imports from lower levels only. A new module is entered at the level where it
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
-    {"errors", "extents", "daemon", "finding"},
-    {"sparse", "beneath", "bmap", "chain", "mountpoint", "state", "verdict"},
+    {"advise", "errors", "extents", "daemon", "finding", "tuning"},
+    {"sparse", "beneath", "bmap", "chain", "mountpoint", "state", "touches", "verdict"},
     {"host", "layer", "lease"},
     {"trust", "view", "snapshot", "access", "copying"},
     {"forkd", "hashqueue", "numbered", "output", "pins", "probe", "seal"},
-    {"catalog", "sealing"},
+    {"catalog", "sealing", "workingset"},
     {"apply", "flatten", "images", "watch"},
     {"diagnosis", "info", "verify", "store"},
-    {"doctor", "tree", ROOT},
-    {"operations"},
+    {"doctor", "openwatch", "tree", ROOT},
+    {"operations", "prefetch", "recorder"},
+    {"adviser"},
     {"mount"},
     {"cli.common"},
-    {"cli.demo", "cli.doctor", "cli.look", "cli.mount", "cli.seal", "cli.verify", "cli.write"},
+    {
+        *("cli.demo", "cli.doctor", "cli.look", "cli.mount", "cli.prefetch", "cli.seal"),
+        *("cli.verify", "cli.write"),
+    },
     {"cli"},
     {"__main__"},
 ]

@@ -15,7 +15,7 @@ from types import FrameType
 import click
 
 from diffmergefs import __version__
-from diffmergefs.cli import demo, doctor, look, mount, seal, verify, write
+from diffmergefs.cli import demo, doctor, look, mount, prefetch, seal, verify, write
 from diffmergefs.cli.common import talk
 from diffmergefs.errors import DiffMergeError, FileAccessError
 from diffmergefs.images import raise_descriptor_limit
@@ -51,6 +51,7 @@ for command in (
     mount.umount,
     look.list_,
     look.info,
+    prefetch.prefetch,
     seal.seal,
     verify.verify,
     doctor.doctor,

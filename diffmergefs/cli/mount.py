@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -25,6 +25,7 @@ from diffmergefs.cli.common import (
     require_one_source,
     talk,
     trust_options,
+    working_set_dir_option,
 )
 from diffmergefs.errors import (
     DiffMergeError,
@@ -37,11 +38,14 @@ from diffmergefs.lease import Leases
 from diffmergefs.store import OpenImage, Store
 from diffmergefs.tree import Tree
 from diffmergefs.trust import TrustPolicy
+from diffmergefs.tuning import MAX_BACKGROUND, READAHEAD_KIB, Tuning
+from diffmergefs.workingset import WorkingSets
 
 log = logging.getLogger("diffmergefs")
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _SYSLOG = "/dev/log"
+_BARE_PREFETCH = "--prefetch=notify"
 
 
 class _Lines(logging.Formatter):
@@ -77,6 +81,9 @@ class Request:
     allow_other: bool
     open_rw: bool
     options: tuple[str, ...]
+    tuning: Tuning
+    prefetch: str  # or 'record'
+    working_set_dir: str | None
 
     @property
     def name(self) -> str:
@@ -93,6 +100,9 @@ class _MountCommand(click.Command):
     # Takes its long options as -o options too (`-o open_rw,page_size=16384`), as fstab has them.
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # As in GNU programs the value of an option that may lack one comes with `=`: what follows
+        # a bare --prefetch is an operand.
+        args = [_BARE_PREFETCH if arg == "--prefetch" else arg for arg in args]
         rest = super().parse_args(ctx, args)
         options = _split_options(ctx.params["options"])
         names = self._long_names()
@@ -109,7 +119,8 @@ class _MountCommand(click.Command):
         arguments = []
         for option in options:
             name, equals, value = option.partition("=")
-            arguments.append(f"--{name.replace('_', '-')}{equals}{value}")
+            argument = f"--{name.replace('_', '-')}{equals}{value}"
+            arguments.append(_BARE_PREFETCH if argument == "--prefetch" else argument)
         values, _, _ = self.make_parser(ctx).parse_args(arguments)
         for param in self.params:
             if isinstance(param, click.Option) and param.name in values:
@@ -151,6 +162,33 @@ class _MountCommand(click.Command):
     " shown: each once for a file, and remembered ('pins'), all of them anew ('full'), or"
     " not at all ('no': the guest may get wrong bytes).",
 )
+@click.option(
+    "--record",
+    is_flag=True,
+    help="Record which pages each opened image is asked for first, in order, for --prefetch.",
+)
+@click.option(
+    "--prefetch",
+    type=click.Choice(["notify", "fadvise", "no"]),
+    metavar="[=notify|fadvise|no]",
+    help="Bring the recorded pages of an image into the page cache when it is opened: by handing"
+    " them to the kernel ('notify', the default where there is a record), by a child process that"
+    " has the kernel read them ('fadvise'), or not at all.",
+)
+@working_set_dir_option
+@click.option(
+    "--readahead",
+    type=click.IntRange(4, 65536),
+    metavar="KIB",
+    help=f"How far the kernel reads ahead, by default {READAHEAD_KIB} KiB; takes root.",
+)
+@click.option(
+    "--max-background",
+    type=click.IntRange(1, 65535),
+    metavar="N",
+    help="How many requests that nobody waits for yet are under way at once, by default"
+    f" {MAX_BACKGROUND}.",
+)
 @trust_options
 @outside_option
 def mount(
@@ -167,6 +205,11 @@ def mount(
     log_file: str | None,
     verbose: bool,
     verify: str,
+    record: bool,
+    prefetch: str | None,
+    working_set_dir: str | None,
+    readahead: int | None,
+    max_background: int | None,
     policy: TrustPolicy,
 ) -> int:
     """Show every complete snapshot of SOURCE under MOUNTPOINT, its memory file merged, read-only.
@@ -184,11 +227,16 @@ def mount(
       diffmergefs mount /srv/snapshots /mnt/views
       diffmergefs mount --base mem_file --diff mem_diff /mnt/view
       diffmergefs mount -f --open-rw /srv/snapshots /mnt/views
+      diffmergefs mount --record /srv/snapshots /mnt/views
     """
     if len(operands) > 2:
         raise click.UsageError("give at most SOURCE and MOUNTPOINT")
     source = os.path.abspath(operands[0]) if len(operands) == 2 else None
     require_one_source(source, base, diffs, "SOURCE", policy)
+    if record and prefetch not in (None, "no"):
+        raise click.UsageError(
+            f"--record sees no touch of what --prefetch={prefetch} has brought; leave one out"
+        )
     request = Request(
         source,
         tuple(os.path.abspath(path) for path in (base, *diffs) if path),
@@ -199,6 +247,9 @@ def mount(
         allow_other,
         open_rw,
         options,
+        Tuning(readahead, max_background, recording=record),
+        "record" if record else prefetch or "notify",
+        working_set_dir,
     )
     level = logging.DEBUG if verbose else logging.INFO
     _log_to(logging.StreamHandler(), level)
@@ -231,6 +282,9 @@ def _serve(request: Request, ready: Callable[[], None]) -> None:
             " a wrong file shows as wrong bytes in guests",
             request.name,
         )
+    restoring = None
+    if sets := _working_sets(request):
+        restoring = mounts.Restoring(sets, cast(Any, request.prefetch))
     leases = Leases()
     if request.source is None:
         tree = Tree(real, explicit=_explicit_image(request, leases), open_rw=request.open_rw)
@@ -244,7 +298,22 @@ def _serve(request: Request, ready: Callable[[], None]) -> None:
         )
         mounts.settle(store)
         tree = Tree(real, store, open_rw=request.open_rw)
-    mounts.serve(tree, real, options, ready, leases)
+    mounts.serve(tree, real, options, ready, leases, request.tuning, restoring)
+
+
+def _working_sets(request: Request) -> WorkingSets | None:
+    if request.prefetch == "no":
+        return None
+    try:
+        sets = WorkingSets(request.working_set_dir, request.policy.state_dir)
+        if request.prefetch == "record":
+            sets.prepare()
+    except FileAccessError as error:
+        if request.prefetch == "record":
+            raise
+        log.info("nothing is prefetched: %s", error)
+        return None
+    return sets
 
 
 def _explicit_image(request: Request, leases: Leases) -> OpenImage:

@@ -1,0 +1,76 @@
+"""The way of `mount --prefetch=fadvise`: a child process asks the kernel to read ahead."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Sequence
+
+from diffmergefs import advise
+from diffmergefs.extents import Extent
+from diffmergefs.prefetch import Push
+from diffmergefs.store import OpenImage
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.02
+
+
+class Adviser:
+    """A `prefetch.Way`: posix_fadvise(WILLNEED) on the mounted file, by a child process.
+
+    `device` is the mount's st_dev, and `path_of` says where an image is to be found in the mount,
+    None if it is not any more. The child runs as the daemon does, so it may look into the mount;
+    its own open of the file counts for nothing. Nothing is brought where the mount was detached or
+    another file stands at the path.
+    """
+
+    def __init__(self, device: int, path_of: Callable[[OpenImage], str | None]) -> None:
+        self._device = device
+        self._path_of = path_of
+        self._children: set[int] = set()
+
+    def is_own(self, pid: int) -> bool:
+        return pid in self._children
+
+    def bring(self, push: Push, wanted: Sequence[Extent]) -> Generator[int, None, None]:
+        path = self._path_of(push.shown)
+        if path is None:
+            return
+        # Isolated: neither the environment nor a directory of somebody's says what is run.
+        command = [sys.executable, "-I", "-S", advise.__file__, path]
+        child = subprocess.Popen(
+            [*command, str(self._device), str(push.inode)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            env={},
+            start_new_session=True,
+        )
+        self._children.add(child.pid)
+        try:
+            assert child.stdin is not None
+            # It opens the file only after this.
+            with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
+                pipe.write(advise.packed(wanted))
+            while (status := _ended(child)) is None:
+                yield 0
+            if status != 0:
+                log.info("%s: not prefetched: it is not there any more (status %d)", path, status)
+                push.cancelled = True
+                return
+            yield sum(stop - start for start, stop in wanted)
+        finally:
+            child.kill()
+            child.wait()
+            self._children.discard(child.pid)
+
+
+def _ended(child: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return child.wait(_POLL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
