@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Sequence
 
 from diffmergefs import advise
+from diffmergefs.errors import FileAccessError
 from diffmergefs.extents import Extent
 from diffmergefs.prefetch import Push
 from diffmergefs.store import OpenImage
-
-log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.02
 
@@ -38,7 +36,7 @@ class Adviser:
     def bring(self, push: Push, wanted: Sequence[Extent]) -> Generator[int, None, None]:
         path = self._path_of(push.shown)
         if path is None:
-            return
+            raise FileAccessError(f"{push.shown.name}: is not shown any more")
         # Isolated: neither the environment nor a directory of somebody's says what is run.
         command = [sys.executable, "-I", "-S", advise.__file__, path]
         child = subprocess.Popen(
@@ -59,9 +57,9 @@ class Adviser:
             while (status := _ended(child)) is None:
                 yield 0
             if status != 0:
-                log.info("%s: not prefetched: it is not there any more (status %d)", path, status)
-                push.cancelled = True
-                return
+                raise FileAccessError(
+                    f"{path}: stands there no more (the child's status: {status})"
+                )
             yield sum(stop - start for start, stop in wanted)
         finally:
             child.kill()

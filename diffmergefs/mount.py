@@ -108,9 +108,7 @@ def serve(
             trio.run(functools.partial(_run, operations, entry, ready, early, leases, wanted))
         finally:
             # Nothing may call into a session that is closed.
-            if not operations.watch.stop(_STOP_SECONDS) and entry is not None:
-                tuning.abort(entry.device)
-                operations.watch.stop(_STOP_SECONDS)
+            _stop_watch(operations, entry)
             # Once detached, another mount may stand at the same place: that one is not ours to end.
             pyfuse3.close(unmount=_entry_at(mountpoint) == entry)
 
@@ -128,6 +126,13 @@ def _watch_of(
         return Unwatched()  # the log said that the table of mounts cannot be read
     device = os.makedev(*map(int, entry.device.split(":")))
     return Prefetcher(restoring.sets, Adviser(device, tree.path_of))
+
+
+def _stop_watch(operations: Operations, entry: mountpoints.MountEntry | None) -> None:
+    if not operations.watch.stop(_STOP_SECONDS) and entry is not None:
+        # It waits for a page of a request whose storage hangs: the kernel can end that request.
+        tuning.abort(entry.device)
+        operations.watch.stop(_STOP_SECONDS)
 
 
 def _why_not(error: RuntimeError, options: set[str]) -> str:
@@ -261,9 +266,9 @@ async def _watch_signals(
             if asked:
                 log.info("%s again: ending at once, %d files open", name, operations.open_files)
                 # While requests are still answered: a push may wait for a page that one of them
-                # brings, and nobody could end it then.
+                # brings, where no signal reaches it.
                 await trio.to_thread.run_sync(
-                    operations.watch.stop, _STOP_SECONDS, abandon_on_cancel=True
+                    _stop_watch, operations, entry, abandon_on_cancel=True
                 )
                 # Requests that are being answered are not waited for: their storage may hang.
                 pyfuse3.terminate()

@@ -13,11 +13,12 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
-from diffmergefs.errors import DiffMergeError
+from diffmergefs.errors import DiffMergeError, LayerChangedError
 from diffmergefs.extents import Extent, ExtentList
 from diffmergefs.openwatch import Caller
 from diffmergefs.store import OpenImage
 from diffmergefs.touches import pieces
+from diffmergefs.view import MergedView
 from diffmergefs.workingset import WorkingSets, identity_of_view
 
 log = logging.getLogger(__name__)
@@ -66,9 +67,6 @@ class Notify:
     def bring(self, push: Push, wanted: Sequence[Extent]) -> Generator[int, None, None]:
         view = push.shown.image.view
         for start, stop in wanted:
-            if any(layer.tainted for layer in view.layers):
-                log.info("%s: prefetch ends: a layer changed", view.layers[-1].path)
-                return
             data = view.read(start, stop - start)
             if push.cancelled:
                 return
@@ -241,13 +239,15 @@ class Prefetcher:
             return
         with self._changed:
             self._known[push.shown] = ExtentList(sorted(wanted))
-        total = 0
+        total, view = 0, push.shown.image.view
+        _require_unchanged(view)
         with contextlib.closing(self._way.bring(push, wanted)) as steps:
             for count in steps:
                 total += count
                 yield count
+                _require_unchanged(view)
         if not push.cancelled:
-            name = push.shown.image.view.layers[-1].path
+            name = view.layers[-1].path
             log.info("%s: prefetched %d bytes in %d pieces", name, total, len(wanted))
 
     def _wanted(self, shown: OpenImage) -> list[Extent]:
@@ -270,6 +270,13 @@ class Prefetcher:
         if text not in self._said:
             self._said.add(text)
             log.warning("%s", text)
+
+
+def _require_unchanged(view: MergedView) -> None:
+    # Whatever is asked of it: what the other layers supply will not be asked for any more.
+    for layer in view.layers:
+        if layer.tainted:
+            raise LayerChangedError(f"{layer.path}: changed while in use: {layer.tainted}")
 
 
 def _wait(pushes: Sequence[Push]) -> None:
