@@ -17,6 +17,7 @@ import trio
 from diffmergefs import mountpoint as mountpoints
 from diffmergefs import tuning
 from diffmergefs.adviser import Adviser
+from diffmergefs.connection import Connection
 from diffmergefs.errors import DiffMergeError, MountFailedError, MountpointError
 from diffmergefs.host import FUSE_CONF, FUSE_DEVICE, others_may_be_let_in
 from diffmergefs.images import raise_descriptor_limit
@@ -103,24 +104,52 @@ def serve(
         except RuntimeError as error:
             raise MountFailedError(f"{mountpoint}: {_why_not(error, options)}") from error
         entry = _entry_at(mountpoint)
-        operations.watch = _watch_of(tree, entry, restoring)
+        connection = _guarded(entry, restoring)
+        operations.watch = _watch_of(tree, entry, restoring, connection)
         try:
-            trio.run(functools.partial(_run, operations, entry, ready, early, leases, wanted))
+            trio.run(
+                functools.partial(_run, operations, entry, ready, early, leases, wanted, connection)
+            )
         finally:
             # Nothing may call into a session that is closed.
-            _stop_watch(operations, entry)
+            _stop_watch(operations, connection)
+            if connection is not None:
+                connection.close()
             # Once detached, another mount may stand at the same place: that one is not ours to end.
             pyfuse3.close(unmount=_entry_at(mountpoint) == entry)
 
 
+def _guarded(
+    entry: mountpoints.MountEntry | None, restoring: Restoring | None
+) -> Connection | None:
+    # Only who pushes pages can hang in the kernel.
+    if entry is None or restoring is None or restoring.how != "notify":
+        return None
+    try:
+        connection = Connection(entry.device)
+        connection.start_guard()
+    except OSError as error:
+        log.info(
+            "%s: %s: the kernel could not be told to end this mount if its daemon is killed while"
+            " it prefetches, so --prefetch=fadvise takes the place of notify",
+            error.filename,
+            error.strerror,
+        )
+        return None
+    return connection
+
+
 def _watch_of(
-    tree: Tree, entry: mountpoints.MountEntry | None, restoring: Restoring | None
+    tree: Tree,
+    entry: mountpoints.MountEntry | None,
+    restoring: Restoring | None,
+    connection: Connection | None,
 ) -> OpenWatch:
     if restoring is None:
         return Unwatched()
     if restoring.how == "record":
         return Recorder(restoring.sets)
-    if restoring.how == "notify":
+    if connection is not None:
         return Prefetcher(restoring.sets, Notify(pyfuse3.notify_store))
     if entry is None:
         return Unwatched()  # the log said that the table of mounts cannot be read
@@ -128,10 +157,10 @@ def _watch_of(
     return Prefetcher(restoring.sets, Adviser(device, tree.path_of))
 
 
-def _stop_watch(operations: Operations, entry: mountpoints.MountEntry | None) -> None:
-    if not operations.watch.stop(_STOP_SECONDS) and entry is not None:
+def _stop_watch(operations: Operations, connection: Connection | None) -> None:
+    if not operations.watch.stop(_STOP_SECONDS) and connection is not None:
         # It waits for a page of a request whose storage hangs: the kernel can end that request.
-        tuning.abort(entry.device)
+        connection.abort()
         operations.watch.stop(_STOP_SECONDS)
 
 
@@ -187,10 +216,13 @@ async def _run(
     early: Sequence[int],
     leases: Leases,
     wanted: Tuning,
+    connection: Connection | None,
 ) -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(_watch_leases, leases)
-        await nursery.start(_watch_signals, operations, entry, nursery.cancel_scope, early)
+        await nursery.start(
+            _watch_signals, operations, entry, nursery.cancel_scope, early, connection
+        )
         if operations.tree.store is not None:
             nursery.start_soon(_watch_source, operations.tree.store)
         nursery.start_soon(_say_ready, operations, entry, ready, wanted)
@@ -254,6 +286,7 @@ async def _watch_signals(
     entry: mountpoints.MountEntry | None,
     everything: trio.CancelScope,
     early: Sequence[int],
+    connection: Connection | None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     with trio.open_signal_receiver(*_ending_signals()) as signals:
@@ -268,7 +301,7 @@ async def _watch_signals(
                 # While requests are still answered: a push may wait for a page that one of them
                 # brings, where no signal reaches it.
                 await trio.to_thread.run_sync(
-                    _stop_watch, operations, entry, abandon_on_cancel=True
+                    _stop_watch, operations, connection, abandon_on_cancel=True
                 )
                 # Requests that are being answered are not waited for: their storage may hang.
                 pyfuse3.terminate()

@@ -52,7 +52,7 @@ def tune(device: str, wanted: Tuning) -> int | None:
     )
     background = wanted.max_background or MAX_BACKGROUND
     asked = wanted.max_background is not None
-    folder = f"{CONNECTIONS}/{_connection(device)}"
+    folder = connection(device)
     # Beyond the threshold the kernel leaves readahead out; three quarters, as it has them itself.
     for name, value in (
         ("max_background", background),
@@ -69,24 +69,11 @@ def tune(device: str, wanted: Tuning) -> int | None:
     return found
 
 
-def abort(device: str) -> bool:
-    """Have the kernel end this mount's connection, so that whatever waits for an answer goes on.
-
-    False, with a line in the log, where that cannot be done.
-    """
-    path = f"{CONNECTIONS}/{_connection(device)}/abort"
-    try:
-        _write(path, 1)
-    except OSError as error:
-        log.warning("%s: cannot be written: %s", path, error.strerror)
-        return False
-    return True
-
-
-def _connection(device: str) -> int:
-    # Named by the device number as the kernel keeps it.
+def connection(device: str) -> str:
+    """The directory of the mount with this device number (`major:minor`) in fusectl."""
+    # It is named by the device number as the kernel keeps it.
     major, minor = map(int, device.split(":"))
-    return major << 20 | minor
+    return f"{CONNECTIONS}/{major << 20 | minor}"
 
 
 def _set(path: str, value: int, what: str, asked: bool) -> int | None:

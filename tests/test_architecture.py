@@ -19,8 +19,11 @@ ROOT = PACKAGE.name
 # A module imports from lower levels only. A new module is entered at the level where it
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
-    {"advise", "errors", "extents", "daemon", "finding", "tuning"},
-    {"sparse", "beneath", "bmap", "chain", "mountpoint", "state", "touches", "verdict"},
+    {"advise", "errors", "extents", "daemon", "finding", "guard", "tuning"},
+    {
+        *("sparse", "beneath", "bmap", "chain", "connection", "mountpoint", "state", "touches"),
+        "verdict",
+    },
     {"host", "layer", "lease"},
     {"trust", "view", "snapshot", "access", "copying"},
     {"forkd", "hashqueue", "numbered", "output", "pins", "probe", "seal"},

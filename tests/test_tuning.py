@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from diffmergefs import tuning
-from diffmergefs.tuning import Tuning, abort, tune
+from diffmergefs.tuning import Tuning, connection, tune
 from tests.support import skips
 from tests.support.mounts import mounted
 from tests.support.stores import write_chain
@@ -25,8 +25,7 @@ class Knobs:
         self.readahead = root / "bdi" / DEVICE / "read_ahead_kb"
         self.background = root / "fuse" / "45" / "max_background"
         self.threshold = root / "fuse" / "45" / "congestion_threshold"
-        self.abort = root / "fuse" / "45" / "abort"
-        found = {self.readahead: 128, self.background: 12, self.threshold: 9, self.abort: 0}
+        found = {self.readahead: 128, self.background: 12, self.threshold: 9}
         for path, value in found.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{value}\n")
@@ -123,13 +122,9 @@ def test_what_the_kernel_makes_of_it_is_said(
     assert "the kernel made the readahead in KiB 128, not 10" in said(caplog, logging.WARNING)[0]
 
 
-def test_a_connection_is_aborted_by_its_number(
-    knobs: Knobs, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert abort(DEVICE)
-    assert knobs.abort.read_text().strip() == "1"
-    assert not abort("1:45")
-    assert f"fuse/{(1 << 20) + 45}/abort: cannot be written" in said(caplog, logging.WARNING)[0]
+def test_a_connection_has_the_devices_number(knobs: Knobs) -> None:
+    assert connection(DEVICE) == str(knobs.background.parent)
+    assert connection("1:45") == f"{knobs.background.parent.parent}/{(1 << 20) + 45}"
 
 
 @pytest.mark.parametrize(

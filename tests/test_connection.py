@@ -1,0 +1,148 @@
+"""The connection of a mount is ended on demand, and when its daemon was killed; never otherwise."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffmergefs import tuning
+from diffmergefs.connection import Connection
+from tests.support.live import until
+
+DEVICE = "0:45"
+
+# A daemon that has a thread which goes on when the main thread has ended, as one does that hangs
+# in the kernel; here it is the whole process that goes on, but for its main thread.
+DAEMON = """
+import ctypes, sys, threading, time
+from diffmergefs import tuning
+from diffmergefs.connection import Connection
+tuning.CONNECTIONS = sys.argv[1]
+connection = Connection("0:45")
+connection.start_guard()
+print(connection._guard.pid, flush=True)
+word = sys.stdin.readline()
+if word == "close\\n":
+    connection.close()
+    print("closed", flush=True)
+    sys.stdin.readline()
+elif word == "thread\\n":
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    ctypes.CDLL(None).syscall(60, 0)  # exit of this thread alone
+"""
+
+
+@pytest.fixture
+def abort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tuning, "CONNECTIONS", str(tmp_path))
+    path = tmp_path / "45" / "abort"
+    path.parent.mkdir()
+    path.touch()
+    return path
+
+
+def started(abort: Path) -> tuple[subprocess.Popen[str], int]:
+    command = [sys.executable, "-c", DAEMON, str(abort.parent.parent)]
+    daemon = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/"
+    )
+    assert daemon.stdout is not None
+    guard = int(daemon.stdout.readline())
+    try:
+        until(lambda: is_waiting(guard), "the guard does not wait")
+    except AssertionError:
+        daemon.kill()
+        daemon.communicate()
+        raise
+    return daemon, guard
+
+
+def is_waiting(pid: int) -> bool:
+    """Whether the guard has come so far that it waits for its signal: nothing else it sleeps in."""
+    found = status_of(pid)
+    ignores = int(found["SigIgn"], 16) & 1 << (signal.SIGTERM - 1)
+    return bool(ignores) and found["State"].startswith("S")
+
+
+def status_of(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return status_of(pid)["State"].startswith("Z")
+    except FileNotFoundError:
+        return True
+
+
+def test_a_killed_daemon_ends_its_connection(abort: Path) -> None:
+    daemon, guard = started(abort)
+    daemon.kill()
+    daemon.communicate(timeout=20)
+    until(lambda: abort.read_bytes() == b"1", "it was not aborted")
+    until(lambda: is_gone(guard), "the guard is left")
+
+
+def test_a_main_thread_that_is_gone_is_enough(abort: Path) -> None:
+    """The other threads may hang in the kernel, and then neither a pipe nor a pidfd would tell."""
+    daemon, guard = started(abort)
+    assert daemon.stdin is not None
+    daemon.stdin.write("thread\n")
+    daemon.stdin.flush()
+    try:
+        until(lambda: abort.read_bytes() == b"1", "it was not aborted")
+        assert daemon.poll() is None
+    finally:
+        daemon.kill()
+        daemon.communicate(timeout=20)
+    until(lambda: is_gone(guard), "the guard is left")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_all_of_them_leaves_the_guard_to_the_daemons_end(
+    number: signal.Signals, abort: Path
+) -> None:
+    daemon, guard = started(abort)
+    os.kill(guard, number)
+    assert not is_gone(guard) and abort.read_bytes() == b""
+    daemon.kill()
+    daemon.communicate(timeout=20)
+    until(lambda: abort.read_bytes() == b"1", "it was not aborted")
+
+
+def test_a_connection_that_is_closed_is_let_go_and_has_no_guard(abort: Path) -> None:
+    daemon, guard = started(abort)
+    assert daemon.stdin is not None and daemon.stdout is not None
+    daemon.stdin.write("close\n")
+    daemon.stdin.flush()
+    assert daemon.stdout.readline() == "closed\n"
+    assert is_gone(guard) and not Path(f"/proc/{guard}").exists()
+    daemon.communicate("\n", timeout=20)
+    assert abort.read_bytes() == b""
+
+
+def test_a_guard_whose_daemon_is_gone_before_it_looks_aborts_at_once(abort: Path) -> None:
+    from diffmergefs import guard
+
+    with abort.open("wb") as file:
+        command = [sys.executable, "-I", "-S", guard.__file__, "1"]
+        subprocess.run(command, stdout=file, check=True, timeout=20)
+    assert abort.read_bytes() == b"1"
+
+
+def test_on_demand(abort: Path) -> None:
+    connection = Connection(DEVICE)
+    connection.abort()
+    connection.close()
+    assert abort.read_bytes() == b"1"
+
+
+def test_without_fusectl_there_is_none(abort: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Connection("0:46")
