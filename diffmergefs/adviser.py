@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import sys
 from collections.abc import Callable, Generator, Sequence
 
-from diffmergefs import advise
+from diffmergefs import advise, isolated
 from diffmergefs.errors import FileAccessError
 from diffmergefs.extents import Extent
 from diffmergefs.prefetch import Push
@@ -37,16 +36,9 @@ class Adviser:
         path = self._path_of(push.shown)
         if path is None:
             raise FileAccessError(f"{push.shown.name}: is not shown any more")
-        # Isolated: neither the environment nor a directory of somebody's says what is run.
-        command = [sys.executable, "-I", "-S", advise.__file__, path]
-        child = subprocess.Popen(
-            [*command, str(self._device), str(push.inode)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            env={},
-            start_new_session=True,
+        numbers = (str(self._device), str(push.inode))
+        child = isolated.start(
+            advise.__file__, path, *numbers, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
         )
         self._children.add(child.pid)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
@@ -19,6 +20,7 @@ from diffmergefs import tuning
 from diffmergefs.adviser import Adviser
 from diffmergefs.connection import Connection
 from diffmergefs.errors import DiffMergeError, MountFailedError, MountpointError
+from diffmergefs.guarded import GuardedNotify
 from diffmergefs.host import FUSE_CONF, FUSE_DEVICE, others_may_be_let_in
 from diffmergefs.images import raise_descriptor_limit
 from diffmergefs.lease import SIGNAL, Leases
@@ -104,8 +106,9 @@ def serve(
         except RuntimeError as error:
             raise MountFailedError(f"{mountpoint}: {_why_not(error, options)}") from error
         entry = _entry_at(mountpoint)
-        connection = _guarded(entry, restoring)
-        operations.watch = _watch_of(tree, entry, restoring, connection)
+        device = entry.device if entry else ""
+        connection = Connection(device) if entry else None
+        operations.watch = _watch_of(tree, connection, device, restoring)
         try:
             trio.run(
                 functools.partial(_run, operations, entry, ready, early, leases, wanted, connection)
@@ -119,42 +122,29 @@ def serve(
             pyfuse3.close(unmount=_entry_at(mountpoint) == entry)
 
 
-def _guarded(
-    entry: mountpoints.MountEntry | None, restoring: Restoring | None
-) -> Connection | None:
-    # Only who pushes pages can hang in the kernel.
-    if entry is None or restoring is None or restoring.how != "notify":
-        return None
-    try:
-        connection = Connection(entry.device)
-        connection.start_guard()
-    except OSError as error:
-        log.info(
-            "%s: %s: the kernel could not be told to end this mount if its daemon is killed while"
-            " it prefetches, so --prefetch=fadvise takes the place of notify",
-            error.filename,
-            error.strerror,
-        )
-        return None
-    return connection
-
-
 def _watch_of(
-    tree: Tree,
-    entry: mountpoints.MountEntry | None,
-    restoring: Restoring | None,
-    connection: Connection | None,
+    tree: Tree, connection: Connection | None, device: str, restoring: Restoring | None
 ) -> OpenWatch:
     if restoring is None:
         return Unwatched()
     if restoring.how == "record":
         return Recorder(restoring.sets)
-    if connection is not None:
-        return Prefetcher(restoring.sets, Notify(pyfuse3.notify_store))
-    if entry is None:
+    if connection is None:
         return Unwatched()  # the log said that the table of mounts cannot be read
-    device = os.makedev(*map(int, entry.device.split(":")))
-    return Prefetcher(restoring.sets, Adviser(device, tree.path_of))
+    adviser = Adviser(os.makedev(*map(int, device.split(":"))), tree.path_of)
+    if restoring.how == "fadvise":
+        return Prefetcher(restoring.sets, adviser)
+    start = functools.partial(_guard, connection)
+    notify = Notify(pyfuse3.notify_store)
+    return Prefetcher(restoring.sets, GuardedNotify(notify, adviser, start))
+
+
+def _guard(connection: Connection) -> None:
+    # In the event loop, which is the main thread's: it takes the loop a millisecond or two, once.
+    try:
+        trio.from_thread.run_sync(connection.guard, trio_token=pyfuse3.trio_token)
+    except RuntimeError as error:
+        raise OSError(errno.ENOTCONN, "the mount is ending") from error
 
 
 def _stop_watch(operations: Operations, connection: Connection | None) -> None:

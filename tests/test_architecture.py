@@ -19,7 +19,7 @@ ROOT = PACKAGE.name
 # A module imports from lower levels only. A new module is entered at the level where it
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
-    {"advise", "errors", "extents", "daemon", "finding", "guard", "tuning"},
+    {"advise", "errors", "extents", "daemon", "finding", "guard", "isolated", "tuning"},
     {
         *("sparse", "beneath", "bmap", "chain", "connection", "mountpoint", "state", "touches"),
         "verdict",
@@ -32,7 +32,7 @@ LEVELS = [
     {"diagnosis", "info", "verify", "store"},
     {"doctor", "openwatch", "tree", ROOT},
     {"operations", "prefetch", "recorder"},
-    {"adviser"},
+    {"adviser", "guarded"},
     {"mount"},
     {"cli.common"},
     {

@@ -24,7 +24,7 @@ from diffmergefs import tuning
 from diffmergefs.connection import Connection
 tuning.CONNECTIONS = sys.argv[1]
 connection = Connection("0:45")
-connection.start_guard()
+connection.guard()
 print(connection._guard.pid, flush=True)
 word = sys.stdin.readline()
 if word == "close\\n":
@@ -139,10 +139,32 @@ def test_a_guard_whose_daemon_is_gone_before_it_looks_aborts_at_once(abort: Path
 def test_on_demand(abort: Path) -> None:
     connection = Connection(DEVICE)
     connection.abort()
+    assert abort.read_bytes() == b"", "it was not guarded"
+    connection.guard()
+    connection.guard()
+    connection.abort()
+    connection.close()
     connection.close()
     assert abort.read_bytes() == b"1"
 
 
 def test_without_fusectl_there_is_none(abort: Path) -> None:
+    connection = Connection("0:46")
     with pytest.raises(FileNotFoundError):
-        Connection("0:46")
+        connection.guard()
+    connection.abort()
+    connection.close()
+
+
+def test_an_interpreter_that_cannot_be_run_is_no_guard(
+    abort: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    connection = Connection(DEVICE)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/gone/python")
+        with pytest.raises(FileNotFoundError):
+            connection.guard()
+    connection.abort()
+    connection.close()
+    assert abort.read_bytes() == b"" and set(os.listdir("/proc/self/fd")) == before

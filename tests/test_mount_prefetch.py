@@ -291,6 +291,21 @@ def test_pages_that_were_dropped_are_pushed_again_for_a_later_open(
         assert mount.log().count("prefetched") == 2
 
 
+def test_a_mount_that_pushes_has_a_guard_and_only_that(
+    pair: Pair, view: Path, mountpoint: Path
+) -> None:
+    with mounted(None, mountpoint, *pair.options) as mount:
+        assert view.read_bytes() == ORACLE
+        assert not children_of(mount.pid)
+        pair.save()
+        with opened(view) as fd:
+            evict(fd)
+            assert os.pread(fd, SIZE, 0) == ORACLE
+            has_said(mount, "prefetched")
+        (guard,) = children_of(mount.pid)
+    assert not Path(f"/proc/{guard}").exists()
+
+
 def test_the_child_of_fadvise_is_no_client(pair: Pair, view: Path, mountpoint: Path) -> None:
     """It neither keeps the image open nor is pushed for, and nothing of it is left."""
     pair.save()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from diffmergefs.extents import Extent
+from diffmergefs.guarded import GuardedNotify
 from diffmergefs.prefetch import Notify, Prefetcher, Push
 from diffmergefs.store import OpenImage
 from diffmergefs.touches import PIECE, pieces
@@ -435,6 +436,47 @@ def test_a_closed_image_is_let_go(
         return gone() is None
 
     until(is_gone, "the image is held")
+
+
+# Guarded
+
+
+@pytest.mark.parametrize("can_be_had", [True, False])
+def test_a_push_takes_a_guard_which_is_started_when_there_is_something_to_push(
+    can_be_had: bool,
+    sets: WorkingSets,
+    image: OpenImage,
+    kernel: Kernel,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    guards = []
+
+    def guard() -> None:
+        guards.append(threading.current_thread().name)
+        if not can_be_had:
+            raise FileNotFoundError(2, "No such file", "/sys/abort")
+
+    other = Kernel()
+    way = GuardedNotify(Notify(kernel.store), Notify(other.store), guard)
+    assert not way.is_own(1)
+    prefetcher = Prefetcher(sets, way)
+    client = Client(prefetcher, image)
+    settle(prefetcher)
+    assert not guards, "there is nothing to push"
+    client.close()
+    save(sets, image, TOUCHED)
+    for _ in range(2):
+        client = Client(prefetcher, image)
+        client.touch(*TOUCHED)
+        settle(prefetcher)
+        client.close()
+    assert prefetcher.stop(20)
+    assert guards == ["prefetch"]
+    assert kernel.ranges == (WANTED * 2 if can_be_had else [])
+    assert other.ranges == ([] if can_be_had else WANTED * 2)
+    lines = [line for line in messages(caplog) if "takes the place of notify" in line]
+    assert len(lines) == (not can_be_had) and all("/sys/abort" in line for line in lines)
 
 
 def test_a_bug_is_logged_and_ends_that_push_alone(
