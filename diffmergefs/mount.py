@@ -94,9 +94,9 @@ def serve(
 
     `mountpoint` is a real path that `check_mountpoint` accepted. `leases` are those kept on the
     tree's layers: one that is being broken is given back at once. `wanted` is asked of the kernel
-    before it is ready. Call it in the main thread. On
-    SIGTERM and SIGINT (and SIGHUP, unless it is ignored) the mount is detached and served on until
-    its last file is closed; a second signal ends it at once. Raises MountFailedError.
+    before it is ready. Call it in the main thread. On SIGTERM and SIGINT (and SIGHUP, unless it is
+    ignored) the mount is detached and served on until its last file is closed; a second signal ends
+    it at once. Raises MountFailedError.
     """
     raise_descriptor_limit()
     operations = Operations(tree)
@@ -290,9 +290,10 @@ async def _watch_signals(
                 log.info("%s again: ending at once, %d files open", name, operations.open_files)
                 # While requests are still answered: a push may wait for a page that one of them
                 # brings, where no signal reaches it.
-                await trio.to_thread.run_sync(
-                    _stop_watch, operations, connection, abandon_on_cancel=True
-                )
+                with trio.move_on_after(3 * _STOP_SECONDS):
+                    await trio.to_thread.run_sync(
+                        _stop_watch, operations, connection, abandon_on_cancel=True
+                    )
                 # Requests that are being answered are not waited for: their storage may hang.
                 pyfuse3.terminate()
                 everything.cancel()

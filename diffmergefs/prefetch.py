@@ -23,6 +23,8 @@ from diffmergefs.workingset import WorkingSets, identity_of_view
 
 log = logging.getLogger(__name__)
 
+_LONGEST_WAIT_SECONDS = 5.0
+
 
 class Push:
     """One image's working set on its way into the page cache.
@@ -99,7 +101,8 @@ class Prefetcher:
     then the kernel has dropped it. A file that is opened for writing is waited for until its
     first request, since the kernel drops an image's pages when such a file is mapped. At an
     image's last close its push ends, and so does one whose layers changed. A record that is stale,
-    or that cannot be used, is ignored with a line in the log.
+    or that cannot be used, is ignored with a line in the log. `pushes` counts those that were
+    made to their end, and `pushed_bytes` what was brought in all.
     """
 
     def __init__(self, sets: WorkingSets, way: Way) -> None:
@@ -116,7 +119,8 @@ class Prefetcher:
         self._busy: Push | None = None
         self._ending = False
         self._worker: threading.Thread | None = None
-        # Only the worker's:
+        # Changed by the worker only:
+        self.pushes = self.pushed_bytes = 0
         self._said: set[str] = set()
 
     def opened(
@@ -244,9 +248,11 @@ class Prefetcher:
         with contextlib.closing(self._way.bring(push, wanted)) as steps:
             for count in steps:
                 total += count
+                self.pushed_bytes += count
                 yield count
                 _require_unchanged(view)
         if not push.cancelled:
+            self.pushes += 1
             name = view.layers[-1].path
             log.info("%s: prefetched %d bytes in %d pieces", name, total, len(wanted))
 
@@ -280,5 +286,7 @@ def _require_unchanged(view: MergedView) -> None:
 
 
 def _wait(pushes: Sequence[Push]) -> None:
+    # Not for ever: one that reads from storage that hangs must not keep the mount from ending. It
+    # stores nothing any more.
     for push in pushes:
-        push.done.wait()
+        push.done.wait(_LONGEST_WAIT_SECONDS)

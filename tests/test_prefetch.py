@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from diffmergefs import prefetch
 from diffmergefs.extents import Extent
 from diffmergefs.guarded import GuardedNotify
 from diffmergefs.prefetch import Notify, Prefetcher, Push
@@ -116,6 +117,7 @@ def test_what_is_recorded_is_pushed_when_the_image_is_opened(
         assert data == ORACLE[offset : offset + len(data)]
     line = f"prefetched {len(TOUCHED) * PAGE} bytes in {len(WANTED)} pieces"
     assert [line in text for text in messages(caplog)] == [True]
+    assert (prefetcher.pushes, prefetcher.pushed_bytes) == (1, len(TOUCHED) * PAGE)
     assert not client.close()
 
 
@@ -309,6 +311,22 @@ def test_the_last_close_stops_the_push_and_waits_for_it(
     assert not closing.is_alive()
     settle(prefetcher)
     assert kernel.ranges == WANTED[:1]
+    assert (prefetcher.pushes, prefetcher.pushed_bytes) == (0, PAGE)
+
+
+def test_the_last_close_does_not_wait_for_storage_that_hangs(
+    prefetcher: Prefetcher,
+    sets: WorkingSets,
+    image: OpenImage,
+    kernel: Kernel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefetch, "_LONGEST_WAIT_SECONDS", 0.1)
+    save(sets, image, TOUCHED)
+    kernel.gate.clear()
+    client = Client(prefetcher, image)
+    assert kernel.inside.wait(20)
+    assert client.close() and not kernel.gate.is_set()
 
 
 def test_an_image_that_is_opened_again_meanwhile_is_pushed_anew(
