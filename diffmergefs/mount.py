@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal, NamedTuple
 
 import pyfuse3
@@ -108,11 +108,9 @@ def serve(
         entry = _entry_at(mountpoint)
         device = entry.device if entry else ""
         connection = Connection(device) if entry else None
-        operations.watch = _watch_of(tree, connection, device, restoring)
         try:
-            trio.run(
-                functools.partial(_run, operations, entry, ready, early, leases, wanted, connection)
-            )
+            operations.watch = _watch_of(tree, connection, device, restoring)
+            trio.run(_run, operations, entry, ready, early, leases, wanted, connection)
         finally:
             # Nothing may call into a session that is closed.
             _stop_watch(operations, connection)
@@ -134,6 +132,10 @@ def _watch_of(
     adviser = Adviser(os.makedev(*map(int, device.split(":"))), tree.path_of)
     if restoring.how == "fadvise":
         return Prefetcher(restoring.sets, adviser)
+    if restoring.sets.has_any():
+        # So that the first push need not wait for it; what is wrong with it the push will say.
+        with suppress(OSError):
+            connection.guard()
     start = functools.partial(_guard, connection)
     notify = Notify(pyfuse3.notify_store)
     return Prefetcher(restoring.sets, GuardedNotify(notify, adviser, start))
@@ -145,6 +147,7 @@ def _guard(connection: Connection) -> None:
         trio.from_thread.run_sync(connection.guard, trio_token=pyfuse3.trio_token)
     except RuntimeError as error:
         raise OSError(errno.ENOTCONN, "the mount is ending") from error
+    connection.wait_for_guard()
 
 
 def _stop_watch(operations: Operations, connection: Connection | None) -> None:

@@ -199,6 +199,13 @@ class WorkingSets:
         paths = b"\0".join(os.fsencode(layer.path) for layer in layers)
         return os.path.join(self.directory, f"{hashlib.sha256(paths).hexdigest()[:32]}.json")
 
+    def has_any(self) -> bool:
+        """Whether there is any record, of whatever chain. Never raises."""
+        try:
+            return any(name.endswith(".json") for name in os.listdir(self.directory))
+        except OSError:
+            return False
+
     def load(self, layers: Identity) -> WorkingSet | None:
         """The record of a chain of these paths, stale or not; None if there is none.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import tuning
+from diffmergefs import guard, tuning
 from diffmergefs.connection import Connection
 from tests.support.live import until
 
@@ -25,6 +25,7 @@ from diffmergefs.connection import Connection
 tuning.CONNECTIONS = sys.argv[1]
 connection = Connection("0:45")
 connection.guard()
+connection.wait_for_guard()
 print(connection._guard.pid, flush=True)
 word = sys.stdin.readline()
 if word == "close\\n":
@@ -53,20 +54,7 @@ def started(abort: Path) -> tuple[subprocess.Popen[str], int]:
     )
     assert daemon.stdout is not None
     guard = int(daemon.stdout.readline())
-    try:
-        until(lambda: is_waiting(guard), "the guard does not wait")
-    except AssertionError:
-        daemon.kill()
-        daemon.communicate()
-        raise
     return daemon, guard
-
-
-def is_waiting(pid: int) -> bool:
-    """Whether the guard has come so far that it waits for its signal: nothing else it sleeps in."""
-    found = status_of(pid)
-    ignores = int(found["SigIgn"], 16) & 1 << (signal.SIGTERM - 1)
-    return bool(ignores) and found["State"].startswith("S")
 
 
 def status_of(pid: int) -> dict[str, str]:
@@ -128,11 +116,13 @@ def test_a_connection_that_is_closed_is_let_go_and_has_no_guard(abort: Path) -> 
 
 
 def test_a_guard_whose_daemon_is_gone_before_it_looks_aborts_at_once(abort: Path) -> None:
-    from diffmergefs import guard
-
     with abort.open("wb") as file:
         command = [sys.executable, "-I", "-S", guard.__file__, "1"]
-        subprocess.run(command, stdout=file, check=True, timeout=20)
+        read, write = os.pipe()
+        subprocess.run(command, stdin=write, stdout=file, check=True, timeout=20)
+        os.close(write)
+        assert os.read(read, 2) == b"1"
+        os.close(read)
     assert abort.read_bytes() == b"1"
 
 
@@ -142,6 +132,8 @@ def test_on_demand(abort: Path) -> None:
     assert abort.read_bytes() == b"", "it was not guarded"
     connection.guard()
     connection.guard()
+    connection.wait_for_guard()
+    connection.wait_for_guard()
     connection.abort()
     connection.close()
     connection.close()
@@ -168,3 +160,18 @@ def test_an_interpreter_that_cannot_be_run_is_no_guard(
     connection.abort()
     connection.close()
     assert abort.read_bytes() == b"" and set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_guard_that_ends_before_it_is_on_its_guard_is_none(
+    abort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ends.py").write_text("")
+    monkeypatch.setattr(guard, "__file__", str(tmp_path / "ends.py"))
+    before = set(os.listdir("/proc/self/fd"))
+    connection = Connection(DEVICE)
+    connection.guard()
+    for _ in range(2):
+        with pytest.raises(ChildProcessError):
+            connection.wait_for_guard()
+    connection.close()
+    assert set(os.listdir("/proc/self/fd")) == before

@@ -152,6 +152,14 @@ def test_only_the_user_reads_records_and_the_directory(mask: int, sets: WorkingS
         assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
 
 
+def test_it_is_known_whether_there_are_any(sets: WorkingSets) -> None:
+    assert not sets.has_any()
+    sets.prepare()
+    assert not sets.has_any()
+    sets.save(RECORD)
+    assert sets.has_any()
+
+
 def test_nothing_is_made_before_there_is_something_to_save(sets: WorkingSets) -> None:
     assert sets.load(LAYERS) is None and not sets.forget(LAYERS)
     assert not os.path.exists(os.path.dirname(sets.directory))
