@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import logging
 import os
@@ -10,20 +11,30 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Literal, NamedTuple
 
 import pyfuse3
 import trio
 
 from diffmergefs import mountpoint as mountpoints
+from diffmergefs import tuning
+from diffmergefs.adviser import Adviser
+from diffmergefs.connection import Connection
 from diffmergefs.dropbehind import DropBehind
 from diffmergefs.errors import DiffMergeError, MountFailedError, MountpointError
+from diffmergefs.guarded import GuardedNotify
 from diffmergefs.host import FUSE_CONF, FUSE_DEVICE, others_may_be_let_in
 from diffmergefs.images import raise_descriptor_limit
 from diffmergefs.lease import SIGNAL, Leases
 from diffmergefs.notify import Notifier
+from diffmergefs.openwatch import OpenWatch, Unwatched
 from diffmergefs.operations import Operations
+from diffmergefs.prefetch import Notify, Prefetcher
+from diffmergefs.recorder import Recorder
 from diffmergefs.store import Store
 from diffmergefs.tree import Tree
+from diffmergefs.tuning import Tuning
+from diffmergefs.workingset import WorkingSets
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +42,19 @@ LOOK_SECONDS = 0.6
 # How many may be under way at once. Those beyond wait in the kernel, also for what is not slow.
 _MAX_REQUESTS = 10_000
 _M_MMAP_THRESHOLD = -3
+# For how long the end waits for a push: it may read from storage that hangs.
+_STOP_SECONDS = 2.0
 _REFUSED_OPTIONS = {
     *("rw", "suid", "dev", "exec"),
     *("max_read", "fsname", "subtype", "fd", "rootmode", "user_id", "group_id"),
 }
+
+
+class Restoring(NamedTuple):
+    """What is done with working sets: each is recorded, or brought into the page cache."""
+
+    sets: WorkingSets
+    how: Literal["record", "notify", "fadvise"]
 
 
 def session_options(
@@ -71,6 +91,8 @@ def serve(
     ready: Callable[[], None],
     leases: Leases,
     notifier: Notifier,
+    wanted: Tuning = Tuning(),  # noqa: B008  (it is frozen)
+    restoring: Restoring | None = None,
     *,
     drop_behind: bool = False,
 ) -> None:
@@ -79,10 +101,11 @@ def serve(
 
     `mountpoint` is a real path that `check_mountpoint` accepted. `leases` are those kept on the
     tree's layers: one that is being broken is given back at once. `notifier` is told how many
-    snapshots are shown and files open, and of the stop. With `drop_behind`, layers' pages are
-    dropped from the page cache once they were served. Call it in the main thread. On
-    SIGTERM and SIGINT (and SIGHUP, unless it is ignored) the mount is detached and served on until
-    its last file is closed; a second signal ends it at once. Raises MountFailedError.
+    snapshots are shown and files open, and of the stop. `wanted` is asked of the kernel before it
+    is ready. With `drop_behind`, layers' pages are dropped from the page cache once they were
+    served. Call it in the main thread. On SIGTERM and SIGINT (and SIGHUP, unless it is ignored) the
+    mount is detached and served on until its last file is closed; a second signal ends it at once.
+    Raises MountFailedError.
     """
     raise_descriptor_limit()
     _give_memory_back()
@@ -94,9 +117,16 @@ def serve(
         except RuntimeError as error:
             raise MountFailedError(f"{mountpoint}: {_why_not(error, options)}") from error
         entry = _entry_at(mountpoint)
+        device = entry.device if entry else ""
+        connection = Connection(device) if entry else None
         try:
-            trio.run(_run, operations, entry, ready, early, leases, notifier)
+            operations.watch = _watch_of(tree, connection, device, restoring)
+            trio.run(_run, operations, entry, ready, early, leases, notifier, wanted, connection)
         finally:
+            # Nothing may call into a session that is closed.
+            _stop_watch(operations, connection)
+            if connection is not None:
+                connection.close()
             # Once detached, another mount may stand at the same place: that one is not ours to end.
             pyfuse3.close(unmount=_entry_at(mountpoint) == entry)
             if dropping is not None:
@@ -109,6 +139,43 @@ def _give_memory_back() -> None:
     # that: seen with 16 chains of 100,000 segments, 5 MiB more.
     with suppress(AttributeError):  # another libc
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+
+
+def _watch_of(
+    tree: Tree, connection: Connection | None, device: str, restoring: Restoring | None
+) -> OpenWatch:
+    if restoring is None:
+        return Unwatched()
+    if restoring.how == "record":
+        return Recorder(restoring.sets)
+    if connection is None:
+        return Unwatched()  # the log said that the table of mounts cannot be read
+    adviser = Adviser(os.makedev(*map(int, device.split(":"))), tree.path_of)
+    if restoring.how == "fadvise":
+        return Prefetcher(restoring.sets, adviser)
+    if restoring.sets.has_any():
+        # So that the first push need not wait for it; what is wrong with it the push will say.
+        with suppress(OSError):
+            connection.guard()
+    start = functools.partial(_guard, connection)
+    notify = Notify(pyfuse3.notify_store)
+    return Prefetcher(restoring.sets, GuardedNotify(notify, adviser, start))
+
+
+def _guard(connection: Connection) -> None:
+    # In the event loop, which is the main thread's: it takes the loop a millisecond or two, once.
+    try:
+        trio.from_thread.run_sync(connection.guard, trio_token=pyfuse3.trio_token)
+    except RuntimeError as error:
+        raise OSError(errno.ENOTCONN, "the mount is ending") from error
+    connection.wait_for_guard()
+
+
+def _stop_watch(operations: Operations, connection: Connection | None) -> None:
+    if not operations.watch.stop(_STOP_SECONDS) and connection is not None:
+        # It waits for a page of a request whose storage hangs: the kernel can end that request.
+        connection.abort()
+        operations.watch.stop(_STOP_SECONDS)
 
 
 def _why_not(error: RuntimeError, options: set[str]) -> str:
@@ -163,17 +230,19 @@ async def _run(
     early: Sequence[int],
     leases: Leases,
     notifier: Notifier,
+    wanted: Tuning,
+    connection: Connection | None,
 ) -> None:
     service = _Service(operations, notifier)
     async with trio.open_nursery() as nursery:
         await nursery.start(_watch_leases, leases)
         watch = functools.partial(_watch_signals, operations, entry, nursery.cancel_scope, early)
-        await nursery.start(watch, service)
+        await nursery.start(watch, service, connection)
         if notifier:
             nursery.start_soon(service.tell_on)
         if operations.tree.store is not None:
             nursery.start_soon(_watch_source, operations.tree.store)
-        nursery.start_soon(_say_ready, ready)
+        nursery.start_soon(_say_ready, operations, entry, ready, wanted)
         await pyfuse3.main(max_tasks=_MAX_REQUESTS)
         nursery.cancel_scope.cancel()
 
@@ -211,8 +280,18 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-async def _say_ready(ready: Callable[[], None]) -> None:
-    await trio.lowlevel.checkpoint()
+async def _say_ready(
+    operations: Operations,
+    entry: mountpoints.MountEntry | None,
+    ready: Callable[[], None],
+    wanted: Tuning,
+) -> None:
+    # The answer to the first request undoes what was set before it.
+    await operations.answers.wait()
+    if entry is not None:
+        readahead = await trio.to_thread.run_sync(tuning.tune, entry.device, wanted)
+        if isinstance(operations.watch, Recorder):
+            operations.watch.readahead_kib = readahead
     log.info("ready")
     ready()
 
@@ -258,6 +337,7 @@ async def _watch_signals(
     everything: trio.CancelScope,
     early: Sequence[int],
     service: _Service,
+    connection: Connection | None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     with trio.open_signal_receiver(*_ending_signals()) as signals:
@@ -269,6 +349,12 @@ async def _watch_signals(
             name = signal.Signals(number).name
             if asked:
                 log.info("%s again: ending at once, %d files open", name, operations.open_files)
+                # While requests are still answered: a push may wait for a page that one of them
+                # brings, where no signal reaches it.
+                with trio.move_on_after(3 * _STOP_SECONDS):
+                    await trio.to_thread.run_sync(
+                        _stop_watch, operations, connection, abandon_on_cancel=True
+                    )
                 # Requests that are being answered are not waited for: their storage may hang.
                 pyfuse3.terminate()
                 everything.cancel()

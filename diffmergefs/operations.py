@@ -24,6 +24,7 @@ from diffmergefs.errors import DiffMergeError
 from diffmergefs.layer import Layer
 from diffmergefs.metrics import Metrics
 from diffmergefs.openmetrics import exposition
+from diffmergefs.openwatch import OpenWatch, Unwatched
 from diffmergefs.snapshot import Snapshot
 from diffmergefs.status import METRICS_FILE, Status, status_of
 from diffmergefs.store import OpenImage, Store
@@ -128,10 +129,14 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = False
     enable_acl = False
 
-    def __init__(self, tree: Tree, drop_behind: DropBehind | None = None) -> None:
+    def __init__(
+        self, tree: Tree, drop_behind: DropBehind | None = None, watch: OpenWatch | None = None
+    ) -> None:
         super().__init__()
         self.tree = tree
         self.metrics = Metrics()
+        self.watch = watch or Unwatched()
+        self.answers = trio.Event()  # set at the kernel's first request
         self._drop_behind = drop_behind
         self._handles: dict[int, Handle] = {}
         self._replies = Buffers()
@@ -141,6 +146,9 @@ class Operations(pyfuse3.Operations):
         self._opening = trio.CapacityLimiter(_OPENING_THREADS)
         self._reading = trio.CapacityLimiter(_READING_THREADS)
         self._hashing = trio.CapacityLimiter(os.cpu_count() or 1)
+
+    def init(self) -> None:
+        self.answers.set()
 
     @property
     def open_files(self) -> int:
@@ -279,7 +287,9 @@ class Operations(pyfuse3.Operations):
                 # every reader's page cache; MAP_PRIVATE, which a VMM uses, it lets through.
                 handle = self._register(Handle(shown=shown))
                 self._handles[handle].supplied = self.metrics.of_tag(shown.tag)
-                return pyfuse3.FileInfo(fh=handle, keep_cache=not writing, direct_io=writing)
+                keep = self.watch.opened(handle, inode, shown, ctx, writing=writing)
+                keep = keep and not writing
+                return pyfuse3.FileInfo(fh=handle, keep_cache=keep, direct_io=writing)
             case Document(_, content):
                 return pyfuse3.FileInfo(fh=self._register(Handle(content=content)))
             case Passed():
@@ -303,6 +313,7 @@ class Operations(pyfuse3.Operations):
             if view is None:
                 return await self._read_other(handle, off, size)
             size = min(size, max(0, view.size - off))
+            self.watch.read(fh, off, size)
             # One buffer serves all requests: nothing awaits between here and the reply, which
             # pyfuse3 sends before anything else runs.
             buffer = self._replies.shared(size)
@@ -344,6 +355,8 @@ class Operations(pyfuse3.Operations):
         handle = self._handles.pop(fh, None)
         if handle is not None and handle.fd is not None:
             os.close(handle.fd)
+        if (work := self.watch.closed(fh)) is not None:
+            await self._in_thread(work)
 
     async def flush(self, fh: int) -> None:
         pass

@@ -131,12 +131,12 @@ class Remembered:
         path = os.path.join(self._directory, _DATABASE)
         if make:
             os.makedirs(self._directory, mode=0o700, exist_ok=True)
-        _require_own(self._directory, os.stat(self._directory))
+        require_own(self._directory, os.stat(self._directory))
         if make:
             # Not by open(): closing a descriptor drops the locks that another thread's SQLite has.
             with suppress(FileExistsError):
                 os.mknod(path, stat.S_IFREG | 0o600)
-        _require_own(path, os.lstat(path))
+        require_own(path, os.lstat(path))
         connection = sqlite3.connect(path, timeout=_BUSY_SECONDS)
         try:
             connection.execute(_TABLE)
@@ -189,7 +189,11 @@ def _facts(identity: Identity) -> str:
     return ":".join(str(number) for number in identity[1:])
 
 
-def _require_own(path: str, status: os.stat_result) -> None:
+def require_own(path: str, status: os.stat_result) -> None:
+    """Raise OSError unless this is the effective user's, and nobody else may write to it.
+
+    It is a directory or a regular file. What others could have planted is not believed.
+    """
     kind = stat.S_IFMT(status.st_mode)
     if kind not in (stat.S_IFDIR, stat.S_IFREG):
         raise OSError(0, "is neither a directory nor a file", path)

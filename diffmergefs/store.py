@@ -276,6 +276,11 @@ class Store:
             known_keys, known = self._images.get(tag, (None, None))
             return known if known_keys == keys else None
 
+    def tag_of(self, shown: OpenImage) -> str | None:
+        """The tag under which this very image is shown now, if it is. Never blocks."""
+        with self._lock:
+            return next((tag for tag, (_, known) in self._images.items() if known is shown), None)
+
     def open_layer(self, file: StoredFile) -> object:
         """Open, sync and walk one layer; the caller holds the answer until `open` has used it."""
         return self._pool.layer(file)

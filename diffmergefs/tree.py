@@ -220,6 +220,13 @@ class Tree:
         links = self.store.chain(tag) if self.store else None
         return os.path.basename(links[-1].layer.path) if links else None
 
+    def path_of(self, shown: OpenImage) -> str | None:
+        """Where the image stands below the mountpoint, or None if it is not shown any more."""
+        if shown is self.explicit:
+            return os.path.join(self._mountpoint, shown.name)
+        tag = self.store.tag_of(shown) if self.store else None
+        return None if tag is None else os.path.join(self._mountpoint, tag, shown.name)
+
     def _root_children(self) -> dict[str, Node]:
         if self.explicit:
             return {self.explicit.name: MemoryFile(self.explicit)}

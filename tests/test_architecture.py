@@ -20,12 +20,12 @@ ROOT = PACKAGE.name
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
     {
-        "buffers", "cells", "curve", "daemon", "errors", "extents", "finding", "holders", "legend",
-        "logformat", "metrics", "notify", "workers",
+        "advise", "buffers", "cells", "curve", "daemon", "errors", "extents", "finding", "guard",
+        "holders", "isolated", "legend", "logformat", "metrics", "notify", "tuning", "workers",
     },
     {
-        "beneath", "bmap", "canvas", "chain", "mountpoint", "raster", "sparse", "state", "status",
-        "verdict",
+        "beneath", "bmap", "canvas", "chain", "connection", "mountpoint", "raster", "sparse",
+        "state", "status", "touches", "verdict",
     },
     {"host", "layer", "lease", "openmetrics"},
     {"access", "copying", "snapshot", "trust", "view", "xattrs"},
@@ -33,18 +33,18 @@ LEVELS = [
         "compare", "dropbehind", "forkd", "hashqueue", "numbered", "output", "outputdir", "pins",
         "probe", "seal", "zeros",
     },
-    {"catalog", "extents_picture", "map_picture", "picture", "sealing"},
+    {"catalog", "extents_picture", "map_picture", "picture", "sealing", "workingset"},
     {"apply", "flatten", "images", "newdiff", "watch"},
     {"companions", "diagnosis", "info", "rediff", "sides", "squash", "store", "verify"},
-    {ROOT, "doctor", "newstore", "tree"},
-    {"operations", "storediff"},
-    {"mount"},
-    {"cli.common", "cli.logs"},
+    {ROOT, "doctor", "newstore", "openwatch", "tree"},
+    {"operations", "prefetch", "recorder", "storediff"},
+    {"adviser", "guarded"},
+    {"cli.common", "cli.logs", "mount"},
     {
         "cli.completion", "cli.demo", "cli.doctor", "cli.mount", "cli.picture", "cli.seal",
         "cli.sides", "cli.squash", "cli.status", "cli.terminal", "cli.verify", "cli.write",
     },
-    {"cli.compare", "cli.look", "cli.map", "cli.rediff"},
+    {"cli.compare", "cli.look", "cli.map", "cli.prefetch", "cli.rediff"},
     {"cli"},
     {"__main__", "cli.helper"},
 ]

@@ -19,13 +19,17 @@ from diffmergefs.mountpoint import ROOTS_PATH
 from tests.support import mounttable
 from tests.support.commands import diffmergefs, mistake, one_line
 from tests.support.images import overlay_oracle
+from tests.support.live import until
 from tests.support.namespaces import Namespace, private_mounts
+from tests.support.restores import ORACLE, scattered, write_pair
 from tests.support.stores import BASE_PAGES, SIZE, pages, write_chain
 from tests.support.users import NOBODY, STRANGER
 
 # fusermount3 wants its user to have an account; these are in every system.
 USER, OTHER = NOBODY, 1
 FAILED = 11
+#: Another user may not be able to run our interpreter.
+GUEST = 'open F, "<", shift; for (@ARGV) { sysseek F, 4096 * $_, 0; sysread F, $x, 1 or die }'
 LEAF = bytes(overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2])]))
 ALWAYS = {"nosuid", "nodev", "noexec"}
 
@@ -121,6 +125,44 @@ def test_explicit_layers_of_an_ordinary_user(namespace: Namespace, store: Path, 
     with mounted_by_user(namespace, home, "--base", base, "--diff", work) as (mnt, _):
         expected = bytes(overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1])]))
         assert read_as(namespace, USER, mnt / "memory.bin") == expected
+
+
+def test_an_ordinary_user_records_and_prefetches(
+    namespace: Namespace, public_path: Path, home: Path
+) -> None:
+    """His readahead is the kernel's, which is said; all else is as for root."""
+    files = write_pair(home)
+    give(home, USER)
+    sets = home / "sets"
+    layers = ["--base", files[0], "--diff", files[1], "--working-set-dir", sets]
+    log = home / "log"
+    mount = [USER, USER, "mount", f"--log={log}", f"--state-dir={home}/state"]
+    done = namespace.diffmergefs(*mount, "--record", *layers, home / "mnt")  # type: ignore[arg-type]
+    assert done.returncode == 0
+    assert "read_ahead_kb: the readahead in KiB stays 128, not 4: Permission denied" in (
+        log.read_text()
+    )
+    assert "the kernel reads ahead 128 KiB, not 4" in done.stderr
+    guest = ["perl", "-e", GUEST, home / "mnt" / "base.mem", *map(str, scattered(60))]
+    namespace.run(guest, USER, USER, check=True)
+    until(lambda: "recorded the first touch" in log.read_text(), "nothing was recorded")
+    assert namespace.diffmergefs(USER, USER, "umount", home / "mnt").returncode == 0
+    (record,) = sets.iterdir()
+    assert (record.stat().st_uid, stat.S_IMODE(record.stat().st_mode)) == (USER, 0o600)
+    assert stat.S_IMODE(sets.stat().st_mode) == 0o700
+    # Where he may not run our interpreter, as in a virtual environment of root's, there is neither
+    # a guard nor a child.
+    may_run = namespace.run([sys.executable, "-c", ""], USER, USER).returncode == 0
+    expected = "prefetched " if may_run else "Permission denied"
+    for how in ("notify", "fadvise"):
+        log.unlink()
+        done = namespace.diffmergefs(*mount, f"--prefetch={how}", *layers, home / "mnt")  # type: ignore[arg-type]
+        assert (done.returncode, done.stderr) == (0, "")
+        assert read_as(namespace, USER, home / "mnt" / "base.mem") == ORACLE
+        until(lambda: expected in log.read_text(), "it was not tried")
+        assert ("takes the place of notify" in log.read_text()) == (how == "notify" and not may_run)
+        assert " WARNING " not in log.read_text()
+        assert namespace.diffmergefs(USER, USER, "umount", home / "mnt").returncode == 0
 
 
 def test_only_a_mount_for_writers_is_not_read_only(

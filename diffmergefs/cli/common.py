@@ -163,7 +163,14 @@ state_dir_option = click.option(
     type=PATH,
     callback=_absolute_path,
     metavar="DIR",
-    help="Where verified checksums are remembered, not in the user's state directory.",
+    help="The state directory, where what was verified or recorded is kept, not the user's own.",
+)
+working_set_dir_option = click.option(
+    "--working-set-dir",
+    type=PATH,
+    callback=_absolute_path,
+    metavar="DIR",
+    help="Where records of working sets are kept, not in the user's state directory.",
 )
 _VOUCHING = (
     click.option(

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import click
 from click.shell_completion import CompletionItem
@@ -25,9 +26,11 @@ from diffmergefs.cli.common import (
     require_one_source,
     talk,
     trust_options,
+    working_set_dir_option,
 )
 from diffmergefs.errors import (
     DiffMergeError,
+    FileAccessError,
     MountFailedError,
     MountTimeoutError,
 )
@@ -38,8 +41,12 @@ from diffmergefs.notify import JOURNAL, Notifier, is_journal
 from diffmergefs.store import OpenImage, Store
 from diffmergefs.tree import Tree
 from diffmergefs.trust import TrustPolicy
+from diffmergefs.tuning import MAX_BACKGROUND, READAHEAD_KIB, Tuning
+from diffmergefs.workingset import WorkingSets
 
 log = logging.getLogger("diffmergefs")
+
+_BARE_PREFETCH = "--prefetch=notify"
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,10 @@ class Request:
     allow_other: bool
     open_rw: bool
     options: tuple[str, ...]
-    drop_behind: bool = False
+    tuning: Tuning
+    prefetch: str  # or 'record'
+    working_set_dir: str | None
+    drop_behind: bool
 
     @property
     def name(self) -> str:
@@ -82,6 +92,9 @@ class MountCommand(click.Command):
     """Takes its long options as -o options too, as fstab has them: `-o open_rw,page_size=16384`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # As in GNU programs the value of an option that may lack one comes with `=`: what follows
+        # a bare --prefetch is an operand.
+        args = [_BARE_PREFETCH if arg == "--prefetch" else arg for arg in args]
         rest = super().parse_args(ctx, args)
         options = split_options(ctx.params["options"])
         names = self.long_names()
@@ -99,7 +112,8 @@ class MountCommand(click.Command):
         arguments = []
         for option in options:
             _, equals, value = option.partition("=")
-            arguments.append(f"--{option_name(option)}{equals}{value}")
+            argument = f"--{option_name(option)}{equals}{value}"
+            arguments.append(_BARE_PREFETCH if argument == "--prefetch" else argument)
         values, _, _ = self.make_parser(ctx).parse_args(arguments)
         for param in self.params:
             if isinstance(param, click.Option) and param.name in values:
@@ -188,6 +202,33 @@ def _complete_options(
     " shown: each once for a file, and remembered ('pins'), all of them anew ('full'), or"
     " not at all ('no': the guest may get wrong bytes).",
 )
+@click.option(
+    "--record",
+    is_flag=True,
+    help="Record which pages each opened image is asked for first, in order, for --prefetch.",
+)
+@click.option(
+    "--prefetch",
+    type=click.Choice(["notify", "fadvise", "no"]),
+    metavar="[=notify|fadvise|no]",
+    help="Bring the recorded pages of an image into the page cache when it is opened: by handing"
+    " them to the kernel ('notify', the default where there is a record), by a child process that"
+    " has the kernel read them ('fadvise'), or not at all.",
+)
+@working_set_dir_option
+@click.option(
+    "--readahead",
+    type=click.IntRange(4, 65536),
+    metavar="KIB",
+    help=f"How far the kernel reads ahead, by default {READAHEAD_KIB} KiB; takes root.",
+)
+@click.option(
+    "--max-background",
+    type=click.IntRange(1, 65535),
+    metavar="N",
+    help="How many requests that nobody waits for yet are under way at once, by default"
+    f" {MAX_BACKGROUND}.",
+)
 @trust_options
 @outside_option
 def mount(
@@ -206,6 +247,11 @@ def mount(
     log_format: str,
     verbose: bool,
     verify: str,
+    record: bool,
+    prefetch: str | None,
+    working_set_dir: str | None,
+    readahead: int | None,
+    max_background: int | None,
     policy: TrustPolicy,
 ) -> int:
     """Show every complete snapshot of SOURCE under MOUNTPOINT, its memory file merged, read-only.
@@ -223,11 +269,16 @@ def mount(
       diffmergefs mount /srv/snapshots /mnt/views
       diffmergefs mount --base mem_file --diff mem_diff /mnt/view
       diffmergefs mount -f --open-rw /srv/snapshots /mnt/views
+      diffmergefs mount --record /srv/snapshots /mnt/views
     """
     if len(operands) > 2:
         raise click.UsageError("give at most SOURCE and MOUNTPOINT")
     source = os.path.abspath(operands[0]) if len(operands) == 2 else None
     require_one_source(source, base, diffs, "SOURCE", policy)
+    if record and prefetch not in (None, "no"):
+        raise click.UsageError(
+            f"--record sees no touch of what --prefetch={prefetch} has brought; leave one out"
+        )
     request = Request(
         source,
         tuple(os.path.abspath(path) for path in (base, *diffs) if path),
@@ -238,6 +289,9 @@ def mount(
         allow_other,
         open_rw,
         options,
+        Tuning(readahead, max_background, recording=record),
+        "record" if record else prefetch or "notify",
+        working_set_dir,
         drop_behind,
     )
     level = logging.DEBUG if verbose else logging.INFO
@@ -290,6 +344,9 @@ def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | Non
             " a wrong file shows as wrong bytes in guests",
             request.name,
         )
+    restoring = None
+    if sets := _working_sets(request):
+        restoring = mounts.Restoring(sets, cast(Any, request.prefetch))
     leases = Leases()
     if request.source is None:
         tree = Tree(real, explicit=_explicit_image(request, leases), open_rw=request.open_rw)
@@ -310,8 +367,25 @@ def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | Non
         ready,
         leases,
         notifier or Notifier(),
+        request.tuning,
+        restoring,
         drop_behind=request.drop_behind,
     )
+
+
+def _working_sets(request: Request) -> WorkingSets | None:
+    if request.prefetch == "no":
+        return None
+    try:
+        sets = WorkingSets(request.working_set_dir, request.policy.state_dir)
+        if request.prefetch == "record":
+            sets.prepare()
+    except FileAccessError as error:
+        if request.prefetch == "record":
+            raise
+        log.info("nothing is prefetched: %s", error)
+        return None
+    return sets
 
 
 def _explicit_image(request: Request, leases: Leases) -> OpenImage:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from diffmergefs import workingset
 from tests.support import inputs, mounts
+from tests.support.live import until
 from tests.vm import qemu
 from tests.vm.chain import PAGE, TICK, Snapshot, VmChain, ask_sums, build_chain
 from tests.vm.guest import GuestUnavailableError
@@ -81,6 +83,26 @@ def test_the_vm_restores_from_the_mount(chain: VmChain, mount: Path) -> None:
         assert_restores(chain, last, shown(mount, last.layer), shown(mount, last.state))
     image = shown(mount, last.layer).read_bytes()
     assert first_difference(image, last.ram.read_bytes()) is None
+
+
+def test_a_restore_is_recorded_and_then_prefetched(
+    chain: VmChain, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The real guest's touches count as a restore's, and what is pushed is right for it."""
+    last, sets = chain.snapshots[-1], tmp_path_factory.mktemp("sets")
+    options = ["--open-rw", f"--working-set-dir={sets}"]
+    point = tmp_path_factory.mktemp("mount")
+    with mounts.mounted(chain.store, point, "--record", *options) as recording:
+        assert_restores(chain, last, shown(point, last.layer), shown(point, last.state))
+        until(lambda: "recorded the first touch" in recording.log(), "it was not recorded")
+    (path,) = sets.iterdir()
+    record = workingset.decode(path.read_bytes())
+    assert 100 * PAGE < record.touched_bytes <= qemu.RAM_SIZE // 4
+    with mounts.mounted(chain.store, point, *options) as prefetching:
+        assert_restores(chain, last, shown(point, last.layer), shown(point, last.state))
+        assert f"prefetched {record.touched_bytes} bytes" in prefetching.log()
+        image = shown(point, last.layer).read_bytes()
+        assert first_difference(image, last.ram.read_bytes()) is None
 
 
 def assert_restores(chain: VmChain, snapshot: Snapshot, ram: Path, state: Path) -> None:

@@ -1,0 +1,133 @@
+"""`prefetch`: the record of an image's working set, shown or removed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from diffmergefs.cli.common import (
+    PATH,
+    layer_options,
+    new_table,
+    outside_option,
+    print_json,
+    print_table,
+    printable,
+    require_one_source,
+    state_dir_option,
+    talk,
+    with_policy,
+    working_set_dir_option,
+)
+from diffmergefs.errors import DiffMergeError
+from diffmergefs.images import find_image
+from diffmergefs.touches import pieces
+from diffmergefs.trust import TrustPolicy
+from diffmergefs.workingset import Identity, WorkingSet, WorkingSets, identity_of_files
+
+
+@click.command()
+@click.argument("image", required=False, type=PATH)
+@layer_options
+@click.option("--show", is_flag=True, help="Say what is recorded, and whether it still fits.")
+@click.option("--forget", is_flag=True, help="Remove the record.")
+@click.option("--json", "as_json", is_flag=True, help="Print the facts, ranges too, as JSON.")
+@working_set_dir_option
+@state_dir_option
+@outside_option
+@with_policy
+def prefetch(
+    image: str | None,
+    base: str | None,
+    diffs: tuple[str, ...],
+    show: bool,
+    forget: bool,
+    as_json: bool,
+    working_set_dir: str | None,
+    policy: TrustPolicy,
+) -> int:
+    """The record of IMAGE's working set: the pages that a restore touched first.
+
+    `diffmergefs mount --record` writes it, and a mount brings those pages into the page cache when
+    the image is opened. IMAGE is a snapshot directory or a numbered layer file; --base and --diff
+    name layers instead. No layer is opened.
+
+    \b
+    Examples:
+      diffmergefs prefetch /srv/snapshots/pandas --show
+      diffmergefs prefetch --base mem_file --diff mem_diff --forget
+    """
+    require_one_source(image, base, diffs, "IMAGE", policy)
+    if show == forget:
+        raise click.UsageError("say either --show or --forget")
+    sets = WorkingSets(working_set_dir, policy.state_dir)
+    layers = identity_of_files([base, *diffs] if base else _layers_of(image or "", policy))
+    if forget:
+        return _forget(sets, layers, as_json)
+    return _show(sets, layers, as_json)
+
+
+def _layers_of(image: str, policy: TrustPolicy) -> list[str]:
+    catalog, tag = find_image(image, policy.allow_outside)
+    try:
+        links = catalog.chain(tag)
+    except DiffMergeError as error:
+        raise type(error)(f"in {catalog.root}: {error}") from None
+    return [os.path.join(catalog.root, link.layer.path) for link in links]
+
+
+def _forget(sets: WorkingSets, layers: Identity, as_json: bool) -> int:
+    path = sets.path(layers)
+    forgotten = sets.forget(layers)
+    if as_json:
+        print_json({"record": path, "forgotten": forgotten})
+    elif forgotten:
+        click.echo(f"{printable(path)}: removed")
+    else:
+        talk(f"{path}: there is no record")
+    return 0
+
+
+def _show(sets: WorkingSets, layers: Identity, as_json: bool) -> int:
+    path, record = sets.path(layers), sets.load(layers)
+    reason = record.stale(layers) if record else None
+    if as_json:
+        print_json(_facts(path, record, reason))
+    elif record is None:
+        talk(f"{path}: there is no record; mount --record makes one")
+    else:
+        _print(path, record, reason)
+    return 0 if record is not None and reason is None else 1
+
+
+def _facts(path: str, record: WorkingSet | None, reason: str | None) -> dict[str, Any]:
+    if record is None:
+        return {"record": None}
+    pushed = pieces(record.ranges, record.layers[0].size)
+    return {
+        "record": path,
+        "recorded": record.recorded,
+        "readahead_kib": record.readahead_kib,
+        "stale": reason,
+        "touched_bytes": record.touched_bytes,
+        "prefetched_bytes": sum(stop - start for start, stop in pushed),
+        "pieces": len(pushed),
+        "layers": [layer.path for layer in record.layers],
+        "ranges": [[start, stop] for start, stop in record.ranges],
+    }
+
+
+def _print(path: str, record: WorkingSet, reason: str | None) -> None:
+    facts = _facts(path, record, reason)
+    readahead = facts["readahead_kib"]
+    table = new_table("", "")
+    table.show_header = False
+    table.add_row("record", printable(path))
+    table.add_row("recorded", printable(record.recorded))
+    table.add_row("readahead", "unknown" if readahead is None else f"{readahead} KiB")
+    table.add_row("state", "fits" if reason is None else f"stale: {printable(reason)}")
+    table.add_row("touched", f"{facts['touched_bytes']} bytes in {len(record.ranges)} ranges")
+    table.add_row("prefetched", f"{facts['prefetched_bytes']} bytes in {facts['pieces']} pieces")
+    print_table(table)

@@ -1,0 +1,58 @@
+"""Who is told of the opens and reads of memory files: the adapter's side of record and prefetch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from diffmergefs.store import OpenImage
+
+
+class Caller(Protocol):
+    """Who asks: of a request's context, the process."""
+
+    @property
+    def pid(self) -> int: ...
+
+
+class OpenWatch(Protocol):
+    """Told in the event loop, where nothing may block, of what happens to memory files.
+
+    `file` is the number of an open file, never used twice.
+    """
+
+    def opened(
+        self, file: int, inode: int, shown: OpenImage, caller: Caller, *, writing: bool
+    ) -> bool:
+        """A file of the image was opened; False if the kernel is to drop the pages it has of it."""
+        ...
+
+    def read(self, file: int, offset: int, length: int) -> None:
+        """A request came for this range."""
+        ...
+
+    def closed(self, file: int) -> Callable[[], object] | None:
+        """The file was closed; what is left to do for it, which may block, if anything is."""
+        ...
+
+    def stop(self, seconds: float) -> bool:
+        """End all work; blocks until that is done, or for about so long. Whether it is done."""
+        ...
+
+
+class Unwatched:
+    """An `OpenWatch` that does nothing."""
+
+    def opened(
+        self, file: int, inode: int, shown: OpenImage, caller: Caller, *, writing: bool
+    ) -> bool:
+        return True
+
+    def read(self, file: int, offset: int, length: int) -> None:
+        pass
+
+    def closed(self, file: int) -> Callable[[], object] | None:
+        return None
+
+    def stop(self, seconds: float) -> bool:
+        return True

@@ -1,0 +1,84 @@
+"""Images to record and to prefetch from, and a client's requests without a mount."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from diffmergefs import open_chain
+from diffmergefs.access import Access
+from diffmergefs.extents import Extent
+from diffmergefs.openwatch import OpenWatch
+from diffmergefs.store import OpenImage
+from diffmergefs.workingset import WorkingSet, WorkingSets, identity_of_view, now
+from tests.support.images import PAGE, overlay_oracle, write_layer
+from tests.support.stores import age, pages
+
+#: The pages of an image.
+PAGES = 512
+SIZE = PAGES * PAGE
+_BASE, _DIFF = range(PAGES - 60), range(3, PAGES, 5)
+ORACLE = bytes(overlay_oracle(SIZE, [pages(0, _BASE), pages(1, _DIFF)]))
+
+#: A process that is none of ours, as the adapter's handlers get it.
+CLIENT: Any = SimpleNamespace(pid=1)
+
+
+def write_pair(folder: Path) -> tuple[Path, Path]:
+    """A base, and a diff over it, of SIZE bytes; merged they are ORACLE."""
+    base = write_layer(folder / "base.mem", SIZE, pages(0, _BASE))
+    diff = write_layer(folder / "diff.mem", SIZE, pages(1, _DIFF))
+    age(base, diff)
+    return base, diff
+
+
+def shown(base: Path, diff: Path) -> OpenImage:
+    """The image of the two, as a mount shows it."""
+    return OpenImage.of(open_chain(base, [diff]), "base.mem", Access(0, 0, 0o400))
+
+
+def scattered(count: int, seed: int = 3) -> list[int]:
+    """So many different pages in a random order."""
+    return random.Random(seed).sample(range(PAGES), count)
+
+
+def ranges_of(numbers: Iterable[int]) -> list[Extent]:
+    """These pages as ranges, one each."""
+    return [Extent(number * PAGE, (number + 1) * PAGE) for number in numbers]
+
+
+def save(sets: WorkingSets, image: OpenImage, numbers: Iterable[int]) -> WorkingSet:
+    """Record that these pages of the image were touched, in this order."""
+    layers = identity_of_view(image.image.view)
+    record = WorkingSet(layers, tuple(ranges_of(numbers)), now(), 4)
+    sets.save(record)
+    return record
+
+
+class Client:
+    """Opens, reads and closes as the adapter tells a watch of it."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(
+        self, watch: OpenWatch, image: OpenImage, *, writing: bool = False, caller: Any = CLIENT
+    ) -> None:
+        self.watch = watch
+        self.file = next(self._numbers)
+        self.keeps_cache = watch.opened(self.file, 7, image, caller, writing=writing)
+
+    def touch(self, *numbers: int) -> None:
+        """Ask for these pages, one after the other."""
+        for number in numbers:
+            self.watch.read(self.file, number * PAGE, PAGE)
+
+    def close(self) -> bool:
+        """Close the file, do what is then to be done, and say whether there was anything."""
+        work = self.watch.closed(self.file)
+        if work is not None:
+            work()
+        return work is not None

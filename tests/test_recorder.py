@@ -1,0 +1,218 @@
+"""What a recording mount writes down, and what leaves no record."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import weakref
+from pathlib import Path
+
+import pytest
+
+from diffmergefs import recorder as recorders
+from diffmergefs.errors import LayerChangedError
+from diffmergefs.recorder import Recorder
+from diffmergefs.store import OpenImage
+from diffmergefs.workingset import WorkingSet, WorkingSets, identity_of_view
+from tests.support.images import PAGE
+from tests.support.restores import PAGES, SIZE, Client, ranges_of, scattered, shown, write_pair
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> OpenImage:
+    return shown(*write_pair(tmp_path))
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> WorkingSets:
+    return WorkingSets(str(tmp_path / "sets"))
+
+
+@pytest.fixture
+def recorder(sets: WorkingSets) -> Recorder:
+    return Recorder(sets)
+
+
+def recorded(sets: WorkingSets, image: OpenImage) -> WorkingSet | None:
+    return sets.load(identity_of_view(image.image.view))
+
+
+def messages(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= level]
+
+
+def test_first_touches_are_recorded_in_order_at_the_last_close(
+    recorder: Recorder, sets: WorkingSets, image: OpenImage, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    recorder.readahead_kib = 4
+    touched = scattered(100)
+    client = Client(recorder, image)
+    client.touch(*touched, *touched[::-1])
+    assert recorded(sets, image) is None
+    assert client.close()
+    found = recorded(sets, image)
+    assert found is not None
+    assert list(found.ranges) == ranges_of(touched)
+    assert found.readahead_kib == 4 and found.stale(identity_of_view(image.image.view)) is None
+    (line,) = messages(caplog)
+    assert f"recorded the first touch of {100 * PAGE} bytes in 100 ranges: " in line
+
+
+def test_a_quarter_of_the_image_is_recorded_at_most(
+    recorder: Recorder, sets: WorkingSets, image: OpenImage
+) -> None:
+    touched = scattered(PAGES // 2)
+    client = Client(recorder, image)
+    client.touch(*touched)
+    client.close()
+    found = recorded(sets, image)
+    assert found is not None and list(found.ranges) == ranges_of(touched[: PAGES // 4])
+
+
+def test_a_reader_in_order_leaves_no_record(
+    recorder: Recorder, sets: WorkingSets, image: OpenImage, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for step in (1, 32):
+        client = Client(recorder, image)
+        for start in range(0, PAGES, step):
+            recorder.read(client.file, start * PAGE, step * PAGE)
+        assert client.close()
+    assert recorded(sets, image) is None
+    assert ["not recorded: it was read in order" in line for line in messages(caplog)] == [True] * 2
+
+
+def test_who_only_looks_leaves_an_older_record_alone(
+    recorder: Recorder, sets: WorkingSets, image: OpenImage
+) -> None:
+    client = Client(recorder, image)
+    client.touch(*scattered(100))
+    client.close()
+    before = recorded(sets, image)
+    for touched in ((), (0,), (0, PAGES - 1)):
+        client = Client(recorder, image)
+        client.touch(*touched)
+        client.close()
+    assert before is not None and recorded(sets, image) == before
+
+
+def test_a_reader_in_order_beside_a_guest_is_left_out(
+    recorder: Recorder, sets: WorkingSets, image: OpenImage
+) -> None:
+    guest, reader = Client(recorder, image), Client(recorder, image)
+    touched = scattered(60)
+    for n, page in enumerate(touched):
+        guest.touch(page)
+        reader.touch(n)
+    assert not reader.close()
+    assert guest.close()
+    found = recorded(sets, image)
+    assert found is not None and list(found.ranges) == ranges_of(touched)
+
+
+def test_guests_that_run_together_have_one_record(
+    recorder: Recorder, sets: WorkingSets, image: OpenImage
+) -> None:
+    touched = scattered(120)
+    one, other = Client(recorder, image), Client(recorder, image)
+    other.touch(*touched[50:])
+    one.touch(*touched[:60])
+    assert not one.close()
+    assert recorded(sets, image) is None
+    assert other.close()
+    found = recorded(sets, image)
+    assert found is not None and list(found.ranges) == ranges_of(touched)
+
+
+def test_only_the_first_open_of_an_image_drops_the_kernels_pages(
+    recorder: Recorder, image: OpenImage
+) -> None:
+    one, other = Client(recorder, image), Client(recorder, image)
+    assert (one.keeps_cache, other.keeps_cache) == (False, True)
+    one.close()
+    assert Client(recorder, image).keeps_cache
+    other.close()
+
+
+def test_an_image_whose_layer_changed_leaves_no_record(
+    recorder: Recorder, sets: WorkingSets, image: OpenImage, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    client = Client(recorder, image)
+    client.touch(*scattered(100))
+    os.utime(image.image.view.layers[1].path)
+    with pytest.raises(LayerChangedError):
+        image.image.view.read(3 * PAGE, PAGE)
+    client.close()
+    assert "not recorded: a layer of it changed" in messages(caplog)[-1]
+    assert recorded(sets, image) is None
+
+
+def test_what_is_open_at_the_end_is_written_then(
+    recorder: Recorder, sets: WorkingSets, image: OpenImage
+) -> None:
+    touched = scattered(50)
+    client = Client(recorder, image)
+    client.touch(*touched)
+    assert recorder.stop(1.0)
+    found = recorded(sets, image)
+    assert found is not None and list(found.ranges) == ranges_of(touched)
+    assert not client.close()
+    client.touch(5)
+    assert recorder.stop(1.0)
+
+
+def test_no_more_runs_are_kept_than_a_record_can_hold(
+    recorder: Recorder, sets: WorkingSets, image: OpenImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorders, "MAX_RANGES", 40)
+    touched = scattered(100)
+    one, other = Client(recorder, image), Client(recorder, image)
+    one.touch(*touched[:30])
+    other.touch(*touched[30:])
+    one.close()
+    other.close()
+    found = recorded(sets, image)
+    # The other one has made ten requests only: it is no restore.
+    assert found is not None and list(found.ranges) == ranges_of(touched[:30])
+
+
+def test_glances_take_no_memory_while_a_guest_runs(recorder: Recorder, image: OpenImage) -> None:
+    guest = Client(recorder, image)
+    guest.touch(*scattered(50))
+    for _ in range(100):
+        glance = Client(recorder, image)
+        glance.touch(0, 9)
+        glance.close()
+    (session,) = recorder._sessions.values()
+    assert len(session.files) == 1 and session.runs == len(session.files[guest.file])
+    guest.close()
+
+
+def test_a_record_that_cannot_be_written_is_a_line_in_the_log(
+    tmp_path: Path, image: OpenImage, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    client = Client(Recorder(WorkingSets(str(tmp_path / "file" / "sets"))), image)
+    client.touch(*scattered(100))
+    client.close()
+    (line,) = messages(caplog, logging.WARNING)
+    assert "the record of a working set cannot be written" in line
+
+
+def test_what_it_is_not_told_of_is_ignored(recorder: Recorder) -> None:
+    recorder.read(99, 0, SIZE)
+    assert recorder.closed(99) is None
+
+
+def test_a_closed_image_is_let_go(recorder: Recorder, tmp_path: Path) -> None:
+    image = shown(*write_pair(tmp_path))
+    client = Client(recorder, image)
+    client.touch(*scattered(100))
+    client.close()
+    gone = weakref.ref(image)
+    del image
+    gc.collect()
+    assert gone() is None
