@@ -157,3 +157,15 @@ class PinError(DiffMergeError):
     """A parent whose content is not the one that a snapshot records (`parent_content_hash`)."""
 
     exit_code = 19
+
+
+class PresenceError(DiffMergeError):
+    """A presence file (FILE.presence) that is torn, malformed, or does not fit its diff."""
+
+    exit_code = 24
+
+
+class ForeignFormatError(DiffMergeError):
+    """A file or directory in a format of others that cannot be merged by its holes."""
+
+    exit_code = 25

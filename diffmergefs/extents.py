@@ -83,6 +83,13 @@ class ExtentList:
         """The ranges that are data in both."""
         return ExtentList(_common(self, other))
 
+    def outside(self, other: ExtentList) -> Iterator[Extent]:
+        """The ranges that are data here and not in `other`, in order."""
+        # In a merge the lower layer shows where the upper one has nothing.
+        for segment in SegmentMap([self, other]):
+            if segment.layer == 0:
+                yield Extent(segment.start, segment.stop)
+
     def gained_over(self, older: ExtentList) -> ExtentList | None:
         """The ranges that are data here and were holes in `older`; None if data went missing."""
         gained: list[Extent] = []

@@ -21,9 +21,9 @@ from diffmergefs.errors import (
     WriterError,
     one_line,
 )
+from diffmergefs.filekey import FileKey
 from diffmergefs.hashqueue import HashQueue
 from diffmergefs.images import Image, LayerPool, open_snapshot
-from diffmergefs.layer import FileKey
 from diffmergefs.lease import Leases
 from diffmergefs.mountpoint import FILESYSTEM_TYPE
 from diffmergefs.pins import Hashes, require_pin
@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 
 # What the verdict on a chain, and its view, are good for: for each layer its content, and the
 # hash that its parent must have.
-# Which layers, by which seals, over parents of which recorded hashes.
-Keys = list[tuple[FileKey, FileKey | None, str | None]]
+# Which layers, by which records, over parents of which recorded hashes.
+Keys = list[tuple[FileKey, frozenset[tuple[str, FileKey]], str | None]]
 
 
 def _keys_of(links: Sequence[Snapshot]) -> Keys:
-    return [(link.layer.key, link.layer.seal, link.parent_hash) for link in links]
+    return [(link.layer.key, link.layer.records, link.parent_hash) for link in links]
 
 
 @dataclass(frozen=True, eq=False)

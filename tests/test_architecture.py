@@ -19,11 +19,12 @@ ROOT = PACKAGE.name
 # A module imports from lower levels only. A new module is entered at the level where it
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
-    {"errors", "extents", "daemon", "finding"},
-    {"sparse", "beneath", "bmap", "chain", "mountpoint", "state", "verdict"},
-    {"host", "layer", "lease"},
-    {"trust", "view", "snapshot", "access", "copying"},
-    {"forkd", "hashqueue", "numbered", "output", "pins", "probe", "seal"},
+    {"errors", "extents", "daemon", "filekey", "finding"},
+    {"sparse", "beneath", "bitmap", "bmap", "chain", "foreign", "mountpoint", "state", "verdict"},
+    {"host", "layer", "lease", "snapshot"},
+    {"trust", "view", "access", "copying", "document", "presence", "ranges", "reader"},
+    {"forkd", "hashqueue", "numbered", "output", "pins", "probe", "seal"}
+    | {"superserve", "cloudhypervisor"},
     {"catalog", "sealing"},
     {"apply", "flatten", "images", "watch"},
     {"diagnosis", "info", "verify", "store"},
