@@ -23,7 +23,7 @@ from diffmergefs.forkd import ForkdReader
 from diffmergefs.layer import require_size
 from diffmergefs.numbered import NumberedReader
 from diffmergefs.ranges import require_equal_ranges
-from diffmergefs.reader import Reader, Source, names_of, require_own_path
+from diffmergefs.reader import Reader, Source, names_of, open_source
 from diffmergefs.snapshot import Snapshot, StoredFile, is_left_out, status_of
 from diffmergefs.superserve import SuperserveReader
 from diffmergefs.view import require_equal_size
@@ -148,7 +148,7 @@ def read_catalog(
     FileAccessError if `root` is no readable directory, BrokenChainError where the directory as a
     whole is ambiguous, and ForeignFormatError where it is in a format that is declined.
     """
-    fd = _open_directory(root, at)
+    fd = open_source(root, at)
     try:
         with os.scandir(fd) as entries:
             listed = [(entry.name, status_of(entry)) for entry in entries]
@@ -162,17 +162,6 @@ def read_catalog(
     finally:
         os.close(fd)
     return Catalog(root, reader.name, snapshots)
-
-
-def _open_directory(root: str, at: int | None) -> int:
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    try:
-        return os.open(root if at is None else ".", flags, dir_fd=at)
-    except NotADirectoryError as error:
-        require_own_path(root)
-        raise FileAccessError(f"{root}: {error.strerror}") from error
-    except OSError as error:
-        raise FileAccessError(f"{root}: {error.strerror}") from error
 
 
 def _find_reader(source: Source) -> Reader:

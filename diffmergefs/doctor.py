@@ -10,7 +10,7 @@ from dataclasses import replace
 from diffmergefs.beneath import Reach
 from diffmergefs.catalog import Catalog, layout_of, read_catalog
 from diffmergefs.diagnosis import examine_layer, wrong
-from diffmergefs.errors import DiffMergeError, FileAccessError
+from diffmergefs.errors import DiffMergeError, FileAccessError, ForeignFormatError
 from diffmergefs.finding import Finding
 from diffmergefs.images import LayerPool, find_image
 from diffmergefs.layer import Layer
@@ -28,8 +28,8 @@ def examine_path(path: str, policy: TrustPolicy | None = None) -> Iterator[Findi
     judged as a diff without its parent; a directory that holds no snapshots has a filesystem only.
     Of `policy` count `page_size`, `allow_outside` and `state_dir`: nothing is vouched for here. All
     is gone through, whatever is found. Layers are synced and walked; a sealed one is compared with
-    its seal, which is remembered. No layer is written. Raises FileAccessError, and BrokenChainError
-    where a directory is ambiguous.
+    its seal, which is remembered. No layer is written. Raises FileAccessError, BrokenChainError
+    where a directory is ambiguous, and ForeignFormatError where it is declined.
     """
     policy = replace(policy or TrustPolicy(), no_seal=True)
     try:
@@ -60,7 +60,7 @@ def _snapshots_of(path: str, policy: TrustPolicy) -> tuple[Catalog, list[str]] |
             catalog, tag = find_image(candidate, policy.allow_outside)
             if candidate == image or _is_layer(catalog, tag, image):
                 return catalog, [link.tag for link in catalog.reachable(tag)]
-    with suppress(FileAccessError):
+    with suppress(FileAccessError, ForeignFormatError):  # for _examine_file to say
         if not os.path.isdir(path):
             catalog, tag = find_image(path)
             return catalog, [link.tag for link in catalog.reachable(tag)]

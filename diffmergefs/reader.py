@@ -146,6 +146,19 @@ def _declined(path: str, names: Collection[str]) -> Snapshot | None:
     return None if declined is None else Snapshot(path, problem=f"{path}: {declined}")
 
 
+def open_source(path: str, at: int | None = None) -> int:
+    """A new descriptor of the directory `path`, or of the one that the descriptor `at` is.
+
+    Raises FileAccessError, and ForeignFormatError for a file of a format that is declined.
+    """
+    try:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        return os.open(path if at is None else ".", flags, dir_fd=at)
+    except OSError as error:
+        require_own_path(path)
+        raise FileAccessError(f"{path}: {error.strerror}") from error
+
+
 def require_own_path(path: str) -> None:
     """`foreign.require_own_file` for a path; what is no regular file, or unreadable, passes."""
     with suppress(OSError, FileAccessError):

@@ -27,6 +27,7 @@ from diffmergefs.images import Image, LayerPool, open_snapshot
 from diffmergefs.lease import Leases
 from diffmergefs.mountpoint import FILESYSTEM_TYPE
 from diffmergefs.pins import Hashes, require_pin
+from diffmergefs.reader import open_source
 from diffmergefs.snapshot import Snapshot, StoredFile
 from diffmergefs.state import Remembered
 from diffmergefs.trust import TrustPolicy
@@ -85,7 +86,7 @@ class Store:
     ) -> None:
         """Open the directory; raises FileAccessError."""
         self.root = os.path.abspath(root)
-        self.fd = _open_root(root)
+        self.fd = open_source(root)
         self._layout = layout
         self._suffix = suffix
         self._policy = policy
@@ -174,7 +175,7 @@ class Store:
             return
         if here is not None and os.path.samestat(here, there):
             return
-        fd = _open_root(self.root)
+        fd = open_source(self.root)
         try:
             if sparse.mount_options(fd)[0] == FILESYSTEM_TYPE:
                 raise FileAccessError(f"{self.root}: a diffmergefs was mounted over it")
@@ -361,10 +362,3 @@ def _status(file: int | str) -> os.stat_result | None:
         return os.stat(file)
     except OSError:
         return None
-
-
-def _open_root(root: str) -> int:
-    try:
-        return os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise FileAccessError(f"{root}: {error.strerror}") from error

@@ -200,7 +200,7 @@ def test_a_symlink_has_it_beside_it_or_beside_its_file(
     link.symlink_to(diff)
     assert shown(base, link) == IMAGE
     Path(f"{link}.presence").write_bytes(b"")
-    with pytest.raises(PresenceError, match="link.presence: is empty"):
+    with pytest.raises(PresenceError, match=r"link\.presence: is empty"):
         shown(base, link)
 
 
@@ -213,7 +213,7 @@ def test_a_seal_beside_it_must_say_the_same(chain: tuple[Path, Path]) -> None:
     os.truncate(diff, 0)
     write_layer(diff, SIZE, DIFF)
     beside(diff).write_bytes(bits([1, 5, 9, 12]))
-    with pytest.raises(SealError, match="says otherwise than .*mem.diff.presence"):
+    with pytest.raises(SealError, match=r"says otherwise than .*mem\.diff\.presence"):
         shown(base, diff)
     shown(base, diff, no_seal=True)
 

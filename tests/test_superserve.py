@@ -1,4 +1,4 @@
-"""superserve's snapshots: every chain against an oracle, and a refusal for each that is not whole."""
+"""superserve's snapshots: chains against an oracle, and a refusal for each that is not whole."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def test_a_snapshot_named_like_a_lone_base_is_not_taken_for_it(store: Path) -> N
 
 def test_two_directories_of_one_tag_make_the_store_ambiguous(store: Path) -> None:
     write_template(store, "templates+python")
-    with pytest.raises(BrokenChainError, match="have one tag, 'templates.python'"):
+    with pytest.raises(BrokenChainError, match=r"have one tag, 'templates\+python'"):
         read_catalog(str(store))
 
 

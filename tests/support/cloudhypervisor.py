@@ -39,7 +39,7 @@ def state(ranges: Sequence[tuple[int, int]] = TABLE, **manager: Any) -> dict[str
         "selected_slot": 0,
         "next_hotplug_slot": 0,
     } | manager
-    vm = {"clock": None, "common_cpuid": []}
+    vm: dict[str, Any] = {"clock": None, "common_cpuid": []}
     return {
         "snapshots": {
             "cpu-manager": {"snapshots": {"0": component({})}, "snapshot_data": None},
