@@ -78,6 +78,7 @@ def _open_for_writing(path: str) -> int:
     readable = beneath.open_regular(None, path)
     try:
         foreign.require_own_file(readable, path)
+        foreign.require_own_neighbours(path)
         return os.open(f"/proc/self/fd/{readable}", os.O_RDWR | os.O_CLOEXEC)
     finally:
         os.close(readable)

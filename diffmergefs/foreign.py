@@ -35,6 +35,7 @@ _PACKED = "only changed blocks, packed one after another, so that holes mean not
 _MAPPED = f"its memfile holds {_PACKED}, and memfile.header maps them; {_INSTEAD}"
 _E2B = f"is an e2b build: {_MAPPED}"
 _WRENN = f"is a wrenn snapshot: {_MAPPED}"
+_HEADER = "memfile.header"
 _GENERATION = re.compile(r"memfile\.[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -55,7 +56,7 @@ def of_head(head: bytes) -> str | None:
 
 def of_directory(names: Collection[str]) -> str | None:
     """What to say of a directory with files of these names, or None."""
-    if "memfile.header" in names:
+    if _HEADER in names:
         is_wrenn = "rootfs.cow" in names or any(map(_GENERATION.fullmatch, names))
         return _WRENN if is_wrenn else _E2B
     if not {"mem_image.json", "mem_overlaybd", "firecracker-manifest.json"}.isdisjoint(names):
@@ -74,6 +75,17 @@ def require_own_file(fd: int, path: str) -> None:
         return
     if (declined := of_head(head)) is not None:
         raise ForeignFormatError(f"{path}: {declined}")
+
+
+def require_own_neighbours(path: str) -> None:
+    """Raise ForeignFormatError if the file at `path` is the memory of one of these directories.
+
+    Its bytes tell nothing, but its name and the map beside it do.
+    """
+    folder, name = os.path.split(os.path.realpath(path))
+    is_memory = name == "memfile" or _GENERATION.fullmatch(name)
+    if is_memory and os.path.lexists(os.path.join(folder, _HEADER)):
+        require_own_directory(os.listdir(folder), path)
 
 
 def require_own_directory(names: Collection[str], path: str) -> None:

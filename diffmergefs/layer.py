@@ -93,6 +93,8 @@ class Layer:
         sparse.require_linux()
         name = path if name is None else name
         try:
+            if root is None:
+                foreign.require_own_neighbours(path)
             layer = cls(name, beneath.open_regular(root, path))
         except OSError as error:
             raise FileAccessError(f"{name}: {error.strerror}") from error

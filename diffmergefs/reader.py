@@ -165,6 +165,7 @@ def require_own_path(path: str) -> None:
         fd = beneath.open_regular(None, path)
         try:
             foreign.require_own_file(fd, path)
+            foreign.require_own_neighbours(path)
         finally:
             os.close(fd)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from diffmergefs import sparse
 from diffmergefs.errors import UntrustedExtentsError
 from diffmergefs.extents import ExtentList
-from diffmergefs.layer import Layer, Record
+from diffmergefs.layer import Layer
 
 PAGE = 4096
 MIB = 1 << 20
@@ -104,7 +104,7 @@ def problems(layer: Layer, page: int, *, complete: bool = False) -> Iterator[Pro
     `complete` is `require_trust`'s. Reads metadata only; raises OSError as fstat does.
     """
     if layer.records:
-        return _problems_of_record(layer, layer.records[0], page, complete)
+        return _problems_of_records(layer, page, complete)
     return _problems_of_walk(layer, page, complete)
 
 
@@ -119,17 +119,16 @@ def _problem(layer: Layer, check: str, text: str) -> Problem:
     return Problem(layer.path, check, text, way_out)
 
 
-def _problems_of_record(
-    layer: Layer, record: Record, page: int, complete: bool
-) -> Iterator[Problem]:
-    # What the filesystem says of the file does not count, only in which units the record was made.
-    if not complete and page % record.block:
-        yield _problem(
-            layer,
-            "grain",
-            f"{record.path} was made in blocks of {record.block} bytes, coarser than the guest"
-            f" page of {page}, so clean pages beside written ones would count as written",
-        )
+def _problems_of_records(layer: Layer, page: int, complete: bool) -> Iterator[Problem]:
+    # What the filesystem says of the file does not count, only in which units a record was made.
+    for record in layer.records:
+        if not complete and page % record.block:
+            yield _problem(
+                layer,
+                "grain",
+                f"{record.path} was made in blocks of {record.block} bytes, coarser than the guest"
+                f" page of {page}, so clean pages beside written ones would count as written",
+            )
     if not complete and (unaligned := _unaligned(layer.extents, layer.size, page)):
         yield _not_on_pages(layer, unaligned, page)
 

@@ -125,6 +125,29 @@ def test_a_directory_is_declined_as_source_and_as_image(foreign_folder: tuple[Pa
     assert what in mistake(25, "info", folder)
 
 
+@pytest.mark.parametrize("name", ["memfile", f"memfile.{UUID}"])
+def test_the_memory_in_a_packed_directory_is_declined_as_a_layer(name: str, tmp_path: Path) -> None:
+    path = write_layer(tmp_path / name, SIZE, [(0, signed(0, 0, SIZE))])
+    with open_chain(path).view as view:  # by itself a name says nothing
+        assert view.size == SIZE
+    (tmp_path / "memfile.header").touch()
+    good = write_layer(tmp_path / "good", SIZE, [(0, signed(0, 0, SIZE))])
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    what = "is an e2b build" if name == "memfile" else "is a wrenn snapshot"
+    calls: list[Callable[[], object]] = [
+        lambda: open_chain(path),
+        lambda: open_chain(link),
+        lambda: open_chain(good, [path]),
+        lambda: open_image(path),
+        lambda: apply_diff(good, path),
+        lambda: seal_layer(path),
+    ]
+    for call in calls:
+        with pytest.raises(ForeignFormatError, match=what):
+            call()
+
+
 @pytest.mark.parametrize("layout", [None, "forkd", "superserve", "cloud-hypervisor"])
 def test_one_among_snapshots_is_listed_with_its_reason(
     foreign_folder: tuple[Path, str], layout: str | None

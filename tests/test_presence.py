@@ -20,9 +20,10 @@ from diffmergefs.errors import (
 from diffmergefs.images import Image
 from diffmergefs.info import describe
 from diffmergefs.layer import Layer
+from diffmergefs.store import Store
 from diffmergefs.trust import TrustPolicy
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
-from tests.support.stores import SIZE, pages
+from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_chain, write_numbered
 from tests.support.superserve import presence as bits
 
 BELOW = pages(0, range(16))
@@ -180,6 +181,9 @@ def test_pages_larger_than_the_guests_are_a_coarse_grain(tmp_path: Path) -> None
         shown(base, diff)
     expected = overlay_oracle(SIZE, [BELOW, pages(1, range(4))])
     assert shown(base, diff, page_size=4 * PAGE) == expected
+    seal_layer(diff, policy=TrustPolicy(trust_grain=True))  # a finer seal makes it no finer
+    with pytest.raises(UntrustedExtentsError, match="presence was made in blocks of 16384 bytes"):
+        shown(base, diff)
 
 
 def test_one_that_marks_every_page_is_dense(tmp_path: Path) -> None:
@@ -243,6 +247,33 @@ def test_what_writes_a_file_takes_its_presence_away(
         flatten(view, tmp_path / "out", seal=seal)
     assert not beside(tmp_path / "out").exists()
     assert (tmp_path / "out").read_bytes() == IMAGE
+
+
+def test_a_diff_of_any_layout_goes_by_it(tmp_path: Path) -> None:
+    write_numbered(tmp_path / "numbered", ["000-base.mem", "001-work.mem"])
+    write_chain(tmp_path / "forkd", ["base", "work"])
+    for root, diff in (
+        (tmp_path / "numbered", tmp_path / "numbered" / "001-work.mem"),
+        (tmp_path / "forkd", tmp_path / "forkd" / "work" / "memory.bin"),
+    ):
+        write_layer(diff, SIZE, DIFF)
+        diff.write_bytes(diff.read_bytes())
+        beside(diff).write_bytes(bits(HELD))
+        age(diff, beside(diff))
+        store = Store(str(root), TrustPolicy(), clock=lambda: 1 << 62)
+        store.look()
+        first = store.open("work")
+        image = overlay_oracle(SIZE, [pages(0, BASE_PAGES), DIFF])
+        assert first.image.view.read(0, SIZE) == image
+        beside(diff).write_bytes(bits([1, 5, 9, 15]))  # another record is another image
+        store.look()
+        again = store.open("work")
+        assert again is not first and again.image.view.read(15 * PAGE, PAGE) == bytes(PAGE)
+        beside(diff).write_bytes(b"")
+        store.look()
+        with pytest.raises(PresenceError, match="the save was torn"):
+            store.open("work")
+        os.close(store.fd)
 
 
 def test_info_calls_it_recorded(chain: tuple[Path, Path]) -> None:
