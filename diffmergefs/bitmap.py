@@ -99,18 +99,18 @@ def _parse(data: bytes) -> Presence:
     if page * pages >= 1 << 63:
         raise ValueError(f"{pages} pages of {page} bytes are more than a file can have")
     bitmap = memoryview(data)[_HEADER.size : -_CHECKSUM.size]
-    extents = ExtentList((a * page, b * page) for a, b in _runs(bitmap))
-    if extents.stops and extents.stops[-1] > page * pages:
-        raise ValueError(f"a page beyond the last of {pages} is marked as present")
+    extents = ExtentList((a * page, b * page) for a, b in _runs(bitmap, pages))
     return Presence(page, pages, extents)
 
 
-def _runs(bitmap: memoryview) -> Iterator[tuple[int, int]]:
+def _runs(bitmap: memoryview, pages: int) -> Iterator[tuple[int, int]]:
     # The runs of set bits; a run that goes on in the next word comes in two.
     for number, (word,) in enumerate(_CHECKSUM.iter_unpack(bitmap)):
         while word:
             first = (word & -word).bit_length() - 1
             rest = word + (1 << first)  # the carry stops at the first clear bit above the run
             stop = (rest & -rest).bit_length() - 1
+            if number * _BITS + stop > pages:
+                raise ValueError(f"a page beyond the last of {pages} is marked as present")
             yield number * _BITS + first, number * _BITS + stop
             word &= -1 << stop

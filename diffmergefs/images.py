@@ -33,6 +33,7 @@ from diffmergefs.ranges import require_mergeable
 from diffmergefs.reader import require_own_path
 from diffmergefs.seal import Opener
 from diffmergefs.snapshot import Snapshot, StoredFile
+from diffmergefs.superserve import require_base
 from diffmergefs.trust import TrustPolicy, require_trust
 from diffmergefs.view import MergedView, require_equal_size
 
@@ -150,6 +151,7 @@ def open_chain(
     layers. Raises DiffMergeError (see `diffmergefs.errors`).
     """
     policy = policy or TrustPolicy()
+    require_base(os.fspath(base))
     require_mergeable(os.fspath(base), [os.fspath(diff) for diff in diffs])
     opener = Opener(policy)
     layers = [opener.open(os.fspath(base))]

@@ -124,22 +124,37 @@ def _shown(table: Table | None) -> str:
 def require_mergeable(base: str, diffs: Sequence[str]) -> None:
     """Raise BrokenChainError if explicit layers are images of Cloud Hypervisor that do not fit.
 
-    Those are files named `memory-ranges`, whose tables must be equal. One of them is a diff only if
-    a `snapshot.json` beside it names a parent: Cloud Hypervisor itself writes complete images, and
-    over a base their holes would show its bytes. Raises FileAccessError where one cannot be found.
+    Those are files named `memory-ranges`, whose tables must be equal. One of them is a diff if a
+    `snapshot.json` beside it names a parent, and only then: Cloud Hypervisor itself writes complete
+    images, and over a base their holes would show its bytes. Raises FileAccessError where one
+    cannot be found.
     """
-    if diffs:
-        table = _explicit_table(base)
-        for diff in diffs:
-            require_equal_ranges(base, table, diff, _explicit_table(diff))
-            if table is not None:
-                _require_diff(diff)
+    if _is_image(base) and _names_parent(base):
+        raise BrokenChainError(
+            f"{base}: is a diff, by the parent_tag in the {DOCUMENT} beside it; give its parent"
+            " with --base, and this one with --diff"
+        )
+    if not diffs:
+        return
+    table = _explicit_table(base)
+    for diff in diffs:
+        require_equal_ranges(base, table, diff, _explicit_table(diff))
+        if table is not None and not _names_parent(diff):
+            raise BrokenChainError(
+                f"{diff}: Cloud Hypervisor writes complete images, whose holes are zeros; as a diff"
+                " they would show the base. Give it as a base, or, if it is a diff, say so with a"
+                f" parent_tag in a {DOCUMENT} beside it"
+            )
+
+
+def _is_image(path: str) -> bool:
+    return os.path.basename(os.path.realpath(path)) == MEMORY
 
 
 def _explicit_table(path: str) -> Table | None:
-    real = os.path.realpath(path)
-    if os.path.basename(real) != MEMORY:
+    if not _is_image(path):
         return None
+    real = os.path.realpath(path)
     try:
         size = os.stat(real).st_size
     except OSError as error:
@@ -147,11 +162,6 @@ def _explicit_table(path: str) -> Table | None:
     return read_table(None, real, size)
 
 
-def _require_diff(path: str) -> None:
+def _names_parent(path: str) -> bool:
     document = os.path.join(os.path.dirname(os.path.realpath(path)), DOCUMENT)
-    if not os.path.lexists(document) or not load_document(None, document).get("parent_tag"):
-        raise BrokenChainError(
-            f"{path}: Cloud Hypervisor writes complete images, whose holes are zeros; as a diff"
-            " they would show the base. Give it as a base, or, if it is a diff, say so with a"
-            f" parent_tag in a {DOCUMENT} beside it"
-        )
+    return os.path.lexists(document) and bool(load_document(None, document).get("parent_tag"))

@@ -96,6 +96,16 @@ def tag_of(path: str) -> str:
     return path.strip("/").replace("/", _SEPARATOR)
 
 
+def require_base(path: str) -> None:
+    """Raise BrokenChainError if the explicit base `path` is a `mem.diff` that has a base itself."""
+    real = os.path.realpath(path)
+    if os.path.basename(real) == DIFF and os.path.lexists(real + BASE_SUFFIX):
+        raise BrokenChainError(
+            f"{path}: is a diff, and {real}{BASE_SUFFIX} names the image that it lies over; give"
+            " that one with --base, and this one with --diff"
+        )
+
+
 def _folders(root: Root, path: str, depth: int = _DEPTH) -> Iterator[str]:
     # The directory `path` and those below it; one that cannot be listed has none.
     if is_left_out(os.path.basename(path)):
@@ -161,7 +171,9 @@ def _with_parents(root: Root, found: dict[str, Snapshot]) -> dict[str, Snapshot]
             continue
         parent = tags.get(path) or tag_of(path)
         linked[tag] = replace(snapshot, parent=parent)
-        known = linked.setdefault(parent, _lone_base(root, path, parent))
+        if parent not in linked:
+            linked[parent] = _lone_base(root, path, parent)
+        known = linked[parent]
         if snapshot.problem is None and known.memory is not None and known.memory.path != path:
             problem = f"{path} and {known.memory.path} have one tag, {parent!r}; rename one of them"
             linked[tag] = replace(linked[tag], problem=problem)

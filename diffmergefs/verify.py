@@ -21,6 +21,7 @@ from diffmergefs.pins import Hashes, is_pinned, require_pin
 from diffmergefs.ranges import require_equal_ranges, require_mergeable
 from diffmergefs.snapshot import Snapshot
 from diffmergefs.state import Remembered
+from diffmergefs.superserve import require_base
 from diffmergefs.trust import TrustPolicy, require_trust
 from diffmergefs.verdict import Fault, Faults, LayerVerdict, Verdict
 from diffmergefs.view import require_equal_size
@@ -200,6 +201,7 @@ def open_layers(base: str, diffs: Sequence[str], policy: TrustPolicy) -> Verific
     items = [_Item(path, None, number > 0) for number, path in enumerate((base, *diffs))]
     opener = seal.Opener(replace(policy, no_seal=True, verify="full"))
     with faults.noted():
+        require_base(base)
         require_mergeable(base, diffs)
     for item in items:
         with faults.noted(item.path):

@@ -78,6 +78,8 @@ def with_checksum(body: bytes) -> bytes:
         (with_checksum(GOOD[:16] + (1 << 63).to_bytes(8, "little")), "32 bytes, but"),
         (with_checksum(GOOD[:24] + (1 << 16).to_bytes(8, "little")), "beyond the last of 16"),
         (with_checksum(GOOD[:24] + b"\xff" * 8), "beyond the last of 16"),
+        # Where a page begins there is more than 64 bits hold.
+        (with_checksum(presence([], 1, 1 << 62)[:24] + b"\xff" * 8), "beyond the last of 1 "),
     ],
 )
 def test_what_is_malformed_is_refused_with_its_reason(data: bytes, reason: str) -> None:

@@ -207,8 +207,11 @@ def test_an_explicit_diff_must_be_recorded_as_one(store: Path) -> None:
         document.unlink() if text is None else document.write_text(text)
         with pytest.raises(BrokenChainError, match="writes complete images, whose holes are zeros"):
             open_chain(base, [diff])
-    with open_chain(diff).view as view:  # alone, it is a base
-        assert view.read(0, SIZE) == overlay_oracle(SIZE, [pages(1, [1])])
+        with open_chain(diff).view as view:  # alone, it is a base
+            assert view.read(0, SIZE) == overlay_oracle(SIZE, [pages(1, [1])])
+    document.write_text('{"parent_tag": "base"}')
+    with pytest.raises(BrokenChainError, match="is a diff, by the parent_tag"):
+        open_chain(diff)
 
 
 def test_an_image_merges_with_no_layer_of_another_kind(store: Path, tmp_path: Path) -> None:

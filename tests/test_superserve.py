@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from diffmergefs import open_image
+from diffmergefs import open_chain, open_image
 from diffmergefs.catalog import read_catalog
 from diffmergefs.errors import BrokenChainError, DiffMergeError
 from diffmergefs.trust import TrustPolicy
@@ -240,6 +240,17 @@ def test_a_directory_with_a_document_is_not_superserves(store: Path) -> None:
     with pytest.raises(BrokenChainError, match="--layout=forkd or --layout=superserve"):
         read_catalog(str(store))
     assert "vm-1" not in read_catalog(str(store), "superserve").snapshots
+
+
+def test_a_diff_is_no_explicit_base(store: Path) -> None:
+    diff = store / "vm-1" / "mem.diff"
+    for layers in ((diff,), (diff, store / "vm-1/snap-2/mem.diff")):
+        with pytest.raises(BrokenChainError, match=r"is a diff, and .*mem\.diff\.base names"):
+            open_chain(layers[0], layers[1:])
+    assert diffmergefs("verify", "--base", diff).returncode == 1
+    beside(store, ".base").unlink()
+    with open_chain(diff).view as view:
+        assert view.size == SIZE
 
 
 def test_the_command_line_says_why_in_one_line(store: Path, mountpoint: Path) -> None:
