@@ -152,6 +152,12 @@ def test_gained_is_exactly_what_was_a_hole_and_none_if_data_went_missing(
         assert gained is None
 
 
+@given(extent_lists(), extent_lists())
+def test_outside_is_exactly_what_the_other_has_not(one: ExtentList, other: ExtentList) -> None:
+    found = ExtentList(one.outside(other))
+    assert bytes_of(found) == bytes_of(one) - bytes_of(other)
+
+
 def test_gained_in_between_and_around() -> None:
     older = ExtentList([(10, 20), (30, 40)])
     assert ExtentList([(0, 50)]).gained_over(older) == ExtentList([(0, 10), (20, 30), (40, 50)])
