@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
-from diffmergefs import beneath
+from diffmergefs import beneath, foreign
 from diffmergefs.copying import Target, copy_range, failures
 from diffmergefs.errors import DenseDiffError, OutputRefusedError
 from diffmergefs.layer import Layer
 from diffmergefs.lease import require_no_writers
+from diffmergefs.ranges import require_mergeable
 from diffmergefs.seal import Opener
 from diffmergefs.sealing import remove_seal
 from diffmergefs.trust import TrustPolicy, require_trust
@@ -35,18 +36,20 @@ def apply_diff(
     the guest had written. `base` is never extended or truncated, nor locked, and not fsynced
     unless `sync`; a diff of holes leaves it untouched. The diff is fsynced, held to law 4 as
     `policy` says (what it overrides is logged as a warning), and compared with its fingerprint at
-    the end; if it has a seal, the seal's extents are copied. It is refused while someone has it
-    open for writing, unless `policy.allow_writers`; `base` is not. The seal of `base` (BASE.bmap)
-    is removed before the first byte is written. An apply that failed or was interrupted leaves
-    `base` between before and after, and can be repeated: the outcome is the same. `progress` is
-    called with the bytes copied so far.
+    the end; if it has a seal or a presence file, that one's extents are copied. It is refused while
+    someone has it open for writing, unless `policy.allow_writers`; `base` is not. The seal of
+    `base` (BASE.bmap) and its presence file are removed before the first byte is written. An apply
+    that failed or was interrupted leaves `base` between before and after, and can be repeated: the
+    outcome is the same. `progress` is called with the bytes copied so far.
 
     Raises, with `base` untouched, SizeMismatchError, OutputRefusedError (both are one file),
     UntrustedExtentsError, DenseDiffError (no hole, and no `policy.dense`), WriterError;
     LayerChangedError, NoSpaceError, and FileAccessError for every other failure of a file.
     """
     policy = policy or TrustPolicy()
-    with closing(Opener(policy).open(os.fspath(diff))) as layer, _opened(os.fspath(base)) as target:
+    require_mergeable(os.fspath(base), [os.fspath(diff)])
+    opened = Opener(policy).open(os.fspath(diff), is_diff=True)
+    with closing(opened) as layer, _opened(os.fspath(base)) as target:
         _require_fit(layer, target)
         _require_meant(layer, policy)
         if len(layer.extents):
@@ -74,6 +77,8 @@ def _open_for_writing(path: str) -> int:
     # Known to be a regular file before it is opened for writing, which on a device would act.
     readable = beneath.open_regular(None, path)
     try:
+        foreign.require_own_file(readable, path)
+        foreign.require_own_neighbours(path)
         return os.open(f"/proc/self/fd/{readable}", os.O_RDWR | os.O_CLOEXEC)
     finally:
         os.close(readable)

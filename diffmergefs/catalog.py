@@ -6,29 +6,43 @@ is broken. No image file is opened.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from diffmergefs import chain, forkd, numbered
+from diffmergefs import chain, foreign
 from diffmergefs.beneath import Reach
+from diffmergefs.bitmap import PRESENCE_SUFFIX
 from diffmergefs.bmap import SEAL_SUFFIX
+from diffmergefs.cloudhypervisor import CloudHypervisorReader
 from diffmergefs.errors import BrokenChainError, DiffMergeError, FileAccessError
 from diffmergefs.extents import MAX_LAYERS
+from diffmergefs.forkd import ForkdReader
 from diffmergefs.layer import require_size
-from diffmergefs.snapshot import Snapshot, StoredFile, status_of
+from diffmergefs.numbered import NumberedReader
+from diffmergefs.ranges import require_equal_ranges
+from diffmergefs.reader import Reader, Source, names_of, open_source
+from diffmergefs.snapshot import Snapshot, StoredFile, is_left_out, status_of
+from diffmergefs.superserve import SuperserveReader
 from diffmergefs.view import require_equal_size
 
-LAYOUTS = ("forkd", "numbered")
+_RECORDS = (SEAL_SUFFIX, PRESENCE_SUFFIX)
+
+# A new layout is a line here. See docs/adding-a-store.md.
+READERS: dict[str, Reader] = {
+    reader.name: reader
+    for reader in (ForkdReader(), NumberedReader(), SuperserveReader(), CloudHypervisorReader())
+}
+LAYOUTS = tuple(READERS)
 
 
 @dataclass(frozen=True)
 class Catalog:
     """What one look at a directory of snapshots found.
 
-    `root` is the directory as given, `layout` 'forkd' or 'numbered', `snapshots` by tag.
+    `root` is the directory as given, `layout` the name of its reader, `snapshots` by tag.
     """
 
     root: str
@@ -81,6 +95,7 @@ class Catalog:
         require_size(base.path, base.key.size)
         for link in links[1:]:
             require_equal_size(base.path, base.key.size, link.layer.path, link.layer.key.size)
+            require_equal_ranges(base.path, links[0].ranges, link.layer.path, link.ranges)
         return links
 
     def _sound(self, tag: str, head: str) -> Snapshot | None:
@@ -106,9 +121,10 @@ class Catalog:
 
     @cached_property
     def hidden(self) -> frozenset[str]:
-        """The paths beneath the root that are never passed through: layers and their seals."""
+        """The paths beneath the root that are never passed through: layers and their records."""
         layers = [layer.path for layer in self._layers.values()]
-        return frozenset(layers).union(path + SEAL_SUFFIX for path in layers)
+        paths = frozenset(path + suffix for path in layers for suffix in ("", *_RECORDS))
+        return paths.union(*(snapshot.withheld for snapshot in self.snapshots.values()))
 
     @cached_property
     def layer_files(self) -> frozenset[tuple[int, int]]:
@@ -125,49 +141,56 @@ def read_catalog(
 ) -> Catalog:
     """Look over the directory `root`.
 
-    `layout` is one of LAYOUTS, by default found out; `suffix` (`.mem`) names the memory files of a
-    numbered directory; `at` is an open descriptor of `root`, if the caller has one. `outside` are
-    directories beside `root` in which a forkd store's files may lie, if they are recorded there:
-    the path of such a file is absolute. Reads names, sizes and JSON, never an image. Raises
-    FileAccessError if `root` is no readable directory and BrokenChainError where the directory as
-    a whole is ambiguous.
+    `layout` is the name of one of READERS, by default found out; `suffix` (`.mem`) names the memory
+    files of a numbered directory; `at` is an open descriptor of `root`, if the caller has one.
+    `outside` are directories beside `root` in which a store's files may lie, if they are recorded
+    there: the path of such a file is absolute. Reads names, sizes and JSON, never an image. Raises
+    FileAccessError if `root` is no readable directory, BrokenChainError where the directory as a
+    whole is ambiguous, and ForeignFormatError where it is in a format that is declined.
     """
-    try:
-        path = root if at is None else "."
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
-    except OSError as error:
-        raise FileAccessError(f"{root}: {error.strerror}") from error
+    fd = open_source(root, at)
     try:
         with os.scandir(fd) as entries:
             listed = [(entry.name, status_of(entry)) for entry in entries]
         statuses = {name: status for name, status in listed if status}
-        kinds = {name: stat.S_IFMT(status.st_mode) for name, status in statuses.items()}
-        found = layout or _find_layout(root, fd, kinds, suffix)
-        if found == "numbered":
-            snapshots = numbered.read(statuses, suffix)
-        else:
-            snapshots = forkd.read(root, Reach(fd, outside), kinds)
+        foreign.require_own_directory(statuses.keys(), root)
+        source = Source(root, Reach(fd, outside), statuses, suffix)
+        reader = READERS[layout] if layout else _find_reader(source)
+        snapshots = reader.read(source)
     except OSError as error:
         raise FileAccessError(f"{root}: {error.strerror} while it was looked over") from error
     finally:
         os.close(fd)
-    return Catalog(root, found, snapshots)
+    return Catalog(root, reader.name, snapshots)
 
 
-def _find_layout(root: str, fd: int, kinds: Mapping[str, int], suffix: str | None) -> str:
-    is_numbered = bool(numbered.memory_files(kinds, suffix))
-    is_forkd = any(k == stat.S_IFDIR and _is_tag(fd, name) for name, k in kinds.items())
-    if is_numbered and is_forkd:
+def _find_reader(source: Source) -> Reader:
+    found = [reader for reader in READERS.values() if reader.finds(source)]
+    if len(found) > 1:
+        names = [reader.name for reader in found]
         raise BrokenChainError(
-            f"{root}: holds numbered layers and a forkd store;"
-            " say which is meant with --layout=numbered or --layout=forkd"
+            f"{source.path}: holds snapshots of several layouts ({', '.join(names)});"
+            f" say which is meant with {' or '.join(f'--layout={name}' for name in names)}"
         )
-    return "numbered" if is_numbered else "forkd"
+    return found[0] if found else READERS["forkd"]
 
 
-def _is_tag(fd: int, name: str) -> bool:
-    # What cannot be looked into (somebody's lost+found) says nothing about the layout.
+def layout_of(folder: str) -> str | None:
+    """The layout of which the directory `folder` is by itself a snapshot, or None.
+
+    Raises ForeignFormatError where it is in a format that is declined.
+    """
     try:
-        return forkd.is_tag(fd, name)
+        fd = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
-        return False
+        return None
+    name = os.path.basename(folder)
+    try:
+        foreign.require_own_directory(names_of(fd, name), folder)
+        for reader in READERS.values():
+            with contextlib.suppress(OSError):
+                if not is_left_out(name) and reader.is_tag(fd, name):
+                    return reader.name
+    finally:
+        os.close(fd)
+    return None

@@ -68,7 +68,8 @@ def examine_layer(
             return
         found = list(_examine_extents(layer, parents, policy.page_size))
         yield from found
-        if not has_seal and all(finding.severity == "fine" for finding in found):
+        has_record = has_seal or bool(layer.records)
+        if not has_record and all(finding.severity == "fine" for finding in found):
             yield _no_seal(layer)
     except DiffMergeError as error:
         yield wrong(layer.path, "access", error)
@@ -113,10 +114,10 @@ def _examine_writers(layer: Layer) -> Iterator[Finding]:
 def _examine_seal(
     layer: Layer, memory: Remembered, root: Reach | None, path: str | None
 ) -> Iterator[Finding]:
-    # Where the seal cannot be used the filesystem's extents stay in force, so that what else is
+    # Where the seal cannot be used the extents known before stay in force, so that what else is
     # wrong is found too.
     place = layer.path + SEAL_SUFFIX
-    walked = layer.extents
+    known = layer.extents, layer.records
     try:
         stored = seal.find(path or layer.path, root, layer.path)
         if stored is None:
@@ -125,7 +126,7 @@ def _examine_seal(
         seal.adopt(layer, stored, is_checked=True)
         seal.compare_once(layer, stored, memory)
     except DiffMergeError as error:
-        layer.extents, layer.seal = walked, None
+        layer.extents, layer.records = known
         yield wrong(place, "seal", error)
         return
     if not is_newer:
@@ -181,9 +182,10 @@ def _examine_zeros(
             yield Finding(layer.path, "zeros", "fine", text)
         return
     severity: Severity = "wrong" if dense else "warning"
-    if layer.seal is not None:
-        # The seal says that the guest did write them.
-        yield Finding(layer.path, "zeros", "fine", f"{text}; they are in its seal")
+    if layer.records:
+        # The record says that the guest did write them.
+        where = "seal" if layer.record(SEAL_SUFFIX) else "presence file"
+        yield Finding(layer.path, "zeros", "fine", f"{text}; they are in its {where}")
         return
     yield Finding(
         layer.path,

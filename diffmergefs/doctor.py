@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from diffmergefs import forkd
 from diffmergefs.beneath import Reach
-from diffmergefs.catalog import Catalog, read_catalog
+from diffmergefs.catalog import Catalog, layout_of, read_catalog
 from diffmergefs.diagnosis import examine_layer, wrong
-from diffmergefs.errors import DiffMergeError, FileAccessError
+from diffmergefs.errors import DiffMergeError, FileAccessError, ForeignFormatError
 from diffmergefs.finding import Finding
 from diffmergefs.images import LayerPool, find_image
 from diffmergefs.layer import Layer
 from diffmergefs.probe import examine_filesystem
+from diffmergefs.seal import Opener
 from diffmergefs.snapshot import Snapshot
 from diffmergefs.trust import TrustPolicy
 
@@ -28,8 +28,8 @@ def examine_path(path: str, policy: TrustPolicy | None = None) -> Iterator[Findi
     judged as a diff without its parent; a directory that holds no snapshots has a filesystem only.
     Of `policy` count `page_size`, `allow_outside` and `state_dir`: nothing is vouched for here. All
     is gone through, whatever is found. Layers are synced and walked; a sealed one is compared with
-    its seal, which is remembered. No layer is written. Raises FileAccessError, and BrokenChainError
-    where a directory is ambiguous.
+    its seal, which is remembered. No layer is written. Raises FileAccessError, BrokenChainError
+    where a directory is ambiguous, and ForeignFormatError where it is declined.
     """
     policy = replace(policy or TrustPolicy(), no_seal=True)
     try:
@@ -56,11 +56,11 @@ def _snapshots_of(path: str, policy: TrustPolicy) -> tuple[Catalog, list[str]] |
             return catalog, sorted(catalog.snapshots, key=lambda tag: (_depth(catalog, tag), tag))
     image = os.path.realpath(path)
     for candidate in (image, os.path.dirname(image)):
-        if os.path.isdir(candidate) and _is_tag(candidate):
+        if os.path.isdir(candidate) and layout_of(candidate) is not None:
             catalog, tag = find_image(candidate, policy.allow_outside)
             if candidate == image or _is_layer(catalog, tag, image):
                 return catalog, [link.tag for link in catalog.reachable(tag)]
-    with suppress(FileAccessError):
+    with suppress(FileAccessError, ForeignFormatError):  # for _examine_file to say
         if not os.path.isdir(path):
             catalog, tag = find_image(path)
             return catalog, [link.tag for link in catalog.reachable(tag)]
@@ -69,19 +69,6 @@ def _snapshots_of(path: str, policy: TrustPolicy) -> tuple[Catalog, list[str]] |
 
 def _depth(catalog: Catalog, tag: str) -> int:
     return len(catalog.reachable(tag))
-
-
-def _is_tag(folder: str) -> bool:
-    try:
-        fd = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return forkd.is_tag(fd, os.path.basename(folder))
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
 
 
 def _is_layer(catalog: Catalog, tag: str, path: str) -> bool:
@@ -130,7 +117,7 @@ def _examine_chain(catalog: Catalog, tag: str) -> Iterator[Finding]:
 
 def _examine_file(path: str, policy: TrustPolicy) -> Iterator[Finding]:
     try:
-        layer = Layer.open(path)
+        layer = Opener(policy).open(path, is_diff=True)
     except DiffMergeError as error:
         yield wrong(path, "access", error)
         return

@@ -164,3 +164,15 @@ class MissingExtraError(DiffMergeError):
 
     exit_code = 22
     errno = errno.ENOSYS
+
+
+class PresenceError(DiffMergeError):
+    """A presence file (FILE.presence) that is torn, malformed, or does not fit its diff."""
+
+    exit_code = 24
+
+
+class ForeignFormatError(DiffMergeError):
+    """A file or directory in a format of others that cannot be merged by its holes."""
+
+    exit_code = 25

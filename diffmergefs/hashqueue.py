@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from diffmergefs.errors import DiffMergeError
-from diffmergefs.layer import FileKey
+from diffmergefs.filekey import FileKey
 from diffmergefs.snapshot import StoredFile
 
 log = logging.getLogger(__name__)

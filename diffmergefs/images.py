@@ -15,7 +15,9 @@ from dataclasses import dataclass, field, replace
 
 from diffmergefs import beneath
 from diffmergefs.beneath import Reach, Root
-from diffmergefs.catalog import Catalog, read_catalog
+from diffmergefs.bitmap import PRESENCE_SUFFIX
+from diffmergefs.bmap import SEAL_SUFFIX
+from diffmergefs.catalog import Catalog, layout_of, read_catalog
 from diffmergefs.errors import (
     DenseDiffError,
     DiffMergeError,
@@ -23,13 +25,17 @@ from diffmergefs.errors import (
     LayerChangedError,
 )
 from diffmergefs.extents import ExtentList
-from diffmergefs.layer import FileKey, Layer
+from diffmergefs.filekey import FileKey
+from diffmergefs.layer import Layer
 from diffmergefs.lease import Leases, Writers, require_no_writers, writers
 from diffmergefs.numbered import SUFFIXES
 from diffmergefs.pins import Hashes, require_pin
+from diffmergefs.ranges import require_mergeable
+from diffmergefs.reader import require_own_path
 from diffmergefs.seal import Opener
 from diffmergefs.snapshot import Snapshot, StoredFile
 from diffmergefs.state import Remembered
+from diffmergefs.superserve import require_base
 from diffmergefs.trust import TrustPolicy, require_trust
 from diffmergefs.view import MergedView, require_equal_size
 
@@ -37,8 +43,8 @@ _SAMPLE = 4096
 _SPARE = 128
 _GOLDEN = (5**0.5 - 1) / 2
 
-# A layer's file, and the seal beside it that is in force.
-_Content = tuple[FileKey, FileKey | None]
+# A layer's file, and the records beside it that are in force, by suffix.
+_Content = tuple[FileKey, frozenset[tuple[str, FileKey]]]
 
 
 @dataclass(frozen=True)
@@ -96,9 +102,11 @@ class LayerPool:
     def layer(self, file: StoredFile) -> Layer:
         """The open layer of `file`, opened by `seal.Opener` if it is not open yet.
 
-        Raises LayerChangedError if another content stands at its path, or its seal's, by now.
+        Raises LayerChangedError if another content stands at its path, or a record's, by now.
         """
-        content = file.key, None if self._opener.policy.no_seal else file.seal
+        no_seal = self._opener.policy.no_seal
+        records = {r for r in file.records if not (no_seal and r[0] == SEAL_SUFFIX)}
+        content = file.key, frozenset(records)
         with self._guard:
             busy = self._busy.setdefault(content, threading.Lock())
         with busy:
@@ -106,12 +114,14 @@ class LayerPool:
             if known is not None and not known.tainted:
                 return known
             name = os.path.join(self._where, file.path)
-            layer = self._opener.open(file.path, self._root, name)
+            is_diff = any(suffix == PRESENCE_SUFFIX for suffix, _ in records)
+            layer = self._opener.open(file.path, self._root, name, is_diff=is_diff)
             try:
                 require_spare_descriptors(layer.fd, name)
             except OSError as error:
                 raise FileAccessError(f"{name}: {error.strerror}") from error
-            if (layer.key, layer.seal and layer.seal.key) != content:
+            in_force = frozenset((record.suffix, record.key) for record in layer.records)
+            if (layer.key, in_force) != content:
                 raise LayerChangedError(f"{name}: changed since it was looked over; try again")
             self._layers[content] = layer
             return layer
@@ -137,15 +147,19 @@ def open_chain(
     """Open explicit layers, oldest first, as one image.
 
     The files must exist and have one size; they are synced and walked, never written. A layer with
-    a seal beside it has the seal's extents, compared with its bytes first (`seal.Opener`). The
+    a seal beside it has the seal's extents, a diff with a presence file that one's, compared with
+    its bytes first (`seal.Opener`). The
     diffs are held to law 4, and one without a hole is refused unless `policy.dense`. A layer that
     someone has open for writing is refused, unless `policy.allow_writers`, where that can be told
     (see `lease.writers`); with `leases`, for a process that serves them, leases are kept on the
     layers. Raises DiffMergeError (see `diffmergefs.errors`).
     """
     policy = policy or TrustPolicy()
+    require_base(os.fspath(base))
+    require_mergeable(os.fspath(base), [os.fspath(diff) for diff in diffs])
     opener = Opener(policy)
-    layers = [opener.open(os.fspath(path)) for path in (base, *diffs)]
+    layers = [opener.open(os.fspath(base))]
+    layers += [opener.open(os.fspath(path), is_diff=True) for path in diffs]
     return _judge(layers, policy, leases, in_store=False)
 
 
@@ -197,7 +211,8 @@ def find_image(path: str | os.PathLike[str], outside: Iterable[str] = ()) -> tup
     image = os.path.realpath(image) if os.path.islink(image) else image
     root, name = os.path.split(image)
     if os.path.isdir(image):
-        return read_catalog(root, "forkd", outside=outside), name
+        return read_catalog(root, layout_of(image) or "forkd", outside=outside), name
+    require_own_path(image)
     if not os.path.exists(image):
         raise FileAccessError(f"{os.fspath(path)}: No such file or directory")
     if found := find_numbered(root, name):
@@ -251,11 +266,12 @@ def _judge(
 
 
 def _unchecked(layer: Layer) -> Iterator[str]:
-    if layer.seal is not None and layer.seal.unchecked:
-        yield (
-            f"--verify=no overrides the check of seals: {layer.seal.path}: {layer.seal.unchecked}"
-            " ranges without a checksum are taken as they are"
-        )
+    for record in layer.records:
+        if record.unchecked:
+            yield (
+                f"--verify=no overrides the check of seals: {record.path}: {record.unchecked}"
+                " ranges without a checksum are taken as they are"
+            )
 
 
 def judge_diff(

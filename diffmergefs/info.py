@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from diffmergefs.bmap import SEAL_SUFFIX
 from diffmergefs.extents import ExtentList
 from diffmergefs.images import Image
 from diffmergefs.layer import Layer
@@ -20,9 +21,10 @@ class LayerInfo:
     """One layer of a chain; numbers are bytes, but for `extents`, the count of data extents.
 
     `visible_bytes` of its `data_bytes` are shown in the view and `shadowed_bytes` are hidden by
-    newer layers. `grain` is the unit in which its filesystem reports holes, or its seal's. `trust`
-    is 'sealed' where its extents are a seal's, else 'base' or 'trusted', or 'overridden: ' and the
-    checks of law 4 that failed and were overridden.
+    newer layers. `grain` is the unit in which its filesystem reports holes, or its record's.
+    `trust` is 'sealed' where its extents are a seal's, 'recorded' where they are a presence file's,
+    else 'base' or 'trusted', or 'overridden: ' and the checks of law 4 that failed and were
+    overridden.
     """
 
     path: str
@@ -67,7 +69,7 @@ def describe(image: Image) -> ChainInfo:
             extents=len(layer.extents),
             visible_bytes=shown,
             shadowed_bytes=layer.extents.data_bytes - shown,
-            grain=layer.seal.block if layer.seal else grain(layer.fd),
+            grain=layer.records[0].block if layer.records else grain(layer.fd),
             trust=_trust(layer, image.overridden, is_base=number == 0),
         )
         for number, (layer, shown) in enumerate(zip(view.layers, visible, strict=True))
@@ -96,4 +98,6 @@ def _trust(layer: Layer, overridden: Sequence[str], *, is_base: bool) -> str:
     # A layer that stands in a chain twice has its lines twice.
     if checks and not is_base:
         return f"overridden: {', '.join(dict.fromkeys(checks))}"
-    return "sealed" if layer.seal else "base" if is_base else "trusted"
+    if layer.records:
+        return "sealed" if layer.records[0].suffix == SEAL_SUFFIX else "recorded"
+    return "base" if is_base else "trusted"

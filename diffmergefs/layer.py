@@ -9,9 +9,10 @@ import threading
 import weakref
 from typing import ClassVar, NamedTuple
 
-from diffmergefs import beneath, sparse
+from diffmergefs import beneath, foreign, sparse
 from diffmergefs.errors import FileAccessError, LayerChangedError, SizeMismatchError
 from diffmergefs.extents import ExtentList
+from diffmergefs.filekey import FileKey
 
 log = logging.getLogger(__name__)
 
@@ -19,30 +20,19 @@ MAX_SIZE = 16 << 40
 _ZERO_BLOCK = bytes(1 << 20)
 
 
-class FileKey(NamedTuple):
-    """Which file, with which content, as far as metadata tell: it survives renames and chmods."""
+class Record(NamedTuple):
+    """A file beside a layer by which its extents go, in place of the filesystem's holes.
 
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> FileKey:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-class Seal(NamedTuple):
-    """What a layer knows of the seal by which its extents go.
-
-    `path` is for messages, `key` says which content of the seal's file, `block` is its unit in
-    bytes. `unchecked` counts the ranges that were taken without a checksum or a look at them.
+    `suffix` is what its name has after the layer's (`.bmap` for a seal), `path` is for messages,
+    `key` says which content of that file, `block` is its unit in bytes. `unchecked` counts the
+    ranges that were taken without a checksum or a look at them.
     """
 
+    suffix: str
     path: str
     key: FileKey
     block: int
-    unchecked: int
+    unchecked: int = 0
 
 
 class Fingerprint(NamedTuple):
@@ -65,7 +55,7 @@ class Layer:
     `path` is for messages. `size` is the logical size, `walked` the data extents that the
     filesystem reports, `unwritten` the preallocated ranges (zeros, which may be among them or not)
     and `extents` those in force, all as they were found when it was opened; they stay so for the
-    layer's life. `extents` and `walked` differ only for a layer with a `seal`. The file is never
+    layer's life. `extents` and `walked` differ only for a layer with `records`. The file is never
     written, extended or locked. One descriptor; `close()` closes it, and so does the end of the
     last reference. Safe to use from several threads.
 
@@ -93,7 +83,7 @@ class Layer:
         self.fingerprint = Fingerprint.of(fd)._replace(size=self.size)
         self.walked = self.extents = ExtentList(sparse.data_extents(fd, self.size))
         self.unwritten = ExtentList(sparse.unwritten_ranges(fd, self.size))
-        self.seal: Seal | None = None
+        self.records: tuple[Record, ...] = ()
         # tmpfs refuses RWF_NOWAIT, and its pages are in memory anyway.
         in_memory = sparse.filesystem_magic(fd) == sparse.TMPFS_MAGIC
         self._nowait = 0 if in_memory else os.RWF_NOWAIT
@@ -103,23 +93,36 @@ class Layer:
         """Open the regular file `path` (beneath the directory descriptor `root`, if given).
 
         Messages call it `name`, by default `path`. Blocks for the fsync and the walk. Raises
-        FileAccessError with that name in its one line.
+        FileAccessError with that name in its one line, and ForeignFormatError for a file that is
+        no memory image by its first bytes.
         """
         sparse.require_linux()
         name = path if name is None else name
         try:
-            return cls(name, beneath.open_regular(root, path))
+            if root is None:
+                foreign.require_own_neighbours(path)
+            layer = cls(name, beneath.open_regular(root, path))
         except OSError as error:
             raise FileAccessError(f"{name}: {error.strerror}") from error
+        if layer.walked.starts and layer.walked.starts[0] == 0:
+            foreign.require_own_file(layer.fd, name)
+        return layer
 
     @property
     def key(self) -> FileKey:
         """The identity of the file as it was opened."""
         return FileKey.of(self.status)
 
-    def adopt(self, extents: ExtentList, seal: Seal) -> None:
-        """Put in force the extents of a seal that was found to be right, before any are used."""
-        self.extents, self.seal = extents, seal
+    def adopt(self, extents: ExtentList, record: Record) -> None:
+        """Put in force the extents of a record that was found to be right, before any are used.
+
+        A layer that has one already must have the same extents by it: that is the caller's to see.
+        """
+        self.extents, self.records = extents, (record, *self.records)
+
+    def record(self, suffix: str) -> Record | None:
+        """The record with this suffix that is in force, or None."""
+        return next((record for record in self.records if record.suffix == suffix), None)
 
     def close(self) -> None:
         self._close()
@@ -188,7 +191,7 @@ class Layer:
         # Preallocated ranges are data as long as their zeros are in the page cache.
         if any(lost.outside(self.unwritten)):
             self._taint("data extents are gone")
-        elif not all(self._is_zero(start, stop) for start, stop in gained):
+        elif not all(self.is_zero(start, stop) for start, stop in gained):
             self._taint(f"{gained.data_bytes} bytes became data that are not zeros")
         else:
             log.info(
@@ -206,7 +209,11 @@ class Layer:
                 size=self.fingerprint.size, mtime_ns=self.fingerprint.mtime_ns
             )
 
-    def _is_zero(self, start: int, stop: int) -> bool:
+    def is_zero(self, start: int, stop: int) -> bool:
+        """Whether the bytes of a range are zeros; `settle` is for the caller to call.
+
+        Raises LayerChangedError if the layer ends before `stop`, and OSError.
+        """
         buffer = memoryview(bytearray(min(stop - start, len(_ZERO_BLOCK))))
         for offset in range(start, stop, len(_ZERO_BLOCK)):
             part = buffer[: min(stop - offset, len(_ZERO_BLOCK))]

@@ -187,7 +187,7 @@ class NewDiff:
         if layer not in self._sharing:
             with failures(layer.path):
                 is_written = sparse.unwritten_range(layer.fd, layer.size) is None
-            self._sharing[layer] = is_written and layer.seal is None
+            self._sharing[layer] = is_written and not layer.records
         return self._sharing[layer]
 
     def _on_blocks(self, start: int, stop: int) -> bool:

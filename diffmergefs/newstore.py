@@ -16,13 +16,12 @@ from diffmergefs.companions import Kept, copy_file, copy_folder, take_over
 from diffmergefs.compare import require_equal
 from diffmergefs.copying import failures
 from diffmergefs.flatten import flatten
-from diffmergefs.forkd import DOCUMENT
 from diffmergefs.layer import Layer
 from diffmergefs.newdiff import NewDiff
 from diffmergefs.outputdir import OutputDirectory, sync_directory
 from diffmergefs.pins import content_hash
 from diffmergefs.rediff import rediff
-from diffmergefs.snapshot import Snapshot
+from diffmergefs.snapshot import DOCUMENT, Snapshot
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.view import MergedView
 
@@ -166,7 +165,7 @@ class StoreWriter:
 
     def _write_memory(self, link: Link, path: str, options: WriteOptions) -> NewSnapshot:
         own = MergedView([link.layer])
-        seal = options.seal or link.layer.seal is not None
+        seal = options.seal or bool(link.layer.records)
         report = self._tally.part(link.layer.size)
         if link.snapshot.parent is None:
             flatten(own, path, verify=options.verify, seal=seal, progress=report)

@@ -8,12 +8,16 @@ import stat
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from diffmergefs.beneath import Root
+from diffmergefs.bitmap import PRESENCE_SUFFIX
 from diffmergefs.bmap import SEAL_SUFFIX
 from diffmergefs.errors import BrokenChainError
-from diffmergefs.layer import FileKey
+from diffmergefs.filekey import FileKey
+from diffmergefs.reader import Source
 from diffmergefs.snapshot import Snapshot, StoredFile, is_left_out
 
 SUFFIXES = (".mem", ".bin", ".img")
+_RECORDS = (SEAL_SUFFIX, PRESENCE_SUFFIX)
 _NUMBERED = re.compile(r"(?P<number>[0-9]+)-(?P<stem>.+)", re.DOTALL)
 
 
@@ -42,7 +46,7 @@ def memory_files(kinds: Mapping[str, int], suffix: str | None = None) -> list[Nu
     candidates = [
         f
         for f in _numbered(kinds)
-        if f.suffix in suffixes and f.suffix != SEAL_SUFFIX and kinds[f.name] != stat.S_IFDIR
+        if f.suffix in suffixes and f.suffix not in _RECORDS and kinds[f.name] != stat.S_IFDIR
     ]
     if not candidates:
         return []
@@ -54,41 +58,53 @@ def memory_files(kinds: Mapping[str, int], suffix: str | None = None) -> list[Nu
     return found
 
 
-def read(statuses: Mapping[str, os.stat_result], suffix: str | None) -> dict[str, Snapshot]:
-    """The snapshots of a directory of numbered layers, by tag (the stem).
+class NumberedReader:
+    """The numeric order is the chain; each step is a tag, named by the stem after the number."""
 
-    `statuses` has the lstat of each of its names. A file of the same number and another suffix
-    goes with a layer, but for one that could be memory itself: another of SUFFIXES, and the
-    layer's size.
-    """
-    kinds = {name: stat.S_IFMT(status.st_mode) for name, status in statuses.items()}
-    layers = memory_files(kinds, suffix)
-    companions: dict[int, dict[str, str]] = {f.number: {} for f in layers}
-    memory = {f.number: f.name for f in layers}
-    for file in _numbered(kinds):
-        layer_name = memory.get(file.number)
-        if layer_name is None or file.name == layer_name:
-            continue
-        if not _looks_like_memory(file, statuses[file.name], statuses[layer_name]):
-            companions[file.number][file.name] = file.name
-    snapshots: dict[str, Snapshot] = {}
-    parent = None
-    for layer in layers:
-        files = companions[layer.number]
-        seen = {name: FileKey.of(statuses[name]) for name in (layer.name, *files)}
-        is_regular = kinds[layer.name] == stat.S_IFREG
-        memory_file = StoredFile(layer.name, seen[layer.name], seen.get(layer.name + SEAL_SUFFIX))
-        snapshots[layer.stem] = Snapshot(
-            layer.stem,
-            parent,
-            memory_file if is_regular else None,
-            files=files,
-            problem=None if is_regular else f"{layer.name}: is not a regular file",
-            newest_ns=max(key.mtime_ns for key in seen.values()),
-            state=frozenset(seen.items()),
-        )
-        parent = layer.stem
-    return snapshots
+    name = "numbered"
+
+    def finds(self, source: Source) -> bool:
+        return bool(memory_files(source.kinds, source.suffix))
+
+    def is_tag(self, root: Root, name: str) -> bool:
+        return False  # its snapshots are files
+
+    def read(self, source: Source) -> dict[str, Snapshot]:
+        """The snapshots by tag.
+
+        A file of the same number and another suffix goes with a layer, but for one that could be
+        memory itself: another of SUFFIXES, and the layer's size.
+        """
+        statuses, kinds = source.statuses, source.kinds
+        layers = memory_files(kinds, source.suffix)
+        companions: dict[int, dict[str, str]] = {f.number: {} for f in layers}
+        memory = {f.number: f.name for f in layers}
+        for file in _numbered(kinds):
+            layer_name = memory.get(file.number)
+            if layer_name is None or file.name == layer_name:
+                continue
+            if not _looks_like_memory(file, statuses[file.name], statuses[layer_name]):
+                companions[file.number][file.name] = file.name
+        snapshots: dict[str, Snapshot] = {}
+        parent = None
+        for layer in layers:
+            files = companions[layer.number]
+            seen = {name: FileKey.of(statuses[name]) for name in (layer.name, *files)}
+            is_regular = kinds[layer.name] == stat.S_IFREG
+            suffixes = (SEAL_SUFFIX,) if parent is None else (SEAL_SUFFIX, PRESENCE_SUFFIX)
+            records = {(s, seen[layer.name + s]) for s in suffixes if layer.name + s in seen}
+            memory_file = StoredFile(layer.name, seen[layer.name], frozenset(records))
+            snapshots[layer.stem] = Snapshot(
+                layer.stem,
+                parent,
+                memory_file if is_regular else None,
+                files=files,
+                problem=None if is_regular else f"{layer.name}: is not a regular file",
+                newest_ns=max(key.mtime_ns for key in seen.values()),
+                state=frozenset(seen.items()),
+            )
+            parent = layer.stem
+        return snapshots
 
 
 def _numbered(kinds: Mapping[str, int]) -> list[NumberedFile]:

@@ -436,9 +436,9 @@ class Operations(pyfuse3.Operations):
         for link in store.chain(tag) or []:
             with contextlib.suppress(DiffMergeError, OSError):
                 work = functools.partial(store.open_layer, link.layer)
-                # To compare a seal takes a processor, as to hash a parent does.
-                limiter = self._hashing if link.layer.seal else None
-                layers.append(await self._once((link.layer.key, link.layer.seal), work, limiter))
+                # To compare a record takes a processor, as to hash a parent does.
+                limiter = self._hashing if link.layer.records else None
+                layers.append(await self._once((link.layer.key, link.layer.records), work, limiter))
         async with trio.open_nursery() as nursery:
             for parent, link in store.pins(tag):
                 nursery.start_soon(self._hash_parent, store, parent, link)

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from diffmergefs import beneath, bmap
+from diffmergefs import beneath, bmap, presence
 from diffmergefs.bmap import ABSENT, SEAL_SUFFIX, BlockMap
 from diffmergefs.errors import FileAccessError, SealError
 from diffmergefs.extents import Extent
-from diffmergefs.layer import FileKey, Layer, Seal
+from diffmergefs.filekey import FileKey
+from diffmergefs.layer import Layer, Record
 from diffmergefs.state import Identity, Remembered
 from diffmergefs.trust import TrustPolicy
 
@@ -76,50 +77,63 @@ def find(path: str, root: beneath.Root | None = None, name: str | None = None) -
 
 
 class Opener:
-    """Opens layers, each with its seal in force, as `policy` says; safe for several threads.
+    """Opens layers, each with the records beside it in force, as `policy` says; for any threads.
 
-    With the policy's `no_seal` no seal is looked at. With `verify` 'pins' a seal is compared with
-    its file once, which is remembered; with 'full' each time that a layer is opened; with 'no'
-    never.
+    Records are a seal, and for a diff a presence file. With the policy's `no_seal` no seal is
+    looked at. With `verify` 'pins' a record is compared with its file once, which is remembered;
+    with 'full' each time that a layer is opened; with 'no' never.
     """
 
     def __init__(self, policy: TrustPolicy) -> None:
         self.policy = policy
         self._memory = Remembered(policy.state_dir)
 
-    def open(self, path: str, root: beneath.Root | None = None, name: str | None = None) -> Layer:
-        """`Layer.open`, and then the extents of the layer's seal in place of the filesystem's.
+    def open(
+        self,
+        path: str,
+        root: beneath.Root | None = None,
+        name: str | None = None,
+        *,
+        is_diff: bool = False,
+    ) -> Layer:
+        """`Layer.open`, and then the extents of the layer's records in place of the filesystem's.
 
-        Blocks for the fsync and the walk, and where a seal must be compared, for a read of all
-        data. Raises SealError for a seal that is not right or does not fit, and FileAccessError.
+        Blocks for the fsync and the walk, and where a record must be compared, for a read of all
+        data. Raises SealError and PresenceError for a record that is not right or does not fit, and
+        FileAccessError.
         """
         layer = Layer.open(path, root, name)
-        if self.policy.no_seal:
-            return layer
-        seal = find(path, root, name)
-        if seal is not None:
-            self._enforce(layer, seal)
+        is_checked, anew = self.policy.verify != "no", self.policy.verify == "full"
+        if is_diff and (bits := presence.find(path, root, name)) is not None:
+            presence.adopt(layer, bits)
+            if is_checked:
+                presence.compare_once(layer, bits, self._memory, anew=anew)
+        if not self.policy.no_seal and (seal := find(path, root, name)) is not None:
+            adopt(layer, seal, is_checked=is_checked)
+            if is_checked:
+                compare_once(layer, seal, self._memory, anew=anew)
         return layer
-
-    def _enforce(self, layer: Layer, seal: StoredSeal) -> None:
-        adopt(layer, seal, is_checked=self.policy.verify != "no")
-        if self.policy.verify != "no":
-            compare_once(layer, seal, self._memory, anew=self.policy.verify == "full")
 
 
 def adopt(layer: Layer, seal: StoredSeal, *, is_checked: bool) -> None:
     """Put the seal's extents in force; `is_checked` says that it is or will be compared.
 
-    Raises SealError if it is for a file of another size.
+    Raises SealError if it is for a file of another size, or contradicts the layer's presence file.
     """
     require_fit(layer, seal)
+    extents = seal.map.extents()
+    for record in layer.records:
+        if extents != layer.extents:
+            raise SealError(
+                f"{seal.path}: says otherwise than {record.path} which pages are data, so one of"
+                " them is not this file's; remove the seal if it was made without the other, or"
+                " go without it with --no-seal"
+            )
     unchecked = 0 if is_checked else len(seal.map.bare)
-    layer.adopt(seal.map.extents(), Seal(seal.path, seal.key, seal.map.block, unchecked))
+    layer.adopt(extents, Record(SEAL_SUFFIX, seal.path, seal.key, seal.map.block, unchecked))
 
 
-def compare_once(
-    layer: Layer, seal: StoredSeal, memory: Remembered, *, anew: bool = False
-) -> None:
+def compare_once(layer: Layer, seal: StoredSeal, memory: Remembered, *, anew: bool = False) -> None:
     """`compare_and_remember`, unless it is remembered (or, if `anew`, in any case).
 
     Raises like `compare`, but FileAccessError in place of OSError.

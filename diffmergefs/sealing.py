@@ -6,9 +6,10 @@ import os
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffmergefs import bmap, seal
+from diffmergefs.bitmap import PRESENCE_SUFFIX
 from diffmergefs.bmap import ABSENT, SEAL_SUFFIX, BlockMap
 from diffmergefs.copying import failures
 from diffmergefs.errors import DenseDiffError, SealError
@@ -48,16 +49,19 @@ def seal_layer(
     """Write the seal of a layer whose extents are known to be right: `FILE.bmap` beside it.
 
     First the layer is held to law 4 as a diff, whatever it is, and to having no writer; one without
-    a hole needs `policy.dense`. The seal is written atomically, with the layer's mode and, by root,
-    its owner. One that is there is replaced if it has the same extents and its checksums are right;
-    if it says anything else, only with `force`: it may be the only record of a diff that a copy
-    has harmed. The layer is synced and read, never written. `progress` gets the bytes done so far.
+    a hole needs `policy.dense`. With a presence file beside it, that one's extents are sealed. The
+    seal is written atomically, with the layer's mode and, by root, its owner. One that is there is
+    replaced if it has the same extents and its checksums are right; if it says anything else, only
+    with `force`: it may be the only record of a diff that a copy has harmed. The layer is synced
+    and read, never written. `progress` gets the bytes done so far.
 
     Raises UntrustedExtentsError, DenseDiffError, WriterError, SealError (another seal is there),
     LayerChangedError, NoSpaceError, and FileAccessError for every other failure of a file.
     """
     policy = policy or TrustPolicy()
-    with closing(Layer.open(os.fspath(path))) as layer, failures(os.fspath(path)):
+    opener = seal.Opener(replace(policy, no_seal=True))
+    opened = opener.open(os.fspath(path), is_diff=True)
+    with closing(opened) as layer, failures(os.fspath(path)):
         overridden = _require_known(layer, policy)
         known = None if force else _known(layer)
         made = _map_of(layer, layer.extents, policy.page_size, progress)
@@ -75,23 +79,30 @@ def seal_layer(
 def write_seal(path: str, extents: ExtentList, page_size: int = PAGE) -> None:
     """Seal a file that was just written with data in just these extents, in place of any seal.
 
-    What lies outside them must read as zeros. Raises LayerChangedError, NoSpaceError and
-    FileAccessError.
+    A presence file beside it is taken away. What lies outside them must read as zeros. Raises
+    LayerChangedError, NoSpaceError and FileAccessError.
     """
     with closing(Layer.open(path)) as layer, failures(path):
         made = _map_of(layer, extents, page_size, lambda done: None)
         _publish(_place(path), bmap.dump(made), layer, force=True)
+    _remove(path, PRESENCE_SUFFIX)
 
 
 def remove_seal(path: str) -> None:
     """Take the seal of a file away that is about to be written, or was, and make that last.
 
-    Nothing is done where there is none. Raises FileAccessError.
+    Its presence file too, which would be as false. Nothing is done where there is none. Raises
+    FileAccessError.
     """
+    _remove(path, SEAL_SUFFIX)
+    _remove(path, PRESENCE_SUFFIX)
+
+
+def _remove(path: str, suffix: str) -> None:
     for place in dict.fromkeys((path, os.path.realpath(path))):
-        with failures(place + SEAL_SUFFIX):
+        with failures(place + suffix):
             try:
-                os.unlink(place + SEAL_SUFFIX)
+                os.unlink(place + suffix)
             except OSError as error:
                 if error.errno not in ABSENT:
                     raise

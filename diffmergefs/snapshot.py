@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from diffmergefs import beneath
+from diffmergefs.bitmap import PRESENCE_SUFFIX
 from diffmergefs.bmap import ABSENT, SEAL_SUFFIX
 from diffmergefs.errors import BrokenChainError
-from diffmergefs.layer import FileKey
+from diffmergefs.filekey import FileKey
 
+DOCUMENT = "snapshot.json"
 MAX_DOCUMENT = 1 << 20
 _MAX_NESTING = 64
 _MAX_DIGITS = 1000
@@ -26,12 +28,13 @@ class StoredFile(NamedTuple):
     """A file of a directory of snapshots: its path and which content it has.
 
     The path is relative to the directory, or absolute and beneath one that the user allows
-    (`beneath.Reach`). `seal` says which file stands at the path with `.bmap` added, for a layer.
+    (`beneath.Reach`). `records` are, for a layer, the files beside it by which its extents go: what
+    their names have after the layer's (`.bmap`, for a diff also `.presence`), and which they are.
     """
 
     path: str
     key: FileKey
-    seal: FileKey | None = None
+    records: frozenset[tuple[str, FileKey]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,12 @@ class Snapshot:
 
     `parent` is the parent's tag, None for a base. `memory` is its layer, None where it could not
     be found. `folder` is the directory, relative to the root, whose files go with it if it has
-    one; `files` names further ones (name in the view -> path beneath the root). `document` is the
-    parsed snapshot.json, `parent_hash` the parent's sha256 as recorded there. `problem` is the
-    reason why it cannot be shown. `newest_ns` is the latest mtime among its files; two looks with
-    the same `state` saw the same files.
+    one; `files` names further ones (name in the view -> path beneath the root), and `withheld` are
+    paths beneath the root that are not passed through. `document` is the parsed snapshot.json,
+    `parent_hash` the parent's sha256 as recorded there. `ranges` says where in the guest's memory
+    the image's bytes belong, (address, length) in the order of the file, where that is recorded.
+    `problem` is the reason why it cannot be shown. `newest_ns` is the latest mtime among its files;
+    two looks with the same `state` saw the same files.
     """
 
     tag: str
@@ -54,6 +59,8 @@ class Snapshot:
     document: Mapping[str, Any] | None = None
     vmstate: str | None = None
     parent_hash: str | None = None
+    ranges: tuple[tuple[int, int], ...] | None = None
+    withheld: frozenset[str] = frozenset()
     problem: str | None = None
     newest_ns: int = 0
     state: frozenset[tuple[str, FileKey]] = frozenset()
@@ -97,26 +104,41 @@ def find_regular(root: beneath.Root, path: str) -> StoredFile | None:
     raise BrokenChainError(f"{path}: is not a regular file; nothing else is followed or read")
 
 
-def with_seal(root: beneath.Root, file: StoredFile) -> StoredFile:
-    """The layer `file` together with what stands in its seal's place, whatever that is."""
+def with_records(root: beneath.Root, file: StoredFile, *, is_diff: bool) -> StoredFile:
+    """The layer `file` together with what stands in its records' places, whatever that is."""
+    suffixes = (SEAL_SUFFIX, PRESENCE_SUFFIX) if is_diff else (SEAL_SUFFIX,)
+    found = {(suffix, _key_of(root, file.path + suffix)) for suffix in suffixes}
+    return file._replace(records=frozenset((suffix, key) for suffix, key in found if key))
+
+
+def _key_of(root: beneath.Root, path: str) -> FileKey | None:
     try:
-        status = beneath.stat_beneath(root, file.path + SEAL_SUFFIX)
+        return FileKey.of(beneath.stat_beneath(root, path))
     except OSError as error:
         if error.errno in ABSENT:
-            return file
-        raise BrokenChainError(f"{file.path}{SEAL_SUFFIX}: {error.strerror}") from error
-    return file._replace(seal=FileKey.of(status))
+            return None
+        raise BrokenChainError(f"{path}: {error.strerror}") from error
 
 
-def load_document(root: beneath.Root, path: str) -> dict[str, Any]:
+def load_document(
+    root: beneath.Root | None, path: str, limit: int = MAX_DOCUMENT
+) -> dict[str, Any]:
     """The JSON object in the file `path` beneath `root`; writing it again gives valid JSON.
 
-    Raises BrokenChainError, in one line, for a file over 1 MiB or one that changes while it is
-    read, for what is not UTF-8 or not JSON, for NaN and numbers that do not fit (more than 1,000
-    digits, a float beyond its range), a duplicate key, half of a surrogate pair, nesting of more
-    than 64, and anything but an object.
+    With `root` None, `path` is any path. Raises BrokenChainError, in one line, for a file over
+    `limit` bytes (1 MiB) or one that changes while it is read, and for all that `parse_document`
+    refuses.
     """
-    text = _read_document(root, path)
+    return parse_document(read_small(root, path, limit), path)
+
+
+def parse_document(text: bytes, path: str) -> dict[str, Any]:
+    """The JSON object in `text`; `path` stands in messages.
+
+    Raises BrokenChainError, in one line, for what is not UTF-8 or not JSON, for NaN and numbers
+    that do not fit (more than 1,000 digits, a float beyond its range), a duplicate key, half of a
+    surrogate pair, nesting of more than 64, and anything but an object.
+    """
     try:
         document = json.loads(
             text.decode(),
@@ -135,17 +157,23 @@ def load_document(root: beneath.Root, path: str) -> dict[str, Any]:
     return document
 
 
-def _read_document(root: beneath.Root, path: str) -> bytes:
+def read_small(root: beneath.Root | None, path: str, limit: int) -> bytes:
+    """The whole of the regular file `path` beneath `root`, of at most `limit` bytes.
+
+    With `root` None, `path` is any path. Raises BrokenChainError, in one line: for a larger file,
+    one that changes while it is read, and one that cannot be read.
+    """
     try:
         fd = beneath.open_regular(root, path)
         with open(fd, "rb") as file:
             before = FileKey.of(os.fstat(fd))
-            text = file.read(MAX_DOCUMENT + 1)
+            text = file.read(limit + 1)
             after = FileKey.of(os.fstat(fd))
     except OSError as error:
         raise BrokenChainError(f"{path}: {error.strerror}") from error
-    if len(text) > MAX_DOCUMENT:
-        raise BrokenChainError(f"{path}: over {MAX_DOCUMENT} bytes, too large for a snapshot.json")
+    if len(text) > limit:
+        name = os.path.basename(path)
+        raise BrokenChainError(f"{path}: over {limit} bytes, too large for a {name}")
     if before != after:
         raise BrokenChainError(f"{path}: changed while it was read; try again")
     return text

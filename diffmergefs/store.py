@@ -21,12 +21,13 @@ from diffmergefs.errors import (
     WriterError,
     one_line,
 )
+from diffmergefs.filekey import FileKey
 from diffmergefs.hashqueue import HashQueue
 from diffmergefs.images import Image, LayerPool, open_snapshot
-from diffmergefs.layer import FileKey
 from diffmergefs.lease import Leases
 from diffmergefs.mountpoint import FILESYSTEM_TYPE
 from diffmergefs.pins import Hashes, require_pin
+from diffmergefs.reader import open_source
 from diffmergefs.snapshot import Snapshot, StoredFile
 from diffmergefs.state import Remembered
 from diffmergefs.trust import TrustPolicy
@@ -36,12 +37,12 @@ log = logging.getLogger(__name__)
 
 # What the verdict on a chain, and its view, are good for: for each layer its content, and the
 # hash that its parent must have.
-# Which layers, by which seals, over parents of which recorded hashes.
-Keys = list[tuple[FileKey, FileKey | None, str | None]]
+# Which layers, by which records, over parents of which recorded hashes.
+Keys = list[tuple[FileKey, frozenset[tuple[str, FileKey]], str | None]]
 
 
 def _keys_of(links: Sequence[Snapshot]) -> Keys:
-    return [(link.layer.key, link.layer.seal, link.parent_hash) for link in links]
+    return [(link.layer.key, link.layer.records, link.parent_hash) for link in links]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ class Store:
     ) -> None:
         """Open the directory; raises FileAccessError."""
         self.root = os.path.abspath(root)
-        self.fd = _open_root(root)
+        self.fd = open_source(root)
         self._layout = layout
         self._suffix = suffix
         self._policy = policy
@@ -176,7 +177,7 @@ class Store:
             return
         if here is not None and os.path.samestat(here, there):
             return
-        fd = _open_root(self.root)
+        fd = open_source(self.root)
         try:
             if sparse.mount_options(fd)[0] == FILESYSTEM_TYPE:
                 raise FileAccessError(f"{self.root}: a diffmergefs was mounted over it")
@@ -369,10 +370,3 @@ def _status(file: int | str) -> os.stat_result | None:
         return os.stat(file)
     except OSError:
         return None
-
-
-def _open_root(root: str) -> int:
-    try:
-        return os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise FileAccessError(f"{root}: {error.strerror}") from error

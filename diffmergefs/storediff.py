@@ -19,11 +19,11 @@ from diffmergefs.errors import (
     LayerChangedError,
     OutputRefusedError,
 )
-from diffmergefs.forkd import DOCUMENT
 from diffmergefs.images import LayerPool, open_snapshot
 from diffmergefs.newstore import Link, NewStore, StoreWriter, Tally, WriteOptions
 from diffmergefs.outputdir import OutputDirectory
 from diffmergefs.pins import Hashes, require_pin
+from diffmergefs.snapshot import DOCUMENT
 from diffmergefs.state import Remembered
 from diffmergefs.trust import TrustPolicy
 

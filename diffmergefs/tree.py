@@ -20,9 +20,8 @@ from typing import NamedTuple
 from diffmergefs import beneath
 from diffmergefs.access import file_bits, folder_bits, reachable, real_folders
 from diffmergefs.errors import DiffMergeError
-from diffmergefs.forkd import DOCUMENT
 from diffmergefs.images import require_spare_descriptors
-from diffmergefs.snapshot import Snapshot, is_left_out
+from diffmergefs.snapshot import DOCUMENT, Snapshot, is_left_out
 from diffmergefs.status import METRICS_FILE, STATUS_FILE, STATUS_FOLDER
 from diffmergefs.store import OpenImage, Store
 

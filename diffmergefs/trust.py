@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from diffmergefs import sparse
 from diffmergefs.errors import UntrustedExtentsError
 from diffmergefs.extents import ExtentList
-from diffmergefs.layer import Layer, Seal
+from diffmergefs.layer import Layer
 
 PAGE = 4096
 MIB = 1 << 20
@@ -83,8 +83,8 @@ def grain(fd: int) -> int:
 def require_trust(layer: Layer, policy: TrustPolicy, *, complete: bool = False) -> list[str]:
     """Raise UntrustedExtentsError for the first check that a diff's extents fail.
 
-    A seal's extents are held to the grain and alignment of the seal alone: where the file lies now
-    says nothing about them.
+    Extents of a record beside the file (a seal, a presence file) are held to the record's grain
+    and alignment alone: where the file lies now says nothing about them.
 
     With `policy.trust_grain` a failed check that may be overridden is a line of the answer
     instead, for the user to see. `complete` says that the diff is a complete image (it has no hole
@@ -103,8 +103,8 @@ def problems(layer: Layer, page: int, *, complete: bool = False) -> Iterator[Pro
 
     `complete` is `require_trust`'s. Reads metadata only; raises OSError as fstat does.
     """
-    if layer.seal is not None:
-        return _problems_of_seal(layer, layer.seal, page, complete)
+    if layer.records:
+        return _problems_of_records(layer, page, complete)
     return _problems_of_walk(layer, page, complete)
 
 
@@ -119,17 +119,16 @@ def _problem(layer: Layer, check: str, text: str) -> Problem:
     return Problem(layer.path, check, text, way_out)
 
 
-def _problems_of_seal(
-    layer: Layer, seal: Seal, page: int, complete: bool
-) -> Iterator[Problem]:
-    # What the filesystem says of the file does not count, only in which units the seal was made.
-    if not complete and page % seal.block:
-        yield _problem(
-            layer,
-            "grain",
-            f"{seal.path} was made in blocks of {seal.block} bytes, coarser than the guest page of"
-            f" {page}, so clean pages beside written ones would count as written",
-        )
+def _problems_of_records(layer: Layer, page: int, complete: bool) -> Iterator[Problem]:
+    # What the filesystem says of the file does not count, only in which units a record was made.
+    for record in layer.records:
+        if not complete and page % record.block:
+            yield _problem(
+                layer,
+                "grain",
+                f"{record.path} was made in blocks of {record.block} bytes, coarser than the guest"
+                f" page of {page}, so clean pages beside written ones would count as written",
+            )
     if not complete and (unaligned := _unaligned(layer.extents, layer.size, page)):
         yield _not_on_pages(layer, unaligned, page)
 

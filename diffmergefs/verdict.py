@@ -12,8 +12,10 @@ from diffmergefs.errors import (
     DenseDiffError,
     DiffMergeError,
     FileAccessError,
+    ForeignFormatError,
     LayerChangedError,
     PinError,
+    PresenceError,
     SealError,
     SizeMismatchError,
     UntrustedExtentsError,
@@ -27,6 +29,8 @@ _KINDS: dict[type[DiffMergeError], str] = {
     DenseDiffError: "dense",
     PinError: "pin",
     SealError: "seal",
+    PresenceError: "presence",
+    ForeignFormatError: "format",
     WriterError: "writer",
     LayerChangedError: "changed",
     FileAccessError: "access",
@@ -39,8 +43,9 @@ class Fault:
 
     Kinds are 'chain' (a parent is missing, a cycle, metadata), 'size', 'extents' (law 4), 'dense',
     'pin' (a parent with another content than recorded), 'seal' (a layer that is not what its seal
-    records, or a seal that cannot be used), 'writer' (someone has it open for writing),
-    'changed' (while it was read), 'access' and 'other'.
+    records, or a seal that cannot be used), 'presence' (the same of a presence file), 'format' (no
+    memory image but something else), 'writer' (someone has it open for writing), 'changed' (while
+    it was read), 'access' and 'other'.
     """
 
     kind: str

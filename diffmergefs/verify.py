@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 
 from diffmergefs import chain, seal
 from diffmergefs.beneath import Reach
+from diffmergefs.bmap import SEAL_SUFFIX
 from diffmergefs.errors import BrokenChainError, PinError
 from diffmergefs.images import LayerPool, find_image, judge_diff
 from diffmergefs.layer import Layer
 from diffmergefs.lease import require_no_writers
 from diffmergefs.pins import Hashes, is_pinned, require_pin
+from diffmergefs.ranges import require_equal_ranges, require_mergeable
 from diffmergefs.snapshot import Snapshot
 from diffmergefs.state import Remembered
+from diffmergefs.superserve import require_base
 from diffmergefs.trust import TrustPolicy, require_trust
 from diffmergefs.verdict import Fault, Faults, LayerVerdict, Verdict
 from diffmergefs.view import require_equal_size
@@ -148,10 +151,14 @@ def open_image(path: str, policy: TrustPolicy) -> Verification:
     with faults.noted():
         chain.resolve(tag, catalog.snapshots.get)
     links = catalog.reachable(tag)
+    for base, link in ((links[0], link) for link in links[1:]):
+        if base.memory is not None and link.memory is not None:
+            with faults.noted(os.path.join(catalog.root, link.memory.path)):
+                require_equal_ranges(base.memory.path, base.ranges, link.memory.path, link.ranges)
     root = os.open(catalog.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         reach = Reach(root, policy.allow_outside)
-        pool = LayerPool(reach, replace(policy, no_seal=True), catalog.root)
+        pool = LayerPool(reach, replace(policy, no_seal=True, verify="full"), catalog.root)
         items = [_opened(link, pool, catalog.root, faults) for link in links]
         if not policy.no_seal:
             for item in items:
@@ -192,9 +199,13 @@ def open_layers(base: str, diffs: Sequence[str], policy: TrustPolicy) -> Verific
     """Explicit layers, oldest first, opened for their checks: they record no parents."""
     faults = Faults()
     items = [_Item(path, None, number > 0) for number, path in enumerate((base, *diffs))]
+    opener = seal.Opener(replace(policy, no_seal=True, verify="full"))
+    with faults.noted():
+        require_base(base)
+        require_mergeable(base, diffs)
     for item in items:
         with faults.noted(item.path):
-            item.layer = Layer.open(item.path or "")
+            item.layer = opener.open(item.path or "", is_diff=item.has_parent)
         if not policy.no_seal:
             _adopt_seal(item, faults)
     return Verification(items, faults, policy)
@@ -226,7 +237,9 @@ def _judge(items: Sequence[_Item], faults: Faults, policy: TrustPolicy) -> list[
 
 def _seal_checks(items: Sequence[_Item], memory: Remembered) -> Iterator[_Check]:
     for item in items:
-        if item.layer is not None and item.layer.seal is not None and item.stored_seal is not None:
+        if item.layer is None or item.stored_seal is None:
+            continue
+        if item.layer.record(SEAL_SUFFIX) is not None:
             size = seal.compared_bytes(item.layer, item.stored_seal)
             work = functools.partial(_check_seal, item, item.layer, item.stored_seal, memory)
             yield _Check(item.layer.path, size, work)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from diffmergefs.catalog import Catalog
 from diffmergefs.errors import DiffMergeError
-from diffmergefs.layer import FileKey
+from diffmergefs.filekey import FileKey
 from diffmergefs.snapshot import Snapshot, StoredFile
 
 SETTLING_NS = 2_000_000_000

@@ -20,18 +20,19 @@ ROOT = PACKAGE.name
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
     {
-        "advise", "buffers", "cells", "curve", "daemon", "errors", "extents", "finding", "guard",
-        "holders", "isolated", "legend", "logformat", "metrics", "notify", "tuning", "workers",
+        "advise", "buffers", "cells", "curve", "daemon", "errors", "extents", "filekey", "finding",
+        "guard", "holders", "isolated", "legend", "logformat", "metrics", "notify", "tuning",
+        "workers",
     },
     {
-        "beneath", "bmap", "canvas", "chain", "connection", "mountpoint", "raster", "sparse",
-        "state", "status", "touches", "verdict",
+        "beneath", "bitmap", "bmap", "canvas", "chain", "connection", "foreign", "mountpoint",
+        "raster", "sparse", "state", "status", "touches", "verdict",
     },
-    {"host", "layer", "lease", "openmetrics"},
-    {"access", "copying", "snapshot", "trust", "view", "xattrs"},
+    {"host", "layer", "lease", "openmetrics", "snapshot"},
+    {"access", "copying", "document", "presence", "ranges", "reader", "trust", "view", "xattrs"},
     {
-        "compare", "dropbehind", "forkd", "hashqueue", "numbered", "output", "outputdir", "pins",
-        "probe", "seal", "zeros",
+        "cloudhypervisor", "compare", "dropbehind", "forkd", "hashqueue", "numbered", "output",
+        "outputdir", "pins", "probe", "seal", "superserve", "zeros",
     },
     {"catalog", "extents_picture", "map_picture", "picture", "sealing", "workingset"},
     {"apply", "flatten", "images", "newdiff", "watch"},

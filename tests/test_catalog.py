@@ -11,7 +11,7 @@ from types import FrameType
 
 import pytest
 
-from diffmergefs import beneath, catalog, forkd
+from diffmergefs import beneath, catalog, reader
 from diffmergefs.catalog import read_catalog
 from diffmergefs.errors import BrokenChainError, DiffMergeError, FileAccessError, SizeMismatchError
 from tests.support.images import PAGE
@@ -98,13 +98,15 @@ def test_a_rejected_tag_is_broken_and_so_are_its_descendants(tmp_path: Path) -> 
         found.chain("leaf")
 
 
-def test_layers_and_their_seals_are_hidden(tmp_path: Path) -> None:
+def test_layers_and_their_records_are_hidden(tmp_path: Path) -> None:
     write_chain(tmp_path, ["base", "work"])
     assert read_catalog(str(tmp_path)).hidden == {
         "base/memory.bin",
         "base/memory.bin.bmap",
+        "base/memory.bin.presence",
         "work/memory.bin",
         "work/memory.bin.bmap",
+        "work/memory.bin.presence",
     }
 
 
@@ -194,7 +196,7 @@ def test_a_name_that_goes_while_it_is_looked_at_does_not_fail_the_look(
     write_chain(tmp_path, ["base", "work"])
     for where in (tmp_path, tmp_path / "base"):
         (where / "fleeting").touch()
-    real = forkd.status_of
+    real = reader.status_of
 
     def vanish(entry: os.DirEntry[str]) -> os.stat_result | None:
         if entry.name == "fleeting":
@@ -205,7 +207,7 @@ def test_a_name_that_goes_while_it_is_looked_at_does_not_fail_the_look(
                     (where / "fleeting").unlink()
         return real(entry)
 
-    monkeypatch.setattr(forkd, "status_of", vanish)
+    monkeypatch.setattr(reader, "status_of", vanish)
     monkeypatch.setattr(catalog, "status_of", vanish)
     found = read_catalog(str(tmp_path))
     assert len(found.chain("work")) == 2
@@ -222,7 +224,8 @@ def test_the_layer_of_a_tag_that_cannot_be_read_now_is_remembered(tmp_path: Path
     found = read_catalog(str(tmp_path))
     found.recall(older)
     status = (tmp_path / "work" / "memory.bin").stat()
-    assert found.hidden == {"work/memory.bin", "work/memory.bin.bmap"}
+    work = "work/memory.bin"
+    assert found.hidden == {work, f"{work}.bmap", f"{work}.presence"}
     assert found.layer_files == {(status.st_dev, status.st_ino)}
     latest = read_catalog(str(tmp_path))
     latest.recall(found)

@@ -22,6 +22,7 @@ from diffmergefs.errors import (
     LayerChangedError,
     SizeMismatchError,
 )
+from diffmergefs.filekey import FileKey
 from diffmergefs.images import (
     LayerPool,
     open_chain,
@@ -29,7 +30,7 @@ from diffmergefs.images import (
     open_snapshot,
     require_spare_descriptors,
 )
-from diffmergefs.layer import FileKey, Layer
+from diffmergefs.layer import Layer
 from diffmergefs.snapshot import StoredFile
 from diffmergefs.trust import TrustPolicy
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer

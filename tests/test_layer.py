@@ -12,10 +12,16 @@ from pathlib import Path
 import pytest
 
 from diffmergefs import sparse
-from diffmergefs.errors import FileAccessError, LayerChangedError, SizeMismatchError
-from diffmergefs.layer import FileKey, Layer
+from diffmergefs.errors import (
+    FileAccessError,
+    ForeignFormatError,
+    LayerChangedError,
+    SizeMismatchError,
+)
+from diffmergefs.filekey import FileKey
+from diffmergefs.layer import Layer
 from diffmergefs.view import MergedView
-from tests.support.images import PAGE, signed
+from tests.support.images import PAGE, signed, write_layer
 from tests.support.layers import SIZE, poke, read, written
 
 
@@ -194,3 +200,23 @@ def test_the_key_survives_a_rename_and_a_chmod_and_not_a_store(tmp_path: Path) -
     assert FileKey.of(renamed.stat()) == key
     poke(renamed, 0, b"x")
     assert FileKey.of(renamed.stat()) != key
+
+
+def test_whether_a_range_is_zero_is_judged_by_every_byte(tmp_path: Path) -> None:
+    extents = [(0, bytes(2 * PAGE)), (2 * PAGE, bytes(99) + b"\1")]
+    layer = Layer.open(str(write_layer(tmp_path / "layer", SIZE, extents)))
+    assert layer.is_zero(0, 2 * PAGE) and layer.is_zero(2 * PAGE, 2 * PAGE + 99)
+    assert not layer.is_zero(0, 2 * PAGE + 100) and not layer.is_zero(2 * PAGE + 99, SIZE)
+    assert layer.is_zero(2 * PAGE + 100, SIZE)
+    os.truncate(tmp_path / "layer", SIZE - 1)
+    with pytest.raises(LayerChangedError, match=f"ends before byte {SIZE}"):
+        layer.is_zero(SIZE - PAGE, SIZE)
+
+
+def test_a_refused_format_leaves_no_descriptor(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(b"QFI\xfb" + bytes(PAGE))
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ForeignFormatError):
+        Layer.open(str(tmp_path / "disk"))
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before

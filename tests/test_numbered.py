@@ -154,7 +154,7 @@ def test_what_is_no_regular_file_breaks_the_chain_and_is_not_skipped(
 def test_both_layouts_in_one_directory_are_refused_unless_one_is_said(tmp_path: Path) -> None:
     write_numbered(tmp_path, ["000-base.mem"])
     write_tag(tmp_path, "native")
-    with pytest.raises(BrokenChainError, match="--layout=numbered or --layout=forkd"):
+    with pytest.raises(BrokenChainError, match="--layout=forkd or --layout=numbered"):
         read_catalog(str(tmp_path))
     assert tags(read_catalog(str(tmp_path), "numbered")) == ["base"]
     assert tags(read_catalog(str(tmp_path), "forkd")) == ["native"]

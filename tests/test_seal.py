@@ -79,14 +79,15 @@ def test_the_extents_are_those_of_the_seal(diff: Path) -> None:
     layer = opened(diff)
     assert list(layer.walked) == [(0, SIZE)]
     assert list(layer.extents) == EXTENTS
-    assert layer.seal is not None
-    assert (layer.seal.path, layer.seal.block, layer.seal.unchecked) == (f"{diff}.bmap", PAGE, 0)
+    (record,) = layer.records
+    assert (record.path, record.block, record.unchecked) == (f"{diff}.bmap", PAGE, 0)
+    assert layer.record(".bmap") is record and layer.record(".presence") is None
     layer.settle()
 
 
 def test_a_layer_without_a_seal_is_as_it_is_walked(tmp_path: Path) -> None:
     layer = opened(write_layer(tmp_path / "diff", SIZE, DIFF))
-    assert list(layer.extents) == EXTENTS and layer.extents is layer.walked and layer.seal is None
+    assert list(layer.extents) == EXTENTS and layer.extents is layer.walked and layer.records == ()
 
 
 def test_no_seal_ignores_it(diff: Path, tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_no_seal_ignores_it(diff: Path, tmp_path: Path) -> None:
 
 def test_the_name_may_be_too_long_for_a_seal(tmp_path: Path) -> None:
     path = write_layer(tmp_path / ("d" * 252), SIZE, DIFF)
-    assert opened(path).seal is None
+    assert opened(path).records == ()
     store = tmp_path / "store"
     write_tag(store, "base", memory="m" * 255)
     assert open_image(store / "base").view.size == SIZE
@@ -179,12 +180,12 @@ def test_a_range_without_a_checksum_must_be_zeros(diff: Path) -> None:
     path = Path(f"{diff}.bmap")
     lines = [line for line in path.read_text().splitlines() if "<Range" in line]
     edit(path, lines[1], "<Range> 5-6 </Range>")
-    assert opened(diff).seal == opened(diff, verify="full").seal
+    assert opened(diff).records == opened(diff, verify="full").records
     edit(path, lines[0], "<Range> 2 </Range>")
     with pytest.raises(SealError, match="without a checksum, so must be zeros, but are not"):
         opened(diff)
     layer = opened(diff, verify="no")
-    assert layer.seal is not None and layer.seal.unchecked == 2
+    assert layer.records[0].unchecked == 2
     assert list(layer.extents) == EXTENTS
 
 
@@ -354,11 +355,11 @@ def test_a_symlink_has_the_seal_beside_it_or_beside_its_file(diff: Path, tmp_pat
     link = tmp_path / "links" / "layer"
     link.symlink_to(diff)
     layer = opened(link)
-    assert layer.seal is not None and layer.seal.path == f"{diff}.bmap"
+    assert layer.records[0].path == f"{diff}.bmap"
     Path(f"{diff}.bmap").rename(f"{link}.bmap")
     layer = opened(link)
-    assert layer.seal is not None and layer.seal.path == f"{link}.bmap"
-    assert opened(diff).seal is None
+    assert layer.records[0].path == f"{link}.bmap"
+    assert opened(diff).records == ()
 
 
 @pytest.mark.parametrize("kind", ["directory", "fifo"])

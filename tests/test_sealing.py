@@ -272,7 +272,7 @@ def test_flatten_can_seal_what_it_writes(real_fs: Path) -> None:
         flatten(view, real_fs / "out", seal=True)
     assert recorded(real_fs / "out") == [(0, 3 * PAGE), (5 * PAGE, 7 * PAGE)]
     with open_chain(real_fs / "out").view as view:
-        assert view.layers[0].seal is not None
+        assert view.layers[0].record(".bmap") is not None
         assert view.read(0, SIZE) == overlay_oracle(SIZE, [[(0, signed(0, 0, 2 * PAGE))], DIFF])
 
 

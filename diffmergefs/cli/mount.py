@@ -256,11 +256,11 @@ def mount(
 ) -> int:
     """Show every complete snapshot of SOURCE under MOUNTPOINT, its memory file merged, read-only.
 
-    SOURCE is a forkd store or a directory of numbered layers; changes in it show within two
-    seconds. With --base and --diff instead of SOURCE, one merged file, named like the base, is
-    shown. The command returns when the mount answers. Stop it with `diffmergefs umount` or
-    SIGTERM: then open files are served on until the last is closed; a second signal ends it at
-    once.
+    SOURCE is a forkd store, a directory of numbered layers, or of superserve's or Cloud
+    Hypervisor's snapshots; changes in it show within two seconds. With --base and --diff instead of
+    SOURCE, one merged file, named like the base, is shown. The command returns when the mount
+    answers. Stop it with `diffmergefs umount` or SIGTERM: then open files are served on until the
+    last is closed; a second signal ends it at once.
 
     The long options work as -o options too, as in -o open_rw,dense,page_size=16384.
 

@@ -39,9 +39,10 @@ def verify(
     """Check every layer of IMAGE against all that was recorded of it; a line for each fault.
 
     Checked are the chain (missing parents, cycles), sizes, where extents can be trusted, every
-    seal, and the sha256 that each snapshot records of its parent (parent_content_hash). All of it
-    is read anew, whatever was verified before. A parent of which no hash is recorded is named as
-    unpinned; that is no fault. The exit code is 0 if all is well and 1 if not.
+    seal and presence file, and the sha256 that each snapshot records of its parent
+    (parent_content_hash). All of it is read anew, whatever was verified before. A parent of which
+    no hash is recorded is named as unpinned; that is no fault. The exit code is 0 if all is well
+    and 1 if not.
 
     What proves right is remembered, so that `diffmergefs mount` need not read it again.
 

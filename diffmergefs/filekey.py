@@ -1,0 +1,19 @@
+"""Which file, with which content, as far as metadata tell."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+
+class FileKey(NamedTuple):
+    """Which file, with which content, as far as metadata tell: it survives renames and chmods."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileKey:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
