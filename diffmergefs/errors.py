@@ -162,17 +162,17 @@ class PinError(DiffMergeError):
 class MissingExtraError(DiffMergeError):
     """An optional part of the program that is not installed, with the command that installs it."""
 
-    exit_code = 22
+    exit_code = 20
     errno = errno.ENOSYS
 
 
 class PresenceError(DiffMergeError):
     """A presence file (FILE.presence) that is torn, malformed, or does not fit its diff."""
 
-    exit_code = 24
+    exit_code = 21
 
 
 class ForeignFormatError(DiffMergeError):
     """A file or directory in a format of others that cannot be merged by its holes."""
 
-    exit_code = 25
+    exit_code = 22

@@ -107,7 +107,7 @@ def test_the_command_line_declines_a_file_in_one_line(
         ("mount", "-f", "--base", path, mountpoint),
         ("apply", path, path),
     ):
-        assert name in mistake(25, *arguments), arguments
+        assert name in mistake(22, *arguments), arguments
     verified = diffmergefs("verify", "--base", path)
     assert verified.returncode == 1 and name in verified.stdout
     found = [finding.finding for finding in examine_path(str(path)) if finding.severity == "wrong"]
@@ -121,8 +121,8 @@ def test_a_directory_is_declined_as_source_and_as_image(foreign_folder: tuple[Pa
             call()
         text = str(caught.value)
         assert text.startswith(f"{folder}: ") and what in text and "holes mean nothing" in text
-    assert what in mistake(25, "list", folder)
-    assert what in mistake(25, "info", folder)
+    assert what in mistake(22, "list", folder)
+    assert what in mistake(22, "info", folder)
 
 
 @pytest.mark.parametrize("name", ["memfile", f"memfile.{UUID}"])

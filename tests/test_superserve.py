@@ -259,7 +259,7 @@ def test_the_command_line_says_why_in_one_line(store: Path, mountpoint: Path) ->
     listed = diffmergefs("list", store)
     assert listed.returncode == 0 and "broken: vm-1/mem.diff.presence: is empty" in listed.stdout
     explicit = ("--base", store / "templates/python/mem.snap", "--diff", store / "vm-1/mem.diff")
-    assert "the save was torn" in mistake(24, "flatten", *explicit, "-o", mountpoint / "x")
+    assert "the save was torn" in mistake(21, "flatten", *explicit, "-o", mountpoint / "x")
     verified = diffmergefs("verify", "--json", *explicit)
     faults = [fault["kind"] for fault in json.loads(verified.stdout)["faults"]]
     assert (verified.returncode, faults) == (1, ["presence"])
