@@ -21,7 +21,7 @@ from tests.support import mounttable
 from tests.support.commands import diffmergefs, mistake
 from tests.support.images import PAGE
 from tests.support.live import Gate, error_of, patch_children, until
-from tests.support.mounts import Mount, mounted
+from tests.support.mounts import Mount, mounted, require_fusectl
 from tests.support.pagecache import evict, resident
 from tests.support.restores import ORACLE, PAGES, SIZE, ranges_of, save, scattered, shown
 from tests.support.restores import write_pair as write_files
@@ -72,6 +72,7 @@ class Pair:
 
 @pytest.fixture
 def pair(public_path: Path) -> Pair:
+    require_fusectl()  # the guard of a push takes it
     return Pair(public_path)
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from diffmergefs import tuning
 from diffmergefs.tuning import Tuning, connection, tune
-from tests.support import skips
-from tests.support.mounts import mounted
+from tests.support.mounts import mounted, require_fusectl
 from tests.support.stores import write_chain
 
 DEVICE = "0:45"
@@ -141,9 +139,7 @@ def test_a_mount_has_it_before_it_is_ready(
     options: tuple[str, ...], readahead: int, background: int, public_path: Path, mountpoint: Path
 ) -> None:
     store = write_chain(public_path / "store", ["base", "leaf"])
-    if not os.path.ismount(tuning.CONNECTIONS):
-        skips.require_mounts()
-        subprocess.run(["mount", "-t", "fusectl", "fusectl", tuning.CONNECTIONS], check=True)
+    require_fusectl()
     with mounted(store, mountpoint, *options):
         number = os.stat(mountpoint).st_dev
         found = Path(f"/sys/class/bdi/0:{number}/read_ahead_kb").read_text()

@@ -16,7 +16,7 @@ import pytest
 
 from diffmergefs.workingset import WorkingSets
 from tests.support.images import PAGE
-from tests.support.mounts import mounted
+from tests.support.mounts import mounted, require_fusectl
 from tests.support.restores import ORACLE, ranges_of, save, scattered, shown, write_pair
 
 READERS = 3
@@ -69,6 +69,7 @@ def test_readers_of_the_pages_that_are_pushed(
     seen: Callable[..., None],
 ) -> None:
     """Rounds of open, read by 3 readers under eviction, and close, with a push beside them"""
+    require_fusectl()  # the guard of a push takes it
     base, diff = write_pair(public_path)
     sets = WorkingSets(str(public_path / "sets"))
     save(sets, shown(base, diff), TOUCHED)
@@ -103,6 +104,7 @@ def test_kill_9_in_the_middle_of_a_push(
     public_path: Path, mountpoint: Path, count: Callable[[int], int], seen: Callable[..., None]
 ) -> None:
     """Readers of the pages that are being pushed get an error, and nobody waits for ever"""
+    require_fusectl()  # the guard of a push takes it
     base, diff = write_pair(public_path)
     sets = WorkingSets(str(public_path / "sets"))
     save(sets, shown(base, diff), TOUCHED)

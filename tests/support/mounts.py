@@ -99,6 +99,13 @@ def complaints_in(log: str, expected: tuple[str, ...] = ()) -> list[str]:
     ]
 
 
+def require_fusectl() -> None:
+    """Have fusectl mounted where the kernel's directory for it is, as systemd does."""
+    if not os.path.ismount(_CONNECTIONS):
+        skips.require_mounts()
+        subprocess.run(["mount", "-t", "fusectl", "fusectl", str(_CONNECTIONS)], check=True)
+
+
 def abort(real: str) -> None:
     """Have the kernel cut the FUSE mount on this path off from its server.
 
