@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,9 +11,11 @@ BIN := $(VENV)/bin
 RUN_PACKAGES := libfuse3-dev pkg-config gcc libc6-dev fuse3
 TEST_PACKAGES := xfsprogs btrfs-progs e2fsprogs qemu-system-x86 qemu-utils \
 	busybox-static cpio acl attr util-linux procps fio jq bmap-tools
+# The peers that only the benchmark wants; QEMU's comes with TEST_PACKAGES.
+BENCH_PACKAGES := nbdkit libnbd-bin
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint clean run-packages test-packages
+.PHONY: help demo test soak bench bench-quick lint clean run-packages test-packages bench-packages
 
 help:
 	@echo 'make demo   show the filesystem at work on a chain it makes itself'
@@ -20,6 +23,9 @@ help:
 	@echo '            one file: make test PYTEST_ARGS=tests/test_support.py'
 	@echo 'make soak   the fault tests and the fuzzing at their full counts (half an hour);'
 	@echo '            writes what it saw to docs/reliability.md'
+	@echo 'make bench  measure against peers, as root on a quiet machine (half an hour); writes'
+	@echo '            docs/benchmarks.md; parts: make bench BENCH_ARGS="--only sequential,random"'
+	@echo 'make bench-quick  the same with small sizes, into build/bench-quick (3 minutes)'
 	@echo 'make lint   lint and type-check only'
 	@echo 'make clean  remove the virtual environment and the caches'
 
@@ -37,6 +43,12 @@ soak: $(VENV)/.stamp-test | test-packages
 		-o faulthandler_timeout=0 -o log_level=INFO tests/faults $(wildcard tests/test_fuzz*.py) \
 		$(PYTEST_ARGS)
 
+bench: $(VENV)/.stamp-bench | bench-packages
+	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+bench-quick: $(VENV)/.stamp-bench | bench-packages
+	@$(BIN)/python -m tests.bench --scale quick $(BENCH_ARGS)
+
 lint: $(VENV)/.stamp-test
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
@@ -52,10 +64,18 @@ run-packages:
 test-packages: run-packages
 	@.ci/system-packages $(TEST_PACKAGES)
 
+# A peer that cannot be had is told of in the results; the others are measured.
+bench-packages: test-packages
+	-@.ci/system-packages $(BENCH_PACKAGES)
+
 $(VENV)/.stamp-run: pyproject.toml | run-packages
 	@.ci/venv $(PYTHON) $(VENV) --editable .
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-run
 	@.ci/venv $(PYTHON) $(VENV) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.stamp-bench: $(VENV)/.stamp-test
+	@.ci/venv $(PYTHON) $(VENV) --editable '.[test,bench]'
 	@touch $@
