@@ -167,35 +167,26 @@ def _restore(guest: str, suffix: str) -> list[Goal]:
 
 
 def _flatten_first() -> list[Goal]:
-    what = "flatten, then restore"
+    what, cold = "flatten, then restore", "view, cold"
+    small, large = "restore-512", "restore-4096"
     return [
+        _against(f"first reply, 512 MiB: {what} / {cold}", small, what, cold, _least(2.5)),
         _against(
-            f"first reply, 512 MiB: {what} / view, cold",
-            "restore-512",
-            what,
-            "view, cold",
+            f"the same, {what} on ext4 in memory",
+            small,
+            f"{what}, ext4 in memory",
+            cold,
             _least(2.5),
         ),
         _against(
-            f"first reply, 4096 MiB: {what} / view, cold",
-            "restore-4096",
-            what,
-            "view, cold",
-            _least(10),
-        ),
-        _against(
-            f"first reply, 512 MiB: {what} (xfs, reflink) / view, cold",
-            "restore-512",
-            f"{what}, reflink",
-            "view, cold",
+            f"the same, {what} on xfs in memory with reflink",
+            small,
+            f"{what}, xfs in memory with reflink",
+            cold,
             None,
         ),
-        Goal(
-            "first reply, view, cold: 4096 MiB / 512 MiB",
-            None,
-            _s("restore-4096", "view, cold"),
-            _s("restore-512", "view, cold"),
-        ),
+        _against(f"first reply, 4096 MiB: {what} / {cold}", large, what, cold, _least(10)),
+        Goal(f"first reply, {cold}: 4096 MiB / 512 MiB", None, _s(large, cold), _s(small, cold)),
     ]
 
 

@@ -40,7 +40,13 @@ _COMMANDS = ("work", "more")
 _READAHEADS = (32, 128, 512, 1024, 4096)
 _SMALL_PAGES = ", no MADV_HUGEPAGE"
 _SETTLED_SECONDS = 20
-_REFLINK_MAX = 512 * MIB
+_IN_MEMORY_MAX = 512 * MIB
+
+FLATTEN_FIRST = "flatten, then restore"
+FLATTEN_IN_MEMORY = {
+    "ext4": f"{FLATTEN_FIRST}, ext4 in memory",
+    "xfs": f"{FLATTEN_FIRST}, xfs in memory with reflink",
+}
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ def _answering(
         yield seconds, vm
 
 
-def restore(stopped: Stopped, record: Record, rounds: int, shared_memory: Path) -> None:
+def restore(stopped: Stopped, record: Record, rounds: int, memory: Path) -> None:
     """The first reply from each kind of memory, with and without MADV_HUGEPAGE."""
     _facts(stopped, record)
     place = stopped.flat.parent
@@ -161,8 +167,9 @@ def restore(stopped: Stopped, record: Record, rounds: int, shared_memory: Path) 
             ]
             runs += _prefetching(stack, variant, suffix, record)
         flattening = partial(_flatten_first, stopped, stopped.chain, place / "out.mem")
-        runs.append(Contestant("flatten, then restore", partial(flattening, "")))
-        runs += _reflinking(stack, stopped, shared_memory, record)
+        runs.append(Contestant(FLATTEN_FIRST, partial(flattening, FLATTEN_FIRST)))
+        for kind, name in FLATTEN_IN_MEMORY.items():
+            runs += _flattening(stack, stopped, memory, kind, name, record)
         alternate(record, runs, rounds, lambda: warm(*stopped.chain.layers, stopped.flat))
 
 
@@ -283,27 +290,27 @@ def _wait_for_record(sets: Path) -> None:
         time.sleep(0.05)
 
 
-def _flatten_first(stopped: Stopped, chain: Chain, out: Path, suffix: str) -> Figures:
+def _flatten_first(stopped: Stopped, chain: Chain, out: Path, name: str) -> Figures:
     # Without the start of a Python of its own, which the command would add.
     began = time.perf_counter()
     try:
         image = package.open_chain(str(chain.base), [str(diff) for diff in chain.diffs])
         with image.view as view:
             package.flatten(view, out)
-        return {f"flatten, then restore{suffix}": ("s", first_reply(stopped, out, began))}
+        return {name: ("s", first_reply(stopped, out, began))}
     finally:
         out.unlink(missing_ok=True)
 
 
-def _reflinking(
-    stack: ExitStack, stopped: Stopped, shared_memory: Path, record: Record
+def _flattening(
+    stack: ExitStack, stopped: Stopped, memory: Path, kind: str, name: str, record: Record
 ) -> list[Contestant]:
-    # The same where the filesystem shares blocks: an xfs, on a file in memory.
-    name, size = "flatten, then restore, reflink", stopped.machine.ram_size
+    # The same on a filesystem on a file in memory, for a guest that is small enough.
+    size = stopped.machine.ram_size
     try:
-        if size > _REFLINK_MAX:
+        if size > _IN_MEMORY_MAX:
             raise NotMeasured("measured with the smaller guest only")
-        root = stack.enter_context(filesystem("xfs", shared_memory, 3 * size + 512 * MIB))
+        root = stack.enter_context(filesystem(kind, memory, 3 * size + 512 * MIB))
         copies = []
         for layer in stopped.chain.layers:
             copies.append(root / layer.name)
@@ -312,8 +319,7 @@ def _reflinking(
     except Exception as error:
         record.miss(name, error)
         return []
-    out = root / "out.mem"
-    return [Contestant(name, partial(_flatten_first, stopped, chain, out, ", reflink"))]
+    return [Contestant(name, partial(_flatten_first, stopped, chain, root / "out.mem", name))]
 
 
 def _reads(view: Server, record: Record) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,18 +94,17 @@ def filesystem(kind: str, place: Path, size: int) -> Iterator[Path]:
 
     NotMeasured where the kernel has no such filesystem.
     """
-    if kind != "tmpfs":
+    with tempfile.TemporaryDirectory(dir=place) as name:
+        if kind == "tmpfs":
+            try:
+                run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", name])
+                yield Path(name)
+            finally:
+                mounttable.unmount_below(name)
+            return
+        # loopfs.made would give one in memory a size of its own.
         try:
-            with loopfs.made(kind, place, size) as root:
+            with loopfs.made(kind, Path(name), size) as root:
                 yield root
         except pytest.skip.Exception as error:
             raise NotMeasured(str(error)) from error
-        return
-    root = place / kind
-    root.mkdir()
-    try:
-        run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", root])
-        yield root
-    finally:
-        mounttable.unmount_below(str(root))
-        root.rmdir()
