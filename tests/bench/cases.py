@@ -91,7 +91,7 @@ def topics(scale: Scale) -> list[dict[str, Case]]:
             "cached": lambda b, r: read_cases.cached(b.images, r),
             "drop-behind": lambda b, r: read_cases.drop_behind(b.images, r),
             "slow-store": lambda b, r: read_cases.slow_store(b.images, r),
-            "rediff": lambda b, r: read_cases.rediff(b.images, r),
+            "rediff": lambda b, r: read_cases.rediff(b.memory, b.scale, r),
         },
         {f"flatten-{kind}": partial(_flatten, kind) for kind in scale.filesystems},
         {

@@ -303,6 +303,9 @@ GOALS: Sequence[Goal] = (
     ),
     Goal("index of 4 x 1 M extents", _most(5), _s("index", "merge"), unit="s"),
     _against(
+        "rediff of two equal cached images: time / cmp", "rediff", "rediff", "cmp", _most(1.2)
+    ),
+    _against(
         "slow store (5 ms a read): 8 clients' reads / one client's",
         "slow-store",
         f"{OURS}: 8 clients",

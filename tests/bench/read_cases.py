@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 
-from tests.bench import servers
+from tests.bench import programs, servers
 from tests.bench.images import Chain, Images
 from tests.bench.measure import (
     MIB,
@@ -26,6 +27,7 @@ from tests.bench.measure import (
 )
 from tests.bench.programs import client, need, read_through, touch
 from tests.bench.servers import Server
+from tests.bench.write_cases import filesystem
 from tests.support import faulty
 
 Start = tuple[str, Callable[[], AbstractContextManager[Server]]]
@@ -34,6 +36,7 @@ Start = tuple[str, Callable[[], AbstractContextManager[Server]]]
 MAIN_DEPTH = 3
 _SLOW_SECONDS = 0.005
 _CLIENTS = 8
+_DROP_SECONDS = 1.5  # what was served last is dropped within a second
 
 
 def depth_name(depth: int) -> str:
@@ -154,6 +157,7 @@ def drop_behind(images: Images, record: Record) -> None:
         def run(server: Server) -> Figures:
             warm(*chain.layers)
             (seconds,) = read_through(server.file)
+            time.sleep(_DROP_SECONDS)
             return {
                 server.name: ("MiB/s", _speed(images, seconds)),
                 f"{server.name}: layers left in memory": ("MiB", _resident(chain) / MIB),
@@ -191,15 +195,25 @@ def slow_store(images: Images, record: Record) -> None:
         alternate(record, _contestants(running, run), images.scale.rounds)
 
 
-def rediff(images: Images, record: Record) -> None:
-    """`rediff` of two complete images, against cmp: a script of its own measures it."""
+def rediff(memory: Path, scale: Scale, record: Record) -> None:
+    """`rediff` of two complete images that are equal and cached, by one job and by two; and cmp."""
     try:
         compare = importlib.import_module("tests.bench.compare")
     except ImportError as error:
         raise NotMeasured("this build has no rediff (tests/bench/compare.py)") from error
-    for name, (unit, values) in compare.figures(images.directory, images.scale.rounds).items():
-        for value in values:
-            record.add(name, unit, value)
+    with filesystem("ext4", memory, 2 * scale.image + 512 * MIB) as root:
+        pair = compare.write_equal(root, scale.image // MIB)
+        ways: dict[str, Callable[[], object]] = {
+            "rediff": partial(compare.run_rediff, *pair, root / "diff", 1),
+            "rediff, 2 jobs": partial(compare.run_rediff, *pair, root / "diff", 2),
+            "cmp": partial(programs.run, ["cmp", *pair]),
+        }
+
+        def measure(name: str) -> Figures:
+            return {name: ("s", compare.seconds(ways[name]))}
+
+        runs = [Contestant(name, partial(measure, name)) for name in ways]
+        alternate(record, runs, scale.rounds, lambda: warm(*pair))
 
 
 def _peers(stack: ExitStack, images: Images, record: Record) -> list[Server]:

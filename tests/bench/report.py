@@ -35,7 +35,7 @@ _ABOUT = {
     " layers is in the page cache afterwards.",
     "slow-store": "Random reads of 4 KiB from a view whose base lies on a store that takes 5 ms a"
     " read, by one client and by 8 at once.",
-    "rediff": "The true difference between two complete images.",
+    "rediff": "The difference of two complete images that are equal and in the page cache.",
     "flatten-": "A new standalone image of a base and 3 diffs, on the disk at the end (fsync). The"
     " filesystem lies on a file in memory. `diffmergefs.flatten`: from Python, so without the start"
     " of one, which the command adds.",

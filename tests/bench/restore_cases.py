@@ -326,7 +326,7 @@ def _reads(view: Server, record: Record) -> int | None:
     # What the daemon itself says of the read requests that it has answered.
     path = view.point / ".diffmergefs" / "status.json"
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["requests"]["read"])
+        return int(json.loads(path.read_text(encoding="utf-8"))["reads"])
     except (OSError, ValueError, KeyError, TypeError):
         record.missing["daemon: read requests for the later VMs"] = "this build has no status.json"
         return None
