@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from tests.bench import mount_cases, read_cases, restore_cases, write_cases
+from tests.bench.guests import Stopped, stop_guest
 from tests.bench.images import Images, Store, write_store
 from tests.bench.measure import MIB, PAGE, Record, Scale
 
@@ -29,7 +30,7 @@ class Bench:
         self.directory = directory
         self.memory = Path(tempfile.mkdtemp(prefix="bench-", dir=_memory(scale, directory)))
         self._stack = ExitStack()
-        self._guests: dict[int, restore_cases.Stopped] = {}
+        self._guests: dict[int, Stopped] = {}
 
     @cached_property
     def images(self) -> Images:
@@ -42,10 +43,10 @@ class Bench:
         root = self._ext4(self.scale.snapshot_size // 16 + diffs * 5 // 4)
         return write_store(root / "store", self.scale)
 
-    def guest(self, mebibytes: int) -> restore_cases.Stopped:
+    def guest(self, mebibytes: int) -> Stopped:
         if mebibytes not in self._guests:
             folder = self.directory / f"guest-{mebibytes}"
-            self._guests[mebibytes] = restore_cases.stop_guest(folder, mebibytes)
+            self._guests[mebibytes] = stop_guest(folder, mebibytes)
         return self._guests[mebibytes]
 
     def clear(self) -> None:
