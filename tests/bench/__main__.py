@@ -25,7 +25,7 @@ _BUILD = _ROOT / "build"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0 if all was measured; 1 if something was not: the reasons are in the page. 2: usage."""
+    """0 if all was measured, 1 if something was not (the page has the reasons), 2: usage."""
     given = _parser().parse_args(arguments)
     scale = SCALES[given.scale]
     found = topics(scale)
@@ -47,6 +47,9 @@ def main(arguments: Sequence[str]) -> int:
             bench = Bench(scale, Path(name))
             try:
                 missing = _run(bench, wanted, Results(path))
+            except KeyboardInterrupt:
+                print(f"bench: interrupted; cases that were done are in {path}", file=sys.stderr)
+                return 130
             finally:
                 bench.close()
     else:
