@@ -54,7 +54,7 @@ lint: $(VENV)/.stamp-test
 	@$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The packages are looked for in every run, which takes milliseconds; order-only,
 # so that the virtual environment is not made anew for it.

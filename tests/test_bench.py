@@ -324,7 +324,7 @@ def test_a_run_writes_its_figures_and_its_page(tmp_path: Path) -> None:
     skips.require_loop()
     skips.require_fuse()
     path = tmp_path / "benchmarks.json"
-    cases = ["sequential", "flatten-tmpfs", "mount-time", "index"]
+    cases = ["sequential", "slow-store", "flatten-tmpfs", "mount-time", "index"]
     status = bench.main(["--scale", "tiny", "--only", ",".join(cases), "--json", str(path)])
     document = report.load(path)
     assert list(document["cases"]) == cases

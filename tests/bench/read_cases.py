@@ -48,7 +48,8 @@ def sequential(images: Images, record: Record) -> None:
     with ExitStack() as stack:
         peers = _peers(stack, images, record)
         views = _views(stack, images, record)
-        tried = {server.name: _best_readahead(server, images.scale) for server in peers}
+        _warm_layers(images)
+        tried = {server.name: _speeds(server, images.scale) for server in peers}
         record.facts["MiB/s by read_ahead_kb"] = tried
         best = {name: max(sizes, key=lambda kib: sizes[kib]) for name, sizes in tried.items()}
         record.facts["best read_ahead_kb"] = best
@@ -275,7 +276,7 @@ def _contestants(running: Sequence[Server], run: Callable[[Server], Figures]) ->
     return [Contestant(server.name, partial(run, server)) for server in running]
 
 
-def _best_readahead(server: Server, scale: Scale) -> dict[int, float]:
+def _speeds(server: Server, scale: Scale) -> dict[int, float]:
     # MiB/s for each size; one that it does not matter to has the first as its best.
     found = {}
     for kib in scale.readaheads:
