@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,24 @@ def test_the_page_says_what_was_reached_and_what_was_not() -> None:
     assert "| diffmergefs | 1,000 | 900 | 1,100 | MiB/s | 1.00 |" in lines
     assert "| qemu export | 500 | 500 | 500 | MiB/s | 0.50 |" in lines
     assert "- C floor: gcc is not installed" in lines
+    assert not [line for line in lines if line.startswith("The machine was not quiet")]
     assert "Not a full run: some cases were run with smaller sizes (quick)." in lines
+
+
+def test_the_page_tells_of_a_machine_that_was_not_quiet() -> None:
+    document = copy.deepcopy(FIXED)
+    document["cases"]["threads"]["facts"][measure.OTHERS] = 55
+    line = "The machine was not quiet: other programs took up to 55 % of its processors."
+    assert line in report.text(document, {}).splitlines()
+
+
+def test_the_time_of_other_programs_is_noted() -> None:
+    def work(record: Record) -> None:
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            pass
+
+    assert 0 <= measure.run_case("case", TINY, work).facts[measure.OTHERS] <= 100
 
 
 def test_a_restore_that_was_mapped_read_write_is_told_of() -> None:

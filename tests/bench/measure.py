@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -20,6 +21,9 @@ MIB = 1 << 20
 PAGE = 4096
 
 _CASE_SECONDS = 600
+
+#: The fact that tells whether the machine was quiet.
+OTHERS = "% of the processors' time that other programs took"
 
 
 class NotMeasured(Exception):
@@ -250,9 +254,8 @@ def run_case(name: str, scale: Scale, body: Callable[[Record], None]) -> Record:
     One that takes longer than ten minutes is ended. To be called in the main thread.
     """
     record = Record(name, scale.name)
-    record.facts["load at the start"] = round(os.getloadavg()[0], 2)
     say(name)
-    began = time.monotonic()
+    began, others = time.monotonic(), _others_seconds()
     # Whose timer and handler stood there before gets them back: a test's limit, for one.
     handler = signal.signal(signal.SIGALRM, _too_long)
     left, _ = signal.setitimer(signal.ITIMER_REAL, _CASE_SECONDS)
@@ -264,8 +267,20 @@ def run_case(name: str, scale: Scale, body: Callable[[Record], None]) -> Record:
         signal.setitimer(signal.ITIMER_REAL, left)
         signal.signal(signal.SIGALRM, handler)
     record.seconds = round(time.monotonic() - began, 1)
+    room = max(0.1, record.seconds) * (os.cpu_count() or 1)
+    record.facts[OTHERS] = round(max(0.0, _others_seconds() - others) / room * 100)
     say(f"{name}: {record.seconds} s")
     return record
+
+
+def _others_seconds() -> float:
+    # The processors' time that was not idle, nor this process's, nor its ended children's. What the
+    # hypervisor kept for itself is in it, and kernel threads such as those of loop devices.
+    line = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0]
+    user, nice, system, _idle, _wait, *rest = map(int, line.split()[1:9])
+    busy = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return busy - sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def _too_long(number: int, frame: FrameType | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tests.bench.figures import Limit, Spread, spread
 from tests.bench.goals import GOALS, Absent, Cases, Goal
+from tests.bench.measure import OTHERS
 
 _INTRO = """\
 This page is written by `make bench`, from [its raw results](benchmarks.json) alone. The
@@ -17,6 +18,9 @@ first round is thrown away. Before each cold run the layers are in the page cach
 the kernel has nothing. Shown is the median of the counted rounds, with the least and the greatest.
 A ratio is taken round by round; where its spread holds 1.0 it is called equal. Every server's bytes
 were compared with the layers' before it was timed."""
+
+#: Per cent of the processors' time that others may take: kernel threads need some.
+_QUIET = 20
 
 #: What is measured in each case; a name may end in a part that varies.
 _ABOUT = {
@@ -87,6 +91,11 @@ def _lines(document: Mapping[str, Any], pictures: Mapping[str, str]) -> Iterator
     if scales:
         yield ""
         yield f"Not a full run: some cases were run with smaller sizes ({', '.join(scales)})."
+    if (
+        others := max((case["facts"].get(OTHERS, 0) for case in cases.values()), default=0)
+    ) > _QUIET:
+        yield ""
+        yield f"The machine was not quiet: other programs took up to {others} % of its processors."
     yield from ("", "## Goals", "", *_goals(cases))
     for name, case in cases.items():
         yield from ("", f"## {name}", "", *_case(name, case, pictures.get(name)))
