@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,9 +12,11 @@ RUN_PACKAGES := libfuse3-dev pkg-config gcc libc6-dev fuse3
 TEST_PACKAGES := xfsprogs btrfs-progs e2fsprogs qemu-system-x86 qemu-utils \
 	busybox-static cpio acl attr util-linux procps fio jq bmap-tools \
 	systemd mandoc man-db bash zsh fish
+# The peers that only the benchmark wants; QEMU's comes with TEST_PACKAGES.
+BENCH_PACKAGES := nbdkit libnbd-bin
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint clean run-packages test-packages \
+.PHONY: help demo test soak bench bench-quick lint clean run-packages test-packages bench-packages \
 	install-mount-helper uninstall-mount-helper
 
 help:
@@ -22,6 +25,9 @@ help:
 	@echo '            one file: make test PYTEST_ARGS=tests/test_support.py'
 	@echo 'make soak   the fault tests and the fuzzing at their full counts (half an hour);'
 	@echo '            writes what it saw to docs/reliability.md'
+	@echo 'make bench  measure against peers, as root on a quiet machine (half an hour); writes'
+	@echo '            docs/benchmarks.md; parts: make bench BENCH_ARGS="--only sequential,random"'
+	@echo 'make bench-quick  the same with small sizes, into build/bench-quick (3 minutes)'
 	@echo 'make lint   lint and type-check only'
 	@echo 'make clean  remove the virtual environment and the caches'
 	@echo 'make install-mount-helper    (root) let mount(8) and fstab mount the type fuse.diffmergefs;'
@@ -42,12 +48,18 @@ soak: $(VENV)/.stamp-test | test-packages
 		-o faulthandler_timeout=0 -o log_level=INFO tests/faults $(wildcard tests/test_fuzz*.py) \
 		$(PYTEST_ARGS)
 
+bench: $(VENV)/.stamp-bench | bench-packages
+	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+bench-quick: $(VENV)/.stamp-bench | bench-packages
+	@$(BIN)/python -m tests.bench --scale quick $(BENCH_ARGS)
+
 lint: $(VENV)/.stamp-test
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # mount(8) looks for a type's helper in /sbin only, which a wheel cannot install to. The script there
 # names its interpreter by its absolute path, so it needs no PATH and no activated environment.
@@ -76,10 +88,18 @@ run-packages:
 test-packages: run-packages
 	@.ci/system-packages $(TEST_PACKAGES)
 
+# A peer that cannot be had is told of in the results; the others are measured.
+bench-packages: test-packages
+	-@.ci/system-packages $(BENCH_PACKAGES)
+
 $(VENV)/.stamp-run: pyproject.toml | run-packages
 	@.ci/venv $(PYTHON) $(VENV) --editable .
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-run
 	@.ci/venv $(PYTHON) $(VENV) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.stamp-bench: $(VENV)/.stamp-test
+	@.ci/venv $(PYTHON) $(VENV) --editable '.[test,bench]'
 	@touch $@

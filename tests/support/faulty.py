@@ -2,7 +2,8 @@
 
 Run as a program it shows the regular files of a directory, read-only. A file `NAME.bad`
 beside the file `NAME` names its bad bytes: lines of `start stop`. It is read at each request, so
-that what is bad can change at any time. There is no lseek: every file is dense here.
+that what is bad can change at any time. A file `NAME.slow` holds the seconds that each read of NAME
+takes, however many are read at once. There is no lseek: every file is dense here.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ class Faulty:
         new.write_text(lines, encoding="ascii")
         new.replace(self.source / f"{name}.bad")
         self.forget(name)
+
+    def slow_down(self, name: str, seconds: float) -> None:
+        """Have each read of the file take so long from now on."""
+        new = self.source / f"{name}.new"
+        new.write_text(f"{seconds}\n", encoding="ascii")
+        new.replace(self.source / f"{name}.slow")
 
     def forget(self, name: str) -> None:
         """Drop the file's pages that the kernel keeps, so that each is asked for again."""
@@ -109,6 +116,8 @@ class _Operations(pyfuse3.Operations):
         name = self._names[self._fds[fh]]
         if any(start < off + size and off < stop for start, stop in self._bad(name)):
             raise FUSEError(errno.EIO)
+        if seconds := self._delay(name):
+            await trio.sleep(seconds)
         return os.pread(fh, size, off)
 
     async def release(self, fh: int) -> None:
@@ -120,6 +129,12 @@ class _Operations(pyfuse3.Operations):
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         pass
+
+    def _delay(self, name: str) -> float:
+        try:
+            return float((self._source / f"{name}.slow").read_text(encoding="ascii"))
+        except FileNotFoundError:
+            return 0
 
     def _bad(self, name: str) -> list[tuple[int, int]]:
         try:

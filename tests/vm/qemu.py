@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import select
 import shlex
@@ -10,8 +11,10 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +24,23 @@ RAM_SIZE = 128 << 20
 
 _PROGRAM = "qemu-system-x86_64"
 _QMP_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Which QEMU runs the guest, and with how much memory.
+
+    `firmware` are directories of its BIOS and option ROMs, where it is not installed in the usual
+    place; `environment` is added to this process's own.
+    """
+
+    ram_size: int = RAM_SIZE
+    program: str = _PROGRAM
+    firmware: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+_SMALL = Machine()
 
 
 class QemuError(Exception):
@@ -73,8 +93,9 @@ class Console:
 class Vm:
     """A guest under QEMU. Made by `boot` and `restore`, which also end it."""
 
-    def __init__(self, console: Console, monitor: TextIO) -> None:
+    def __init__(self, console: Console, monitor: TextIO, pid: int) -> None:
         self.console = console
+        self.pid = pid
         self._monitor = monitor
         self._monitor.readline()  # QMP's greeting
         self.execute("qmp_capabilities")
@@ -111,37 +132,39 @@ class Vm:
         while (status := self.execute("query-migrate").get("status")) != "completed":
             if status in ("failed", "cancelled") or time.monotonic() > deadline:
                 raise QemuError(f"the migration is {status!r}")
-            time.sleep(0.05)
+            time.sleep(0.002)
 
 
 @contextmanager
-def boot(guest: Guest, ram: Path) -> Iterator[Vm]:
+def boot(guest: Guest, ram: Path, machine: Machine = _SMALL) -> Iterator[Vm]:
     """Start `guest` with the new file `ram` as its shared memory; QEMU is gone on leaving."""
-    with _run(guest, f"mem-path={ram},share=on") as vm:
+    with _run(guest, machine, f"mem-path={ram},share=on") as vm:
         yield vm
 
 
 @contextmanager
-def restore(guest: Guest, ram: Path, state: Path) -> Iterator[Vm]:
+def restore(guest: Guest, ram: Path, state: Path, machine: Machine = _SMALL) -> Iterator[Vm]:
     """A stopped guest with the memory in `ram`, mapped private, and the device state in `state`.
 
     `ram` is never written. `guest` is the one that was booted: its option ROM is part of the
     device state, and a guest that rebooted would boot it again and say so on the console.
     """
     # QEMU before 8.2 makes ROM of a read-only backend: there the file is opened O_RDWR.
-    access = "readonly=on,rom=off" if version() >= (8, 2) else "readonly=off"
+    access = "readonly=on,rom=off" if version(machine.program) >= (8, 2) else "readonly=off"
     # x-ignore-shared works for a private destination: what is in the stream is the source's say.
-    with _run(guest, f"mem-path={ram},share=off,{access}", "-S", "-incoming", "defer") as vm:
+    backend = f"mem-path={ram},share=off,{access}"
+    with _run(guest, machine, backend, "-S", "-incoming", "defer") as vm:
         vm.load_state(state)
         yield vm
 
 
-def version() -> tuple[int, int]:
+@cache
+def version(program: str = _PROGRAM) -> tuple[int, int]:
     """QEMU's version; GuestUnavailableError where it is not installed."""
-    if shutil.which(_PROGRAM) is None:
-        raise GuestUnavailableError(f"needs {_PROGRAM}")
+    if shutil.which(program) is None:
+        raise GuestUnavailableError(f"needs {program}")
     output = subprocess.run(
-        [_PROGRAM, "--version"], check=True, capture_output=True, text=True, timeout=30
+        [program, "--version"], check=True, capture_output=True, text=True, timeout=30
     ).stdout
     match = re.search(r"version (\d+)\.(\d+)", output)
     assert match is not None, output
@@ -149,17 +172,18 @@ def version() -> tuple[int, int]:
 
 
 @contextmanager
-def _run(guest: Guest, backend: str, *options: str) -> Iterator[Vm]:
+def _run(guest: Guest, machine: Machine, backend: str, *options: str) -> Iterator[Vm]:
     console, guest_console = socket.socketpair()
     monitor, guest_monitor = socket.socketpair()
     monitor.settimeout(_QMP_TIMEOUT)
     with console, monitor, guest_console, guest_monitor:
         command = [
-            *(_PROGRAM, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-            *("-machine", "pc,accel=tcg,memory-backend=ram", "-m", f"{RAM_SIZE >> 20}M"),
+            *(machine.program, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+            *(word for path in machine.firmware for word in ("-L", path)),
+            *("-machine", "pc,accel=tcg,memory-backend=ram", "-m", f"{machine.ram_size >> 20}M"),
             # RDRAND seeds the guest's generator: without it the nonce would wait for jitter.
             *("-cpu", "qemu64,+rdrand"),
-            *("-object", f"memory-backend-file,id=ram,size={RAM_SIZE},{backend}"),
+            *("-object", f"memory-backend-file,id=ram,size={machine.ram_size},{backend}"),
             *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)),
             *("-append", "console=ttyS0 loglevel=6 panic=-1"),
             *("-chardev", f"socket,id=console,fd={guest_console.fileno()}"),
@@ -174,6 +198,7 @@ def _run(guest: Guest, backend: str, *options: str) -> Iterator[Vm]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, **machine.environment},
             pass_fds=(guest_console.fileno(), guest_monitor.fileno()),
         )
         # Ours are closed, so that the end of QEMU is the end of file on the other ends.
@@ -181,7 +206,7 @@ def _run(guest: Guest, backend: str, *options: str) -> Iterator[Vm]:
         guest_monitor.close()
         try:
             with monitor.makefile("rw", encoding="utf-8") as lines:
-                yield Vm(Console(console), lines)
+                yield Vm(Console(console), lines, process.pid)
         except (QemuError, OSError) as error:
             process.kill()
             raise QemuError(f"{error}\n{process.communicate(timeout=30)[1]}") from error

@@ -1,0 +1,198 @@
+"""The page of a benchmark, made from its JSON file alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.bench.figures import Limit, Spread, spread
+from tests.bench.goals import GOALS, Absent, Cases, Goal
+from tests.bench.measure import OTHERS
+
+_INTRO = """\
+This page is written by `make bench`, from [its raw results](benchmarks.json) alone. The
+contestants of a case take turns in each round, in an order that moves on by one each time; the
+first round is thrown away. Before each cold run the layers are in the page cache, and of the view
+the kernel has nothing. Shown is the median of the counted rounds, with the least and the greatest.
+A ratio is taken round by round; where its spread holds 1.0 it is called equal. Every server's bytes
+were compared with the layers' before it was timed."""
+
+#: Per cent of the processors' time that others may take: kernel threads need some.
+_QUIET = 20
+
+#: What is measured in each case; a name may end in a part that varies.
+_ABOUT = {
+    "sequential": "The image read from start to end with read(2) of 1 MiB, each server's mount at"
+    " its own best read_ahead_kb of those tried. `, warm`: once more, from the page cache."
+    " `diffmergefs`: the dirty pages dealt among 3 diffs.",
+    "random-one-cpu": "As `random`, but client and server are on one CPU: no other CPU is woken.",
+    "random": "First touch of random pages through a mapping, by one thread, readahead off; client"
+    " and server are pinned to a CPU each. A touch is a request of 4 KiB. `server's CPU time` is"
+    " what the scheduler counts for the server's threads: the rest is the kernel's, the client's,"
+    " and the way from one CPU to the other.",
+    "threads": "First touch of random pages by 8 threads at once. Nothing is pinned.",
+    "cached": "All of the image is in the page cache; no server is asked. Page fault: each page"
+    " once, in a random order, through a mapping.",
+    "drop-behind": "A cold read in order with and without `--drop-behind`, and how much of the"
+    " layers is in the page cache afterwards.",
+    "slow-store": "Random reads of 4 KiB from a view whose base lies on a store that takes 5 ms a"
+    " read, by one client and by 8 at once.",
+    "rediff": "The difference of two complete images that are equal and in the page cache.",
+    "flatten-": "A new standalone image of a base and 3 diffs, on the disk at the end (fsync). The"
+    " filesystem lies on a file in memory. `diffmergefs.flatten`: from Python, so without the start"
+    " of one, which the command adds.",
+    "mount-time": "From the call of `diffmergefs mount` to its return, which is when the mount"
+    " answers.",
+    "reads-go-on": "One client looks at all snapshots of a fresh mount, which has their layers"
+    " walked, while another reads random pages of one of them.",
+    "memory": "The daemon's resident memory (Rss) before and after chains of four diffs are opened"
+    " and read in 64 places.",
+    "index": "The merge of four layers' extents into one map of segments.",
+    "restore-readahead": "First reply from a cold view, by the mount's read_ahead_kb. QEMU's"
+    " MADV_HUGEPAGE is left out: it makes faults larger, whatever the readahead says.",
+    "restore-": "A Linux guest under QEMU (TCG): from the start of QEMU to the guest's first answer"
+    " on its console. The view is of a full image, data throughout, and two diffs. QEMU calls"
+    " MADV_HUGEPAGE for its memory; where it says so, it was kept from that.",
+    "many": "VMs that stay alive, one after the other started from one memory file: the mean first"
+    " reply of the second and later ones.",
+}
+
+
+def write(path: Path) -> Path:
+    """Write the page of a JSON file beside it, and the plots below it; the page's path."""
+    from tests.bench import plots
+
+    document = load(path)
+    page = path.with_suffix(".md")
+    pictures = plots.draw(document["cases"], path.with_suffix(""))
+    page.write_text(text(document, {c: p.name for c, p in pictures.items()}), encoding="utf-8")
+    return page
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The results in a JSON file."""
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+def text(document: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+    """The page; `pictures` has for each case with a plot its file's name in `benchmarks/`."""
+    return "\n".join(_lines(document, pictures)) + "\n"
+
+
+def _lines(document: Mapping[str, Any], pictures: Mapping[str, str]) -> Iterator[str]:
+    cases: Cases = document["cases"]
+    yield from ("# Benchmarks: what `make bench` measured", "", *_INTRO.splitlines(), "")
+    yield from ("## Machine", "", "| what | which |", "|---|---|")
+    yield from (f"| {name} | {value} |" for name, value in document["machine"].items())
+    scales = {case["scale"] for case in cases.values()} - {"full"}
+    if scales:
+        yield ""
+        yield f"Not a full run: some cases were run with smaller sizes ({', '.join(scales)})."
+    if (
+        others := max((case["facts"].get(OTHERS, 0) for case in cases.values()), default=0)
+    ) > _QUIET:
+        yield ""
+        yield f"The machine was not quiet: other programs took up to {others} % of its processors."
+    yield from ("", "## Goals", "", *_goals(cases))
+    for name, case in cases.items():
+        yield from ("", f"## {name}", "", *_case(name, case, pictures.get(name)))
+
+
+def _goals(cases: Cases) -> Iterator[str]:
+    yield "| case | goal | measured (least - greatest) | outcome |"
+    yield "|---|---|---|---|"
+    for goal in GOALS:
+        cells = (goal.title, _limit(goal), _measured(goal, cases), outcome(goal, cases))
+        yield f"| {' | '.join(cells)} |"
+
+
+def outcome(goal: Goal, cases: Cases) -> str:
+    """The goal's outcome, with what one must know of how it was measured."""
+    known = [cases[name] for name in goal.cases if name in cases]
+    notes = [f"{case['scale']} run" for case in known if case["scale"] != "full"]
+    if any(case["facts"].get("maps read-only") is False for case in known):
+        notes.append("`--open-rw`: this QEMU maps read-write only")
+    said = goal.outcome(cases)
+    if notes and not said.startswith("not measured"):
+        return f"{said} ({', '.join(dict.fromkeys(notes))})"
+    return said
+
+
+def _limit(goal: Goal) -> str:
+    if goal.limit is None:
+        return "-"
+    return f"{_sign(goal.limit)} {number(goal.limit.value)}{_space(goal.unit)}"
+
+
+def _sign(limit: Limit) -> str:
+    return "≥" if limit.least else "≤"
+
+
+def _measured(goal: Goal, cases: Cases) -> str:
+    try:
+        found = goal.measured(cases)
+    except Absent:
+        return "-"
+    equal = ", equal" if goal.is_ratio and found.equal else ""
+    return f"{_spread(found)}{_space(goal.unit)}{equal}"
+
+
+def _case(name: str, case: Mapping[str, Any], picture: str | None) -> Iterator[str]:
+    about = _ABOUT.get(name) or next(
+        (text for part, text in _ABOUT.items() if part.endswith("-") and name.startswith(part)), ""
+    )
+    yield from (about, "")
+    rounds = {len(series["values"]) for series in case["series"].values()}
+    counted = " or ".join(map(str, sorted(rounds))) or "no"
+    yield f"{case['when']}, {case['scale']} run, {counted} counted rounds, {case['seconds']} s."
+    if picture:
+        yield from ("", f"![{name}](benchmarks/{picture})")
+    if case["series"]:
+        yield from ("", "| what | median | least | greatest | unit | against the first |")
+        yield "|---|---|---|---|---|---|"
+        yield from _series(case["series"])
+    facts = {what: said for what, said in case["facts"].items() if said != {}}
+    if facts:
+        yield ""
+        yield from (f"- {what}: {_said(said)}" for what, said in facts.items())
+    if case["missing"]:
+        yield from ("", "Not measured:", "")
+        yield from (f"- {what or 'all of it'}: {why}" for what, why in case["missing"].items())
+
+
+def _series(series: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    # Each beside the ratio of its median to that of the first series with the same unit.
+    first: dict[str, float] = {}
+    for name, found in series.items():
+        shown = spread(found["values"])
+        base = first.setdefault(found["unit"], shown.median)
+        against = f"{shown.median / base:.2f}" if base else "-"
+        cells = (number(shown.median), number(shown.least), number(shown.greatest))
+        yield f"| {name} | {' | '.join(cells)} | {found['unit']} | {against} |"
+
+
+def _spread(found: Spread) -> str:
+    return f"{number(found.median)} ({number(found.least)} - {number(found.greatest)})"
+
+
+def number(value: float) -> str:
+    """Three digits that count, without an exponent."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    digits = f"{value:.3g}"
+    return digits if "e" not in digits else f"{value:.6f}".rstrip("0").rstrip(".")
+
+
+def _said(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {_said(said)}" for name, said in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(_said, value))
+    return number(value) if isinstance(value, int | float) and value is not True else str(value)
+
+
+def _space(unit: str) -> str:
+    return f" {unit}" if unit else ""

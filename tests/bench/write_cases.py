@@ -1,0 +1,110 @@
+"""Flattening on several filesystems, against the ways in which it is done without us."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import diffmergefs
+from tests.bench.images import Chain, Images
+from tests.bench.measure import (
+    MIB,
+    Contestant,
+    Figures,
+    NotMeasured,
+    Record,
+    Scale,
+    alternate,
+    warm,
+)
+from tests.bench.programs import compiled, need, run
+from tests.support import loopfs, mounttable
+
+_DEPTH = 3
+
+
+def flatten(place: Path, scale: Scale, kind: str, record: Record) -> None:
+    """A new standalone image of a base and three diffs, on the disk (fsync) at the end.
+
+    The filesystem lies on a file in `place`.
+    """
+    with filesystem(kind, place, 4 * scale.image + 512 * MIB) as root:
+        images = Images(root, scale)
+        chain, out = images.chain(_DEPTH), root / "out.img"
+
+        def ours() -> None:
+            image = diffmergefs.open_chain(str(chain.base), [str(diff) for diff in chain.diffs])
+            with image.view as view:
+                result = diffmergefs.flatten(view, out)
+            record.facts["MiB shared"] = round(sum(result.shared) / MIB)
+            record.facts["MiB copied"] = round(sum(result.copied) / MIB)
+
+        ways: dict[str, Callable[[], object]] = {
+            "diffmergefs.flatten": ours,
+            "diffmergefs flatten, the command": partial(_command, chain, out),
+            "cp, then pread and pwrite": partial(_overwrite, chain, out),
+            "sendfile of each extent": partial(
+                run, [compiled("copier"), "sendfile", out, *chain.layers]
+            ),
+            "qemu-img convert": partial(_convert, images, out),
+        }
+        # The first run of each tells whether the bytes are right; that round is not counted.
+        verified: set[str] = set()
+
+        def timed(name: str) -> Figures:
+            began = time.perf_counter()
+            try:
+                ways[name]()
+                seconds = time.perf_counter() - began
+                if name not in verified:
+                    images.verify(out)
+                    verified.add(name)
+            finally:
+                out.unlink(missing_ok=True)
+            return {name: ("s", seconds)}
+
+        runs = [Contestant(name, partial(timed, name)) for name in ways]
+        alternate(record, runs, scale.rounds, lambda: warm(*chain.layers))
+
+
+def _command(chain: Chain, out: Path) -> None:
+    run([sys.executable, "-m", "diffmergefs", "flatten", *chain.options, "-o", out])
+
+
+def _overwrite(chain: Chain, out: Path) -> None:
+    run(["cp", "--sparse=always", chain.base, out])
+    run([compiled("copier"), "overwrite", out, *chain.diffs])
+
+
+def _convert(images: Images, out: Path) -> None:
+    run([need("qemu-img"), "convert", "-O", "raw", images.overlay, out])
+    run(["sync", out])
+
+
+@contextmanager
+def filesystem(kind: str, place: Path, size: int) -> Iterator[Path]:
+    """A filesystem of the kind and size on a file in `place`, or in memory; gone afterwards.
+
+    NotMeasured where the kernel has no such filesystem.
+    """
+    with tempfile.TemporaryDirectory(dir=place) as name:
+        if kind == "tmpfs":
+            try:
+                run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", name])
+                yield Path(name)
+            finally:
+                mounttable.unmount_below(name)
+            return
+        # loopfs.made would give one in memory a size of its own.
+        try:
+            with loopfs.made(kind, Path(name), size) as root:
+                yield root
+        except pytest.skip.Exception as error:
+            raise NotMeasured(str(error)) from error

@@ -1,0 +1,362 @@
+"""The benchmark's own parts: its rules, its rounds, its page; and a run of the smallest scale.
+
+Nothing here is timed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bench import __main__ as bench
+from tests.bench import goals, images, measure, report
+from tests.bench.cases import topics
+from tests.bench.figures import Limit, difference, ratio, spread, verdict
+from tests.bench.goals import GOALS, Goal, Series
+from tests.bench.measure import SCHEMA, TINY, Contestant, NotMeasured, Record, Results, alternate
+from tests.support import skips
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "benchmarks.md"
+
+
+# (a) Numbers
+
+
+def test_a_spread_is_the_median_with_the_least_and_the_greatest() -> None:
+    found = spread([5.0, 1.0, 2.0, 9.0])
+    assert (found.median, found.least, found.greatest, found.count) == (3.5, 1.0, 9.0, 4)
+
+
+def test_a_ratio_is_taken_round_by_round() -> None:
+    # The machine was slow in the second round, for both.
+    found = ratio([2.0, 20.0, 3.0], [1.0, 10.0, 2.0, 99.0])
+    assert (found.median, found.least, found.greatest, found.count) == (2.0, 1.5, 2.0, 3)
+    assert difference([5.0, 7.0], [1.0, 2.0]).median == 4.5
+
+
+@pytest.mark.parametrize(
+    ("ratios", "equal"),
+    [
+        ([0.9, 1.1], True),
+        ([1.0, 1.2], True),
+        ([0.8, 1.0], True),
+        ([1.01, 1.2], False),
+        ([0.8, 0.99], False),
+    ],
+)
+def test_a_ratio_is_called_equal_where_its_spread_holds_one(
+    ratios: list[float], equal: bool
+) -> None:
+    assert spread(ratios).equal is equal
+
+
+@pytest.mark.parametrize(
+    ("limit", "values", "is_ratio", "outcome"),
+    [
+        (Limit(1.05), [1.04, 1.06, 1.05], True, "met"),
+        (Limit(1.05), [1.06, 1.07], True, "not met"),
+        (Limit(1.05), [0.9, 1.06, 1.2], True, "not met"),
+        (Limit(1.8, least=True), [1.8, 1.9], True, "met"),
+        (Limit(1.8, least=True), [1.7, 1.75], True, "not met"),
+        (Limit(1.0, least=True), [0.97, 0.99, 1.01], True, "equal"),
+        (Limit(1.0, least=True), [0.97, 0.98, 0.99], True, "not met"),
+        (Limit(1.0, least=True), [0.97, 1.02, 1.05], True, "met"),
+        (Limit(1.0), [0.9, 1.2, 1.3], False, "not met"),
+        (Limit(0), [0.0, 0.0], False, "met"),
+    ],
+)
+def test_the_verdict_on_a_goal(
+    limit: Limit, values: list[float], is_ratio: bool, outcome: str
+) -> None:
+    assert verdict(limit, spread(values), is_ratio=is_ratio) == outcome
+
+
+# (b) Rounds and records
+
+
+def test_contestants_take_turns_and_the_first_round_is_not_counted() -> None:
+    calls: list[str] = []
+    prepared: list[int] = []
+
+    def runner(name: str) -> Contestant:
+        def run() -> measure.Figures:
+            calls.append(name)
+            return {name: ("calls", float(len(calls)))}
+
+        return Contestant(name, run)
+
+    record = Record("case", "tiny")
+    alternate(record, [runner("a"), runner("b")], 2, lambda: prepared.append(len(calls)))
+    assert calls == ["a", "b", "b", "a", "a", "b"]
+    assert prepared == [0, 2, 4]
+    assert list(record.series) == ["a", "b"]
+    assert record.series["a"] == {"unit": "calls", "values": [4.0, 5.0]}
+    assert record.series["b"] == {"unit": "calls", "values": [3.0, 6.0]}
+
+
+def test_one_that_fails_loses_nobody_elses_numbers() -> None:
+    rounds = iter(range(9))
+
+    def fails() -> measure.Figures:
+        if next(rounds) == 2:
+            raise NotMeasured("it went away")
+        return {"bad": ("s", 1.0)}
+
+    record = Record("case", "tiny")
+    alternate(record, [Contestant("bad", fails), Contestant("good", _one)], 3)
+    assert record.series == {"good": {"unit": "s", "values": [1.0, 1.0, 1.0]}}
+    assert record.missing == {"bad": "it went away"}
+
+
+def _one() -> measure.Figures:
+    return {"good": ("s", 1.0)}
+
+
+def test_a_case_that_fails_is_recorded_with_its_reason() -> None:
+    def fail(record: Record) -> None:
+        record.add("before", "s", 1.0)
+        raise OSError("no such thing")
+
+    record = measure.run_case("case", TINY, fail)
+    assert record.missing == {"": "OSError: no such thing"}
+    assert record.series["before"]["values"] == [1.0]
+
+
+def test_a_case_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_CASE_SECONDS", 1)
+
+    def forever() -> measure.Figures:
+        while True:
+            pass
+
+    def body(record: Record) -> None:
+        alternate(record, [Contestant("good", _one), Contestant("slow", forever)], 3)
+
+    assert measure.run_case("case", TINY, body).missing == {"": "the case took longer than 1 s"}
+
+
+def test_results_of_other_runs_stay(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    for name, value in (("one", 1.0), ("two", 2.0), ("one", 3.0)):
+        record = Record(name, "tiny")
+        record.add("series", "s", value)
+        Results(path).put(record, {"Linux": "6"})
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert document["schema"] == SCHEMA and document["machine"] == {"Linux": "6"}
+    assert {
+        name: case["series"]["series"]["values"] for name, case in document["cases"].items()
+    } == {
+        "one": [3.0],
+        "two": [2.0],
+    }
+
+
+# (c) The page
+
+
+def _case(scale: str = "full", missing: dict[str, str] | None = None, **series: Any) -> Any:
+    record = Record("", scale, when="2026-01-01T00:00:00+00:00", missing=missing or {})
+    for name, (unit, values) in series.items():
+        for value in values:
+            record.add(name.replace("_", " "), unit, value)
+    return record.__dict__
+
+
+FIXED: dict[str, Any] = {
+    "schema": SCHEMA,
+    "machine": {"Linux": "6.1"},
+    "cases": {
+        "sequential": _case(
+            diffmergefs=("MiB/s", [900.0, 1000.0, 1100.0]),
+            qemu_export=("MiB/s", [500.0, 500.0, 500.0]),
+            missing={"C floor": "gcc is not installed"},
+        ),
+        "threads": _case(diffmergefs=("us", [9.0, 30.0]), qemu_export=("us", [10.0, 10.0])),
+        "memory": _case(scale="quick", all_open=("MiB", [90.0])),
+    },
+}
+
+
+def test_the_page_says_what_was_reached_and_what_was_not() -> None:
+    lines = report.text(FIXED, {}).splitlines()
+    table = [line for line in lines if line.startswith("| ") and line.count("|") == 5]
+    rows = {cells[1].strip(): cells[2:5] for cells in (line.split("|") for line in table)}
+    row = rows["read in order, cold, each at its best readahead: speed / QEMU's export"]
+    assert [cell.strip() for cell in row] == ["≥ 1.8", "2 (1.8 - 2.2)", "met"]
+    row = rows["the same: speed / the C floor's"]
+    assert [cell.strip() for cell in row] == ["≥ 0.65", "-", "not measured: gcc is not installed"]
+    row = rows["first touch by 8 threads: time / QEMU's export"]
+    assert [cell.strip() for cell in row] == ["≤ 1.1", "1.95 (0.9 - 3), equal", "not met"]
+    row = rows["daemon memory, 16 chains of 100,000 segments open"]
+    assert [cell.strip() for cell in row] == ["≤ 80 MiB", "90 (90 - 90) MiB", "not met (quick run)"]
+    row = rows["index of 4 x 1 M extents"]
+    assert row[2].strip() == "not measured: the case index was not run"
+    assert "| diffmergefs | 1,000 | 900 | 1,100 | MiB/s | 1.00 |" in lines
+    assert "| qemu export | 500 | 500 | 500 | MiB/s | 0.50 |" in lines
+    assert "- C floor: gcc is not installed" in lines
+    assert not [line for line in lines if line.startswith("The machine was not quiet")]
+    assert "Not a full run: some cases were run with smaller sizes (quick)." in lines
+
+
+def test_the_page_tells_of_a_machine_that_was_not_quiet() -> None:
+    document = copy.deepcopy(FIXED)
+    document["cases"]["threads"]["facts"][measure.OTHERS] = 55
+    line = "The machine was not quiet: other programs took up to 55 % of its processors."
+    assert line in report.text(document, {}).splitlines()
+
+
+def test_the_time_of_other_programs_is_noted() -> None:
+    def work(record: Record) -> None:
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            pass
+
+    assert 0 <= measure.run_case("case", TINY, work).facts[measure.OTHERS] <= 100
+
+
+def test_a_restore_that_was_mapped_read_write_is_told_of() -> None:
+    document = copy.deepcopy(FIXED)
+    document["cases"]["many"] = _case(**{"daemon: read requests for the later VMs": ("", [0.0])})
+    document["cases"]["many"]["facts"]["maps read-only"] = False
+    (line,) = [
+        ln for ln in report.text(document, {}).splitlines() if "requests at the daemon" in ln
+    ]
+    assert line.endswith("| met (`--open-rw`: this QEMU maps read-write only) |")
+
+
+def test_the_page_and_its_plots_come_from_the_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "benchmarks.json"
+    path.write_text(json.dumps(FIXED), encoding="utf-8")
+    stale = tmp_path / "benchmarks" / "restore-512.svg"
+    stale.parent.mkdir()
+    stale.touch()
+    assert report.write(path) == tmp_path / "benchmarks.md"
+    first = {file.name: file.read_bytes() for file in stale.parent.iterdir()}
+    assert first.keys() == {"sequential.svg", "threads.svg"}
+    assert b"qemu export" in first["sequential.svg"]
+    page = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    assert "![sequential](benchmarks/sequential.svg)" in page
+    report.write(path)
+    assert {file.name: file.read_bytes() for file in stale.parent.iterdir()} == first
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1234.5, "1,234"), (0.0123456, "0.0123"), (12.0, "12"), (0.000012, "0.000012"), (0.0, "0")],
+)
+def test_a_number_on_the_page(value: float, text: str) -> None:
+    assert report.number(value) == text
+
+
+def test_the_page_of_the_docs_holds_what_was_measured_and_nothing_else() -> None:
+    document = report.load(PAGE.with_suffix(".json"))
+    assert document["schema"] == SCHEMA
+    pictures = {path.stem: path.name for path in (DOCS / "benchmarks").glob("*.svg")}
+    assert PAGE.read_text(encoding="utf-8") == report.text(document, pictures)
+
+
+def test_each_goal_names_a_case_that_a_full_run_has() -> None:
+    known = {name for topic in topics(measure.FULL) for name in topic}
+    assert {name for goal in GOALS for name in goal.cases} <= known
+    assert len({goal.title for goal in GOALS}) == len(GOALS)
+
+
+def test_what_is_missing_is_told_with_the_reason_of_its_contestant() -> None:
+    cases = {
+        "cached": _case(
+            missing={"": "all", "diffmergefs": "ours", "diffmergefs, depth 1": "that of depth 1"}
+        )
+    }
+    names = {
+        "diffmergefs: read": "ours",
+        "diffmergefs, depth 1: read": "that of depth 1",
+        "flattened: read": "all",
+    }
+    for name, reason in names.items():
+        goal = Goal("", Limit(1), Series("cached", (name,)))
+        assert goal.outcome(cases) == f"not measured: {reason}"
+
+
+def test_a_ratio_to_nothing_is_not_measured() -> None:
+    cases = {"many": _case(a=("s", [1.0]), b=("s", [0.0]))}
+    goal = Goal("", None, Series("many", ("a",)), Series("many", ("b",)))
+    with pytest.raises(goals.Absent, match="has a zero"):
+        goal.measured(cases)
+
+
+# (d) Images
+
+
+def test_every_depth_has_the_same_segments_and_bytes(tmp_path: Path) -> None:
+    made = images.Images(tmp_path, TINY)
+    dealt = []
+    for depth in (1, 3):
+        chain = made.chain(depth)
+        assert len(chain.diffs) == depth
+        dealt.append(sorted(n for n, page in enumerate(_merged(chain)) if page is not None))
+    assert dealt[0] == dealt[1] == sorted(made.dirty)
+    assert all(right - left > 1 for left, right in zip(dealt[0], dealt[0][1:], strict=False))
+    assert made.verify(made.flat) == made.verify(made.flat)
+    with made.flat.open("r+b") as file:
+        file.write(b"?")
+    with pytest.raises(NotMeasured, match="shows wrong bytes at 0"):
+        made.verify(made.flat)
+
+
+def _merged(chain: images.Chain) -> list[bytes | None]:
+    pages: list[bytes | None] = [None] * (TINY.image // measure.PAGE)
+    for diff in chain.diffs:
+        raw = diff.read_bytes()
+        for n in range(len(pages)):
+            page = raw[n * measure.PAGE : (n + 1) * measure.PAGE]
+            if any(page):
+                assert pages[n] is None
+                pages[n] = page
+    return pages
+
+
+# (e) The whole, with the smallest sizes
+
+
+@pytest.mark.parametrize("only", ["nothing", "index,nothing"])
+def test_a_case_that_there_is_not_is_a_mistake(
+    only: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(["--scale", "tiny", "--only", only]) == 2
+    assert "no case nothing; see --list" in capsys.readouterr().err
+
+
+def test_the_names_of_the_cases_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--list"]) == 0
+    names = capsys.readouterr().out.split()
+    assert {"sequential", "restore-512", "restore-4096", "flatten-btrfs", "index"} <= set(names)
+
+
+def test_a_run_writes_its_figures_and_its_page(tmp_path: Path) -> None:
+    skips.require_loop()
+    skips.require_fuse()
+    path = tmp_path / "benchmarks.json"
+    cases = ["sequential", "slow-store", "flatten-tmpfs", "mount-time", "index"]
+    status = bench.main(["--scale", "tiny", "--only", ",".join(cases), "--json", str(path)])
+    document = report.load(path)
+    assert list(document["cases"]) == cases
+    missing = [case["missing"] for case in document["cases"].values()]
+    # nbdkit is not among the packages of the tests; all else is.
+    assert [set(reasons) - {"nbdkit + nbdfuse"} for reasons in missing] == [set()] * len(cases)
+    assert status == int(any(missing))
+    for case in document["cases"].values():
+        assert case["scale"] == "tiny" and case["series"]
+        for series in case["series"].values():
+            assert len(series["values"]) == TINY.rounds and series["unit"]
+            assert all(value > 0 for value in series["values"])
+    shown = set(document["cases"]["sequential"]["series"])
+    assert {"diffmergefs", "diffmergefs, depth 1", "qemu export", "C floor"} <= shown
+    assert {"pyfuse3 constant", "flattened, warm", "diffmergefs, 8 x 100"} <= shown
+    assert set(document["cases"]["flatten-tmpfs"]["series"]) > set(goals.WAYS)
+    assert path.with_suffix(".md").read_text(encoding="utf-8").startswith("# Benchmarks")
