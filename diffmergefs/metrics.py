@@ -17,13 +17,11 @@ class Metrics:
     `requests` is by operation, `errors` by operation and errno. `supplied` is, by tag, how many
     bytes each layer of the chain has supplied to reads, by its position (0 is the base;
     `view.HOLE`: zeros that no layer supplied). `waited` counts the reads that went to a thread,
-    because not all of their bytes were in the page cache. `pushed_bytes` and `prefetch_hits` are
-    what prefetching told.
+    because not all of their bytes were in the page cache.
     """
 
     __slots__ = (
-        *("errors", "prefetch_hits", "pushed_bytes", "read_buckets", "read_ns"),
-        *("requests", "started", "supplied", "waited"),
+        *("errors", "read_buckets", "read_ns", "requests", "started", "supplied", "waited"),
     )
 
     def __init__(self) -> None:
@@ -32,7 +30,6 @@ class Metrics:
         self.errors: defaultdict[tuple[str, int], int] = defaultdict(int)
         self.supplied: dict[str, dict[int, int]] = {}
         self.waited = 0
-        self.pushed_bytes = self.prefetch_hits = 0
         self.read_ns = 0
         self.read_buckets = [0] * _BUCKETS
 
@@ -50,14 +47,6 @@ class Metrics:
         self.read_buckets[(nanoseconds - 1).bit_length() if nanoseconds > 0 else 0] += 1
         for layer, count in supplied.items():
             totals[layer] = totals.get(layer, 0) + count
-
-    def pushed(self, count: int) -> None:
-        """Count bytes that prefetching put into the page cache."""
-        self.pushed_bytes += count
-
-    def prefetched_hit(self, count: int = 1) -> None:
-        """Count reads that asked for bytes which were to be prefetched."""
-        self.prefetch_hits += count
 
     def fold(self, tags: Collection[str]) -> None:
         """Add up under `GONE` what was supplied to all tags but these, so that it cannot grow."""

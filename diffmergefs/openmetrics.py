@@ -46,7 +46,7 @@ def _families(status: Status) -> Iterator[Metric]:
     for name, text, number in (
         ("thread_reads", "Reads that waited for bytes.", status.reads_in_threads),
         ("prefetch_pushed_bytes", "Bytes that were prefetched.", status.prefetch_pushed_bytes),
-        ("prefetch_hits", "Reads of bytes that were to be prefetched.", status.prefetch_hits),
+        ("prefetch_hit_bytes", "Those that nobody asked for.", status.prefetch_hit_bytes),
         ("tainted_layers", "Layers that changed while in use.", status.tainted_layers),
     ):
         yield core.CounterMetricFamily(f"diffmergefs_{name}", text, number)

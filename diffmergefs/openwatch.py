@@ -18,8 +18,12 @@ class Caller(Protocol):
 class OpenWatch(Protocol):
     """Told in the event loop, where nothing may block, of what happens to memory files.
 
-    `file` is the number of an open file, never used twice.
+    `file` is the number of an open file, never used twice. `pushed_bytes` counts what was brought
+    into the page cache so far, and `hit_bytes` what of it nobody had to ask for: see `Prefetcher`.
     """
+
+    pushed_bytes: int
+    hit_bytes: int
 
     def opened(
         self, file: int, inode: int, shown: OpenImage, caller: Caller, *, writing: bool
@@ -42,6 +46,8 @@ class OpenWatch(Protocol):
 
 class Unwatched:
     """An `OpenWatch` that does nothing."""
+
+    pushed_bytes = hit_bytes = 0
 
     def opened(
         self, file: int, inode: int, shown: OpenImage, caller: Caller, *, writing: bool

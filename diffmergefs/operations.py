@@ -402,6 +402,8 @@ class Operations(pyfuse3.Operations):
             self.metrics,
             version=__version__,
             pid=os.getpid(),
+            pushed_bytes=self.watch.pushed_bytes,
+            hit_bytes=self.watch.hit_bytes,
             taints=Layer.taints,
             images=self.tree.open_images(),
             files=len(opened),

@@ -7,7 +7,7 @@ import functools
 import logging
 import threading
 import weakref
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,8 @@ class Push:
     """One image's working set on its way into the page cache.
 
     `inode` is the image's number in the mount. Once `cancelled` is set, nothing more is begun;
-    `done` is set when nothing is under way any more.
+    `done` is set when nothing is under way any more. `wanted` are the ranges once they are known,
+    `whole` says that all of them were brought, and `asked` which of them readers asked for.
     """
 
     def __init__(self, shown: OpenImage, inode: int) -> None:
@@ -39,6 +40,22 @@ class Push:
         self.cancelled = False
         self.done = threading.Event()
         self.steps: Generator[int, None, None] | None = None
+        self.wanted: ExtentList | None = None
+        self.whole = False
+        self.asked: set[int] = set()
+
+    def note(self, offset: int, length: int) -> None:
+        """A reader asked for this range."""
+        if self.wanted is not None:
+            first = bisect_right(self.wanted.stops, offset)
+            self.asked.update(range(first, bisect_left(self.wanted.starts, offset + length)))
+
+    def hit_bytes(self) -> int:
+        """How many bytes of a whole working set lie in ranges that no reader asked for."""
+        if self.wanted is None or not self.whole:
+            return 0
+        hits = (e for number, e in enumerate(self.wanted) if number not in self.asked)
+        return sum(stop - start for start, stop in hits)
 
 
 class Way(Protocol):
@@ -102,7 +119,9 @@ class Prefetcher:
     first request, since the kernel drops an image's pages when such a file is mapped. At an
     image's last close its push ends, and so does one whose layers changed. A record that is stale,
     or that cannot be used, is ignored with a line in the log. `pushes` counts those that were
-    made to their end, and `pushed_bytes` what was brought in all.
+    made to their end, and `pushed_bytes` what was brought in all. `hit_bytes` are those of whole
+    working sets of which no reader asked for any part until the image's last close, when they are
+    counted: they came from the page cache, or were not touched.
     """
 
     def __init__(self, sets: WorkingSets, way: Way) -> None:
@@ -121,6 +140,7 @@ class Prefetcher:
         self._worker: threading.Thread | None = None
         # Changed by the worker only:
         self.pushes = self.pushed_bytes = 0
+        self.hit_bytes = 0
         self._said: set[str] = set()
 
     def opened(
@@ -141,8 +161,13 @@ class Prefetcher:
         return True
 
     def read(self, file: int, offset: int, length: int) -> None:
-        if file in self._waiting and self._is_wanted(self._files[file].shown, offset, length):
-            image, writing = self._files[file], self._waiting.pop(file)
+        image = self._files.get(file)
+        if image is None:
+            return
+        if image.pushes:
+            image.pushes[-1].note(offset, length)
+        if file in self._waiting and self._is_wanted(image.shown, offset, length):
+            writing = self._waiting.pop(file)
             if writing:
                 # What was pushed so far is gone.
                 self._cancel(image)
@@ -159,6 +184,7 @@ class Prefetcher:
             return None
         del self._images[image.shown]
         self._cancel(image)
+        self.hit_bytes += sum(push.hit_bytes() for push in image.pushes)
         return functools.partial(_wait, image.pushes) if image.is_pushed else None
 
     def stop(self, seconds: float) -> bool:
@@ -193,7 +219,8 @@ class Prefetcher:
                 return
             self._queue.append(push)
             self._changed.notify_all()
-        image.pushes = [*(known for known in image.pushes if not known.done.is_set()), push]
+        self.hit_bytes += sum(p.hit_bytes() for p in image.pushes if p.done.is_set())
+        image.pushes = [*(p for p in image.pushes if not p.done.is_set()), push]
         if self._worker is None:
             # A daemon thread: where storage hangs, the process must be able to end all the same.
             self._worker = threading.Thread(target=self._work, name="prefetch", daemon=True)
@@ -241,8 +268,9 @@ class Prefetcher:
         wanted = self._wanted(push.shown)
         if not wanted:
             return
+        push.wanted = ExtentList(sorted(wanted))
         with self._changed:
-            self._known[push.shown] = ExtentList(sorted(wanted))
+            self._known[push.shown] = push.wanted
         total, view = 0, push.shown.image.view
         _require_unchanged(view)
         with contextlib.closing(self._way.bring(push, wanted)) as steps:
@@ -252,6 +280,7 @@ class Prefetcher:
                 yield count
                 _require_unchanged(view)
         if not push.cancelled:
+            push.whole = True
             self.pushes += 1
             name = view.layers[-1].path
             log.info("%s: prefetched %d bytes in %d pieces", name, total, len(wanted))

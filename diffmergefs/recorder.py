@@ -35,6 +35,8 @@ class Recorder:
     recorded. `readahead_kib` is what the record is to say of the kernel's readahead.
     """
 
+    pushed_bytes = hit_bytes = 0
+
     def __init__(self, sets: WorkingSets) -> None:
         self.readahead_kib: int | None = None
         self._sets = sets

@@ -63,7 +63,7 @@ class Status:
     read_buckets: tuple[Bucket, ...]
     supplied: tuple[Supplied, ...]
     prefetch_pushed_bytes: int
-    prefetch_hits: int
+    prefetch_hit_bytes: int
     tainted_layers: int
     open_images: int
     open_files: int
@@ -86,7 +86,15 @@ class Status:
 
 
 def status_of(
-    metrics: Metrics, *, version: str, pid: int, taints: int, images: int, files: int
+    metrics: Metrics,
+    *,
+    version: str,
+    pid: int,
+    pushed_bytes: int,
+    hit_bytes: int,
+    taints: int,
+    images: int,
+    files: int,
 ) -> Status:
     """The facts that the counters hold now, and those told beside them."""
     return Status(
@@ -103,8 +111,8 @@ def status_of(
             for tag, totals in sorted(metrics.supplied.items())
             for layer, count in sorted(totals.items())
         ),
-        prefetch_pushed_bytes=metrics.pushed_bytes,
-        prefetch_hits=metrics.prefetch_hits,
+        prefetch_pushed_bytes=pushed_bytes,
+        prefetch_hit_bytes=hit_bytes,
         tainted_layers=taints,
         open_images=images,
         open_files=files,

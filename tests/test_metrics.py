@@ -15,6 +15,7 @@ from diffmergefs.metrics import GONE, Metrics
 from diffmergefs.openmetrics import exposition
 from diffmergefs.status import Operation, Status, Supplied, status_of
 from diffmergefs.view import HOLE
+from tests.support.counters import NOTHING
 
 
 def counted() -> Metrics:
@@ -27,14 +28,20 @@ def counted() -> Metrics:
     metrics.read(5_000_000, {0: 4096, 2: 50}, metrics.of_tag("leaf"))
     metrics.read(20_000_000_000, {1: 7}, metrics.of_tag("base"))
     metrics.waited += 1
-    metrics.pushed(8192)
-    metrics.prefetched_hit()
-    metrics.prefetched_hit(2)
     return metrics
 
 
 def status() -> Status:
-    return status_of(counted(), version="1.2", pid=7, taints=1, images=2, files=3)
+    return status_of(
+        counted(),
+        version="1.2",
+        pid=7,
+        pushed_bytes=8192,
+        hit_bytes=4096,
+        taints=1,
+        images=2,
+        files=3,
+    )
 
 
 def samples(found: Status) -> dict[str, float]:
@@ -63,7 +70,7 @@ def test_the_facts_are_what_was_counted() -> None:
         Supplied("leaf", 2, 50),
     )
     assert (found.reads, found.reads_in_threads, found.read_seconds) == (3, 1, 20.005001)
-    assert (found.prefetch_pushed_bytes, found.prefetch_hits) == (8192, 3)
+    assert (found.prefetch_pushed_bytes, found.prefetch_hit_bytes) == (8192, 4096)
     assert (found.tainted_layers, found.open_images, found.open_files) == (1, 2, 3)
     assert (found.version, found.pid) == ("1.2", 7)
 
@@ -73,7 +80,7 @@ def test_the_facts_are_what_was_counted() -> None:
 def test_a_bucket_counts_the_reads_that_took_at_most_so_long(nanoseconds: int) -> None:
     metrics = Metrics()
     metrics.read(nanoseconds, {}, {})
-    found = status_of(metrics, version="", pid=0, taints=0, images=0, files=0)
+    found = status_of(metrics, **NOTHING)
     assert found.reads == 1
     for bucket in found.read_buckets:
         assert bucket.reads == (nanoseconds <= round(bucket.seconds * 1e9))
@@ -104,7 +111,7 @@ def test_the_openmetrics_text_says_the_same() -> None:
     plain = {
         "thread_reads_total": 1,
         "prefetch_pushed_bytes_total": 8192,
-        "prefetch_hits_total": 3,
+        "prefetch_hit_bytes_total": 4096,
         "tainted_layers_total": 1,
         "open_images": 2,
         "open_files": 3,
@@ -118,14 +125,14 @@ def test_the_openmetrics_text_says_the_same() -> None:
 def test_a_name_of_any_characters_is_one_label(name: str) -> None:
     metrics = Metrics()
     metrics.read(1, {0: 5}, metrics.of_tag(name))
-    found = status_of(metrics, version="", pid=0, taints=0, images=0, files=0)
+    found = status_of(metrics, **NOTHING)
     assert f"diffmergefs_supplied_bytes_total,layer=0,tag={name}" in samples(found)
 
 
 def test_a_name_that_is_not_utf_8_is_escaped() -> None:
     metrics = Metrics()
     metrics.read(1, {0: 5}, metrics.of_tag("a\udcffb"))
-    found = status_of(metrics, version="", pid=0, taints=0, images=0, files=0)
+    found = status_of(metrics, **NOTHING)
     assert "diffmergefs_supplied_bytes_total,layer=0,tag=a\\xffb" in samples(found)
     assert Status.from_json(found.to_json()) == found
 

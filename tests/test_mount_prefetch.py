@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import signal
@@ -234,6 +235,23 @@ def test_what_was_recorded_is_resident_and_right(
             assert os.pread(other, SIZE, 0) == ORACLE
         evict(fd)
         assert os.pread(fd, SIZE, 0) == ORACLE
+
+
+def test_the_status_tells_what_was_brought_and_that_nobody_asked_for_it(
+    pair: Pair, view: Path, mountpoint: Path
+) -> None:
+    pair.save()
+    status = mountpoint / ".diffmergefs" / "status.json"
+    with mounted(None, mountpoint, *pair.options) as mount:
+        with opened(view):
+            has_said(mount, f"prefetched {len(TOUCHED) * PAGE} bytes")
+            known = json.loads(status.read_bytes())
+            assert known["prefetch_pushed_bytes"] == len(TOUCHED) * PAGE
+            assert known["prefetch_hit_bytes"] == 0
+        until(
+            lambda: json.loads(status.read_bytes())["prefetch_hit_bytes"] == len(TOUCHED) * PAGE,
+            "they are not counted at the last close",
+        )
 
 
 def test_no_means_no(pair: Pair, view: Path, mountpoint: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from diffmergefs import prefetch
-from diffmergefs.extents import Extent
+from diffmergefs.extents import Extent, ExtentList
 from diffmergefs.guarded import GuardedNotify
 from diffmergefs.prefetch import Notify, Prefetcher, Push
 from diffmergefs.store import OpenImage
@@ -119,6 +119,43 @@ def test_what_is_recorded_is_pushed_when_the_image_is_opened(
     assert [line in text for text in messages(caplog)] == [True]
     assert (prefetcher.pushes, prefetcher.pushed_bytes) == (1, len(TOUCHED) * PAGE)
     assert not client.close()
+
+
+def test_what_was_brought_and_not_asked_for_is_a_hit_at_the_last_close(
+    prefetcher: Prefetcher, sets: WorkingSets, image: OpenImage
+) -> None:
+    save(sets, image, TOUCHED)
+    ranges = list(ExtentList(sorted(WANTED)))
+    asked = ranges[3]
+    clients = [Client(prefetcher, image) for _ in range(2)]
+    settle(prefetcher)
+    assert prefetcher.hit_bytes == 0
+    clients[0].touch(asked.start // PAGE)
+    clients[1].touch(next(n for n in range(PAGES) if n not in TOUCHED))
+    clients[0].close()
+    assert prefetcher.hit_bytes == 0
+    clients[1].close()
+    assert prefetcher.hit_bytes == len(TOUCHED) * PAGE - (asked.stop - asked.start)
+    client = Client(prefetcher, image)
+    client.touch(asked.start // PAGE)  # so the kernel has dropped it: all is brought once more
+    settle(prefetcher)
+    before = prefetcher.hit_bytes
+    client.close()
+    assert prefetcher.hit_bytes == before + len(TOUCHED) * PAGE
+
+
+def test_what_was_not_brought_to_its_end_is_no_hit(
+    prefetcher: Prefetcher, sets: WorkingSets, image: OpenImage, kernel: Kernel
+) -> None:
+    save(sets, image, TOUCHED)
+    kernel.gate.clear()
+    client = Client(prefetcher, image)
+    assert kernel.inside.wait(20)
+    work = prefetcher.closed(client.file)
+    kernel.gate.set()
+    assert work is not None
+    work()
+    assert (prefetcher.pushes, prefetcher.hit_bytes) == (0, 0)
 
 
 def test_only_a_worker_thread_pushes_and_it_is_one(

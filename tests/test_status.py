@@ -28,6 +28,7 @@ from diffmergefs.status import STATUS_FOLDER, Status, status_of
 from diffmergefs.store import OpenImage, Store
 from diffmergefs.tree import ROOT_INODE, Tree
 from diffmergefs.trust import TrustPolicy
+from tests.support.counters import NOTHING
 from tests.support.images import PAGE, write_layer
 from tests.support.live import error_of, until
 from tests.support.mounts import mounted
@@ -321,7 +322,7 @@ def test_no_mount_and_a_stale_one_are_told_apart(public_path: Path, mountpoint: 
 
 def test_the_manual_lists_the_metrics_and_the_fields() -> None:
     metrics = Metrics()
-    known = status_of(metrics, version="", pid=0, taints=0, images=0, files=0)
+    known = status_of(metrics, **NOTHING)
     text = (DOCS / "diffmergefs-status.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(diffmergefs_\w+)` \| (\w+) \|", text, re.MULTILINE)
     families = text_string_to_metric_families(exposition(known).decode())

@@ -126,7 +126,7 @@ def _facts(found: Status) -> Iterator[tuple[str, str]]:
     if found.reads:
         shares = [f"{share} % in {_quantile(found, share / 100)}" for share in (50, 99)]
         yield "latency", ", ".join(shares)
-    yield "prefetch", f"{found.prefetch_pushed_bytes} bytes pushed, {found.prefetch_hits} hits"
+    yield "prefetch", f"{found.prefetch_pushed_bytes} bytes pushed, {found.prefetch_hit_bytes} hit"
     yield "tainted", f"{found.tainted_layers} layers"
 
 
