@@ -20,7 +20,7 @@ SCHEMA = 1
 MIB = 1 << 20
 PAGE = 4096
 
-_CASE_SECONDS = 600
+_CASE_SECONDS = 900
 
 #: The fact that tells whether the machine was quiet.
 OTHERS = "% of the processors' time that other programs took"
@@ -249,7 +249,7 @@ class Results:
 def run_case(name: str, scale: Scale, body: Callable[[Record], None]) -> Record:
     """The record of a case, whatever happened in it; an interrupt ends the run all the same.
 
-    One that takes longer than ten minutes is ended. To be called in the main thread.
+    One that takes longer than 15 minutes is ended. To be called in the main thread.
     """
     record = Record(name, scale.name)
     say(name)
