@@ -81,7 +81,9 @@ def test_layers_of_one_owner_give_the_and_of_their_read_bits(
 def test_layers_of_several_owners_belong_to_the_mounting_user(
     files: list[tuple[Owner, int]], expected: int, public_path: Path
 ) -> None:
-    layers = [layer(public_path / f"{n}", mode, owner) for n, (owner, mode) in enumerate(files)]
+    layers = [
+        layer(public_path / f"{n}", mode, owner) for n, (owner, mode) in enumerate(files)
+    ]
     assert view_access(layers, "/") == Access(os.geteuid(), os.getegid(), expected)
 
 

@@ -34,7 +34,9 @@ def store(public_path: Path) -> Path:
 
 def run(*arguments: object, cwd: Path | str = "/") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "diffmergefs", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=90, cwd=cwd)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=90, cwd=cwd
+    )
 
 
 def is_mounted(path: Path) -> bool:

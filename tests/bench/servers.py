@@ -110,6 +110,7 @@ def serving(
                     stdout=log,
                     stderr=log,
                     cwd=_ROOT,
+                    start_new_session=True,  # Ctrl-C is for us: we end it in good order
                 )
                 server.processes.insert(0, process)
             _wait(server, real, says, lambda: os.pread(log.fileno(), 1 << 16, 0))
@@ -140,7 +141,9 @@ def _answers(file: Path) -> bool:
 
 def _end(server: Server, real: str) -> None:
     while mounttable.at(real):
-        mounttable.unmount(real)
+        with suppress(RuntimeError):  # it went away meanwhile; if not, the loop tries again
+            mounttable.unmount(real)
+        time.sleep(0.01)
     # A server whose mount is gone ends by itself; others are told.
     for process in server.processes:
         try:
