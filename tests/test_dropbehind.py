@@ -28,10 +28,15 @@ LAYERS = [[(start, signed(n, start, length)) for start, length in runs] for n, r
 def write_layers(directory: Path) -> list[Path]:
     """The base and the diff, with none of their pages in the page cache."""
     paths = [write_layer(directory / f"{n}.mem", SIZE, layer) for n, layer in enumerate(LAYERS)]
+    forget(*paths)
+    return paths
+
+
+def forget(*paths: Path) -> None:
+    """Have none of their pages in the page cache. (To open a layer reads its first bytes.)"""
     for path in paths:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return paths
 
 
 def warm(path: Path, *mebibytes: int) -> None:
@@ -92,17 +97,19 @@ def test_what_is_in_memory_alone_is_not_lost(filesystem: Callable[[str], Path]) 
 
 def test_a_layer_that_supplied_nothing_keeps_its_pages(tmp_path: Path) -> None:
     base, diff = write_layers(tmp_path)
-    warm(base, 1, 2)
-    warm(diff, 1, 3)
     with open_chain(base, [diff]).view as view:
+        forget(base, diff)
+        warm(base, 1, 2)
+        warm(diff, 1, 3)
         drop(view, MIB, 2 * MIB)
     assert (cached(base), cached(diff)) == ({1, 2}, {3})
 
 
 def test_parts_of_pages_and_dirty_pages_stay(filesystem: Callable[[str], Path]) -> None:
     path = write_layers(filesystem("ext4"))[0]
-    warm(path, 2)
     with open_chain(path).view as view:
+        forget(path)
+        warm(path, 2)
         drop(view, 2 * MIB + 1, 2 * MIB + PAGE)
         drop(view, 2 * MIB + 5 * PAGE - 1, 2 * MIB + 6 * PAGE - 1)
         assert cached(path) == {2}
@@ -148,6 +155,7 @@ def test_a_batch_is_dropped_at_once_and_a_little_after_a_while(tmp_path: Path) -
     base, diff = write_layers(tmp_path)
     dropping = DropBehind()
     with open_chain(base, [diff]).view as view:
+        forget(base)
         for start, length in ((8 * MIB, 8 * MIB), (0, MIB)):
             warm(base, *range(start // MIB, (start + length) // MIB))
             dropping.served(view, start, length)

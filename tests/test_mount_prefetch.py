@@ -494,13 +494,13 @@ def test_a_push_that_hangs_does_not_keep_a_second_signal_waiting(
 HUNG_READS = """
 import threading
 from diffmergefs.view import MergedView
-read = MergedView.read
-def hung(self, offset, length):
+fill = MergedView.fill
+def hung(self, *args):
     if threading.current_thread().name != "prefetch":
         wait_at_gate()
-    return read(self, offset, length)
-MergedView.read_nowait = lambda *args: None
-MergedView.read = hung
+    return fill(self, *args)
+MergedView.fill_nowait = lambda *args: 0
+MergedView.fill = hung
 """
 
 

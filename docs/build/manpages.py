@@ -16,7 +16,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode as Node
 
-ROOT = Path(__file__).parent.parent
+DOCS = Path(__file__).parent.parent
 # What mount(8) runs is for administrators, all else is a command.
 _SECTIONS = {"mount.fuse.diffmergefs": 8}
 
@@ -177,12 +177,12 @@ def _guarded(line: str) -> str:
 
 
 def _version() -> str:
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    text = (DOCS.parent / "pyproject.toml").read_text(encoding="utf-8")
     found = re.search(r'^version = "(.*)"$', text, re.MULTILINE)
     assert found is not None
     return found[1]
 
 
 if __name__ == "__main__":
-    for written in write_all(ROOT / "docs", Path(sys.argv[1]), _version()):
+    for written in write_all(DOCS, Path(sys.argv[1]), _version()):
         print(written)
