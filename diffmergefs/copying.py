@@ -47,10 +47,11 @@ def failures(path: str, target: Target | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _described(error, path, target) from error
+        raise described(error, path, target) from error
 
 
-def _described(error: OSError, path: str, target: Target | None) -> DiffMergeError:
+def described(error: OSError, path: str, target: Target | None = None) -> DiffMergeError:
+    """What `failures` raises in the place of `error`."""
     if target is None or error.errno not in NO_SPACE:
         return FileAccessError(f"{path}: {error.strerror or error}")
     return NoSpaceError(
@@ -120,14 +121,14 @@ def copy_range(
 
 
 def _copy_in_kernel(layer: Layer, position: int, stop: int, target: Target) -> int:
+    # Once for each page that lies scattered: a context manager would take as long as the call.
     length = min(stop - position, _KERNEL_CHUNK)
-    with failures(f"{layer.path} -> {target.path}", target):
-        try:
-            return os.copy_file_range(layer.fd, target.fd, length, position, position)
-        except OSError as error:
-            if error.errno in _NO_KERNEL_COPY:
-                return 0
-            raise
+    try:
+        return os.copy_file_range(layer.fd, target.fd, length, position, position)
+    except OSError as error:
+        if error.errno in _NO_KERNEL_COPY:
+            return 0
+        raise described(error, f"{layer.path} -> {target.path}", target) from error
 
 
 def copy_through_buffer(

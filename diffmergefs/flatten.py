@@ -15,6 +15,7 @@ from diffmergefs.copying import (
     clone_file,
     clone_range,
     copy_range,
+    described,
     failures,
     free_bytes,
 )
@@ -107,8 +108,10 @@ def _mode(view: MergedView) -> int:
 
 
 def _settle(layer: Layer) -> None:
-    with failures(layer.path):
+    try:
         layer.settle()
+    except OSError as error:
+        raise described(error, layer.path) from error
 
 
 class _Merge:
@@ -122,7 +125,7 @@ class _Merge:
         self.visible = view.visible_bytes()
         self.copied = [0] * len(view.layers)
         self.shared = [0] * len(view.layers)
-        self._done = 0
+        self._done = self._told = 0
         self._progress = progress
 
     def run(self) -> FlattenResult:
@@ -135,6 +138,7 @@ class _Merge:
             if number is not None and not (number == 0 and with_base):
                 self._move(number, start, stop, sharing)
                 _settle(self.view.layers[number])
+        self._tell()
         holes = self.view.size - sum(self.visible)
         return FlattenResult(self.view.size, tuple(self.copied), tuple(self.shared), holes)
 
@@ -188,7 +192,13 @@ class _Merge:
             self.copied[number] += stop - start
 
     def _moved(self, count: int) -> None:
+        # Told a MiB at a time: who is told may take longer than the copy of a page.
         self._done += count
+        if self._done - self._told >= BLOCK:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told = self._done
         if self._progress:
             self._progress(self._done)
 
