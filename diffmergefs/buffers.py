@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import mmap
+
 # The most that the kernel asks for at once, unless its administrator raised that.
 LARGEST = 1 << 20
 _KEPT = 8
+
+
+def page_aligned(size: int) -> memoryview:
+    """A writable buffer of `size` bytes, at least one, of zeros; it begins on a page of memory.
+
+    A large bytearray begins 16 bytes into one. Some processors copy six times slower to there from
+    a page of the page cache: AMD's EPYC, preadv of 1 MiB, 1.6 GiB/s against 10.8 (seen with every
+    other offset that was tried, 32 to 4080). Freed with its last reference.
+    """
+    return memoryview(mmap.mmap(-1, size))[:size]
 
 
 class Buffers:
@@ -14,19 +26,19 @@ class Buffers:
     """
 
     def __init__(self) -> None:
-        self._shared = memoryview(bytearray(LARGEST))
+        self._shared = page_aligned(LARGEST)
         self._idle: list[memoryview] = []
 
     def shared(self, size: int) -> memoryview:
         """The one buffer that everybody shares, `size` bytes of it: good until the next call."""
-        return self._shared[:size] if size <= LARGEST else memoryview(bytearray(size))
+        return self._shared[:size] if size <= LARGEST else page_aligned(size)
 
     def take(self, size: int) -> memoryview:
         """A buffer of `size` bytes that nobody else has until `give_back`."""
         if size > LARGEST:
-            return memoryview(bytearray(size))
+            return page_aligned(size)
         # Pages that were never written to take no memory, however large the buffer.
-        whole = self._idle.pop() if self._idle else memoryview(bytearray(LARGEST))
+        whole = self._idle.pop() if self._idle else page_aligned(LARGEST)
         return whole[:size]
 
     def give_back(self, buffer: memoryview) -> None:

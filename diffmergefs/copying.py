@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from diffmergefs.buffers import page_aligned
 from diffmergefs.errors import DiffMergeError, FileAccessError, NoSpaceError
 from diffmergefs.layer import Layer
 
@@ -138,7 +139,7 @@ def copy_through_buffer(
 
     The kernel's copy shares blocks where it can, and a hole of the layer's file so stays one.
     """
-    buffer = memoryview(bytearray(min(stop - start, BLOCK)))
+    buffer = page_aligned(min(stop - start, BLOCK))
     for position in range(start, stop, BLOCK):
         part = buffer[: min(stop - position, BLOCK)]
         with failures(layer.path):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from diffmergefs import sparse
+from diffmergefs.buffers import page_aligned
 from diffmergefs.errors import PinError
 from diffmergefs.layer import Layer
 from diffmergefs.snapshot import Snapshot
@@ -32,7 +33,7 @@ def content_hash(layer: Layer, report: Callable[[int], None] = _ignore) -> str:
     and OSError.
     """
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(BLOCK))
+    buffer = page_aligned(BLOCK)
     position = 0
     for start, stop in sparse.data_extents(layer.fd, layer.size):
         _add_zeros(digest, start - position, report)

@@ -13,11 +13,12 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
+from diffmergefs.buffers import page_aligned
 from diffmergefs.errors import DiffMergeError, LayerChangedError
 from diffmergefs.extents import Extent, ExtentList
 from diffmergefs.openwatch import Caller
 from diffmergefs.store import OpenImage
-from diffmergefs.touches import pieces
+from diffmergefs.touches import PIECE, pieces
 from diffmergefs.view import MergedView
 from diffmergefs.workingset import WorkingSets, identity_of_view
 
@@ -85,8 +86,10 @@ class Notify:
 
     def bring(self, push: Push, wanted: Sequence[Extent]) -> Generator[int, None, None]:
         view = push.shown.image.view
+        buffer = page_aligned(PIECE)
         for start, stop in wanted:
-            data = view.read(start, stop - start)
+            data = buffer[: stop - start]
+            view.fill(data, start, {})
             if push.cancelled:
                 return
             # A contiguous buffer is all that is needed: no copy is made of it.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from diffmergefs import beneath, bmap, presence
 from diffmergefs.bmap import ABSENT, SEAL_SUFFIX, BlockMap
+from diffmergefs.buffers import page_aligned
 from diffmergefs.errors import FileAccessError, SealError
 from diffmergefs.extents import Extent
 from diffmergefs.filekey import FileKey
@@ -179,7 +180,7 @@ def compare(
     fingerprint is compared at the end (law 6). Blocks. Raises LayerChangedError and OSError.
     """
     require_fit(layer, seal)
-    buffer = memoryview(bytearray(_BLOCK))
+    buffer = page_aligned(_BLOCK)
     for start, stop, recorded in seal.map.ranges():
         if recorded is None:
             _require_zeros(layer, start, stop, buffer, report, seal, "without a checksum, so")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from diffmergefs import bmap, seal
 from diffmergefs.bitmap import PRESENCE_SUFFIX
 from diffmergefs.bmap import ABSENT, SEAL_SUFFIX, BlockMap
+from diffmergefs.buffers import page_aligned
 from diffmergefs.copying import failures
 from diffmergefs.errors import DenseDiffError, SealError
 from diffmergefs.extents import ExtentList
@@ -153,7 +154,7 @@ def _is_same(known: seal.StoredSeal, document: bytes) -> bool:
 def _map_of(
     layer: Layer, extents: ExtentList, page: int, progress: Callable[[int], None]
 ) -> BlockMap:
-    buffer = memoryview(bytearray(_BLOCK))
+    buffer = page_aligned(_BLOCK)
     digests = bytearray()
     done = 0
 

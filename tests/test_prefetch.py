@@ -457,12 +457,11 @@ def test_nothing_is_stored_once_a_stop_was_asked_for(
     reading, storage = threading.Event(), threading.Event()
     view = image.image.view
 
-    def slow(offset: int, length: int) -> bytearray:
+    def slow(buffer: memoryview, offset: int, supplied: dict[int, int]) -> None:
         reading.set()
         assert storage.wait(20)
-        return bytearray(length)
 
-    monkeypatch.setattr(view, "read", slow)
+    monkeypatch.setattr(view, "fill", slow)
     prefetcher = Prefetcher(sets, Notify(kernel.store))
     Client(prefetcher, image)
     assert reading.wait(20)
