@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from diffmergefs import copying
 from diffmergefs.apply import apply_diff
+from diffmergefs.buffers import page_aligned
 from diffmergefs.errors import (
     DenseDiffError,
     FileAccessError,
@@ -160,12 +161,12 @@ def test_the_buffer_is_capped(
     diff, base = pair(tmp_path, [], [(PAGE, content)], size)
     made: list[int] = []
 
-    def counted(count: int) -> bytearray:
+    def counted(count: int) -> memoryview:
         made.append(count)
-        return bytearray(count)
+        return page_aligned(count)
 
     monkeypatch.setattr(os, "copy_file_range", refuse(number))
-    monkeypatch.setattr(copying, "bytearray", counted, raising=False)
+    monkeypatch.setattr(copying, "page_aligned", counted)
     assert apply_diff(diff, base) == length
     assert made == buffers
     assert base.read_bytes() == overlay_oracle(size, [[(PAGE, content)]])
