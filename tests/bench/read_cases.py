@@ -291,7 +291,7 @@ def _speed(images: Images, seconds: float) -> float:
 
 def _warm_layers(images: Images) -> None:
     layers = {layer for depth in images.scale.depths for layer in images.chain(depth).layers}
-    warm(*layers, *images.heavy.layers, images.flat)
+    warm(*layers, *images.heavy.layers, images.flat, images.overlay)
 
 
 def _resident(chain: Chain) -> int:
