@@ -130,7 +130,7 @@ WRONG: list[tuple[bytes, str]] = [
     (document("<Range></Range>"), "'' is no range of blocks"),
     (document(f"<Range>{'9' * 17}</Range>"), "is no range of blocks"),
     (document('<Range chksum="xyz">1</Range>'), "'xyz' is no sha256"),
-    (document(f'<Range chksum="{"g" * 64}">1</Range>'), "non-hexadecimal"),
+    (document(f'<Range chksum="{"g" * 64}">1</Range>'), "'" + "g" * 64 + "' is no sha256"),
     (document(f"<Range>{'x' * 200}</Range>"), "a text of more than 128 characters"),
     (document(RANGE + "<ImageSize> 40960 </ImageSize>"), "ImageSize stands twice"),
     (b"<!DOCTYPE bmap>" + document(RANGE), "a document type or entities"),
