@@ -90,13 +90,13 @@ def clone_range(layer: Layer, start: int, stop: int, target: Target) -> bool:
 
 
 def _clone(layer: Layer, target: Target, operation: int, argument: int | bytes) -> bool:
-    with failures(f"{layer.path} -> {target.path}", target):
-        try:
-            fcntl.ioctl(target.fd, operation, argument)
-        except OSError as error:
-            if error.errno in _NO_CLONE:
-                return False
-            raise
+    # Once for each page that lies scattered: a context manager would take longer than it should.
+    try:
+        fcntl.ioctl(target.fd, operation, argument)
+    except OSError as error:
+        if error.errno in _NO_CLONE:
+            return False
+        raise described(error, f"{layer.path} -> {target.path}", target) from error
     return True
 
 

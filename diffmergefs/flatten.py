@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from diffmergefs import sparse
@@ -25,6 +25,7 @@ from diffmergefs.layer import Layer
 from diffmergefs.output import OutputFile
 from diffmergefs.sealing import remove_seal, write_seal
 from diffmergefs.view import MergedView
+from diffmergefs.writebehind import BUFFER, WriteBehind
 
 _READ_BITS = 0o444
 
@@ -126,48 +127,52 @@ class _Merge:
         self.copied = [0] * len(view.layers)
         self.shared = [0] * len(view.layers)
         self._done = self._told = 0
+        self._unsettled: set[int] = set()
         self._progress = progress
 
     def run(self) -> FlattenResult:
         with failures(self.target.path, self.target):
             os.ftruncate(self.target.fd, self.view.size)
             self._block = os.fstatvfs(self.target.fd).f_frsize
-        with_base = self._clone_base()
-        sharing = self._find_sharing(with_base)
-        for start, stop, number in self.view.segments():
-            if number is not None and not (number == 0 and with_base):
-                self._move(number, start, stop, sharing)
-                _settle(self.view.layers[number])
+        # Shared first, so that the space for all the rest can be asked for before it is copied.
+        # Neighbours of different layers are one range there.
+        left = ExtentList(self._share())
+        self._require_space(left.data_bytes)
+        with WriteBehind(self.target) as behind:
+            for start, stop in left:
+                self._copy(start, stop, behind)
         self._tell()
         holes = self.view.size - sum(self.visible)
         return FlattenResult(self.view.size, tuple(self.copied), tuple(self.shared), holes)
+
+    def _share(self) -> Iterator[tuple[int, int]]:
+        # Shares what can be shared, and gives the rest of the data. A layer of which one segment
+        # cannot be shared is not tried again.
+        with_base = self._clone_base()
+        layers = self.view.layers
+        sharing = set(range(len(layers)))
+        for start, stop, number in self.view.segments():
+            if number is None or (number == 0 and with_base):
+                continue
+            if number in sharing and self._on_blocks(start, stop):
+                if clone_range(layers[number], start, stop, self.target):
+                    self.shared[number] += stop - start
+                    self._moved(number, stop - start)
+                    continue
+                sharing.discard(number)
+            yield start, stop
 
     def _clone_base(self) -> bool:
         # Where no diff has data, the base's bytes are the view's and its holes are too; the rest
         # is written over.
         if not self.visible[0] or not clone_file(self.view.layers[0], self.target):
             return False
-        _settle(self.view.layers[0])
         self.shared[0] = self.visible[0]
-        self._moved(self.visible[0])
+        self._moved(0, self.visible[0])
         return True
 
-    def _find_sharing(self, with_base: bool) -> set[int]:
-        # Which layers can share blocks is found out with one segment of each, before anything is
-        # copied, so that the space for all the rest can be asked for.
-        firsts: dict[int, tuple[int, int]] = {}
-        shareable = [0] * len(self.visible)
-        for start, stop, number in self.view.segments():
-            if number is not None and self._on_blocks(start, stop):
-                firsts.setdefault(number, (start, stop))
-                shareable[number] += stop - start
-        if with_base:
-            firsts.pop(0, None)
-        layers = self.view.layers
-        sharing = {n for n, ends in firsts.items() if clone_range(layers[n], *ends, self.target)}
-        needed = sum(self.visible) - sum(shareable[n] for n in sharing)
-        self._require_space(needed - (self.visible[0] if with_base else 0))
-        return sharing
+    def _on_blocks(self, start: int, stop: int) -> bool:
+        return start % self._block == 0 and (stop % self._block == 0 or stop == self.view.size)
 
     def _require_space(self, needed: int) -> None:
         with failures(self.target.path):
@@ -178,26 +183,46 @@ class _Merge:
                 " filesystem; make room or choose another output"
             )
 
-    def _on_blocks(self, start: int, stop: int) -> bool:
-        return start % self._block == 0 and (stop % self._block == 0 or stop == self.view.size)
+    def _copy(self, start: int, stop: int, behind: WriteBehind) -> None:
+        # A range of the view without holes. What one layer supplies of it in one large piece is
+        # copied in the kernel, which on NFS is the server's work. Smaller pieces are read together
+        # and written in one call: a call for each would take longer than its bytes.
+        while start < stop:
+            _, end, number = next(self.view.segments(start, stop - start))
+            if number is not None and end - start >= BUFFER:
+                moved = functools.partial(self._moved, number)
+                copy_range(self.view.layers[number], start, end, self.target, moved)
+                self.copied[number] += end - start
+                behind.written(end)
+            else:
+                end = min(stop, start - start % BUFFER + BUFFER)
+                self._gather(start, end, behind)
+            start = end
 
-    def _move(self, number: int, start: int, stop: int, sharing: set[int]) -> None:
-        layer = self.view.layers[number]
-        can_share = number in sharing and self._on_blocks(start, stop)
-        if can_share and clone_range(layer, start, stop, self.target):
-            self.shared[number] += stop - start
-            self._moved(stop - start)
-        else:
-            copy_range(layer, start, stop, self.target, self._moved)
-            self.copied[number] += stop - start
+    def _gather(self, start: int, stop: int, behind: WriteBehind) -> None:
+        buffer, supplied = behind.buffer(), dict[int, int]()
+        try:
+            self.view.fill(buffer[: stop - start], start, supplied)
+        except OSError as error:
+            path = error.filename or f"{self.target.path}: reading the layers"
+            raise described(error, path) from error
+        behind.write(buffer, stop - start, start)
+        for number, count in supplied.items():
+            self.copied[number] += count
+            self._moved(number, count)
 
-    def _moved(self, count: int) -> None:
-        # Told a MiB at a time: who is told may take longer than the copy of a page.
+    def _moved(self, number: int, count: int) -> None:
+        # The layers are compared, and who watches is told, a MiB at a time: either may take longer
+        # than the copy of a page.
+        self._unsettled.add(number)
         self._done += count
         if self._done - self._told >= BLOCK:
             self._tell()
 
     def _tell(self) -> None:
+        for number in self._unsettled:
+            _settle(self.view.layers[number])
+        self._unsettled.clear()
         self._told = self._done
         if self._progress:
             self._progress(self._done)

@@ -132,13 +132,19 @@ class Layer:
         """Fill the whole of `buffer` with the layer's bytes from `offset` on.
 
         The fingerprint is not compared: call `settle` after the bytes were read and before they
-        are used. Raises LayerChangedError if the layer is tainted or ends early, OSError for a
-        failed read, and with `nowait` BlockingIOError if the bytes are not in the page cache.
+        are used. Raises LayerChangedError if the layer is tainted or ends early, OSError with
+        `path` as its filename for a failed read, and with `nowait` BlockingIOError if the bytes are
+        not in the page cache.
         """
         if self.tainted:
             raise self._changed()
         flags = self._nowait if nowait else 0
-        if sparse.read_into(self.fd, buffer, offset, flags) < len(buffer):
+        try:
+            count = sparse.read_into(self.fd, buffer, offset, flags)
+        except OSError as error:
+            error.filename = self.path
+            raise
+        if count < len(buffer):
             if flags:
                 # Linux 5.9 and 5.10 answer 0 for a miss (preadv2(2), BUGS): only a read that may
                 # wait can tell the end of the file.
