@@ -29,6 +29,9 @@ from diffmergefs.writebehind import BUFFER, WriteBehind
 
 _READ_BITS = 0o444
 
+# From this size on, a piece of one layer is copied in the kernel: on NFS that is the server's work.
+_LARGE = BUFFER
+
 
 @dataclass(frozen=True)
 class FlattenResult:
@@ -62,20 +65,22 @@ def flatten(
 
     Holes in all layers stay holes, written zeros stay data. Blocks are shared with the layers
     where the filesystem can reflink (FICLONE of the base, FICLONERANGE of each diff's segment on
-    whole blocks) and copied elsewhere; the result says which. A file without a name is written,
-    fsynced, and linked when it is whole; then the directory is fsynced. So whatever happens, what
-    stands under the name is whole or what stood there before; temporary files that killed runs left
-    beside it are removed (see OutputFile). `force` replaces an existing file, whose open readers
-    keep it. The file is made with mode 0600 and takes the base's mode at the
-    end, without the read bits that another layer withholds; owner, xattrs and times are not taken.
+    whole blocks) and copied elsewhere; the result says which. No byte of a layer is read that does
+    not show in the view. A file without a name is written, fsynced, and linked when it is whole;
+    then the directory is fsynced. So whatever happens, what stands under the name is whole or what
+    stood there before; temporary files that killed runs left beside it are removed (see
+    OutputFile). `force` replaces an existing file, whose open readers keep it. The file is made
+    with mode 0600 and takes the base's mode at the end, without the read bits that another layer
+    withholds; owner, xattrs and times are not taken.
 
     A seal of a file that stood there before (OUTPUT.bmap) is removed at the end, or with `seal`
     replaced by that of the new one.
 
     `verify` reads the file and the view again and compares them before the file gets its name.
     `progress` is called with the bytes done so far, of `sum(view.visible_bytes())`. The layers are
-    not written or locked, and each is compared with its fingerprint after each piece and once more
-    at the end (law 6). May be called in a thread.
+    not written or locked, and each is compared with its fingerprint while its bytes are moved, at
+    least once a MiB or buffer, and once more at the end (law 6). May be called in a thread; has one
+    of its own until it returns.
 
     Raises OutputRefusedError (the output exists without `force`; or, even with it, is a layer or
     no regular file), NoSpaceError (less is free than must be copied, or it ran out),
@@ -184,12 +189,11 @@ class _Merge:
             )
 
     def _copy(self, start: int, stop: int, behind: WriteBehind) -> None:
-        # A range of the view without holes. What one layer supplies of it in one large piece is
-        # copied in the kernel, which on NFS is the server's work. Smaller pieces are read together
-        # and written in one call: a call for each would take longer than its bytes.
+        # A range of the view without holes. Its smaller pieces are read together and written in
+        # one call: a call for each would take longer than its bytes.
         while start < stop:
             _, end, number = next(self.view.segments(start, stop - start))
-            if number is not None and end - start >= BUFFER:
+            if number is not None and end - start >= _LARGE:
                 moved = functools.partial(self._moved, number)
                 copy_range(self.view.layers[number], start, end, self.target, moved)
                 self.copied[number] += end - start

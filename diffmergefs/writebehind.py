@@ -58,7 +58,7 @@ class WriteBehind:
             while self._pending and error is None:
                 self._pending.popleft().result()
         finally:
-            self._thread.shutdown(cancel_futures=True)
+            self._thread.shutdown(cancel_futures=error is not None)
 
     def buffer(self) -> memoryview:
         """A buffer of `BUFFER` bytes that no write needs any more: once more, or a new one."""

@@ -32,7 +32,7 @@ LEVELS = [
     {"access", "copying", "document", "presence", "ranges", "reader", "trust", "view", "xattrs"},
     {
         "cloudhypervisor", "compare", "dropbehind", "forkd", "hashqueue", "numbered", "output",
-        "outputdir", "pins", "probe", "seal", "superserve", "zeros",
+        "outputdir", "pins", "probe", "seal", "superserve", "writebehind", "zeros",
     },
     {"catalog", "extents_picture", "map_picture", "picture", "sealing", "workingset"},
     {"apply", "flatten", "images", "newdiff", "watch"},

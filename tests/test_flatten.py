@@ -125,6 +125,14 @@ def no_kernel_copy(monkeypatch: pytest.MonkeyPatch, number: int = errno.EXDEV) -
     monkeypatch.setattr(os, "copy_file_range", refused)
 
 
+FLATTEN = sys.modules["diffmergefs.flatten"]
+
+
+def copy_in_kernel(monkeypatch: pytest.MonkeyPatch, size: int = PAGE) -> None:
+    """Have each piece of `size` bytes or more copied by copy_file_range."""
+    monkeypatch.setattr(FLATTEN, "_LARGE", size)
+
+
 # The right bytes, the right holes, the right numbers
 
 
@@ -147,11 +155,20 @@ def random_chains(draw: st.DrawFn) -> tuple[int, list[Extents]]:
     return size, chain
 
 
-@settings(deadline=None, max_examples=100)
-@given(random_chains())
-def test_output_is_the_oracle(sized_chain: tuple[int, list[Extents]]) -> None:
+@settings(deadline=None, max_examples=150)
+@given(
+    random_chains(),
+    st.sampled_from([PAGE, 3 * PAGE, FLATTEN._LARGE]),
+    st.sampled_from([PAGE, 2 * PAGE, FLATTEN.BUFFER]),
+)
+def test_output_is_the_oracle(
+    sized_chain: tuple[int, list[Extents]], large: int, buffer: int
+) -> None:
+    """Whatever is copied in the kernel, and wherever the buffers' borders lie."""
     size, chain = sized_chain
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        copy_in_kernel(patch, large)
+        patch.setattr(FLATTEN, "BUFFER", buffer)
         paths = write_chain(Path(directory), chain, size)
         out = Path(directory) / "out"
         with unchanged(paths), open_view(paths) as view:
@@ -168,6 +185,7 @@ def test_named_errnos_copy_through_a_buffer(
     chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     data = data_of_view(chain)
+    copy_in_kernel(monkeypatch)
     no_kernel_copy(monkeypatch, number)
     flatten(chain, out)
     assert out.read_bytes() == ORACLE
@@ -177,10 +195,53 @@ def test_named_errnos_copy_through_a_buffer(
 def test_short_kernel_copies_are_continued(
     chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    copy_in_kernel(monkeypatch)
     whole = os.copy_file_range
     monkeypatch.setattr(os, "copy_file_range", lambda a, b, n, *at: whole(a, b, min(n, 1000), *at))
     flatten(chain, out)
     assert out.read_bytes() == ORACLE
+
+
+@pytest.mark.parametrize("large", [PAGE, 8 * PAGE, FLATTEN._LARGE])
+def test_no_byte_is_read_that_does_not_show(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch, large: int
+) -> None:
+    """So a bad sector under a diff's page harms nobody. Only large pieces are the kernel's."""
+    copy_in_kernel(monkeypatch, large)
+    monkeypatch.setattr(FLATTEN, "BUFFER", 4 * PAGE)
+    numbers = {layer.fd: number for number, layer in enumerate(chain.layers)}
+    read: list[tuple[int, int, int]] = []
+    in_kernel: list[tuple[int, int, int]] = []
+    preadv, copy_file_range = os.preadv, os.copy_file_range
+
+    def reading(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        count = preadv(fd, buffers, offset, flags)
+        read.append((offset, offset + count, numbers[fd]))
+        return count
+
+    def copying_in_kernel(source: int, target: int, length: int, at: int, to: int) -> int:
+        count = copy_file_range(source, target, length, at, to)
+        assert at == to
+        in_kernel.append((at, at + count, numbers[source]))
+        return count
+
+    monkeypatch.setattr(os, "preadv", reading)
+    monkeypatch.setattr(os, "copy_file_range", copying_in_kernel)
+    monkeypatch.setattr(copying, "fcntl", FakeIoctl(errno.EOPNOTSUPP))
+    flatten(chain, out)
+    assert out.read_bytes() == ORACLE
+    assert all(stop - start >= large for start, stop, _ in in_kernel)
+    assert all(stop - start <= 4 * PAGE for start, stop, _ in read)
+    # Joined, what was asked of the layers is the plan, each byte once.
+    asked = sorted(read + in_kernel)
+    joined = [asked[0]]
+    for start, stop, number in asked[1:]:
+        if (joined[-1][1], joined[-1][2]) == (start, number):
+            joined[-1] = (joined[-1][0], stop, number)
+        else:
+            joined.append((start, stop, number))
+    assert joined == [tuple(s) for s in chain.segments() if s.layer is not None]
+    assert bool(in_kernel) == (large <= 8 * PAGE)
 
 
 def test_each_filesystem(real_fs: Path) -> None:
@@ -528,6 +589,9 @@ FAILURES = [
     [
         ("copy_file_range", 1),
         ("copy_file_range", 3),
+        ("preadv", 1),
+        ("preadv", 3),
+        ("pwrite", 1),
         ("pwrite", 2),
         ("ftruncate", 1),
         ("fchmod", 1),
@@ -549,8 +613,10 @@ def test_a_failure_leaves_nothing(
 ) -> None:
     if named:
         without_tmpfile(monkeypatch)
-    if call == "pwrite":
-        no_kernel_copy(monkeypatch)
+    if call == "copy_file_range":
+        copy_in_kernel(monkeypatch)
+    if call == "preadv" and expected is NoSpaceError:
+        expected = FileAccessError  # whatever the number, it is the layer's
     never = {"replace": not force, "link": named and force}
     fail_at(monkeypatch, call, nth, error)
     open_before = len(os.listdir("/proc/self/fd"))
@@ -587,7 +653,7 @@ def test_a_temporary_that_cannot_be_removed_is_named_in_the_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     without_tmpfile(monkeypatch)
-    fail_at(monkeypatch, "copy_file_range", 1, os_error(errno.EIO))
+    fail_at(monkeypatch, "pwrite", 1, os_error(errno.EIO))
     fail_at(monkeypatch, "unlink", 1, os_error(errno.EROFS))
     with pytest.raises(FileAccessError, match=os.strerror(errno.EIO)):
         flatten(chain, out)
@@ -607,6 +673,7 @@ def test_a_failing_fsync_of_the_directory_leaves_the_whole_file(
 def test_a_read_error_names_the_layer_and_is_no_reason_to_copy_otherwise(
     chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    copy_in_kernel(monkeypatch)
     fail_at(monkeypatch, "copy_file_range", 1, os_error(errno.EIO))
     fail_at(monkeypatch, "pwrite", 1, AssertionError("a fallback"))
     with pytest.raises(FileAccessError, match=r"000\.mem -> .*whole\.mem: Input/output error$"):
@@ -617,7 +684,6 @@ def test_a_read_error_names_the_layer_and_is_no_reason_to_copy_otherwise(
 def test_a_read_error_in_the_buffer_names_the_layer(
     chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    no_kernel_copy(monkeypatch)
     fail_at(monkeypatch, "preadv", 1, os_error(errno.EIO))
     with pytest.raises(FileAccessError, match=r"000\.mem: Input/output error$"):
         flatten(chain, out)
@@ -744,8 +810,9 @@ def test_a_layer_that_changes_half_way(
     layer: int,
     in_kernel: bool,
 ) -> None:
-    if not in_kernel:
-        no_kernel_copy(monkeypatch)
+    if in_kernel:
+        copy_in_kernel(monkeypatch)
+    monkeypatch.setattr(FLATTEN, "BLOCK", PAGE)
     paths = write_chain(tmp_path)
     with open_view(paths) as view, pytest.raises(LayerChangedError, match=paths[layer].name):
         flatten(view, out, progress=lambda done: change(str(paths[layer]), how))
@@ -772,8 +839,9 @@ def test_a_base_that_changed_before_it_was_cloned(filesystem: Callable[[str], Pa
         flatten(view, directory / "out", progress=lambda done: pytest.fail("too late"))
 
 
+@pytest.mark.parametrize("in_kernel", [True, False])
 def test_a_layer_is_compared_after_each_piece(
-    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch, in_kernel: bool
 ) -> None:
     """And all of them once more after the file was synced and before it is linked."""
     events: list[str] = []
@@ -784,9 +852,15 @@ def test_a_layer_is_compared_after_each_piece(
     monkeypatch.setattr(os, "link", lambda *a, **k: (events.append("link"), link(*a, **k))[1])
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd))[1])
     monkeypatch.setattr(copying, "fcntl", FakeIoctl(errno.EOPNOTSUPP))
-    pieces = [f"{s.layer:03}" for s in chain.segments() if s.layer is not None]
+    if in_kernel:
+        copy_in_kernel(monkeypatch)
+        monkeypatch.setattr(FLATTEN, "BLOCK", PAGE)
+        expected = [f"{s.layer:03}" for s in chain.segments() if s.layer is not None]
+    else:
+        # Each buffer: the layers in it. At the end, before it is told: those since the last MiB.
+        expected = ["000", "001", "002", "002", "000", "001", "002"]
     flatten(chain, out)
-    assert events == [*pieces, "fsync", "000", "001", "002", "link", "fsync"]
+    assert events == [*expected, "fsync", "000", "001", "002", "link", "fsync"]
 
 
 def test_what_is_no_change_does_not_fail(
@@ -850,7 +924,13 @@ def test_verify_compares_beyond_the_first_block(
 def test_without_verify_nothing_is_read_again(
     chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fail_at(monkeypatch, "preadv", 1, AssertionError("read"))
+    fsync = os.fsync
+
+    def synced(fd: int) -> None:
+        fsync(fd)
+        fail_at(monkeypatch, "preadv", 1, AssertionError("read"))
+
+    monkeypatch.setattr(os, "fsync", synced)
     flatten(chain, out)
 
 
