@@ -14,20 +14,20 @@ For programs::
 Nothing here needs libfuse; mounting is done by the command line.
 """
 
-from diffmergefs.apply import apply_diff
 from diffmergefs.compare import Comparison, compare
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.extents import Extent, Segment
-from diffmergefs.flatten import FlattenResult, flatten
 from diffmergefs.images import Image, open_chain, open_image
+from diffmergefs.integrity.sealing import SealResult, seal_layer
 from diffmergefs.layer import Layer
-from diffmergefs.newdiff import WrittenDiff
-from diffmergefs.rediff import RediffResult, rediff
-from diffmergefs.sealing import SealResult, seal_layer
 from diffmergefs.sides import open_side
-from diffmergefs.squash import SquashResult, squash
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.view import MergedView
+from diffmergefs.writing.apply import apply_diff
+from diffmergefs.writing.flatten import FlattenResult, flatten
+from diffmergefs.writing.newdiff import WrittenDiff
+from diffmergefs.writing.rediff import RediffResult, rediff
+from diffmergefs.writing.squash import SquashResult, squash
 
 __version__ = "0.1.0"
 

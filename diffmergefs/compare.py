@@ -8,12 +8,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from diffmergefs.copying import failures
 from diffmergefs.errors import VerificationError
 from diffmergefs.extents import ExtentList
 from diffmergefs.trust import PAGE
 from diffmergefs.view import MergedView, require_equal_size
 from diffmergefs.workers import in_order
+from diffmergefs.writing.copying import failures
 
 # Two buffers of a block stay in the processor's cache, and one call reads enough.
 _BLOCK = 256 << 10

@@ -15,9 +15,6 @@ from dataclasses import dataclass, field, replace
 
 from diffmergefs import beneath
 from diffmergefs.beneath import Reach, Root
-from diffmergefs.bitmap import PRESENCE_SUFFIX
-from diffmergefs.bmap import SEAL_SUFFIX
-from diffmergefs.catalog import Catalog, layout_of, read_catalog
 from diffmergefs.errors import (
     DenseDiffError,
     DiffMergeError,
@@ -26,16 +23,19 @@ from diffmergefs.errors import (
 )
 from diffmergefs.extents import ExtentList
 from diffmergefs.filekey import FileKey
+from diffmergefs.integrity.bmap import SEAL_SUFFIX
+from diffmergefs.integrity.pins import Hashes, require_pin
+from diffmergefs.integrity.seal import Opener
+from diffmergefs.integrity.state import Remembered
 from diffmergefs.layer import Layer
+from diffmergefs.layouts.bitmap import PRESENCE_SUFFIX
+from diffmergefs.layouts.catalog import Catalog, layout_of, read_catalog
+from diffmergefs.layouts.numbered import SUFFIXES
+from diffmergefs.layouts.ranges import require_mergeable
+from diffmergefs.layouts.reader import require_own_path
+from diffmergefs.layouts.snapshot import Snapshot, StoredFile
+from diffmergefs.layouts.superserve import require_base
 from diffmergefs.lease import Leases, Writers, require_no_writers, writers
-from diffmergefs.numbered import SUFFIXES
-from diffmergefs.pins import Hashes, require_pin
-from diffmergefs.ranges import require_mergeable
-from diffmergefs.reader import require_own_path
-from diffmergefs.seal import Opener
-from diffmergefs.snapshot import Snapshot, StoredFile
-from diffmergefs.state import Remembered
-from diffmergefs.superserve import require_base
 from diffmergefs.trust import TrustPolicy, require_trust
 from diffmergefs.view import MergedView, require_equal_size
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from diffmergefs.bmap import SEAL_SUFFIX
 from diffmergefs.extents import ExtentList
 from diffmergefs.images import Image
+from diffmergefs.integrity.bmap import SEAL_SUFFIX
 from diffmergefs.layer import Layer
 from diffmergefs.trust import grain
 

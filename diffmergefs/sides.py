@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from diffmergefs.images import Image, find_numbered, open_chain, open_image
-from diffmergefs.numbered import is_numbered
+from diffmergefs.layouts.numbered import is_numbered
 from diffmergefs.trust import TrustPolicy
 
 

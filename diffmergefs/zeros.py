@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from diffmergefs.copying import BLOCK, failures
 from diffmergefs.layer import Layer
 from diffmergefs.view import MergedView
+from diffmergefs.writing.copying import BLOCK, failures
 
 
 class Piece(NamedTuple):

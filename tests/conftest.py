@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from diffmergefs import state
+from diffmergefs.integrity import state
 from tests.support import isolation, loopfs, mounttable
 from tests.support import soak as soaking
 from tests.support.strict_skips import pytest_make_collect_report, pytest_runtest_makereport

@@ -10,8 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.access import Access, folder_bits, has_acl, reachable, real_folders, view_access
 from diffmergefs.layer import Layer
+from diffmergefs.serving.access import (
+    Access,
+    folder_bits,
+    has_acl,
+    reachable,
+    real_folders,
+    view_access,
+)
 from tests.support import skips
 from tests.support.images import PAGE, write_layer
 from tests.support.users import NOBODY, STRANGER, run_as

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import catalog, flatten, open_image
-from diffmergefs.catalog import read_catalog
+from diffmergefs import flatten, open_image
 from diffmergefs.errors import DiffMergeError
-from diffmergefs.reader import Reader
-from diffmergefs.store import Store
-from diffmergefs.tree import TagFolder, Tree
+from diffmergefs.layouts import catalog
+from diffmergefs.layouts.catalog import read_catalog
+from diffmergefs.layouts.reader import Reader
+from diffmergefs.serving.store import Store
+from diffmergefs.serving.tree import TagFolder, Tree
 from diffmergefs.trust import TrustPolicy
 from tests.support.images import overlay_oracle, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, age, pages

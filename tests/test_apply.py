@@ -14,8 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmergefs import copying
-from diffmergefs.apply import apply_diff
 from diffmergefs.buffers import page_aligned
 from diffmergefs.errors import (
     DenseDiffError,
@@ -27,6 +25,8 @@ from diffmergefs.errors import (
     UntrustedExtentsError,
 )
 from diffmergefs.trust import TrustPolicy
+from diffmergefs.writing import copying
+from diffmergefs.writing.apply import apply_diff
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 

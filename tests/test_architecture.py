@@ -20,27 +20,41 @@ ROOT = PACKAGE.name
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
     {
-        "advise", "buffers", "cells", "curve", "daemon", "errors", "extents", "filekey", "finding",
-        "guard", "holders", "isolated", "legend", "logformat", "metrics", "notify", "tuning",
-        "workers",
+        "buffers", "errors", "extents", "filekey", "health", "health.finding", "integrity",
+        "isolated", "layouts", "logformat", "pictures", "pictures.cells", "pictures.curve",
+        "pictures.legend", "serving", "serving.daemon", "serving.guard", "serving.holders",
+        "serving.metrics", "serving.notify", "serving.tuning", "workers", "workingsets",
+        "workingsets.advise", "writing",
     },
     {
-        "beneath", "bitmap", "bmap", "canvas", "chain", "connection", "foreign", "mountpoint",
-        "raster", "sparse", "state", "status", "touches", "verdict",
+        "beneath", "foreign", "integrity.bmap", "integrity.state", "integrity.verdict",
+        "layouts.bitmap", "layouts.chain", "pictures.canvas", "pictures.raster",
+        "serving.connection", "serving.mountpoint", "serving.status", "sparse",
+        "workingsets.touches",
     },
-    {"host", "layer", "lease", "openmetrics", "snapshot"},
-    {"access", "copying", "document", "presence", "ranges", "reader", "trust", "view", "xattrs"},
+    {"layer", "layouts.snapshot", "lease", "serving.host", "serving.openmetrics"},
     {
-        "cloudhypervisor", "compare", "dropbehind", "forkd", "hashqueue", "numbered", "output",
-        "outputdir", "pins", "probe", "seal", "superserve", "writebehind", "zeros",
+        "layouts.document", "layouts.presence", "layouts.ranges", "layouts.reader",
+        "serving.access", "serving.xattrs", "trust", "view", "writing.copying",
     },
-    {"catalog", "extents_picture", "map_picture", "picture", "sealing", "workingset"},
-    {"apply", "flatten", "images", "newdiff", "watch"},
-    {"companions", "diagnosis", "info", "rediff", "sides", "squash", "store", "verify"},
-    {ROOT, "doctor", "newstore", "openwatch", "tree"},
-    {"operations", "prefetch", "recorder", "storediff"},
-    {"adviser", "guarded"},
-    {"cli.common", "cli.logs", "mount"},
+    {
+        "compare", "health.probe", "integrity.hashqueue", "integrity.pins", "integrity.seal",
+        "layouts.cloudhypervisor", "layouts.forkd", "layouts.numbered", "layouts.superserve",
+        "serving.dropbehind", "writing.output", "writing.outputdir", "writing.writebehind", "zeros",
+    },
+    {
+        "integrity.sealing", "layouts.catalog", "pictures.extents_picture", "pictures.map_picture",
+        "pictures.picture", "workingsets.workingset",
+    },
+    {"images", "layouts.watch", "writing.apply", "writing.flatten", "writing.newdiff"},
+    {
+        "health.diagnosis", "info", "integrity.verify", "serving.store", "sides",
+        "writing.companions", "writing.rediff", "writing.squash",
+    },
+    {"health.doctor", "serving.openwatch", "serving.tree", "writing.newstore", ROOT},
+    {"serving.operations", "workingsets.prefetch", "workingsets.recorder", "writing.storediff"},
+    {"workingsets.adviser", "workingsets.guarded"},
+    {"cli.common", "cli.logs", "serving.mount"},
     {
         "cli.completion", "cli.demo", "cli.doctor", "cli.mount", "cli.picture", "cli.seal",
         "cli.sides", "cli.squash", "cli.status", "cli.terminal", "cli.verify", "cli.write",
@@ -51,8 +65,11 @@ LEVELS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 
-SEES_FUSE = {"operations", "mount"}
-DRAWS = {"canvas", "curve", "extents_picture", "map_picture", "picture", "raster"}
+SEES_FUSE = {"serving.operations", "serving.mount"}
+DRAWS = {
+    f"pictures.{name}"
+    for name in ("canvas", "curve", "extents_picture", "map_picture", "picture", "raster")
+}
 PRINTERS = {"print", "sys.stdout.write", "sys.stderr.write", "traceback.print_exc"}
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmergefs import bitmap
 from diffmergefs.errors import PresenceError
+from diffmergefs.layouts import bitmap
 from tests.support.images import PAGE
 from tests.support.superserve import crc64, presence
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmergefs.bmap import DIGEST, BlockMap, dump, parse
 from diffmergefs.errors import SealError
+from diffmergefs.integrity.bmap import DIGEST, BlockMap, dump, parse
 
 BLOCK = 4096
 ZEROS = "0" * 64

@@ -11,9 +11,10 @@ from types import FrameType
 
 import pytest
 
-from diffmergefs import beneath, catalog, reader
-from diffmergefs.catalog import read_catalog
+from diffmergefs import beneath
 from diffmergefs.errors import BrokenChainError, DiffMergeError, FileAccessError, SizeMismatchError
+from diffmergefs.layouts import catalog, reader
+from diffmergefs.layouts.catalog import read_catalog
 from tests.support.images import PAGE
 from tests.support.stores import (
     SIZE,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmergefs.cells import Grid, bytes_by_kind, level, row_grid, runs, square_grid, tops
+from diffmergefs.pictures.cells import Grid, bytes_by_kind, level, row_grid, runs, square_grid, tops
 
 PAGE = 4096
 

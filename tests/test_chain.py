@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
-from diffmergefs.chain import resolve
 from diffmergefs.errors import BrokenChainError
+from diffmergefs.layouts.chain import resolve
 
 
 class Link(NamedTuple):

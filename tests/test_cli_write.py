@@ -14,8 +14,8 @@ import pytest
 
 from diffmergefs import cli
 from diffmergefs.cli import write
-from diffmergefs.flatten import FlattenResult
 from diffmergefs.view import MergedView
+from diffmergefs.writing.flatten import FlattenResult
 from tests.support import mounttable, skips
 from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, one_line, succeed
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer

@@ -38,7 +38,7 @@ import pytest
 import diffmergefs
 from diffmergefs import cli, errors, trust
 from diffmergefs.cli import helper
-from diffmergefs.mount import _REFUSED_OPTIONS
+from diffmergefs.serving.mount import _REFUSED_OPTIONS
 from tests.support import mounts, mounttable, skips
 from tests.support.images import PAGE, write_layer
 from tests.support.stores import age, pages, write_numbered, write_tag
@@ -655,7 +655,7 @@ def test_each_page_is_linked_from_another() -> None:
 
 def test_the_design_names_every_module_at_its_level() -> None:
     table = [
-        (int(level), name.strip("`").removesuffix(".py").replace("/", "."))
+        (int(level), name.strip("`").removesuffix(".py").rstrip("/").replace("/", "."))
         for level, name, *_ in rows(DOCS / "design.md", "Modules")
     ]
     assert sorted(table) == sorted((level, module) for module, level in LEVEL.items())

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from diffmergefs import sparse
-from diffmergefs.doctor import examine_path
 from diffmergefs.errors import BrokenChainError, FileAccessError
 from diffmergefs.extents import Extent
-from diffmergefs.finding import Finding
+from diffmergefs.health.doctor import examine_path
+from diffmergefs.health.finding import Finding
+from diffmergefs.integrity.sealing import seal_layer
 from diffmergefs.layer import Layer
-from diffmergefs.sealing import seal_layer
 from diffmergefs.trust import TrustPolicy
 from tests.support import loopfs
 from tests.support.commands import diffmergefs
@@ -230,11 +230,13 @@ def test_a_seal_is_compared_once(
 ) -> None:
     seal_layer(memory(store, "work"))
     os.utime(memory(store, "work"), ns=(10**18, 10**18))
-    monkeypatch.setattr("diffmergefs.state._COARSE_TICK_NS", 0)
-    monkeypatch.setattr("diffmergefs.state._TICK_NS", 0)
+    monkeypatch.setattr("diffmergefs.integrity.state._COARSE_TICK_NS", 0)
+    monkeypatch.setattr("diffmergefs.integrity.state._TICK_NS", 0)
     examined(store / "work", state_dir=str(tmp_path / "state"))
     compared: list[str] = []
-    monkeypatch.setattr("diffmergefs.seal.compare", lambda layer, *_: compared.append(layer.path))
+    monkeypatch.setattr(
+        "diffmergefs.integrity.seal.compare", lambda layer, *_: compared.append(layer.path)
+    )
     found = examined(store / "work", state_dir=str(tmp_path / "state"))
     assert compared == [] and ("seal", "fine") in [(f.check, f.severity) for f in found]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.dropbehind import DropBehind, drop
 from diffmergefs.images import open_chain
 from diffmergefs.layer import Layer
+from diffmergefs.serving.dropbehind import DropBehind, drop
 from diffmergefs.view import MergedView
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.live import until

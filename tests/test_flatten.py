@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmergefs import copying, sparse
+from diffmergefs import sparse
 from diffmergefs.errors import (
     DiffMergeError,
     FileAccessError,
@@ -29,9 +29,10 @@ from diffmergefs.errors import (
     VerificationError,
 )
 from diffmergefs.extents import ExtentList
-from diffmergefs.flatten import FlattenResult, flatten
 from diffmergefs.layer import Layer
 from diffmergefs.view import MergedView
+from diffmergefs.writing import copying
+from diffmergefs.writing.flatten import FlattenResult, flatten
 from tests.support import mounttable, skips
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
@@ -125,7 +126,7 @@ def no_kernel_copy(monkeypatch: pytest.MonkeyPatch, number: int = errno.EXDEV) -
     monkeypatch.setattr(os, "copy_file_range", refused)
 
 
-FLATTEN = sys.modules["diffmergefs.flatten"]
+FLATTEN = sys.modules["diffmergefs.writing.flatten"]
 
 
 def copy_in_kernel(monkeypatch: pytest.MonkeyPatch, size: int = PAGE) -> None:
@@ -759,7 +760,7 @@ def test_a_full_filesystem(
     """Also when the space goes away after it was asked for."""
     paths = write_chain(tmp_path, [pages(0, *range(100))], 100 * PAGE)
     if not checked:
-        monkeypatch.setattr(sys.modules["diffmergefs.flatten"], "free_bytes", lambda fd: None)
+        monkeypatch.setattr(FLATTEN, "free_bytes", lambda fd: None)
     with open_view(paths) as view, pytest.raises(NoSpaceError) as caught:
         flatten(view, small_fs / "out")
     assert str(caught.value).startswith(f"{small_fs}/out: ")

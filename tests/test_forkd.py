@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.catalog import read_catalog
 from diffmergefs.errors import BrokenChainError
 from diffmergefs.images import open_image
-from diffmergefs.snapshot import Snapshot
+from diffmergefs.layouts.catalog import read_catalog
+from diffmergefs.layouts.snapshot import Snapshot
 from tests.support.images import overlay_oracle, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, pages, write_chain, write_document, write_tag
 

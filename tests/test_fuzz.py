@@ -20,9 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmergefs import bmap
 from diffmergefs.beneath import Reach
-from diffmergefs.catalog import LAYOUTS, Catalog, read_catalog
 from diffmergefs.errors import (
     BrokenChainError,
     DenseDiffError,
@@ -32,10 +30,12 @@ from diffmergefs.errors import (
     UntrustedExtentsError,
 )
 from diffmergefs.images import LayerPool, open_chain, open_snapshot
+from diffmergefs.integrity import bmap
 from diffmergefs.layer import MAX_SIZE
-from diffmergefs.store import Store
-from diffmergefs.tree import Attributes, MemoryFile, Node, Passed, TagFolder, Tree
-from diffmergefs.tree import Document as DocumentNode
+from diffmergefs.layouts.catalog import LAYOUTS, Catalog, read_catalog
+from diffmergefs.serving.store import Store
+from diffmergefs.serving.tree import Attributes, MemoryFile, Node, Passed, TagFolder, Tree
+from diffmergefs.serving.tree import Document as DocumentNode
 from diffmergefs.trust import TrustPolicy
 from tests.support import trees
 from tests.support.fuzzing import Guard, inputs

@@ -18,9 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmergefs import bitmap
 from diffmergefs.beneath import Reach
-from diffmergefs.catalog import read_catalog
 from diffmergefs.errors import (
     BrokenChainError,
     DenseDiffError,
@@ -29,7 +27,9 @@ from diffmergefs.errors import (
     UntrustedExtentsError,
 )
 from diffmergefs.images import LayerPool, open_chain, open_snapshot
-from diffmergefs.snapshot import Snapshot
+from diffmergefs.layouts import bitmap
+from diffmergefs.layouts.catalog import read_catalog
+from diffmergefs.layouts.snapshot import Snapshot
 from diffmergefs.trust import TrustPolicy
 from tests.support import trees
 from tests.support.cloudhypervisor import state

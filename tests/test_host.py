@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import host
-from diffmergefs.finding import Finding
+from diffmergefs.health.finding import Finding
+from diffmergefs.serving import host
 from tests.support import skips
 
 

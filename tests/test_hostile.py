@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.catalog import read_catalog
 from diffmergefs.errors import BrokenChainError, FileAccessError, one_line
 from diffmergefs.images import open_image
-from diffmergefs.numbered import memory_files
-from diffmergefs.snapshot import load_document
-from diffmergefs.store import Store
+from diffmergefs.layouts.catalog import read_catalog
+from diffmergefs.layouts.numbered import memory_files
+from diffmergefs.layouts.snapshot import load_document
+from diffmergefs.serving.store import Store
 from diffmergefs.trust import TrustPolicy
 from tests.support import skips
 from tests.support.commands import diffmergefs_as_nobody, mistake, succeed

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffmergefs import beneath
-from diffmergefs.catalog import read_catalog
 from diffmergefs.errors import FileAccessError, LayerChangedError
 from diffmergefs.images import LayerPool, open_snapshot
+from diffmergefs.layouts.catalog import read_catalog
 from diffmergefs.trust import TrustPolicy
 from tests.support import mounttable, openat2, skips
 from tests.support.stores import write_chain, write_tag

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from diffmergefs.catalog import read_catalog
 from diffmergefs.errors import (
     BrokenChainError,
     DenseDiffError,
@@ -31,7 +30,8 @@ from diffmergefs.images import (
     require_spare_descriptors,
 )
 from diffmergefs.layer import Layer
-from diffmergefs.snapshot import StoredFile
+from diffmergefs.layouts.catalog import read_catalog
+from diffmergefs.layouts.snapshot import StoredFile
 from diffmergefs.trust import TrustPolicy
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged

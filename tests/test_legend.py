@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffmergefs.legend import (
+from diffmergefs.pictures.legend import (
     BASE,
     HOLE,
     MAX_GROUPS,

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.mount import LOOK_SECONDS
-from diffmergefs.operations import CHANGING_SECONDS
+from diffmergefs.serving.mount import LOOK_SECONDS
+from diffmergefs.serving.operations import CHANGING_SECONDS
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.live import until
 from tests.support.mounts import Mount, mounted

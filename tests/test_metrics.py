@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from diffmergefs.metrics import GONE, Metrics
-from diffmergefs.openmetrics import exposition
-from diffmergefs.status import Operation, Status, Supplied, status_of
+from diffmergefs.serving.metrics import GONE, Metrics
+from diffmergefs.serving.openmetrics import exposition
+from diffmergefs.serving.status import Operation, Status, Supplied, status_of
 from diffmergefs.view import HOLE
 from tests.support.counters import NOTHING
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.touches import pieces
-from diffmergefs.tuning import CONNECTIONS
-from diffmergefs.workingset import WorkingSet, WorkingSets, identity_of_files
+from diffmergefs.serving.tuning import CONNECTIONS
+from diffmergefs.workingsets.touches import pieces
+from diffmergefs.workingsets.workingset import WorkingSet, WorkingSets, identity_of_files
 from tests.support import mounttable
 from tests.support.commands import diffmergefs, mistake
 from tests.support.images import PAGE
@@ -44,7 +44,7 @@ for page in map(int, sys.argv[3:]):
 # In the daemon: each piece that was pushed takes a while, or waits at a gate.
 SLOW = """
 import time
-import diffmergefs.prefetch as module
+import diffmergefs.workingsets.prefetch as module
 real = module.Notify.__init__
 def init(self, store):
     def slow(inode, offset, data):

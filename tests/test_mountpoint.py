@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.errors import MountpointError
-from diffmergefs.mountpoint import check_mountpoint, mount_entry, resolved, unmount
+from diffmergefs.serving.mountpoint import check_mountpoint, mount_entry, resolved, unmount
 from tests.support import mounttable, skips
 from tests.support.mounts import mounted
 from tests.support.stores import write_chain

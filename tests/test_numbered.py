@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.catalog import Catalog, read_catalog
 from diffmergefs.errors import BrokenChainError
 from diffmergefs.images import open_image
+from diffmergefs.layouts.catalog import Catalog, read_catalog
 from tests.support.images import overlay_oracle, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, pages, write_numbered, write_tag
 

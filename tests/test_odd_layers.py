@@ -74,7 +74,7 @@ def test_many_clients_of_a_slow_layer(
     gate = Gate(public_path / "gate")
     code = gate.code + (
         "import os\n"
-        "from diffmergefs.operations import Operations\n"
+        "from diffmergefs.serving.operations import Operations\n"
         "def note(path):\n"
         "    with open(path, 'ab') as file:\n"
         "        file.write(b'x')\n"

@@ -14,9 +14,9 @@ import pyfuse3
 import pytest
 import trio
 
-from diffmergefs.operations import Handle, Operations
-from diffmergefs.store import Store
-from diffmergefs.tree import ROOT_INODE, Tree
+from diffmergefs.serving.operations import Handle, Operations
+from diffmergefs.serving.store import Store
+from diffmergefs.serving.tree import ROOT_INODE, Tree
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.view import MergedView
 from tests.support.images import PAGE, overlay_oracle, write_layer
@@ -231,7 +231,7 @@ def test_what_a_listing_added_before_it_failed_counts_as_looked_up(
                 raise OSError(errno.ENOMEM, "on purpose")
             return real(nodes)
 
-        monkeypatch.setattr("diffmergefs.operations._READDIR_BATCH", 2)
+        monkeypatch.setattr("diffmergefs.serving.operations._READDIR_BATCH", 2)
         monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
         monkeypatch.setattr(operations, "_attributes_of", fails_at_the_second)
         await operations.readdir(fh, 0, CTX)

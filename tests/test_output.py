@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import output
 from diffmergefs.errors import NoSpaceError
-from diffmergefs.output import OutputFile
+from diffmergefs.writing import output
+from diffmergefs.writing.output import OutputFile
 from tests.support import skips
 from tests.support.users import NOBODY
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.errors import FileAccessError, OutputRefusedError
-from diffmergefs.outputdir import OutputDirectory
-from diffmergefs.snapshot import is_left_out
+from diffmergefs.layouts.snapshot import is_left_out
+from diffmergefs.writing.outputdir import OutputDirectory
 from tests.support.users import NOBODY
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from diffmergefs.beneath import Reach, open_directory, open_regular, stat_beneath
-from diffmergefs.catalog import read_catalog
 from diffmergefs.cli.mount import mount
 from diffmergefs.errors import BrokenChainError, FileAccessError, MountpointError
 from diffmergefs.images import find_image, open_image
-from diffmergefs.mountpoint import check_mountpoint
-from diffmergefs.store import Store
+from diffmergefs.layouts.catalog import read_catalog
+from diffmergefs.serving.mountpoint import check_mountpoint
+from diffmergefs.serving.store import Store
 from diffmergefs.trust import TrustPolicy
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import overlay_oracle, write_layer

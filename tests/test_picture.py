@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffmergefs import errors, raster
+from diffmergefs import errors
 from diffmergefs.extents import ExtentList
-from diffmergefs.extents_picture import ExtentsPicture
 from diffmergefs.info import run_lengths
 from diffmergefs.layer import Layer
-from diffmergefs.legend import BASE, Kinds
-from diffmergefs.map_picture import LEFT, TOP
-from diffmergefs.picture import picture_format, publish
+from diffmergefs.pictures import raster
+from diffmergefs.pictures.extents_picture import ExtentsPicture
+from diffmergefs.pictures.legend import BASE, Kinds
+from diffmergefs.pictures.map_picture import LEFT, TOP
+from diffmergefs.pictures.picture import picture_format, publish
 from tests.support import sample_map
 from tests.support.commands import diffmergefs, mistake
 from tests.support.images import PAGE, signed, write_layer

@@ -14,14 +14,15 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from diffmergefs import foreign, pins
+from diffmergefs import foreign
 from diffmergefs.errors import FileAccessError, LayerChangedError, PinError
 from diffmergefs.images import open_chain, open_image
+from diffmergefs.integrity import pins
+from diffmergefs.integrity.pins import Hashes, content_hash, is_pinned, require_pin
+from diffmergefs.integrity.state import Identity, Remembered
 from diffmergefs.layer import Layer
-from diffmergefs.pins import Hashes, content_hash, is_pinned, require_pin
-from diffmergefs.snapshot import Snapshot
-from diffmergefs.state import Identity, Remembered
-from diffmergefs.store import Store
+from diffmergefs.layouts.snapshot import Snapshot
+from diffmergefs.serving.store import Store
 from diffmergefs.trust import TrustPolicy
 from tests.support.commands import mistake, succeed
 from tests.support.images import PAGE, signed, write_layer
@@ -204,7 +205,9 @@ def test_a_file_changed_just_now_is_hashed_by_the_next_run_again(
     for _ in range(2):
         # However long the reading takes: it began too early.
         clock = iter([changed_ns + 1_000_000, changed_ns + 10 * SECOND_NS])
-        monkeypatch.setattr("diffmergefs.pins.time.time_ns", lambda clock=clock: next(clock))
+        monkeypatch.setattr(
+            "diffmergefs.integrity.pins.time.time_ns", lambda clock=clock: next(clock)
+        )
         Hashes(memory).of(layer)
     assert len(hashed) == 2
 

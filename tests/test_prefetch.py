@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import prefetch
 from diffmergefs.extents import Extent, ExtentList
-from diffmergefs.guarded import GuardedNotify
-from diffmergefs.prefetch import Notify, Prefetcher, Push
-from diffmergefs.store import OpenImage
-from diffmergefs.touches import PIECE, pieces
-from diffmergefs.workingset import WorkingSets, identity_of_view
+from diffmergefs.serving.store import OpenImage
+from diffmergefs.workingsets import prefetch
+from diffmergefs.workingsets.guarded import GuardedNotify
+from diffmergefs.workingsets.prefetch import Notify, Prefetcher, Push
+from diffmergefs.workingsets.touches import PIECE, pieces
+from diffmergefs.workingsets.workingset import WorkingSets, identity_of_view
 from tests.support.images import PAGE
 from tests.support.live import until
 from tests.support.restores import (

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import apply_diff, flatten, open_chain, presence, seal_layer
-from diffmergefs.bitmap import PRESENCE_SUFFIX
-from diffmergefs.doctor import examine_path
+from diffmergefs import apply_diff, flatten, open_chain, seal_layer
 from diffmergefs.errors import (
     DenseDiffError,
     FileAccessError,
@@ -17,10 +15,13 @@ from diffmergefs.errors import (
     SealError,
     UntrustedExtentsError,
 )
+from diffmergefs.health.doctor import examine_path
 from diffmergefs.images import Image
 from diffmergefs.info import describe
 from diffmergefs.layer import Layer
-from diffmergefs.store import Store
+from diffmergefs.layouts import presence
+from diffmergefs.layouts.bitmap import PRESENCE_SUFFIX
+from diffmergefs.serving.store import Store
 from diffmergefs.trust import TrustPolicy
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_chain, write_numbered
@@ -156,7 +157,7 @@ def test_it_is_compared_once_and_remembered(
     base, diff = chain
     for path in (diff, beside(diff)):
         os.utime(path, ns=(1, 1))
-    monkeypatch.setattr("diffmergefs.state.Identity.is_final", lambda self, since: True)
+    monkeypatch.setattr("diffmergefs.integrity.state.Identity.is_final", lambda self, since: True)
     runs = [("pins", 1), ("pins", 0), ("full", 1), ("no", 0), ("pins", 0)]
     for verify, expected in runs:
         compared.clear()

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import probe, sparse
+from diffmergefs import sparse
 from diffmergefs.extents import Extent
-from diffmergefs.finding import Finding
+from diffmergefs.health import probe
+from diffmergefs.health.finding import Finding
 from tests.support import loopfs
 from tests.support.commands import as_user
 from tests.support.users import NOBODY

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import recorder as recorders
 from diffmergefs.errors import LayerChangedError
-from diffmergefs.recorder import Recorder
-from diffmergefs.store import OpenImage
-from diffmergefs.workingset import WorkingSet, WorkingSets, identity_of_view
+from diffmergefs.serving.store import OpenImage
+from diffmergefs.workingsets import recorder as recorders
+from diffmergefs.workingsets.recorder import Recorder
+from diffmergefs.workingsets.workingset import WorkingSet, WorkingSets, identity_of_view
 from tests.support.images import PAGE
 from tests.support.restores import PAGES, SIZE, Client, ranges_of, scattered, shown, write_pair
 

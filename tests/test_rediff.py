@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffmergefs import sparse
-from diffmergefs.apply import apply_diff
 from diffmergefs.compare import compare
 from diffmergefs.errors import (
     DenseDiffError,
@@ -28,10 +27,11 @@ from diffmergefs.errors import (
 )
 from diffmergefs.extents import ExtentList
 from diffmergefs.images import open_chain
-from diffmergefs.rediff import rediff
-from diffmergefs.sealing import seal_layer
+from diffmergefs.integrity.sealing import seal_layer
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.view import MergedView
+from diffmergefs.writing.apply import apply_diff
+from diffmergefs.writing.rediff import rediff
 from tests.support.asked import asked
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
@@ -365,7 +365,7 @@ def test_verify_reads_the_file_that_was_written(
 def test_no_space_is_told_before_it_runs_out(
     sides: tuple[MergedView, MergedView], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffmergefs.newdiff.free_bytes", lambda fd: 6 * PAGE - 1)
+    monkeypatch.setattr("diffmergefs.writing.newdiff.free_bytes", lambda fd: 6 * PAGE - 1)
     numbers = f"{6 * PAGE} bytes are to be written, but {6 * PAGE - 1} are free"
     with pytest.raises(NoSpaceError, match=numbers):
         rediff(*sides, out)

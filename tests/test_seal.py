@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import bmap, seal
 from diffmergefs.errors import (
     DenseDiffError,
     FileAccessError,
@@ -21,10 +20,11 @@ from diffmergefs.errors import (
 from diffmergefs.extents import ExtentList
 from diffmergefs.images import open_chain, open_image
 from diffmergefs.info import describe
+from diffmergefs.integrity import bmap, seal
+from diffmergefs.integrity.seal import Opener
+from diffmergefs.integrity.sealing import seal_layer
+from diffmergefs.integrity.state import Identity, Remembered
 from diffmergefs.layer import FileKey, Layer
-from diffmergefs.seal import Opener
-from diffmergefs.sealing import seal_layer
-from diffmergefs.state import Identity, Remembered
 from diffmergefs.trust import TrustPolicy
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.stores import age, write_numbered, write_tag
@@ -296,7 +296,9 @@ def test_what_is_remembered_is_no_good_to_a_layer_that_changed_since_it_was_open
 
 def settle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have files of just now count as settled: their identity would be forgotten otherwise."""
-    monkeypatch.setattr("diffmergefs.state.Identity.is_final", lambda identity, since_ns: True)
+    monkeypatch.setattr(
+        "diffmergefs.integrity.state.Identity.is_final", lambda identity, since_ns: True
+    )
 
 
 # While it changes

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import apply_diff, flatten, open_chain, seal, seal_layer, sealing
+from diffmergefs import apply_diff, flatten, open_chain, seal_layer
 from diffmergefs.errors import (
     DenseDiffError,
     FileAccessError,
@@ -23,6 +23,7 @@ from diffmergefs.errors import (
     UntrustedExtentsError,
     WriterError,
 )
+from diffmergefs.integrity import seal, sealing
 from diffmergefs.layer import Layer
 from diffmergefs.trust import TrustPolicy
 from tests.support import loopfs
@@ -287,7 +288,7 @@ def test_apply_removes_the_bases_seal_before_its_first_byte(
         seen.append(os.path.exists(f"{base}.bmap"))
         raise OSError(5, "not a byte")
 
-    monkeypatch.setattr("diffmergefs.apply.copy_range", look)
+    monkeypatch.setattr("diffmergefs.writing.apply.copy_range", look)
     with unchanged([base]), pytest.raises((OSError, FileAccessError)):
         apply_diff(diff, base)
     assert seen == [False]

@@ -15,9 +15,9 @@ import trio.testing
 
 from diffmergefs.buffers import LARGEST, Buffers
 from diffmergefs.images import open_chain
-from diffmergefs.operations import Operations
-from diffmergefs.store import OpenImage
-from diffmergefs.tree import ROOT_INODE, Tree
+from diffmergefs.serving.operations import Operations
+from diffmergefs.serving.store import OpenImage
+from diffmergefs.serving.tree import ROOT_INODE, Tree
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 
 CLIENTS = 8

@@ -20,9 +20,9 @@ from diffmergefs.errors import (
 )
 from diffmergefs.extents import ExtentList
 from diffmergefs.images import open_chain
-from diffmergefs.sealing import seal_layer
-from diffmergefs.squash import count_data, squash
+from diffmergefs.integrity.sealing import seal_layer
 from diffmergefs.trust import TrustPolicy
+from diffmergefs.writing.squash import count_data, squash
 from tests.support.asked import asked
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged

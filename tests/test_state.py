@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import state
-from diffmergefs.state import Identity, Remembered, default_directory
+from diffmergefs.integrity import state
+from diffmergefs.integrity.state import Identity, Remembered, default_directory
 
 OLD = Identity("/images/base.mem", 7, 2**63 + 5, 4096, 1_600_000_000_000_000_001, 1_600_000_000_500)
 
@@ -242,7 +242,7 @@ def test_threads_share_one_memory(directory: Path, caplog: pytest.LogCaptureFixt
 
 _WRITER = """
 import sys
-from diffmergefs.state import Identity, Remembered
+from diffmergefs.integrity.state import Identity, Remembered
 for n in range(10):
     kept = Remembered(sys.argv[1])
     kept.remember("sha256", Identity(f"/{sys.argv[2]}/{n}", 1, 2, 3, 4, 5), sys.argv[2])

@@ -21,12 +21,12 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from diffmergefs import __version__
 from diffmergefs.images import open_chain
-from diffmergefs.metrics import Metrics
-from diffmergefs.openmetrics import exposition
-from diffmergefs.operations import Operations
-from diffmergefs.status import STATUS_FOLDER, Status, status_of
-from diffmergefs.store import OpenImage, Store
-from diffmergefs.tree import ROOT_INODE, Tree
+from diffmergefs.serving.metrics import Metrics
+from diffmergefs.serving.openmetrics import exposition
+from diffmergefs.serving.operations import Operations
+from diffmergefs.serving.status import STATUS_FOLDER, Status, status_of
+from diffmergefs.serving.store import OpenImage, Store
+from diffmergefs.serving.tree import ROOT_INODE, Tree
 from diffmergefs.trust import TrustPolicy
 from tests.support.counters import NOTHING
 from tests.support.images import PAGE, write_layer

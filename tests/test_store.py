@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import pins
-from diffmergefs.catalog import read_catalog
 from diffmergefs.errors import DiffMergeError, FileAccessError, LayerChangedError
+from diffmergefs.integrity import pins
 from diffmergefs.layer import Layer
-from diffmergefs.store import Store
+from diffmergefs.layouts.catalog import read_catalog
+from diffmergefs.serving.store import Store
 from diffmergefs.trust import TrustPolicy
 from tests.support import skips
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
@@ -217,7 +217,7 @@ def test_a_look_that_fails_shows_nothing_and_the_next_one_recovers(
         raise FileAccessError("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("diffmergefs.store.read_catalog", fail)
+        patch.setattr("diffmergefs.serving.store.read_catalog", fail)
         with pytest.raises(FileAccessError):
             store.look()
     assert store.tags() == []

@@ -16,7 +16,7 @@ from diffmergefs.errors import (
     UntrustedExtentsError,
 )
 from diffmergefs.layer import Layer
-from diffmergefs.store import Store
+from diffmergefs.serving.store import Store
 from diffmergefs.trust import TrustPolicy
 from tests.support.stores import (
     OLD_NS,
@@ -129,7 +129,7 @@ def test_a_passing_failure_is_not_remembered(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("diffmergefs.store.open_snapshot", fail)
+        patch.setattr("diffmergefs.serving.store.open_snapshot", fail)
         with pytest.raises(type(error)):
             store.open("leaf")
     assert store.opened("leaf") is None

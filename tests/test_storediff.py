@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import seal
 from diffmergefs.errors import (
     BrokenChainError,
     DenseDiffError,
@@ -22,11 +21,12 @@ from diffmergefs.errors import (
     VerificationError,
 )
 from diffmergefs.images import open_image
-from diffmergefs.newstore import NewSnapshot
-from diffmergefs.sealing import seal_layer
-from diffmergefs.storediff import StoreRediff
+from diffmergefs.integrity import seal
+from diffmergefs.integrity.sealing import seal_layer
+from diffmergefs.integrity.verify import open_image as open_to_verify
 from diffmergefs.trust import TrustPolicy
-from diffmergefs.verify import open_image as open_to_verify
+from diffmergefs.writing.newstore import NewSnapshot
+from diffmergefs.writing.storediff import StoreRediff
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.newdiffs import assert_sealed, data_of, harm_writes

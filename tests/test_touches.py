@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffmergefs.extents import Extent
-from diffmergefs.touches import PIECE, Touches, first_touches, limited, pieces
+from diffmergefs.workingsets.touches import PIECE, Touches, first_touches, limited, pieces
 from tests.support.images import PAGE
 
 MIB = 1 << 20

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.access import view_access
 from diffmergefs.errors import DiffMergeError, FileAccessError
 from diffmergefs.images import open_chain
-from diffmergefs.sealing import seal_layer
-from diffmergefs.store import OpenImage, Store
-from diffmergefs.tree import ROOT_INODE, Document, MemoryFile, Passed, Root, TagFolder, Tree
+from diffmergefs.integrity.sealing import seal_layer
+from diffmergefs.serving.access import view_access
+from diffmergefs.serving.store import OpenImage, Store
+from diffmergefs.serving.tree import ROOT_INODE, Document, MemoryFile, Passed, Root, TagFolder, Tree
 from diffmergefs.trust import TrustPolicy
 from tests.support.images import PAGE, write_layer
 from tests.support.stores import (

@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import pins, verify
 from diffmergefs.errors import DiffMergeError
+from diffmergefs.integrity import pins, verify
+from diffmergefs.integrity.pins import content_hash
+from diffmergefs.integrity.state import Identity, Remembered
+from diffmergefs.integrity.verdict import Verdict
+from diffmergefs.integrity.verify import open_image, open_layers
 from diffmergefs.layer import Layer
-from diffmergefs.pins import content_hash
-from diffmergefs.state import Identity, Remembered
 from diffmergefs.trust import TrustPolicy
-from diffmergefs.verdict import Verdict
-from diffmergefs.verify import open_image, open_layers
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.inputs import unchanged
@@ -393,7 +393,7 @@ def test_an_interrupt_ends_it_at_once(
     # After it, each thread may finish one block and no more.
     gate = Gate(tmp_path / "gate")
     code = gate.code + (
-        "import diffmergefs.pins as pins\n"
+        "import diffmergefs.integrity.pins as pins\n"
         "def endless(layer, report):\n"
         "    wait_at_gate()\n"
         "    while True:\n"

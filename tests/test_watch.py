@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.catalog import Catalog, read_catalog
 from diffmergefs.errors import BrokenChainError
-from diffmergefs.snapshot import StoredFile
-from diffmergefs.watch import Watch
+from diffmergefs.layouts.catalog import Catalog, read_catalog
+from diffmergefs.layouts.snapshot import StoredFile
+from diffmergefs.layouts.watch import Watch
 from tests.support.images import write_layer
 from tests.support.stores import (
     BASE_PAGES,
@@ -323,7 +323,7 @@ def test_while_the_hash_of_a_new_parent_is_not_known_its_children_wait(looks: Lo
 def test_only_so_many_tags_that_are_gone_are_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffmergefs.watch._REMEMBERED", 1)
+    monkeypatch.setattr("diffmergefs.layouts.watch._REMEMBERED", 1)
     store = tmp_path / "store"
     write_tag(store, "base")
     for n, tag in enumerate(("a", "b"), 1):

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import open_chain, state
+from diffmergefs import open_chain
 from diffmergefs.errors import FileAccessError
 from diffmergefs.extents import Extent
-from diffmergefs.workingset import (
+from diffmergefs.integrity import state
+from diffmergefs.workingsets.workingset import (
     MAX_RANGES,
     Identity,
     LayerFile,

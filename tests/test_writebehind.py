@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import sparse, writebehind
-from diffmergefs.copying import Target
+from diffmergefs import sparse
 from diffmergefs.errors import FileAccessError, NoSpaceError
-from diffmergefs.writebehind import BUFFER, WriteBehind
+from diffmergefs.writing import writebehind
+from diffmergefs.writing.copying import Target
+from diffmergefs.writing.writebehind import BUFFER, WriteBehind
 
 WINDOW = writebehind._WINDOW
 

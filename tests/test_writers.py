@@ -18,7 +18,7 @@ import pytest
 from diffmergefs import apply_diff, images, open_chain, open_image
 from diffmergefs.errors import LayerChangedError, WriterError
 from diffmergefs.lease import SIGNAL, Leases, Writers, writers
-from diffmergefs.store import Store
+from diffmergefs.serving.store import Store
 from diffmergefs.trust import TrustPolicy
 from tests.support import mounttable, skips
 from tests.support.commands import diffmergefs, mistake, succeed

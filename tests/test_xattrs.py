@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import xattrs
-from diffmergefs.store import Store
+from diffmergefs.serving import xattrs
+from diffmergefs.serving.store import Store
 from diffmergefs.trust import TrustPolicy
 from tests.support.commands import succeed
 from tests.support.images import PAGE

@@ -34,8 +34,8 @@ from diffmergefs.cli import (
 from diffmergefs.cli.common import talk
 from diffmergefs.errors import DiffMergeError, FileAccessError
 from diffmergefs.images import raise_descriptor_limit
-from diffmergefs.mountpoint import ROOTS_PATH
-from diffmergefs.notify import ADDRESS, JOURNAL
+from diffmergefs.serving.mountpoint import ROOTS_PATH
+from diffmergefs.serving.notify import ADDRESS, JOURNAL
 
 USAGE = 2
 BUG = 70

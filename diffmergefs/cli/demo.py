@@ -15,8 +15,8 @@ import click
 
 from diffmergefs.cli.common import print_json
 from diffmergefs.errors import MountFailedError, VerificationError
-from diffmergefs.flatten import flatten
 from diffmergefs.images import open_image
+from diffmergefs.writing.flatten import flatten
 
 PAGE = 4096
 PAGES = 1024

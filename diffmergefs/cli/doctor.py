@@ -19,10 +19,10 @@ from diffmergefs.cli.common import (
     talk,
     with_policy,
 )
-from diffmergefs.doctor import examine_path
 from diffmergefs.errors import DiffMergeError
-from diffmergefs.finding import Finding
-from diffmergefs.host import examine_host
+from diffmergefs.health.doctor import examine_path
+from diffmergefs.health.finding import Finding
+from diffmergefs.serving.host import examine_host
 from diffmergefs.trust import TrustPolicy
 
 _WRONG = 1

@@ -9,7 +9,6 @@ import click
 
 from diffmergefs import info as infos
 from diffmergefs.beneath import Reach
-from diffmergefs.catalog import LAYOUTS, Catalog, read_catalog
 from diffmergefs.cli.common import (
     PATH,
     image_options,
@@ -26,9 +25,10 @@ from diffmergefs.cli.common import (
 from diffmergefs.cli.picture import draw_extents, picture_path
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.images import LayerPool, open_snapshot
+from diffmergefs.integrity.pins import is_pinned
 from diffmergefs.layer import Layer
-from diffmergefs.picture import require_matplotlib
-from diffmergefs.pins import is_pinned
+from diffmergefs.layouts.catalog import LAYOUTS, Catalog, read_catalog
+from diffmergefs.pictures.picture import require_matplotlib
 from diffmergefs.trust import TrustPolicy
 
 

@@ -16,8 +16,8 @@ from diffmergefs.cli.common import PATH, image_options, opened, printable, progr
 from diffmergefs.cli.picture import draw_map, picture_path
 from diffmergefs.cli.terminal import TerminalMap
 from diffmergefs.images import Image
-from diffmergefs.legend import Subject, short_names
-from diffmergefs.picture import require_matplotlib
+from diffmergefs.pictures.legend import Subject, short_names
+from diffmergefs.pictures.picture import require_matplotlib
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.view import MergedView
 from diffmergefs.zeros import Piece

@@ -14,10 +14,6 @@ from typing import Any, cast
 import click
 from click.shell_completion import CompletionItem
 
-from diffmergefs import daemon
-from diffmergefs import mountpoint as mountpoints
-from diffmergefs.access import view_access
-from diffmergefs.catalog import LAYOUTS
 from diffmergefs.cli import logs
 from diffmergefs.cli.common import (
     PATH,
@@ -35,14 +31,18 @@ from diffmergefs.errors import (
     MountTimeoutError,
 )
 from diffmergefs.images import open_chain
+from diffmergefs.layouts.catalog import LAYOUTS
 from diffmergefs.lease import Leases
 from diffmergefs.logformat import Lines, printable
-from diffmergefs.notify import JOURNAL, Notifier, is_journal
-from diffmergefs.store import OpenImage, Store
-from diffmergefs.tree import Tree
+from diffmergefs.serving import daemon
+from diffmergefs.serving import mountpoint as mountpoints
+from diffmergefs.serving.access import view_access
+from diffmergefs.serving.notify import JOURNAL, Notifier, is_journal
+from diffmergefs.serving.store import OpenImage, Store
+from diffmergefs.serving.tree import Tree
+from diffmergefs.serving.tuning import MAX_BACKGROUND, READAHEAD_KIB, Tuning
 from diffmergefs.trust import TrustPolicy
-from diffmergefs.tuning import MAX_BACKGROUND, READAHEAD_KIB, Tuning
-from diffmergefs.workingset import WorkingSets
+from diffmergefs.workingsets.workingset import WorkingSets
 
 log = logging.getLogger("diffmergefs")
 
@@ -327,7 +327,7 @@ def _serve_in_front(
 def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | None = None) -> None:
     # Imported here: all else works where libfuse is missing.
     try:
-        from diffmergefs import mount as mounts
+        from diffmergefs.serving import mount as mounts
     except ImportError as error:
         raise MountFailedError(
             f"pyfuse3 cannot be used ({error}); install libfuse3-dev and pyfuse3"

@@ -10,13 +10,13 @@ import click
 
 from diffmergefs.cli.common import printable, progress, talk
 from diffmergefs.info import run_lengths
-from diffmergefs.legend import Subject, short_names
-from diffmergefs.picture import FORMATS, picture_format, publish
+from diffmergefs.pictures.legend import Subject, short_names
+from diffmergefs.pictures.picture import FORMATS, picture_format, publish
 from diffmergefs.view import MergedView
 from diffmergefs.zeros import Piece
 
 if TYPE_CHECKING:
-    from diffmergefs.canvas import Picture
+    from diffmergefs.pictures.canvas import Picture
 
 
 def picture_path(
@@ -42,7 +42,7 @@ def draw_map(
 
     Requires `require_matplotlib`, like all here.
     """
-    from diffmergefs.map_picture import MapPicture
+    from diffmergefs.pictures.map_picture import MapPicture
 
     def draw() -> bytes:
         with found as pieces:
@@ -55,7 +55,7 @@ def draw_map(
 
 def draw_extents(view: MergedView, title: str, page: int, output: str, *, force: bool) -> None:
     """Write the histograms of the layers' extents to `output`."""
-    from diffmergefs.extents_picture import ExtentsPicture
+    from diffmergefs.pictures.extents_picture import ExtentsPicture
 
     def draw() -> bytes:
         names = [printable(name) for name in short_names([layer.path for layer in view.layers])]

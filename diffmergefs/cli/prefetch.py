@@ -23,9 +23,9 @@ from diffmergefs.cli.common import (
 )
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.images import find_image
-from diffmergefs.touches import pieces
 from diffmergefs.trust import TrustPolicy
-from diffmergefs.workingset import Identity, WorkingSet, WorkingSets, identity_of_files
+from diffmergefs.workingsets.touches import pieces
+from diffmergefs.workingsets.workingset import Identity, WorkingSet, WorkingSets, identity_of_files
 
 
 @click.command()

@@ -20,11 +20,11 @@ from diffmergefs.cli.common import (
 )
 from diffmergefs.cli.sides import jobs_option, opened_side, plain_option, side_diffs
 from diffmergefs.compare import bytes_to_compare
-from diffmergefs.newstore import NewStore
-from diffmergefs.rediff import RediffResult
-from diffmergefs.rediff import rediff as rediff_views
-from diffmergefs.storediff import StoreRediff
 from diffmergefs.trust import TrustPolicy
+from diffmergefs.writing.newstore import NewStore
+from diffmergefs.writing.rediff import RediffResult
+from diffmergefs.writing.rediff import rediff as rediff_views
+from diffmergefs.writing.storediff import StoreRediff
 
 
 @click.command()

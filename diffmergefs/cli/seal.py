@@ -18,7 +18,7 @@ from diffmergefs.cli.common import (
     vouching_options,
 )
 from diffmergefs.errors import DiffMergeError
-from diffmergefs.sealing import SealResult, seal_layer
+from diffmergefs.integrity.sealing import SealResult, seal_layer
 from diffmergefs.trust import TrustPolicy
 
 

@@ -17,9 +17,9 @@ from diffmergefs.cli.common import (
     talk,
 )
 from diffmergefs.images import Image
-from diffmergefs.squash import SquashResult, count_data
-from diffmergefs.squash import squash as squash_view
 from diffmergefs.trust import TrustPolicy
+from diffmergefs.writing.squash import SquashResult, count_data
+from diffmergefs.writing.squash import squash as squash_view
 
 _NAMED = 8  # tags of a chain that stand in a message
 

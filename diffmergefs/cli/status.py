@@ -15,10 +15,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from diffmergefs import mountpoint as mountpoints
 from diffmergefs.cli.common import PATH, new_table, print_table, printable
 from diffmergefs.errors import FileAccessError, MountFailedError, MountpointError
-from diffmergefs.status import STATUS_FILE, STATUS_FOLDER, Status
+from diffmergefs.serving import mountpoint as mountpoints
+from diffmergefs.serving.status import STATUS_FILE, STATUS_FOLDER, Status
 
 
 @click.command()

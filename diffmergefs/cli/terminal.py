@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console
 from rich.text import Text
 
-from diffmergefs import cells
 from diffmergefs.cli.common import new_table, print_table
-from diffmergefs.legend import (
+from diffmergefs.pictures import cells
+from diffmergefs.pictures.legend import (
     HOLE,
     ZEROS,
     Kinds,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from diffmergefs import verify as verification
 from diffmergefs.cli.common import (
     image_options,
     print_json,
@@ -13,8 +12,9 @@ from diffmergefs.cli.common import (
     require_one_source,
     talk,
 )
+from diffmergefs.integrity import verify as verification
+from diffmergefs.integrity.verdict import Verdict
 from diffmergefs.trust import TrustPolicy
-from diffmergefs.verdict import Verdict
 
 _NAMED = 8  # unpinned parents that stand in the summary
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from diffmergefs.apply import apply_diff
 from diffmergefs.cli.common import (
     PATH,
     image_options,
@@ -16,8 +15,9 @@ from diffmergefs.cli.common import (
     progress,
     trust_options,
 )
-from diffmergefs.flatten import flatten as flatten_view
 from diffmergefs.trust import TrustPolicy
+from diffmergefs.writing.apply import apply_diff
+from diffmergefs.writing.flatten import flatten as flatten_view
 
 
 @click.command()

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from diffmergefs.rediff import rediff
 from diffmergefs.sides import open_side
+from diffmergefs.writing.rediff import rediff
 
 MIB = 1 << 20
 ROUNDS = 5

@@ -31,9 +31,9 @@ import pyfuse3
 import trio
 
 from diffmergefs.images import open_chain
-from diffmergefs.operations import Operations
-from diffmergefs.store import OpenImage
-from diffmergefs.tree import ROOT_INODE, Tree
+from diffmergefs.serving.operations import Operations
+from diffmergefs.serving.store import OpenImage
+from diffmergefs.serving.tree import ROOT_INODE, Tree
 from tests.support.mounts import mounted
 
 PAGE = 4096

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from diffmergefs import bmap, seal, sealing
+from diffmergefs.integrity import bmap, seal, sealing
 from diffmergefs.layer import Layer
 
 PAGE = 4096

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.flatten import flatten
+from diffmergefs.writing.flatten import flatten
 from tests.support.commands import succeed
 from tests.support.images import overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged

@@ -95,7 +95,7 @@ def test_a_filler_between_the_question_and_the_copy(
     """The space was there when `flatten` asked, and is gone when it writes."""
     gate = Gate(public_path / "gate")
     code = gate.code + (
-        "from diffmergefs.flatten import _Merge\n"
+        "from diffmergefs.writing.flatten import _Merge\n"
         "ask = _Merge._require_space\n"
         "def asked(self, needed):\n"
         "    ask(self, needed)\n"

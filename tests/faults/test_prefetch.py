@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.workingset import WorkingSets
+from diffmergefs.workingsets.workingset import WorkingSets
 from tests.support.images import PAGE
 from tests.support.mounts import mounted, require_fusectl
 from tests.support.restores import ORACLE, ranges_of, save, scattered, shown, write_pair

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import seal, sparse
+from diffmergefs import sparse
+from diffmergefs.integrity import seal
 from diffmergefs.layer import Layer
 
 

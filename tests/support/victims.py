@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffmergefs.flatten import _Merge, flatten
 from diffmergefs.layer import Layer
-from diffmergefs.output import OutputFile
 from diffmergefs.view import MergedView
+from diffmergefs.writing.flatten import _Merge, flatten
+from diffmergefs.writing.output import OutputFile
 
 #: What a run goes through, in this order.
 PHASES = ("opening", "copying", "syncing", "naming", "closing")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import workingset
+from diffmergefs.workingsets import workingset
 from tests.support import inputs, mounts
 from tests.support.live import until
 from tests.vm import qemu

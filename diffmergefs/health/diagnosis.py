@@ -1,0 +1,204 @@
+"""All that there is to say of one layer: may its bytes, and its holes, be believed?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from diffmergefs.beneath import Reach
+from diffmergefs.errors import DiffMergeError, FileAccessError
+from diffmergefs.health.finding import Finding, Severity
+from diffmergefs.images import count_filled_holes
+from diffmergefs.integrity import seal
+from diffmergefs.integrity.bmap import SEAL_SUFFIX
+from diffmergefs.integrity.state import Remembered
+from diffmergefs.layer import Layer
+from diffmergefs.lease import Writers, writers
+from diffmergefs.trust import TrustPolicy, problems
+from diffmergefs.view import MergedView
+
+_HOLES = "a diff's holes say which pages it leaves to its parent"
+_WHY = {
+    "chain": "what it shows would be another memory than the guest's",
+    "access": "its bytes cannot be told",
+    "seal": "the seal says which bytes the file had, and where its data were",
+    "filesystem": _HOLES,
+    "grain": "clean pages beside written ones would hide what the parent has there",
+    "blocks": "holes that are reported as data would hide what the parent has there",
+    "alignment": "a guest writes whole pages, so these ends are not what it wrote",
+    "unwritten": "whether such a range counts as written changes with what is in the page cache",
+    "copy-up": "holes that a copy has filled would hide what the parent has there",
+}
+_REMEDY = {
+    "chain": "bring back what is missing, or take the snapshot again; `diffmergefs list` shows what"
+    " depends on it",
+    "access": "see that this user can read it, that nobody writes to it, and that its storage is"
+    " well",
+    "seal": "bring back the file that was sealed, or take the diff again; only one whose holes are"
+    " known to be right can be sealed anew, with `diffmergefs seal --force`",
+}
+
+
+def wrong(subject: str, check: str, error: DiffMergeError) -> Finding:
+    """The finding that `error` makes; `check` is 'chain', 'seal' or 'access'."""
+    return Finding(subject, check, "wrong", str(error), _WHY[check], _REMEDY[check])
+
+
+def examine_layer(
+    layer: Layer,
+    parents: Sequence[Layer] | None,
+    policy: TrustPolicy,
+    root: Reach | None = None,
+    path: str | None = None,
+) -> Iterator[Finding]:
+    """The findings on an open layer, whose seal, if it has one, is not in force yet.
+
+    `parents` are the layers below a diff, base first: none for a base, None where they are not
+    known. A layer of a directory of snapshots is called `path` beneath `root`. The seal is compared
+    with the layer, or known from `policy.state_dir` to be right, and put in force. What fails while
+    it is read is a finding too; nothing is raised.
+    """
+    has_seal = False
+    try:
+        for finding in _examine_seal(layer, Remembered(policy.state_dir), root, path):
+            has_seal = True
+            yield finding
+        yield from _examine_writers(layer)
+        if parents == []:
+            yield Finding(layer.path, "base", "fine", "a base: its holes are zeros")
+            return
+        found = list(_examine_extents(layer, parents, policy.page_size))
+        yield from found
+        has_record = has_seal or bool(layer.records)
+        if not has_record and all(finding.severity == "fine" for finding in found):
+            yield _no_seal(layer)
+    except DiffMergeError as error:
+        yield wrong(layer.path, "access", error)
+    except OSError as error:
+        yield wrong(layer.path, "access", FileAccessError(f"{layer.path}: {error.strerror}"))
+
+
+def _no_seal(layer: Layer) -> Finding:
+    return Finding(
+        layer.path,
+        "no-seal",
+        "warning",
+        "no seal",
+        "its holes are the only record of what it holds, and cp, cat or tar destroy them",
+        f"diffmergefs seal {layer.path}",
+    )
+
+
+def _examine_writers(layer: Layer) -> Iterator[Finding]:
+    found = writers(layer.fd)
+    if found is Writers.SOME:
+        yield Finding(
+            layer.path,
+            "writer",
+            "wrong",
+            found.value,
+            "its VMM, or whoever it is, may still write: then it is neither the old nor the new"
+            " memory",
+            "wait until it is closed (lsof, fuser name who has it open)",
+        )
+    elif found is not Writers.NONE:
+        yield Finding(
+            layer.path,
+            "writer",
+            "warning",
+            found.value,
+            "a diff that its VMM still writes to cannot be told from a finished one",
+            "use only what its VMM has closed; root can ask for any file",
+        )
+
+
+def _examine_seal(
+    layer: Layer, memory: Remembered, root: Reach | None, path: str | None
+) -> Iterator[Finding]:
+    # Where the seal cannot be used the extents known before stay in force, so that what else is
+    # wrong is found too.
+    place = layer.path + SEAL_SUFFIX
+    known = layer.extents, layer.records
+    try:
+        stored = seal.find(path or layer.path, root, layer.path)
+        if stored is None:
+            return
+        is_newer = layer.status.st_mtime_ns > stored.key.mtime_ns
+        seal.adopt(layer, stored, is_checked=True)
+        seal.compare_once(layer, stored, memory)
+    except DiffMergeError as error:
+        layer.extents, layer.records = known
+        yield wrong(place, "seal", error)
+        return
+    if not is_newer:
+        yield Finding(place, "seal", "fine", "the layer is what its seal records")
+        return
+    yield Finding(
+        place,
+        "newer",
+        "warning",
+        "the layer was written or copied after its seal, but is what the seal records",
+        "whoever writes to it makes the seal stale, and then both are refused",
+        f"keep the seal, and see that nothing writes to {layer.path}",
+    )
+
+
+def _examine_extents(layer: Layer, parents: Sequence[Layer] | None, page: int) -> Iterator[Finding]:
+    dense = layer.extents.covers(layer.size)
+    failed = list(problems(layer, page, complete=dense and parents is not None))
+    for problem in failed:
+        why = _WHY[problem.check]
+        yield Finding(layer.path, problem.check, "wrong", problem.text, why, problem.remedy)
+    if parents:
+        # One of another size is the chain's fault, and said there.
+        if parents[0].size == layer.size:
+            yield from _examine_zeros(layer, parents, dense, trusted=not failed)
+    elif dense:
+        yield Finding(
+            layer.path,
+            "dense",
+            "wrong",
+            f"no hole in {layer.size} bytes",
+            "as a diff it hides all layers below; one whose holes a copy has filled looks so too",
+            "if it is a base, or another complete image (--dense), all is well; else put its seal"
+            " beside it, or take the diff again",
+        )
+    elif not failed:
+        yield _extents_are_fine(layer)
+
+
+def _examine_zeros(
+    layer: Layer, parents: Sequence[Layer], dense: bool, *, trusted: bool
+) -> Iterator[Finding]:
+    # `trusted` says that no check of law 4 failed.
+    filled, sampled = count_filled_holes(MergedView(parents), layer)
+    text = f"{filled} of {sampled} pages that are data here, and not zeros below, are zeros"
+    if filled * 2 <= sampled:
+        if dense:
+            text = f"no hole: a complete image ({filled} of {sampled} pages cleared)"
+            yield Finding(layer.path, "dense", "fine", text)
+        elif trusted:
+            yield _extents_are_fine(layer, text)
+        else:
+            yield Finding(layer.path, "zeros", "fine", text)
+        return
+    severity: Severity = "wrong" if dense else "warning"
+    if layer.records:
+        # The record says that the guest did write them.
+        where = "seal" if layer.record(SEAL_SUFFIX) else "presence file"
+        yield Finding(layer.path, "zeros", "fine", f"{text}; they are in its {where}")
+        return
+    yield Finding(
+        layer.path,
+        "zeros",
+        severity,
+        f"{text}, and it has no hole" if dense else text,
+        "either the guest has cleared that much memory, or a copy has filled the diff's holes",
+        "take the diff again, or put its seal beside it; --dense vouches for a complete image"
+        if dense
+        else "compare it with where it was copied from: the same data bytes (diffmergefs info)?",
+    )
+
+
+def _extents_are_fine(layer: Layer, share: str = "") -> Finding:
+    text = f"{layer.extents.data_bytes} bytes in {len(layer.extents)} extents can be trusted"
+    return Finding(layer.path, "extents", "fine", f"{text}; {share}" if share else text)

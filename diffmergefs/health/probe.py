@@ -1,0 +1,139 @@
+"""What a filesystem does with a sparse file, tried out on an unnamed temporary one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from typing import BinaryIO
+
+from diffmergefs import sparse
+from diffmergefs.errors import DiffMergeError
+from diffmergefs.extents import ExtentList
+from diffmergefs.health.finding import Finding
+from diffmergefs.layer import Layer
+from diffmergefs.lease import Writers, writers
+from diffmergefs.trust import PAGE, grain, untrusted_filesystem
+from diffmergefs.writing.copying import Target, clone_file
+
+_SIZE = 16 << 20
+_MIDDLE = 8 << 20  # on a border of any page, huge ones too
+
+_COARSE = (
+    "clean memory beside a written page would count as written: a view, and flatten, would show old"
+    " bytes or zeros there"
+)
+_ELSEWHERE = "take diffs on ext4, xfs or btrfs with 4 KiB blocks, or on tmpfs without huge pages"
+
+
+def examine_filesystem(folder: str, page: int = PAGE) -> Iterator[Finding]:
+    """What the filesystem of the directory `folder` does with diffs of pages of `page` bytes.
+
+    Tried out on a temporary file there: 16 MiB long, one page of it written, without a name (on
+    filesystems that have none such, it has one for a moment). Is that page alone found as data, is
+    a page of written zeros data too, can a file share another's blocks, does a lease tell writers.
+    Where nothing can be written, only what metadata tell is said. Raises OSError where `folder`
+    cannot be opened.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        kind = sparse.mount_options(fd)[0] or "unknown"
+        yield _type(folder, fd, kind)
+        unit = grain(fd)
+    finally:
+        os.close(fd)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            yield from _tried(folder, file, page)
+    except OSError as error:
+        yield Finding(
+            folder,
+            "probe",
+            "warning",
+            f"holes could not be tried out: {error.strerror}",
+            f"only its block size of {unit} bytes tells how holes are reported, which is a guess",
+            "run doctor as a user who may write there",
+        )
+
+
+def _type(folder: str, fd: int, kind: str) -> Finding:
+    reason = untrusted_filesystem(fd)
+    if reason is None:
+        return Finding(folder, "filesystem", "fine", f"a filesystem of type {kind}")
+    why = "a diff's holes are its meaning: which pages it leaves to its parent"
+    return Finding(folder, "filesystem", "wrong", reason, why, _ELSEWHERE)
+
+
+def _tried(folder: str, file: BinaryIO, page: int) -> Iterator[Finding]:
+    fd, finding = file.fileno(), partial(Finding, folder)
+    os.ftruncate(fd, _SIZE)
+    os.pwrite(fd, b"\xa5" * page, _MIDDLE)
+    written = _extents(fd)
+    if written == ExtentList([(_MIDDLE, _MIDDLE + page)]):
+        yield finding("grain", "fine", f"one written page of {page} bytes is {page} bytes of data")
+    else:
+        text = (
+            f"one written page of {page} bytes, but {written.data_bytes} bytes of data are reported"
+        )
+        yield finding("grain", "wrong", text, _COARSE, _ELSEWHERE)
+    yield _zeros(folder, fd, page, written)
+    yield _reflink(folder, fd)
+    yield _leases(folder, file)
+
+
+def _extents(fd: int) -> ExtentList:
+    os.fsync(fd)
+    return ExtentList(sparse.data_extents(fd, _SIZE))
+
+
+def _zeros(folder: str, fd: int, page: int, before: ExtentList) -> Finding:
+    os.pwrite(fd, bytes(page), 0)
+    if _extents(fd).data_bytes > before.data_bytes or before.covers(_SIZE):
+        return Finding(folder, "zeros", "fine", "a page of written zeros stays data")
+    return Finding(
+        folder,
+        "zeros",
+        "wrong",
+        "a page of written zeros becomes a hole",
+        "memory that a guest has cleared would show its parent's old bytes",
+        _ELSEWHERE,
+    )
+
+
+def _reflink(folder: str, fd: int) -> Finding:
+    layer = Layer(folder, os.dup(fd))
+    try:
+        with tempfile.TemporaryFile(dir=folder) as other:
+            os.ftruncate(other.fileno(), _SIZE)
+            shared = clone_file(layer, Target(other.fileno(), folder))
+    except DiffMergeError as error:
+        text = f"blocks cannot be shared: {error}"
+        return Finding(folder, "reflink", "fine", text)
+    finally:
+        layer.close()
+    if shared:
+        return Finding(folder, "reflink", "fine", "flatten shares blocks here (reflink)")
+    return Finding(folder, "reflink", "fine", "no reflink: flatten copies each byte here")
+
+
+def _leases(folder: str, file: BinaryIO) -> Finding:
+    # A lease is asked for on a descriptor that is open for reading only.
+    reader = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with_writer = writers(reader)
+        file.close()
+        without = writers(reader)
+    finally:
+        os.close(reader)
+    if (with_writer, without) == (Writers.SOME, Writers.NONE):
+        return Finding(folder, "lease", "fine", "a lease tells whether someone writes to a file")
+    return Finding(
+        folder,
+        "lease",
+        "warning",
+        f"a lease does not tell whether someone writes to a file: of one that is open for writing"
+        f" it says '{with_writer.value}', once it is closed '{without.value}'",
+        "a diff that its VMM still writes to cannot be told from a finished one",
+        "mount and flatten only what its VMM has closed",
+    )

@@ -1,0 +1,1 @@
+"""Directories of snapshots: what is read there, and which chains it makes."""

@@ -1,0 +1,32 @@
+"""Cloud Hypervisor's snapshots: directories with `memory-ranges`, `state.json`, `config.json`.
+
+Cloud Hypervisor writes complete images only, whose holes are zeros: such a directory is a base. One
+that also has a `snapshot.json` (as in a forkd store) with a `parent_tag` holds a diff instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from diffmergefs.beneath import Root
+from diffmergefs.layouts.document import describe
+from diffmergefs.layouts.ranges import MEMORY, with_ranges
+from diffmergefs.layouts.reader import FolderReader, Source, has_file
+from diffmergefs.layouts.snapshot import DOCUMENT, Snapshot, find_regular, with_records
+
+
+class CloudHypervisorReader(FolderReader):
+    """Directories with a `memory-ranges`."""
+
+    name = "cloud-hypervisor"
+
+    def is_tag(self, root: Root, name: str) -> bool:
+        return has_file(root, f"{name}/{MEMORY}")
+
+    def describe(self, source: Source, tag: str, seen: Snapshot) -> Snapshot:
+        root = source.root
+        if has_file(root, f"{tag}/{DOCUMENT}"):
+            return with_ranges(root, describe(root, seen, source.paths))
+        memory = find_regular(root, f"{tag}/{MEMORY}")
+        layer = memory and with_records(root, memory, is_diff=False)
+        return with_ranges(root, replace(seen, memory=layer))

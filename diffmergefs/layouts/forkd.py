@@ -1,0 +1,45 @@
+"""forkd's store: one directory a tag, described by its snapshot.json (also our native form)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from diffmergefs.beneath import Root
+from diffmergefs.layouts import ranges
+from diffmergefs.layouts.document import describe
+from diffmergefs.layouts.reader import FolderReader, Source, has_file
+from diffmergefs.layouts.snapshot import DOCUMENT, Snapshot, find_regular, with_records
+
+_LEGAL_TAG = re.compile(r"[A-Za-z0-9_-](?:[A-Za-z0-9_.+-]{0,62}[A-Za-z0-9_-])?")
+
+
+class ForkdReader(FolderReader):
+    """Directories with a `snapshot.json`; without one, `memory.bin` and `vmstate` are a base.
+
+    One with a `memory-ranges` is Cloud Hypervisor's, whose reader takes a `snapshot.json` too.
+    """
+
+    name = "forkd"
+
+    def is_tag(self, root: Root, name: str) -> bool:
+        if has_file(root, f"{name}/{DOCUMENT}"):
+            return not has_file(root, f"{name}/{ranges.MEMORY}")
+        return has_file(root, f"{name}/memory.bin") and has_file(root, f"{name}/vmstate")
+
+    def describe(self, source: Source, tag: str, seen: Snapshot) -> Snapshot:
+        if has_file(source.root, f"{tag}/{DOCUMENT}"):
+            found = describe(source.root, seen, source.paths)
+        else:
+            memory = find_regular(source.root, f"{tag}/memory.bin")
+            layer = memory and with_records(source.root, memory, is_diff=False)
+            found = replace(seen, memory=layer)
+        return ranges.with_ranges(source.root, found)
+
+    def read_folder(self, source: Source, path: str) -> Snapshot | None:
+        """As every reader's, but for what forkd itself would not take as a tag."""
+        found = super().read_folder(source, path)
+        if found is None or _LEGAL_TAG.fullmatch(path) or not found.state:
+            return found
+        problem = f"{path!r} is no legal tag (1 to 64 of letters, digits, - and _, . and + inside)"
+        return replace(found, problem=problem)

@@ -1,0 +1,139 @@
+"""Numbered layers: 000-base.mem, 001-numpy.mem, ...: the chain is the numeric order."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from diffmergefs.beneath import Root
+from diffmergefs.errors import BrokenChainError
+from diffmergefs.filekey import FileKey
+from diffmergefs.integrity.bmap import SEAL_SUFFIX
+from diffmergefs.layouts.bitmap import PRESENCE_SUFFIX
+from diffmergefs.layouts.reader import Source
+from diffmergefs.layouts.snapshot import Snapshot, StoredFile, is_left_out
+
+SUFFIXES = (".mem", ".bin", ".img")
+_RECORDS = (SEAL_SUFFIX, PRESENCE_SUFFIX)
+_NUMBERED = re.compile(r"(?P<number>[0-9]+)-(?P<stem>.+)", re.DOTALL)
+
+
+class NumberedFile(NamedTuple):
+    """A file name taken apart: `007-work.mem` is number 7, stem 'work', suffix '.mem'."""
+
+    name: str
+    number: int
+    stem: str
+    suffix: str
+
+
+def is_numbered(name: str) -> bool:
+    """Whether a file of this name could be a numbered layer."""
+    return _NUMBERED.fullmatch(name) is not None
+
+
+def memory_files(kinds: Mapping[str, int], suffix: str | None = None) -> list[NumberedFile]:
+    """The memory files among the names of `kinds` (name -> file type), in numeric order.
+
+    Their suffix is `suffix`, or that of the lowest number's memory file; a symlink or FIFO of such
+    a name counts, a directory and a seal never. Raises BrokenChainError for two memory files of
+    one number or of one stem.
+    """
+    suffixes = (_dotted(suffix),) if suffix else SUFFIXES
+    candidates = [
+        f
+        for f in _numbered(kinds)
+        if f.suffix in suffixes and f.suffix not in _RECORDS and kinds[f.name] != stat.S_IFDIR
+    ]
+    if not candidates:
+        return []
+    lowest = candidates[0]
+    _refuse_pairs([f for f in candidates if f.number == lowest.number], "number")
+    found = [f for f in candidates if f.suffix == lowest.suffix]
+    _refuse_pairs(found, "number")
+    _refuse_pairs(found, "stem")
+    return found
+
+
+class NumberedReader:
+    """The numeric order is the chain; each step is a tag, named by the stem after the number."""
+
+    name = "numbered"
+
+    def finds(self, source: Source) -> bool:
+        return bool(memory_files(source.kinds, source.suffix))
+
+    def is_tag(self, root: Root, name: str) -> bool:
+        return False  # its snapshots are files
+
+    def read(self, source: Source) -> dict[str, Snapshot]:
+        """The snapshots by tag.
+
+        A file of the same number and another suffix goes with a layer, but for one that could be
+        memory itself: another of SUFFIXES, and the layer's size.
+        """
+        statuses, kinds = source.statuses, source.kinds
+        layers = memory_files(kinds, source.suffix)
+        companions: dict[int, dict[str, str]] = {f.number: {} for f in layers}
+        memory = {f.number: f.name for f in layers}
+        for file in _numbered(kinds):
+            layer_name = memory.get(file.number)
+            if layer_name is None or file.name == layer_name:
+                continue
+            if not _looks_like_memory(file, statuses[file.name], statuses[layer_name]):
+                companions[file.number][file.name] = file.name
+        snapshots: dict[str, Snapshot] = {}
+        parent = None
+        for layer in layers:
+            files = companions[layer.number]
+            seen = {name: FileKey.of(statuses[name]) for name in (layer.name, *files)}
+            is_regular = kinds[layer.name] == stat.S_IFREG
+            suffixes = (SEAL_SUFFIX,) if parent is None else (SEAL_SUFFIX, PRESENCE_SUFFIX)
+            records = {(s, seen[layer.name + s]) for s in suffixes if layer.name + s in seen}
+            memory_file = StoredFile(layer.name, seen[layer.name], frozenset(records))
+            snapshots[layer.stem] = Snapshot(
+                layer.stem,
+                parent,
+                memory_file if is_regular else None,
+                files=files,
+                problem=None if is_regular else f"{layer.name}: is not a regular file",
+                newest_ns=max(key.mtime_ns for key in seen.values()),
+                state=frozenset(seen.items()),
+            )
+            parent = layer.stem
+        return snapshots
+
+
+def _numbered(kinds: Mapping[str, int]) -> list[NumberedFile]:
+    files = []
+    for name in kinds:
+        match = _NUMBERED.fullmatch(name)
+        if match is None or is_left_out(name):
+            continue
+        stem, suffix = os.path.splitext(match["stem"])
+        files.append(NumberedFile(name, int(match["number"]), stem, suffix))
+    return sorted(files, key=lambda f: (f.number, f.name))
+
+
+def _looks_like_memory(file: NumberedFile, status: os.stat_result, layer: os.stat_result) -> bool:
+    # A diff under another of the suffixes, passed through, would read as an image full of zeros.
+    return file.suffix in SUFFIXES and status.st_size == layer.st_size
+
+
+def _refuse_pairs(files: list[NumberedFile], what: str) -> None:
+    # `what` is 'number' or 'stem'.
+    known: dict[object, NumberedFile] = {}
+    for file in files:
+        other = known.setdefault(getattr(file, what), file)
+        if other is not file:
+            raise BrokenChainError(
+                f"{other.name} and {file.name} are two memory files of one {what};"
+                " rename or remove one, or say which suffix is meant with --suffix"
+            )
+
+
+def _dotted(suffix: str) -> str:
+    return suffix if suffix.startswith(".") else f".{suffix}"

@@ -1,0 +1,1 @@
+"""Maps and histograms as pictures and as text cells."""

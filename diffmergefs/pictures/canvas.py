@@ -1,0 +1,166 @@
+"""A figure measured in pixels from its top left corner, and what is written and painted on it."""
+
+from __future__ import annotations
+
+import base64
+import bisect
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.patches import Rectangle
+from matplotlib.transforms import IdentityTransform
+from numpy.typing import NDArray
+from PIL import Image
+
+from diffmergefs.pictures.legend import shortened
+
+# Matplotlib's unit is 1/72 inch: then points are pixels, in both formats.
+_DPI = 72
+_IMAGE = re.compile(r"<image [^>]*/>")
+
+INK = "#1a1a1a"
+FAINT = "#5c5c5c"
+LINE = "#9a9a9a"
+
+_SANS = "sans-serif"
+_MONO = "monospace"
+
+
+@contextmanager
+def own_style() -> Iterator[None]:
+    """Within it matplotlib's defaults count, not what its user has configured.
+
+    Text in an SVG stays text, so that an address or a name in it can be searched, selected and
+    read aloud; every piece is anchored by itself, so another font than ours moves nothing. The same
+    picture is the same file.
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "diffmergefs"})
+        yield
+
+
+class Canvas:
+    """A white figure of `width` x `height` pixels; positions are from the top left corner."""
+
+    def __init__(self, width: int, height: int, title: str) -> None:
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
+        self._title = _in_font(title, _SANS)
+        self._raster = ""
+
+    def text(
+        self,
+        x: float,
+        y: float,
+        words: str,
+        size: float = 15,
+        *,
+        mono: bool = False,
+        **looks: Any,
+    ) -> None:
+        """Write on the line whose foot is at `y`; `ha="right"` lets it end at `x`."""
+        family = _MONO if mono else _SANS
+        self.figure.text(
+            x,
+            self.height - y,
+            _in_font(words, family),
+            transform=IdentityTransform(),
+            family=family,
+            fontsize=size,
+            parse_math=False,
+            **{"color": INK, "va": "baseline", **looks},
+        )
+
+    def box(self, x: float, y: float, width: float, height: float, **looks: Any) -> None:
+        """A rectangle; `looks` are those of a matplotlib patch."""
+        corner = (x, self.height - y - height)
+        patch = Rectangle(corner, width, height, transform=IdentityTransform(), **looks)
+        self.figure.add_artist(patch)
+
+    def paint(self, x: int, y: int, pixels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> None:
+        """Place an image, pixel by pixel: `pixels` are numbers of `palette`.
+
+        That has at most 256 rows of red-green-blue. There can be one image.
+        """
+        assert not self._raster
+        height, width = pixels.shape
+        self.figure.figimage(palette[pixels], x, self.height - y - height, origin="upper")
+        png = base64.b64encode(_indexed_png(pixels, palette)).decode()
+        self._raster = (
+            f'<image x="{x}" y="{y}" width="{width}" height="{height}"'
+            f' style="image-rendering:pixelated" xlink:href="data:image/png;base64,{png}"/>'
+        )
+
+    def png(self) -> bytes:
+        """The picture as a PNG file."""
+        return self._saved("png", {"Title": self._title})
+
+    def svg(self) -> bytes:
+        """The picture as an SVG file: text as text, and the image in it as one lossless PNG.
+
+        That PNG has a byte a pixel at most, compressed, whatever the image shows.
+        """
+        text = self._saved("svg", {"Title": self._title, "Date": None}).decode()
+        if self._raster:
+            # Matplotlib's own is upside down, and of 4 bytes a pixel before it is compressed.
+            text, count = _IMAGE.subn(lambda _: self._raster, text)
+            assert count == 1
+        return text.encode()
+
+    def _saved(self, kind: str, metadata: dict[str, str | None]) -> bytes:
+        stream = io.BytesIO()
+        self.figure.savefig(stream, format=kind, dpi=_DPI, metadata=metadata)
+        return stream.getvalue()
+
+
+class Picture:
+    """What is drawn on a canvas, `_canvas`, in `own_style`; and as a file."""
+
+    _canvas: Canvas
+
+    def png(self) -> bytes:
+        """The picture as a PNG file."""
+        with own_style():
+            return self._canvas.png()
+
+    def svg(self) -> bytes:
+        """The picture as an SVG file, under 2 MB."""
+        with own_style():
+            return self._canvas.svg()
+
+
+def _indexed_png(pixels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> bytes:
+    stream = io.BytesIO()
+    image = Image.fromarray(pixels)
+    image.putpalette(palette.tobytes())
+    image.save(stream, format="png", optimize=True)
+    return stream.getvalue()
+
+
+def fitting(words: str, width: float, size: float) -> str:
+    """The words in the usual letters, with '..' in the middle if they take more than `width`."""
+    font = get_font(findfont(FontProperties(family=[_SANS])))
+    font.set_size(size, _DPI)
+
+    def fits(length: int) -> bool:
+        font.set_text(shortened(words, length))
+        return bool(font.get_width_height()[0] / 64 <= width)
+
+    length = bisect.bisect(range(5, len(words) + 1), False, key=lambda n: not fits(n))
+    return shortened(words, max(length + 4, 5))
+
+
+def _in_font(words: str, family: str) -> str:
+    # What the font lacks would be drawn as boxes that all look alike.
+    known = get_font(findfont(FontProperties(family=[family]))).get_charmap()
+    return "".join(
+        c if ord(c) in known else c.encode("ascii", "backslashreplace").decode() for c in words
+    )

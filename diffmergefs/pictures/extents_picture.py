@@ -1,0 +1,97 @@
+"""The extents of an image's layers as a picture: how many each has, and how long they are."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from itertools import zip_longest
+
+from diffmergefs.pictures import raster
+from diffmergefs.pictures.canvas import FAINT, LINE, Canvas, Picture, fitting, own_style
+from diffmergefs.pictures.legend import BASE, Kinds, counted, size_text
+
+_LEFT = 32
+_TOP = 104
+_NAMES = 320
+_COUNTS = 300
+_ROW = 84
+_BAR = 56
+_BIN = 72
+
+
+class ExtentsPicture(Picture):
+    """Two histograms side by side, with a row for each layer (or group, if there are more than 12).
+
+    Left how many data extents it has, right how many of which length. `lengths` are `run_lengths`
+    of each layer, base first, for pages of `page` bytes, and `names` what they are called. Bars are
+    logarithmic, and each has its number beside it; none that stands for an extent is empty.
+    """
+
+    def __init__(
+        self, title: str, names: Sequence[str], lengths: Sequence[Sequence[int]], page: int
+    ) -> None:
+        self._kinds = Kinds(len(names))
+        self._page = page
+        self.counts = [
+            [sum(column) for column in zip_longest(*lengths[group.start : group.stop], fillvalue=0)]
+            for group in self._kinds.groups
+        ]
+        self._bins = max(1, *map(len, self.counts))
+        self._right = _LEFT + _NAMES + _COUNTS + 60
+        self._bottom = _TOP + _ROW * len(self.counts)
+        width = max(self._right + self._bins * _BIN + _LEFT, 1000)
+        self._canvas = Canvas(width, self._bottom + 100, title)
+        with own_style():
+            self._draw(title, names)
+
+    def _draw(self, title: str, names: Sequence[str]) -> None:
+        canvas = self._canvas
+        canvas.text(_LEFT, 42, f"{fitting(title, 700, 24)}: data extents", 24, fontweight="bold")
+        layers = counted(len(names), "layer")
+        canvas.text(_LEFT, 72, f"{layers}, bars logarithmic", 17, color=FAINT)
+        canvas.text(_LEFT + _NAMES, _TOP - 6, "extents", 15, color=FAINT)
+        canvas.text(self._right, _TOP - 6, "extents by length", 15, color=FAINT)
+        colours = raster.colours(self._kinds)
+        for row, kind in enumerate(self._kinds.layers):
+            self._draw_row(row, kind, colours[kind], names)
+        self._draw_axis()
+        for line, words in enumerate(textwrap.wrap(self._kinds.note(), 90)):
+            canvas.text(_LEFT, self._bottom + 70 + 20 * line, words, 14, color=FAINT)
+
+    def _draw_row(self, row: int, kind: int, colour: str, names: Sequence[str]) -> None:
+        canvas, foot = self._canvas, _TOP + (row + 1) * _ROW
+        looks = {"facecolor": colour, "edgecolor": LINE, "linewidth": 1}
+        label = self._kinds.label(kind)
+        canvas.text(_LEFT, foot - 20, label, 16)
+        indent = 10 * max(len(self._kinds.label(kind)) for kind in self._kinds.layers) + 12
+        name = self._kinds.name(kind, names)
+        canvas.text(_LEFT + indent, foot - 20, fitting(name, _NAMES - indent - 20, 16), 16)
+        counts = self.counts[kind - BASE]
+        total = sum(counts)
+        width = (_COUNTS - 70) * _share(total, max(map(sum, self.counts)))
+        if total:
+            canvas.box(_LEFT + _NAMES, foot - 41, width, 30, **looks)
+        canvas.text(_LEFT + _NAMES + width + 8, foot - 20, f"{total:,}", 15, mono=True)
+        most = max(max(counts, default=0) for counts in self.counts)
+        for power, count in enumerate(counts):
+            if count:
+                height = _BAR * _share(count, most)
+                x = self._right + power * _BIN
+                canvas.box(x + 4, foot - height, _BIN - 8, height, **looks)
+                middle = x + _BIN / 2
+                canvas.text(middle, foot - height - 4, f"{count:,}", 12, ha="center")
+        canvas.box(self._right, foot, self._bins * _BIN, 0, edgecolor=LINE, linewidth=1)
+
+    def _draw_axis(self) -> None:
+        for power in range(self._bins):
+            x = self._right + (power + 0.5) * _BIN
+            words = size_text(self._page << power)
+            self._canvas.text(x, self._bottom + 20, words, 13, ha="center", color=FAINT)
+        words = "each column: from this length up to the next one's"
+        self._canvas.text(self._right, self._bottom + 42, words, 13, color=FAINT)
+
+
+def _share(count: int, most: int) -> float:
+    # From just above 0 for one extent to 1 for the most.
+    return math.log2(1 + count) / math.log2(1 + most) if count else 0.0

@@ -1,0 +1,191 @@
+"""A map of an image as a picture: its cells along a curve, and in words what they show."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffmergefs.pictures import cells, curve, raster
+from diffmergefs.pictures.canvas import FAINT, LINE, Canvas, Picture, fitting, own_style
+from diffmergefs.pictures.legend import (
+    HOLE,
+    ZEROS,
+    Kinds,
+    Subject,
+    address,
+    counted,
+    percent,
+    size_text,
+)
+from diffmergefs.zeros import Piece
+
+LEFT = 32
+TOP = 92
+_ADDRESSES = 130
+_LEGEND = 540
+
+
+class MapPicture(Picture):
+    """The map of one subject; `png` and `svg` give it as a file.
+
+    The square has `2**order` cells a side, numbered from the start of the range on along a Hilbert
+    curve (`curve.hilbert`) or row by row; `pixel` says where each is. A cell has the colour of the
+    newest layer in it, and the stronger, the larger that one's share is; written zeros come after
+    all layers, and holes last. Cells beyond the end are hatched. Nothing is drawn over a cell.
+    """
+
+    def __init__(self, pieces: Iterable[Piece], subject: Subject, layout: str = "hilbert") -> None:
+        """Takes the pieces of the range, once and in order; raises what they raise."""
+        self.subject = subject
+        self._along = layout == "hilbert"
+        self.kinds = Kinds(len(subject.names))
+        self.order, self.grid = cells.square_grid(subject.start, subject.stop, subject.page)
+        self._placing = raster.Placing(self.order, parted=self._along)
+        self._square = curve.hilbert(self.order) if self._along else curve.linear(self.order)
+        self._left = LEFT if self._along else LEFT + _ADDRESSES
+        kinds = ((p.start, p.stop, self.kinds.of(p.layer, p.zero)) for p in pieces)
+        self.found = cells.tops(kinds, self.grid, len(self.kinds))
+        with own_style():
+            self._draw()
+
+    def pixel(self, row: int, column: int) -> tuple[int, int]:
+        """The top left pixel (x, y) of a cell of the square, from the picture's top left."""
+        x, y = self._placing.pixel(row, column)
+        return self._left + x, TOP + y
+
+    def _draw(self) -> None:
+        width, height = self._placing.size
+        legend = self._left + width + 40
+        self._canvas = Canvas(legend + _LEGEND + LEFT, TOP + height + 36, self.subject.title)
+        self._write_title()
+        drawn = raster.cell_colours(self.found, self.grid, self.subject.page)
+        self._palette = raster.palette(self.kinds)
+        image = self._placing.image(self._square, drawn)
+        self._canvas.paint(self._left, TOP, image, self._palette)
+        if self._along:
+            self._write_parts()
+        else:
+            self._write_rows()
+        self._write_legend(legend)
+
+    def _write_title(self) -> None:
+        subject, pages = self.subject, self.grid.cell // self.subject.page
+        cell = f"{counted(pages, 'page')} a cell ({size_text(self.grid.cell)})"
+        title = f"{fitting(subject.title, 900, 24)}: {cell}"
+        self._canvas.text(LEFT, 42, title, 24, fontweight="bold")
+        side = self._placing.side
+        facts = [
+            f"{side} x {side} cells, {'Hilbert curve' if self._along else 'row by row'}",
+            f"{size_text(subject.size)} image, {counted(len(subject.names), 'layer')}",
+        ]
+        if (subject.start, subject.stop) != (0, subject.size):
+            first, last = (address(at, subject.stop) for at in (subject.start, subject.stop))
+            facts.append(f"range {first} to {last}")
+        self._canvas.text(LEFT, 72, " · ".join(facts), 17, color=FAINT)
+
+    # Addresses
+
+    def _write_rows(self) -> None:
+        self._frame(0, 0, self._placing.side)
+        for row in range(0, self._placing.side, max(1, self._placing.side // 16)):
+            if (number := int(self._square[row, 0])) < self.grid.cells:
+                x, y = self.pixel(row, 0)
+                words = self._address(number)
+                self._canvas.text(x - 10, y + 11, words, 14, mono=True, ha="right")
+
+    def _write_parts(self) -> None:
+        side = self._placing.side // self._placing.parts
+        parts = self._square[::side, ::side] // side**2
+        for (row, column), part in np.ndenumerate(parts):
+            self._frame(row * side, column * side, side)
+            if (number := int(part) * side**2) < self.grid.cells:
+                x, y = self.pixel(row * side, column * side)
+                goes_on = number + side**2 < self.grid.cells
+                words = f"{self._address(number)} {_arrow(parts, row, column) if goes_on else ''}"
+                self._canvas.text(x, y - 6, words, 14, mono=True)
+
+    def _frame(self, row: int, column: int, side: int) -> None:
+        x, y = self.pixel(row, column)
+        pixels = side * self._placing.zoom + 1
+        # Just around the cells: not moved to where matplotlib thinks that lines look best.
+        looks = {"fill": False, "edgecolor": LINE, "linewidth": 1, "snap": False}
+        self._canvas.box(x - 0.5, y - 0.5, pixels, pixels, **looks)
+
+    def _address(self, number: int) -> str:
+        return address(self.grid.origin + number * self.grid.cell, self.subject.stop)
+
+    # The legend
+
+    def _write_legend(self, x: int) -> None:
+        y = TOP + raster.STRIP + 4
+        self._canvas.text(x, y, "layer", 15, color=FAINT)
+        self._canvas.text(x + _LEGEND - 95, y, "bytes", 15, color=FAINT, ha="right")
+        self._canvas.text(x + _LEGEND, y, "share", 15, color=FAINT, ha="right")
+        colours = raster.colours(self.kinds)
+        whole = self.subject.stop - self.subject.start
+        for kind in [*self.kinds.layers, *[ZEROS] * self.subject.scanned, HOLE]:
+            y += 32
+            self._swatch(x, y, facecolor=colours[kind])
+            name = self.kinds.name(kind, self.subject.names)
+            label = self.kinds.label(kind) if kind in self.kinds.layers else ""
+            nbytes = self.found.totals[kind]
+            self._write_entry(x, y, label, name, nbytes, percent(nbytes, whole))
+        y = self._write_beyond(x, y)
+        y = self._write_strengths(x, y + 48)
+        for line in self._notes():
+            self._canvas.text(x, y, line, 14, color=FAINT)
+            y += 21
+
+    def _write_entry(self, x: int, y: int, label: str, name: str, nbytes: int, share: str) -> None:
+        right, indent = x + _LEGEND, x + 36
+        if label:
+            indent += max(10 * len(self.kinds.label(kind)) for kind in self.kinds.layers) + 10
+            self._canvas.text(indent - 10, y, label, 16, ha="right")
+        self._canvas.text(indent, y, fitting(name, right - 250 - indent, 16), 16)
+        self._canvas.text(right - 95, y, f"{nbytes:,}", 15, mono=True, ha="right")
+        self._canvas.text(right, y, share, 15, mono=True, ha="right")
+
+    def _swatch(self, x: int, y: int, **looks: str) -> None:
+        self._canvas.box(x, y - 15, 24, 19, edgecolor=LINE, linewidth=1, **looks)
+
+    def _write_beyond(self, x: int, y: int) -> int:
+        room = self._placing.side**2
+        if not (beyond := room - self.grid.cells):
+            return y
+        y += 32
+        self._swatch(x, y, facecolor="white", hatch="////")
+        end = "end" if self.subject.stop == self.subject.size else "range"
+        share = percent(beyond, room)
+        self._write_entry(x, y, "", f"beyond the {end}", beyond * self.grid.cell, share)
+        self._canvas.text(x + 36, y + 20, "(share of the square)", 13, color=FAINT)
+        return y + 20
+
+    def _write_strengths(self, x: int, y: int) -> int:
+        if self.grid.cell == self.subject.page:
+            return y
+        self._canvas.text(x, y, "share of the cell, logarithmic", 14, color=FAINT)
+        newest = raster.colour_number(len(self.kinds) - 1, 1)
+        shades = self._palette[newest : newest + raster.STRENGTHS] / 255
+        for step, colour in enumerate(shades):
+            self._canvas.box(x + step * 12, y + 10, 12, 19, facecolor=tuple(colour), linewidth=0)
+        self._canvas.text(x, y + 48, "1 page", 13)
+        self._canvas.text(x + raster.STRENGTHS * 12, y + 48, "all", 13, ha="right")
+        return y + 84
+
+    def _notes(self) -> Iterator[str]:
+        if self.grid.cell > self.subject.page:
+            yield "A cell has the colour of the newest layer in it."
+        if self._placing.parts > 1:
+            yield "Each square is a part of the range, from the address"
+            yield "above it on; the arrow points to the next one."
+        if self.kinds.grouped:
+            yield from textwrap.wrap(self.kinds.note(), 60)
+
+
+def _arrow(parts: NDArray[np.int64], row: int, column: int) -> str:
+    # To where the next part of the curve is.
+    ((y, x),) = np.argwhere(parts == parts[row, column] + 1)
+    return {(0, 1): "→", (0, -1): "←", (1, 0): "↓", (-1, 0): "↑"}[int(y) - row, int(x) - column]

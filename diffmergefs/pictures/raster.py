@@ -1,0 +1,118 @@
+"""The cells of a map as an image: which colour each has, and where its pixels are."""
+
+from __future__ import annotations
+
+from array import array
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import to_hex, to_rgb
+from numpy.typing import NDArray
+
+from diffmergefs.pictures import cells
+from diffmergefs.pictures.legend import BASE, HOLE, ZEROS, Kinds
+
+SIDE = 1024
+GAP = 12
+STRIP = 22
+STRENGTHS = 16
+
+_PAPER = "#ffffff"
+_LINES = "#9a9a9a"
+_HATCH_PERIOD = 8
+
+# Numbers of the palette; from _KINDS on there are STRENGTHS colours for each kind but holes.
+_GUTTER, _HOLE, _BEYOND, _HATCH, _KINDS = range(5)
+
+
+def colours(kinds: Kinds) -> list[str]:
+    """The colour of each kind at full strength: the newer a layer, the darker it is.
+
+    So the order of lightness is that of age, also in grey and for those who see fewer hues; written
+    zeros are lighter than the base, and holes are white.
+    """
+    diffs = len(kinds.layers) - 1
+    scale = matplotlib.colormaps["plasma"].resampled(256)
+    steps = [0.02 + 0.70 * (diffs - 1 - n) / max(diffs - 1, 1) for n in range(diffs)]
+    return [_PAPER, "#cdf3f1", "#d3d7de", *(to_hex(scale(step)) for step in steps)]
+
+
+def palette(kinds: Kinds) -> NDArray[np.uint8]:
+    """The colours of a map, red-green-blue; `strong` and `cell_colours` are numbers of these."""
+    full = [np.array(to_rgb(colour)) for colour in colours(kinds)]
+    found = [np.array(to_rgb(colour)) for colour in (_PAPER, _PAPER, _PAPER, _LINES)]
+    for kind in range(ZEROS, len(kinds)):
+        # A weak diff is still darker than the base, and a weak base darker than a hole.
+        weakest = (full[kind] + full[BASE if kind > BASE else HOLE]) / 2
+        found += list(np.linspace(weakest, full[kind], STRENGTHS))
+    return np.array(np.rint(np.array(found) * 255), np.uint8)
+
+
+def colour_number(kind: int, strength: int) -> int:
+    """The number in the palette of a kind other than a hole, of strength 1 to STRENGTHS."""
+    return _KINDS + (kind - ZEROS) * STRENGTHS + strength - 1
+
+
+def cell_colours(found: cells.Tops, grid: cells.Grid, page: int) -> NDArray[np.uint8]:
+    """For each cell the number of its colour: the newest layer's, as strong as its share."""
+    kinds = np.frombuffer(found.kinds, np.uint8).astype(np.int64)
+    drawn = colour_number(0, 0) + kinds * STRENGTHS + _strengths(found.nbytes, grid, page)
+    return np.where(kinds == HOLE, _HOLE, drawn).astype(np.uint8)
+
+
+def _strengths(nbytes: array[int], grid: cells.Grid, page: int) -> NDArray[np.int64]:
+    # There are few different numbers of bytes, so that the scale is asked once for each.
+    found, where = np.unique(np.frombuffer(nbytes, np.uint64), return_inverse=True)
+    levels = [cells.level(int(n), grid.cell, page, STRENGTHS) for n in found]
+    strengths = np.array(levels, np.int64)[where]
+    for number in {0, grid.cells - 1}:  # they may hold less
+        whole = grid.bytes_in(number)
+        strengths[number] = cells.level(nbytes[number], whole, page, STRENGTHS)
+    return strengths
+
+
+class Placing:
+    """Where the cells of a square of `2**order` a side are in an image of SIDE pixels a side.
+
+    With `parted` it is cut into 4 x 4 parts (as many as there are cells, if fewer), GAP pixels
+    apart, each with STRIP pixels above it, so that what is written there hides no cell.
+    """
+
+    def __init__(self, order: int, *, parted: bool) -> None:
+        self.side = 2**order
+        self.zoom = SIDE // self.side
+        self.parts = min(4, self.side) if parted else 1
+        self._strip = STRIP if parted else 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the image in pixels."""
+        x, y = self.pixel(self.side - 1, self.side - 1)
+        return x + self.zoom, y + self.zoom
+
+    def pixel(self, row: int, column: int) -> tuple[int, int]:
+        """The top left pixel (x, y) of a cell, `zoom` pixels a side."""
+        before = column * self.parts // self.side, row * self.parts // self.side
+        x = column * self.zoom + before[0] * GAP
+        return x, self._strip + row * self.zoom + before[1] * (GAP + self._strip)
+
+    def image(self, square: NDArray[np.int64], drawn: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The image, as numbers of the palette; `square` has the number of the cell at each place.
+
+        `drawn` are the colours of the cells that there are; the others are hatched.
+        """
+        numbers = np.full(square.size, _BEYOND, np.uint8)
+        numbers[: len(drawn)] = drawn
+        plain = numbers[square].repeat(self.zoom, 0).repeat(self.zoom, 1)
+        y, x = np.indices(plain.shape)
+        plain[(plain == _BEYOND) & ((x + y) % _HATCH_PERIOD < 2)] = _HATCH
+        width, height = self.size
+        image = np.full((height, width), _GUTTER, np.uint8)
+        part, pixels = self.side // self.parts, SIDE // self.parts
+        for row in range(self.parts):
+            for column in range(self.parts):
+                x0, y0 = self.pixel(row * part, column * part)
+                rows = slice(row * pixels, (row + 1) * pixels)
+                columns = slice(column * pixels, (column + 1) * pixels)
+                image[y0 : y0 + pixels, x0 : x0 + pixels] = plain[rows, columns]
+        return image

@@ -1,0 +1,149 @@
+"""What a mount needs of this machine, found out without mounting anything."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from diffmergefs.health.finding import Finding
+from diffmergefs.serving.mountpoint import ROOTS_PATH
+
+FUSE_CONF = "/etc/fuse.conf"
+FUSE_DEVICE = "/dev/fuse"
+_HELPER = "fusermount3"
+# preadv2's RWF_NOWAIT, by which a read that would block is moved to a thread.
+_OLDEST = (4, 14)
+_IMPORT_SECONDS = 60
+
+_finding = partial(Finding, "host")
+_NO_MOUNT = "nothing can be mounted here; flatten, info, verify and seal work all the same"
+
+
+def examine_host() -> Iterator[Finding]:
+    """Kernel, /dev/fuse, fusermount3, /etc/fuse.conf and pyfuse3, as this user meets them.
+
+    /dev/fuse is opened for a moment, and pyfuse3 is imported by another process. Nothing is raised.
+    """
+    yield _kernel()
+    yield _device()
+    yield _helper()
+    yield _others()
+    yield _library()
+
+
+def others_may_be_let_in() -> bool:
+    """Whether /etc/fuse.conf lets ordinary users mount with allow_other, as far as can be told.
+
+    True where it cannot be read: only fusermount3 must be able to.
+    """
+    try:
+        text = Path(FUSE_CONF).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return "user_allow_other" in (line.strip() for line in text.splitlines())
+
+
+def _kernel() -> Finding:
+    release = platform.release()
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    if sys.platform != "linux":
+        return _finding(
+            "kernel",
+            "wrong",
+            f"this is {sys.platform}",
+            "data extents can be read on Linux only",
+            "run diffmergefs on Linux",
+        )
+    if numbers and (int(numbers[1]), int(numbers[2])) < _OLDEST:
+        return _finding(
+            "kernel",
+            "warning",
+            f"Linux {release} is older than {_OLDEST[0]}.{_OLDEST[1]}",
+            "every read that misses the page cache would hold up the others",
+            "upgrade the kernel",
+        )
+    return _finding("kernel", "fine", f"Linux {release}")
+
+
+def _device() -> Finding:
+    try:
+        os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        remedy = "load the module (modprobe fuse), or give the container --device /dev/fuse"
+        return _finding("device", "warning", f"no {FUSE_DEVICE}", _NO_MOUNT, remedy)
+    except OSError as error:
+        return _finding(
+            "device",
+            "warning",
+            f"{FUSE_DEVICE}: {error.strerror}",
+            _NO_MOUNT,
+            "have its mode set to 0666 again, as distributions have it; in a container, allow the"
+            " device (--device /dev/fuse)",
+        )
+    return _finding("device", "fine", f"{FUSE_DEVICE} can be opened")
+
+
+def _helper() -> Finding:
+    is_root = os.geteuid() == 0
+    path = shutil.which(_HELPER, path=ROOTS_PATH if is_root else None)
+    install = "install it (Debian: apt-get install fuse3)"
+    if path is None and is_root:
+        return _finding("helper", "fine", f"no {_HELPER}; root mounts without it")
+    if path is None:
+        return _finding("helper", "warning", f"no {_HELPER} in $PATH", _NO_MOUNT, install)
+    status = os.stat(path)
+    if not is_root and not (status.st_mode & stat.S_ISUID and status.st_uid == 0):
+        return _finding(
+            "helper",
+            "warning",
+            f"{path} is not setuid root",
+            "only root can mount here",
+            f"have it so again: chown root {path}; chmod 4755 {path}",
+        )
+    return _finding("helper", "fine", f"{path} mounts for ordinary users")
+
+
+def _others() -> Finding:
+    if others_may_be_let_in():
+        return _finding("allow_other", "fine", f"{FUSE_CONF} lets users mount with --allow-other")
+    if os.geteuid() == 0:
+        return _finding("allow_other", "fine", "root may mount with --allow-other")
+    return _finding(
+        "allow_other",
+        "warning",
+        f"no line user_allow_other in {FUSE_CONF}",
+        "a VMM that runs as another user cannot open the images that this user mounts",
+        "have root add that line, or mount as the VMM's user",
+    )
+
+
+def _library() -> Finding:
+    # By another process: one that crashes, or is built for another Python, must not end this one.
+    command = [sys.executable, "-c", "import pyfuse3, trio"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS)
+        said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        works = done.returncode == 0
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said, works = str(error), False
+    if works:
+        version = importlib.metadata.version("pyfuse3")
+        return _finding("pyfuse3", "fine", f"pyfuse3 {version} can be imported")
+    return _finding(
+        "pyfuse3",
+        "warning",
+        f"pyfuse3 cannot be imported: {said}",
+        _NO_MOUNT,
+        "install libfuse3 and pyfuse3 (Debian: apt-get install libfuse3-3; pip install pyfuse3)",
+    )

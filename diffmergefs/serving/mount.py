@@ -1,0 +1,378 @@
+"""Mounting and serving: session options, signals, the event loop, and the end (law 10)."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Literal, NamedTuple
+
+import pyfuse3
+import trio
+
+from diffmergefs.errors import DiffMergeError, MountFailedError, MountpointError
+from diffmergefs.images import raise_descriptor_limit
+from diffmergefs.lease import SIGNAL, Leases
+from diffmergefs.serving import mountpoint as mountpoints
+from diffmergefs.serving import tuning
+from diffmergefs.serving.connection import Connection
+from diffmergefs.serving.dropbehind import DropBehind
+from diffmergefs.serving.host import FUSE_CONF, FUSE_DEVICE, others_may_be_let_in
+from diffmergefs.serving.notify import Notifier
+from diffmergefs.serving.openwatch import OpenWatch, Unwatched
+from diffmergefs.serving.operations import Operations
+from diffmergefs.serving.store import Store
+from diffmergefs.serving.tree import Tree
+from diffmergefs.serving.tuning import Tuning
+from diffmergefs.workingsets.adviser import Adviser
+from diffmergefs.workingsets.guarded import GuardedNotify
+from diffmergefs.workingsets.prefetch import Notify, Prefetcher
+from diffmergefs.workingsets.recorder import Recorder
+from diffmergefs.workingsets.workingset import WorkingSets
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.6
+# How many may be under way at once. Those beyond wait in the kernel, also for what is not slow.
+_MAX_REQUESTS = 10_000
+_M_MMAP_THRESHOLD = -3
+# For how long the end waits for a push: it may read from storage that hangs.
+_STOP_SECONDS = 2.0
+_REFUSED_OPTIONS = {
+    *("rw", "suid", "dev", "exec"),
+    *("max_read", "fsname", "subtype", "fd", "rootmode", "user_id", "group_id"),
+}
+
+
+class Restoring(NamedTuple):
+    """What is done with working sets: each is recorded, or brought into the page cache."""
+
+    sets: WorkingSets
+    how: Literal["record", "notify", "fadvise"]
+
+
+def session_options(
+    source: str, extra: Sequence[str], *, allow_other: bool, open_rw: bool
+) -> set[str]:
+    """The mount options of a session that shows `source`; `extra` are the user's own.
+
+    Raises MountFailedError for one that would break the session.
+    """
+    for option in extra:
+        if option.split("=", 1)[0] in _REFUSED_OPTIONS:
+            raise MountFailedError(f"-o {option}: cannot be used with a read-only FUSE view")
+    name = source.replace("\\", "\\\\").replace(",", "\\,")
+    options = {f"fsname={name}", "subtype=diffmergefs", "default_permissions"}
+    options |= {"nosuid", "nodev", "noexec"} | set(extra)
+    if allow_other:
+        options.add("allow_other")
+    if not open_rw:
+        options.add("ro")
+    return options
+
+
+def settle(store: Store) -> None:
+    """Look over the store until what is fresh has been seen twice, so that it is shown at once."""
+    if store.look():
+        time.sleep(LOOK_SECONDS)
+        store.look()
+
+
+def serve(
+    tree: Tree,
+    mountpoint: str,
+    options: set[str],
+    ready: Callable[[], None],
+    leases: Leases,
+    notifier: Notifier,
+    wanted: Tuning = Tuning(),  # noqa: B008  (it is frozen)
+    restoring: Restoring | None = None,
+    *,
+    drop_behind: bool = False,
+) -> None:
+    """Mount the tree on `mountpoint` and serve until it is unmounted; `ready` is called once it
+    answers.
+
+    `mountpoint` is a real path that `check_mountpoint` accepted. `leases` are those kept on the
+    tree's layers: one that is being broken is given back at once. `notifier` is told how many
+    snapshots are shown and files open, and of the stop. `wanted` is asked of the kernel before it
+    is ready. With `drop_behind`, layers' pages are dropped from the page cache once they were
+    served. Call it in the main thread. On SIGTERM and SIGINT (and SIGHUP, unless it is ignored) the
+    mount is detached and served on until its last file is closed; a second signal ends it at once.
+    Raises MountFailedError.
+    """
+    raise_descriptor_limit()
+    _give_memory_back()
+    dropping = DropBehind() if drop_behind else None
+    operations = Operations(tree, dropping)
+    with _signals_kept() as early:
+        try:
+            pyfuse3.init(operations, mountpoint, {_Option(option) for option in options})
+        except RuntimeError as error:
+            raise MountFailedError(f"{mountpoint}: {_why_not(error, options)}") from error
+        entry = _entry_at(mountpoint)
+        device = entry.device if entry else ""
+        connection = Connection(device) if entry else None
+        try:
+            operations.watch = _watch_of(tree, connection, device, restoring)
+            trio.run(_run, operations, entry, ready, early, leases, notifier, wanted, connection)
+        finally:
+            # Nothing may call into a session that is closed.
+            _stop_watch(operations, connection)
+            if connection is not None:
+                connection.close()
+            # Once detached, another mount may stand at the same place: that one is not ours to end.
+            pyfuse3.close(unmount=_entry_at(mountpoint) == entry)
+            if dropping is not None:
+                dropping.close()
+
+
+def _give_memory_back() -> None:
+    # What is at least as large as this has pages of its own, which the kernel gets back when it is
+    # freed. By default glibc (mallopt(3)) learns from the large lists of the first merge not to do
+    # that: seen with 16 chains of 100,000 segments, 5 MiB more.
+    with suppress(AttributeError):  # another libc
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+
+
+def _watch_of(
+    tree: Tree, connection: Connection | None, device: str, restoring: Restoring | None
+) -> OpenWatch:
+    if restoring is None:
+        return Unwatched()
+    if restoring.how == "record":
+        return Recorder(restoring.sets)
+    if connection is None:
+        return Unwatched()  # the log said that the table of mounts cannot be read
+    adviser = Adviser(os.makedev(*map(int, device.split(":"))), tree.path_of)
+    if restoring.how == "fadvise":
+        return Prefetcher(restoring.sets, adviser)
+    if restoring.sets.has_any():
+        # So that the first push need not wait for it; what is wrong with it the push will say.
+        with suppress(OSError):
+            connection.guard()
+    start = functools.partial(_guard, connection)
+    notify = Notify(pyfuse3.notify_store)
+    return Prefetcher(restoring.sets, GuardedNotify(notify, adviser, start))
+
+
+def _guard(connection: Connection) -> None:
+    # In the event loop, which is the main thread's: it takes the loop a millisecond or two, once.
+    try:
+        trio.from_thread.run_sync(connection.guard, trio_token=pyfuse3.trio_token)
+    except RuntimeError as error:
+        raise OSError(errno.ENOTCONN, "the mount is ending") from error
+    connection.wait_for_guard()
+
+
+def _stop_watch(operations: Operations, connection: Connection | None) -> None:
+    if not operations.watch.stop(_STOP_SECONDS) and connection is not None:
+        # It waits for a page of a request whose storage hangs: the kernel can end that request.
+        connection.abort()
+        operations.watch.stop(_STOP_SECONDS)
+
+
+def _why_not(error: RuntimeError, options: set[str]) -> str:
+    asked = {"allow_other", "allow_root"} & options
+    if asked and os.geteuid() != 0 and not others_may_be_let_in():
+        return (
+            f"--allow-other takes the line user_allow_other in {FUSE_CONF}, unless root mounts;"
+            " have it added there, or leave --allow-other out"
+        )
+    return f"{error}; is {FUSE_DEVICE} there, and open to this user, and is fusermount3 installed?"
+
+
+class _Option(str):
+    # pyfuse3 encodes options as ASCII, but the path in fsname may hold anything.
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return os.fsencode(str(self))
+
+
+@contextmanager
+def _signals_kept() -> Iterator[list[int]]:
+    # From before the mount is made until after it is gone, a signal that ends a process is only
+    # noted, but for what _watch_signals does with it: an exception in between would leave a mount
+    # without a daemon.
+    noted: list[int] = []
+    before = {n: signal.signal(n, lambda n, _: noted.append(n)) for n in _ending_signals()}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ending_signals() -> set[int]:
+    # nohup(1) has SIGHUP ignored, and so it stays.
+    hangup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else set()
+    return {signal.SIGTERM, signal.SIGINT, *hangup}
+
+
+def _entry_at(mountpoint: str) -> mountpoints.MountEntry | None:
+    try:
+        return mountpoints.mount_entry(mountpoint)
+    except OSError as error:
+        log.warning("the table of mounts cannot be read: %s", error)
+        return None
+
+
+async def _run(
+    operations: Operations,
+    entry: mountpoints.MountEntry | None,
+    ready: Callable[[], None],
+    early: Sequence[int],
+    leases: Leases,
+    notifier: Notifier,
+    wanted: Tuning,
+    connection: Connection | None,
+) -> None:
+    service = _Service(operations, notifier)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_watch_leases, leases)
+        watch = functools.partial(_watch_signals, operations, entry, nursery.cancel_scope, early)
+        await nursery.start(watch, service, connection)
+        if notifier:
+            nursery.start_soon(service.tell_on)
+        if operations.tree.store is not None:
+            nursery.start_soon(_watch_source, operations.tree.store)
+        nursery.start_soon(_say_ready, operations, entry, ready, wanted)
+        await pyfuse3.main(max_tasks=_MAX_REQUESTS)
+        nursery.cancel_scope.cancel()
+
+
+class _Service:
+    # What a service manager is told of a mount.
+
+    def __init__(self, operations: Operations, notifier: Notifier) -> None:
+        self._operations = operations
+        self._notifier = notifier
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        self._is_stopping = True
+        self._notifier.tell("STOPPING=1", f"STATUS={self.status()}")
+
+    def status(self) -> str:
+        files = _counted(self._operations.open_files, "file")
+        if self._is_stopping:
+            return f"detached; {files} open, serving on until the last is closed"
+        store = self._operations.tree.store
+        shown = "one image" if store is None else _counted(len(store.tags()), "snapshot")
+        return f"serving {shown}, {files} open"
+
+    async def tell_on(self) -> None:
+        said = ""
+        while True:
+            if (status := self.status()) != said:
+                self._notifier.tell(f"STATUS={status}")
+                said = status
+            await trio.sleep(LOOK_SECONDS)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+async def _say_ready(
+    operations: Operations,
+    entry: mountpoints.MountEntry | None,
+    ready: Callable[[], None],
+    wanted: Tuning,
+) -> None:
+    # The answer to the first request undoes what was set before it.
+    await operations.answers.wait()
+    if entry is not None:
+        readahead = await trio.to_thread.run_sync(tuning.tune, entry.device, wanted)
+        if isinstance(operations.watch, Recorder):
+            operations.watch.readahead_kib = readahead
+    log.info("ready")
+    ready()
+
+
+async def _watch_source(store: Store) -> None:
+    said = ""
+    while True:
+        started = trio.current_time()
+        await trio.sleep(LOOK_SECONDS)
+        try:
+            await trio.to_thread.run_sync(store.look, abandon_on_cancel=True)
+            said = ""
+        except DiffMergeError as error:
+            if str(error) != said:
+                log.warning("nothing is shown until this is mended: %s", error)
+            said = str(error)
+        except Exception:
+            log.exception("looking over the source failed: this is a bug")
+        # A look at a very large directory must not keep a processor busy.
+        await trio.sleep(max(0.0, trio.current_time() - started - 2 * LOOK_SECONDS))
+
+
+async def _watch_leases(
+    leases: Leases, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    with trio.open_signal_receiver(SIGNAL) as signals:
+        _answer_breaks(leases)  # those that came before anybody listened
+        task_status.started()
+        async for _ in signals:
+            _answer_breaks(leases)
+
+
+def _answer_breaks(leases: Leases) -> None:
+    try:
+        leases.answer_breaks()
+    except Exception:
+        log.exception("answering who opens a layer for writing failed: this is a bug")
+
+
+async def _watch_signals(
+    operations: Operations,
+    entry: mountpoints.MountEntry | None,
+    everything: trio.CancelScope,
+    early: Sequence[int],
+    service: _Service,
+    connection: Connection | None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    with trio.open_signal_receiver(*_ending_signals()) as signals:
+        for number in early:
+            signal.raise_signal(number)
+        task_status.started()
+        asked = False
+        async for number in signals:
+            name = signal.Signals(number).name
+            if asked:
+                log.info("%s again: ending at once, %d files open", name, operations.open_files)
+                # While requests are still answered: a push may wait for a page that one of them
+                # brings, where no signal reaches it.
+                with trio.move_on_after(3 * _STOP_SECONDS):
+                    await trio.to_thread.run_sync(
+                        _stop_watch, operations, connection, abandon_on_cancel=True
+                    )
+                # Requests that are being answered are not waited for: their storage may hang.
+                pyfuse3.terminate()
+                everything.cancel()
+                return
+            asked = True
+            log.info(
+                "%s: detached; %d files are open, serving on until the last is closed",
+                name,
+                operations.open_files,
+            )
+            service.stop()
+            await trio.to_thread.run_sync(_detach, entry, abandon_on_cancel=True)
+
+
+def _detach(entry: mountpoints.MountEntry | None) -> None:
+    # Only our own mount: it may be gone already, and another one may stand in its place.
+    try:
+        if entry is not None and mountpoints.mount_entry(entry.path) == entry:
+            mountpoints.detach(entry.path)
+    except (MountpointError, OSError) as error:
+        log.warning("%s; unmount it by hand, a second signal ends it at once", error)

@@ -1,0 +1,424 @@
+"""The mounted tree: which names stand where, with which attributes. Knows nothing of FUSE.
+
+Everything that touches files blocks; the adapter calls it in worker threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import stat
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from diffmergefs import beneath
+from diffmergefs.errors import DiffMergeError
+from diffmergefs.images import require_spare_descriptors
+from diffmergefs.layouts.snapshot import DOCUMENT, Snapshot, is_left_out
+from diffmergefs.serving.access import file_bits, folder_bits, reachable, real_folders
+from diffmergefs.serving.status import METRICS_FILE, STATUS_FILE, STATUS_FOLDER
+from diffmergefs.serving.store import OpenImage, Store
+
+ROOT_INODE = 1
+_PASSED = frozenset({stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK})
+
+
+@dataclass(frozen=True)
+class Root:
+    """The mount's own directory."""
+
+
+@dataclass(frozen=True)
+class TagFolder:
+    """The directory of one tag."""
+
+    tag: str
+
+
+@dataclass(frozen=True)
+class MemoryFile:
+    """A merged memory file. Another image of the same tag is another file."""
+
+    shown: OpenImage
+
+
+@dataclass(frozen=True)
+class Document:
+    """A tag's rewritten snapshot.json."""
+
+    tag: str
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A file, directory or symlink of SOURCE that is passed through, by its path beneath it.
+
+    One that is `elsewhere` is shown in another directory than its own.
+    """
+
+    path: str
+    device: int
+    inode: int
+    kind: int
+    elsewhere: bool = False
+
+
+@dataclass(frozen=True)
+class StatusFolder:
+    """The directory in the root that no listing has, with what the mount says of itself."""
+
+
+@dataclass(frozen=True)
+class StatusFile:
+    """One file of it, whose content is made when it is opened."""
+
+    name: str
+
+
+Node = Root | TagFolder | MemoryFile | Document | Passed | StatusFolder | StatusFile
+
+
+class Attributes(NamedTuple):
+    """What stat(2) says of a node; `blocks` of 512 bytes. `constant` ones never change."""
+
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    blocks: int
+    nlink: int
+    mtime_ns: int
+    constant: bool = False
+
+
+class Tree:
+    """The nodes below a mountpoint and their inode numbers, which are never used twice.
+
+    Shows a `store`, or with `explicit` one image under its name. `mountpoint` is the absolute path
+    that rewritten documents point into. With `open_rw` whoever may read a memory file may also
+    open it for writing (writes themselves are the adapter's to refuse).
+    """
+
+    def __init__(
+        self,
+        mountpoint: str,
+        store: Store | None = None,
+        explicit: OpenImage | None = None,
+        *,
+        open_rw: bool = False,
+    ) -> None:
+        self.store = store
+        self.explicit = explicit
+        self._mountpoint = mountpoint
+        self._open_rw = open_rw
+        self._lock = threading.Lock()
+        self._fresh = itertools.count(ROOT_INODE + 1)
+        self._nodes: dict[int, Node] = {ROOT_INODE: Root()}
+        self._inodes: dict[Node, int] = {Root(): ROOT_INODE}
+        # An image lives as long as it is shown or a file of it is open, and its number as long as
+        # the image, whatever the kernel forgets in between. That the kernel remembers a name, which
+        # it may do for days, must not hold layers open: deleted ones would take their space.
+        self._images: weakref.WeakValueDictionary[int, OpenImage] = weakref.WeakValueDictionary()
+        self._image_inodes: weakref.WeakKeyDictionary[OpenImage, int] = weakref.WeakKeyDictionary()
+        self._last_root: Attributes | None = None
+        self._began_ns = time.time_ns()
+
+    def inode(self, node: Node) -> int:
+        """The node's inode number, a new one if it has none yet."""
+        with self._lock:
+            if isinstance(node, MemoryFile):
+                inode = self._image_inodes.get(node.shown) or next(self._fresh)
+                self._image_inodes[node.shown] = inode
+                self._images[inode] = node.shown
+            else:
+                inode = self._inodes.get(node) or next(self._fresh)
+                self._inodes[node] = inode
+                self._nodes[inode] = node
+            return inode
+
+    def node(self, inode: int) -> Node:
+        """The node with this inode number.
+
+        Raises OSError (ESTALE) if it was forgotten, or is an image that is neither shown nor held
+        open any more: the kernel then looks its name up again.
+        """
+        with self._lock:
+            node = self._nodes.get(inode)
+            shown = self._images.get(inode)
+        if node is not None:
+            return node
+        if shown is not None:
+            return MemoryFile(shown)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), f"inode {inode}")
+
+    def forget(self, inode: int) -> None:
+        """Drop a node to which the kernel holds no reference."""
+        with self._lock:
+            self._images.pop(inode, None)
+            if inode != ROOT_INODE and (node := self._nodes.pop(inode, None)):
+                self._inodes.pop(node, None)
+
+    def children(self, folder: Node) -> dict[str, Node]:
+        """The entries of a directory by name. Raises OSError.
+
+        The memory file of a tag is among them only if its image is open: the caller sees to that
+        first, and a refused image has no entry.
+        """
+        match folder:
+            case Root():
+                return self._root_children()
+            case TagFolder(tag):
+                return self._tag_children(tag)
+            case Passed(path, kind=stat.S_IFDIR):
+                return dict(self._passed_children(path))
+            case StatusFolder():
+                return {name: StatusFile(name) for name in (METRICS_FILE, STATUS_FILE)}
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+    def child(self, folder: Node, name: str) -> Node:
+        """The entry `name` of a directory.
+
+        Raises FileNotFoundError, also for a memory file whose image is not open, and DiffMergeError
+        for one that was refused.
+        """
+        match folder:
+            case TagFolder(tag):
+                found = self._tag_child(tag, name)
+            case Passed(path, kind=stat.S_IFDIR):
+                found = self._passed(f"{path}/{name}")
+            case _:
+                found = self.children(folder).get(name)
+        if found is None and name == STATUS_FOLDER and isinstance(folder, Root):
+            # Not among the children: neither cp -r nor a scan of the directory meets it.
+            found = StatusFolder()
+        if found is None:
+            raise _missing(name)
+        return found
+
+    def _tag_child(self, tag: str, name: str) -> Node | None:
+        assert self.store is not None
+        snapshot = self._snapshot(tag)
+        if name == os.path.basename(snapshot.layer.path):
+            shown = self.store.opened(tag)
+            return None if shown is None else MemoryFile(shown)
+        if name == DOCUMENT and snapshot.document is not None:
+            return Document(tag, self._rewritten(snapshot))
+        if name in snapshot.files:
+            return self._passed_along(snapshot, name)
+        return None if snapshot.folder is None else self._passed(f"{snapshot.folder}/{name}")
+
+    def memory_name(self, tag: str) -> str | None:
+        """The name of the tag's memory file, or None if the tag is not shown."""
+        links = self.store.chain(tag) if self.store else None
+        return os.path.basename(links[-1].layer.path) if links else None
+
+    def path_of(self, shown: OpenImage) -> str | None:
+        """Where the image stands below the mountpoint, or None if it is not shown any more."""
+        if shown is self.explicit:
+            return os.path.join(self._mountpoint, shown.name)
+        tag = self.store.tag_of(shown) if self.store else None
+        return None if tag is None else os.path.join(self._mountpoint, tag, shown.name)
+
+    def _root_children(self) -> dict[str, Node]:
+        if self.explicit:
+            return {self.explicit.name: MemoryFile(self.explicit)}
+        return {tag: TagFolder(tag) for tag in self.store.tags()} if self.store else {}
+
+    def _tag_children(self, tag: str) -> dict[str, Node]:
+        snapshot = self._snapshot(tag)
+        found: dict[str, Node] = {}
+        if snapshot.folder is not None:
+            found.update(self._passed_children(snapshot.folder))
+        for name in snapshot.files:
+            if node := self._passed_along(snapshot, name):
+                found[name] = node
+        if snapshot.document is not None:
+            found[DOCUMENT] = Document(tag, self._rewritten(snapshot))
+        found.pop(os.path.basename(snapshot.layer.path), None)
+        assert self.store is not None
+        try:
+            if shown := self.store.opened(tag):
+                found[shown.name] = MemoryFile(shown)
+        except DiffMergeError:
+            pass  # refused, and the log said why: it has no entry
+        return found
+
+    def _snapshot(self, tag: str) -> Snapshot:
+        links = self.store.chain(tag) if self.store else None
+        if links is None:
+            raise _missing(tag)
+        return links[-1]
+
+    def _rewritten(self, snapshot: Snapshot) -> bytes:
+        # The tag reads as a base that lies in the mountpoint: a forkd that is pointed there spawns
+        # it without assembling or hashing anything.
+        document = dict(snapshot.document or {})
+        document.pop("parent_tag", None)
+        document.pop("parent_content_hash", None)
+        folder = os.path.join(self._mountpoint, snapshot.tag)
+        document["memory"] = os.path.join(folder, os.path.basename(snapshot.layer.path))
+        if snapshot.vmstate is not None:
+            document["vmstate"] = os.path.join(folder, snapshot.vmstate)
+        return json.dumps(document, indent=2).encode() + b"\n"
+
+    def _passed_children(self, path: str) -> Iterator[tuple[str, Node]]:
+        assert self.store is not None
+        fd = beneath.open_directory(self.store.reach, path)
+        try:
+            names = os.listdir(fd)
+        finally:
+            os.close(fd)
+        for name in names:
+            if node := self._passed(f"{path}/{name}"):
+                yield name, node
+
+    def _passed(self, path: str) -> Passed | None:
+        return None if is_left_out(os.path.basename(path)) else self._passed_if_fit(path)
+
+    def _passed_along(self, snapshot: Snapshot, name: str) -> Passed | None:
+        # One of `snapshot.files`, whatever it is called: the snapshot names it.
+        path = snapshot.files[name]
+        node = self._passed_if_fit(path)
+        if node is None or snapshot.folder in (None, os.path.dirname(path)):
+            return node
+        return replace(node, elsewhere=True)
+
+    def _passed_if_fit(self, path: str) -> Passed | None:
+        assert self.store is not None
+        if self.store.is_hidden(path):
+            return None
+        try:
+            status = beneath.stat_beneath(self.store.reach, path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        kind = stat.S_IFMT(status.st_mode)
+        if kind not in _PASSED or (kind == stat.S_IFREG and self.store.is_layer(status)):
+            return None
+        return Passed(path, status.st_dev, status.st_ino, kind)
+
+    def attributes(self, node: Node) -> Attributes:
+        """What stat says of the node. Raises OSError if its file is gone."""
+        match node:
+            case MemoryFile(shown):
+                return self._memory_attributes(shown)
+            case Document(tag, content):
+                return self._mirrored(f"{tag}/{DOCUMENT}")._replace(
+                    size=len(content), blocks=-(-len(content) // 512)
+                )
+            case Passed(path, elsewhere=True):
+                # The directories above it are not those of the view.
+                found = self._mirrored(path)
+                full = os.path.join(self.store.real_root if self.store else "/", path)
+                bits = reachable(real_folders(full), found.uid, found.gid)
+                return found._replace(mode=stat.S_IFMT(found.mode) | found.mode & bits)
+            case Passed(path):
+                return self._mirrored(path)
+            case TagFolder(tag):
+                folder = self._snapshot(tag).folder
+                if folder is not None:
+                    return self._mirrored(folder)
+            case StatusFolder():
+                return self._own(stat.S_IFDIR | 0o500, 2)
+            case StatusFile():
+                return self._own(stat.S_IFREG | 0o400, 1)
+        return self._root_attributes()
+
+    def _own(self, mode: int, nlink: int) -> Attributes:
+        # Of what the mount itself says, to its owner; of no size, as in /proc.
+        return Attributes(mode, os.geteuid(), os.getegid(), 0, 0, nlink, self._began_ns)
+
+    def open_images(self) -> int:
+        """How many images have their layers open: those that are shown, and those held open."""
+        with self._lock:
+            return len({id(shown.image) for shown in self._image_inodes})
+
+    def _root_attributes(self) -> Attributes:
+        # Those last known where the directory was deleted: the mountpoint does not vanish, and what
+        # lies in it could not be reached any more.
+        try:
+            self._last_root = self._read_root_attributes()
+        except OSError:
+            if self._last_root is None:
+                raise
+        return self._last_root
+
+    def _read_root_attributes(self) -> Attributes:
+        if self.store:
+            path = self.store.real_root
+        else:
+            assert self.explicit is not None
+            path = os.path.dirname(os.path.realpath(self.explicit.image.view.layers[0].path))
+        return _mirror(os.stat(path), folder_bits(path))
+
+    def _memory_attributes(self, shown: OpenImage) -> Attributes:
+        uid, gid, mode = shown.access
+        if self._open_rw:
+            mode |= (mode & 0o444) >> 1
+        return Attributes(
+            stat.S_IFREG | mode,
+            uid,
+            gid,
+            shown.image.view.size,
+            -(-shown.visible // 512),
+            1,
+            shown.mtime_ns,
+            constant=True,
+        )
+
+    def _mirrored(self, path: str) -> Attributes:
+        assert self.store is not None
+        handle = beneath.open_handle(self.store.reach, path)
+        try:
+            status = os.fstat(handle)
+            return _mirror(status, file_bits(f"/proc/self/fd/{handle}", status.st_mode))
+        finally:
+            os.close(handle)
+
+    def open_passed(self, node: Passed) -> int:
+        """A read-only descriptor of a passed-through file. Raises OSError, FileAccessError.
+
+        ESTALE where another file stands at its path by now: the kernel then looks it up again.
+        """
+        assert self.store is not None
+        fd = beneath.open_regular(self.store.reach, node.path)
+        try:
+            require_spare_descriptors(fd, node.path)
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) != (node.device, node.inode):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), node.path)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
+
+    def link_target(self, node: Passed) -> str:
+        """Where a passed-through symlink points, as it is stored."""
+        assert self.store is not None
+        folder = beneath.open_directory(self.store.reach, os.path.dirname(node.path))
+        try:
+            return os.readlink(os.path.basename(node.path), dir_fd=folder)
+        finally:
+            os.close(folder)
+
+
+def _missing(name: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+
+
+def _mirror(status: os.stat_result, bits: int) -> Attributes:
+    return Attributes(
+        stat.S_IFMT(status.st_mode) | bits,
+        status.st_uid,
+        status.st_gid,
+        status.st_size,
+        status.st_blocks,
+        status.st_nlink,
+        status.st_mtime_ns,
+    )

@@ -1,0 +1,1 @@
+"""Record and prefetch: the pages that a restore touches first."""

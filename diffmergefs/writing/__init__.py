@@ -1,0 +1,1 @@
+"""New images and diffs, each whole under its name or not there."""

@@ -1,0 +1,120 @@
+"""`apply_diff`: the classic merge of a diff onto a base, in place."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
+from diffmergefs import beneath, foreign
+from diffmergefs.errors import DenseDiffError, OutputRefusedError
+from diffmergefs.integrity.seal import Opener
+from diffmergefs.integrity.sealing import remove_seal
+from diffmergefs.layer import Layer
+from diffmergefs.layouts.ranges import require_mergeable
+from diffmergefs.lease import require_no_writers
+from diffmergefs.trust import TrustPolicy, require_trust
+from diffmergefs.view import require_equal_size
+from diffmergefs.writing.copying import Target, copy_range, failures
+
+log = logging.getLogger(__name__)
+
+
+def apply_diff(
+    diff: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    *,
+    sync: bool = False,
+    policy: TrustPolicy | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Copy the data extents of `diff` onto the same ranges of `base`, in place.
+
+    Both are regular files that exist and have one size; `base` is opened for reading and writing,
+    `diff` for reading only. Returns the bytes copied: the diff's data bytes, which tell how much
+    the guest had written. `base` is never extended or truncated, nor locked, and not fsynced
+    unless `sync`; a diff of holes leaves it untouched. The diff is fsynced, held to law 4 as
+    `policy` says (what it overrides is logged as a warning), and compared with its fingerprint at
+    the end; if it has a seal or a presence file, that one's extents are copied. It is refused while
+    someone has it open for writing, unless `policy.allow_writers`; `base` is not. The seal of
+    `base` (BASE.bmap) and its presence file are removed before the first byte is written. An apply
+    that failed or was interrupted leaves `base` between before and after, and can be repeated: the
+    outcome is the same. `progress` is called with the bytes copied so far.
+
+    Raises, with `base` untouched, SizeMismatchError, OutputRefusedError (both are one file),
+    UntrustedExtentsError, DenseDiffError (no hole, and no `policy.dense`), WriterError;
+    LayerChangedError, NoSpaceError, and FileAccessError for every other failure of a file.
+    """
+    policy = policy or TrustPolicy()
+    require_mergeable(os.fspath(base), [os.fspath(diff)])
+    opened = Opener(policy).open(os.fspath(diff), is_diff=True)
+    with closing(opened) as layer, _opened(os.fspath(base)) as target:
+        _require_fit(layer, target)
+        _require_meant(layer, policy)
+        if len(layer.extents):
+            remove_seal(target.path)
+        copied = _copy_extents(layer, target, progress)
+        with failures(layer.path):
+            layer.settle()
+        if sync:
+            with failures(target.path, target):
+                os.fsync(target.fd)
+    return copied
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Target]:
+    with failures(path):
+        fd = _open_for_writing(path)
+    try:
+        yield Target(fd, path)
+    finally:
+        os.close(fd)
+
+
+def _open_for_writing(path: str) -> int:
+    # Known to be a regular file before it is opened for writing, which on a device would act.
+    readable = beneath.open_regular(None, path)
+    try:
+        foreign.require_own_file(readable, path)
+        foreign.require_own_neighbours(path)
+        return os.open(f"/proc/self/fd/{readable}", os.O_RDWR | os.O_CLOEXEC)
+    finally:
+        os.close(readable)
+
+
+def _require_fit(layer: Layer, target: Target) -> None:
+    status = os.fstat(target.fd)
+    if os.path.samestat(status, layer.status):
+        raise OutputRefusedError(
+            f"{target.path}: is the same file as the diff {layer.path}; give a copy of the base"
+        )
+    require_equal_size(target.path, status.st_size, layer.path, layer.size)
+
+
+def _require_meant(layer: Layer, policy: TrustPolicy) -> None:
+    dense = layer.extents.covers(layer.size)
+    overridden = require_no_writers([layer], allowed=policy.allow_writers)
+    overridden += require_trust(layer, policy, complete=dense and policy.dense)
+    for line in overridden:
+        log.warning("%s", line)
+    if dense and not policy.dense:
+        raise DenseDiffError(
+            f"{layer.path}: a diff without a hole in {layer.size} bytes: it would replace the whole"
+            " base; if it is a complete image, say so with --dense"
+        )
+
+
+def _copy_extents(layer: Layer, target: Target, progress: Callable[[int], None] | None) -> int:
+    copied = 0
+
+    def moved(count: int) -> None:
+        nonlocal copied
+        copied += count
+        if progress:
+            progress(copied)
+
+    for start, stop in layer.extents:
+        copy_range(layer, start, stop, target, moved)
+    return copied

@@ -1,0 +1,116 @@
+"""The files that stand beside a snapshot's memory, copied into another directory."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import closing
+from typing import NamedTuple
+
+from diffmergefs import beneath
+from diffmergefs.beneath import Root
+from diffmergefs.layer import Layer
+from diffmergefs.layouts.snapshot import is_left_out, status_of
+from diffmergefs.view import MergedView
+from diffmergefs.writing.copying import failures
+from diffmergefs.writing.flatten import flatten
+from diffmergefs.writing.outputdir import sync_directory
+
+
+class Kept(NamedTuple):
+    """What is not copied: files by their path beneath the root, and by device and inode."""
+
+    paths: Collection[str]
+    inodes: Collection[tuple[int, int]]
+
+
+def copy_folder(root: Root, folder: str, target: str, kept: Kept) -> None:
+    """Copy what is in `folder`, beneath `root`, into the existing directory `target`.
+
+    Files (sparse, reflinked where possible), directories and symlinks (as they are, never
+    followed) with their modes, by root with their owners, and files with their mtime; all is synced
+    but `target` itself. Left out: what is `kept`, staging names, FIFOs, sockets, devices. ACLs and
+    other extended attributes are not taken. Raises DiffMergeError.
+    """
+    waiting = [(folder, target)]
+    finished = []
+    while waiting:
+        source, into = waiting.pop()
+        with failures(source):
+            entries = list(_entries(root, source))
+        for name, status in entries:
+            path, place = f"{source}/{name}", os.path.join(into, name)
+            if is_left_out(name) or path in kept.paths:
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                with failures(place):
+                    os.mkdir(place, 0o700)
+                waiting.append((path, place))
+                finished.append((place, status))
+            elif stat.S_ISLNK(status.st_mode):
+                _copy_symlink(root, path, place, status)
+            elif stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) not in kept.inodes:
+                copy_file(root, path, place)
+    # The innermost last opened first: a directory may come to forbid its owner to write in it.
+    for place, status in reversed(finished):
+        take_over(place, status)
+        with failures(place):
+            sync_directory(place)
+
+
+def copy_file(root: Root, path: str, target: str) -> None:
+    """Copy the regular file `path`, beneath `root`, to `target`, as `copy_folder` does."""
+    with failures(path):
+        fd = beneath.open_regular(root, path)
+        try:
+            status = os.fstat(fd)
+        finally:
+            os.close(fd)
+    if status.st_size == 0:
+        with failures(target):
+            os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    else:
+        with closing(Layer.open(path, root)) as layer:
+            status = layer.status
+            flatten(MergedView([layer]), target)
+    take_over(target, status)
+    with failures(target):
+        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def take_over(path: str, status: os.stat_result, bits: int = 0o7777) -> None:
+    """Give the file or directory `path` these bits of the mode, and by root the owner, of `status`.
+
+    A symlink keeps its mode. Raises FileAccessError.
+    """
+    with failures(path):
+        if os.geteuid() == 0:
+            os.chown(path, status.st_uid, status.st_gid, follow_symlinks=False)
+        if not stat.S_ISLNK(status.st_mode):
+            os.chmod(path, status.st_mode & bits)
+
+
+def _entries(root: Root, folder: str) -> Iterator[tuple[str, os.stat_result]]:
+    fd = beneath.open_directory(root, folder)
+    try:
+        with os.scandir(fd) as entries:
+            # In order: a copy removes a seal of its own name, and this puts it there afterwards.
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if status := status_of(entry):
+                    yield entry.name, status
+    finally:
+        os.close(fd)
+
+
+def _copy_symlink(root: Root, path: str, target: str, status: os.stat_result) -> None:
+    with failures(path):
+        handle = beneath.open_handle(root, path)
+        try:
+            # Of the symlink itself, which O_PATH with O_NOFOLLOW opens (readlinkat(2)).
+            leads_to = os.readlink("", dir_fd=handle)
+        finally:
+            os.close(handle)
+    with failures(target):
+        os.symlink(leads_to, target)
+    take_over(target, status)

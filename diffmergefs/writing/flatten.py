@@ -1,0 +1,259 @@
+"""`flatten`: a view written out as a new standalone image."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from diffmergefs import sparse
+from diffmergefs.errors import NoSpaceError, VerificationError
+from diffmergefs.extents import ExtentList
+from diffmergefs.integrity.sealing import remove_seal, write_seal
+from diffmergefs.layer import Layer
+from diffmergefs.view import MergedView
+from diffmergefs.writing.copying import (
+    BLOCK,
+    Target,
+    clone_file,
+    clone_range,
+    copy_range,
+    described,
+    failures,
+    free_bytes,
+)
+from diffmergefs.writing.output import OutputFile
+from diffmergefs.writing.writebehind import BUFFER, WriteBehind
+
+_READ_BITS = 0o444
+
+# From this size on, a piece of one layer is copied in the kernel: on NFS that is the server's work.
+_LARGE = BUFFER
+
+
+@dataclass(frozen=True)
+class FlattenResult:
+    """What `flatten` wrote: an image of `size` bytes, `holes` of them in no layer.
+
+    `copied` and `shared` (reflinked) are bytes for each layer, base first; their sum is what the
+    layer supplies to the view, so `size == sum(copied) + sum(shared) + holes`.
+    """
+
+    size: int
+    copied: tuple[int, ...]
+    shared: tuple[int, ...]
+    holes: int
+
+    @property
+    def reflinked(self) -> bool:
+        """Whether any block is shared with a layer."""
+        return any(self.shared)
+
+
+def flatten(
+    view: MergedView,
+    output: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    verify: bool = False,
+    seal: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> FlattenResult:
+    """Write the view to `output`, a new sparse file of `view.size` bytes, and say how.
+
+    Holes in all layers stay holes, written zeros stay data. Blocks are shared with the layers
+    where the filesystem can reflink (FICLONE of the base, FICLONERANGE of each diff's segment on
+    whole blocks) and copied elsewhere; the result says which. No byte of a layer is read that does
+    not show in the view. A file without a name is written, fsynced, and linked when it is whole;
+    then the directory is fsynced. So whatever happens, what stands under the name is whole or what
+    stood there before; temporary files that killed runs left beside it are removed (see
+    OutputFile). `force` replaces an existing file, whose open readers keep it. The file is made
+    with mode 0600 and takes the base's mode at the end, without the read bits that another layer
+    withholds; owner, xattrs and times are not taken.
+
+    A seal of a file that stood there before (OUTPUT.bmap) is removed at the end, or with `seal`
+    replaced by that of the new one.
+
+    `verify` reads the file and the view again and compares them before the file gets its name.
+    `progress` is called with the bytes done so far, of `sum(view.visible_bytes())`. The layers are
+    not written or locked, and each is compared with its fingerprint while its bytes are moved, at
+    least once a MiB or buffer, and once more at the end (law 6). May be called in a thread; has one
+    of its own until it returns.
+
+    Raises OutputRefusedError (the output exists without `force`; or, even with it, is a layer or
+    no regular file), NoSpaceError (less is free than must be copied, or it ran out),
+    VerificationError, LayerChangedError, and FileAccessError for every other failure of a file.
+    """
+    inputs = [layer.status for layer in view.layers]
+    with OutputFile(os.fspath(output), inputs, force=force) as file:
+        result = _Merge(view, file.target, progress).run()
+        file.finish(_mode(view))
+        if verify:
+            _verify(view, file.target)
+        for layer in view.layers:
+            _settle(layer)
+        file.publish()
+    if seal:
+        write_seal(os.fspath(output), _data(view))
+    else:
+        remove_seal(os.fspath(output))
+    return result
+
+
+def _data(view: MergedView) -> ExtentList:
+    return ExtentList(
+        (start, stop) for start, stop, number in view.segments() if number is not None
+    )
+
+
+def _mode(view: MergedView) -> int:
+    modes = [layer.status.st_mode & 0o777 for layer in view.layers]
+    return modes[0] & (functools.reduce(operator.and_, modes) | ~_READ_BITS)
+
+
+def _settle(layer: Layer) -> None:
+    try:
+        layer.settle()
+    except OSError as error:
+        raise described(error, layer.path) from error
+
+
+class _Merge:
+    # One run over the view's segments into an empty file, with its accounts.
+
+    def __init__(
+        self, view: MergedView, target: Target, progress: Callable[[int], None] | None
+    ) -> None:
+        self.view = view
+        self.target = target
+        self.visible = view.visible_bytes()
+        self.copied = [0] * len(view.layers)
+        self.shared = [0] * len(view.layers)
+        self._done = self._told = 0
+        self._unsettled: set[int] = set()
+        self._progress = progress
+
+    def run(self) -> FlattenResult:
+        with failures(self.target.path, self.target):
+            os.ftruncate(self.target.fd, self.view.size)
+            self._block = os.fstatvfs(self.target.fd).f_frsize
+        # Shared first, so that the space for all the rest can be asked for before it is copied.
+        # Neighbours of different layers are one range there.
+        left = ExtentList(self._share())
+        self._require_space(left.data_bytes)
+        with WriteBehind(self.target) as behind:
+            for start, stop in left:
+                self._copy(start, stop, behind)
+        self._tell()
+        holes = self.view.size - sum(self.visible)
+        return FlattenResult(self.view.size, tuple(self.copied), tuple(self.shared), holes)
+
+    def _share(self) -> Iterator[tuple[int, int]]:
+        # Shares what can be shared, and gives the rest of the data. A layer of which one segment
+        # cannot be shared is not tried again.
+        with_base = self._clone_base()
+        layers = self.view.layers
+        sharing = set(range(len(layers)))
+        for start, stop, number in self.view.segments():
+            if number is None or (number == 0 and with_base):
+                continue
+            if number in sharing and self._on_blocks(start, stop):
+                if clone_range(layers[number], start, stop, self.target):
+                    self.shared[number] += stop - start
+                    self._moved(number, stop - start)
+                    continue
+                sharing.discard(number)
+            yield start, stop
+
+    def _clone_base(self) -> bool:
+        # Where no diff has data, the base's bytes are the view's and its holes are too; the rest
+        # is written over.
+        if not self.visible[0] or not clone_file(self.view.layers[0], self.target):
+            return False
+        self.shared[0] = self.visible[0]
+        self._moved(0, self.visible[0])
+        return True
+
+    def _on_blocks(self, start: int, stop: int) -> bool:
+        return start % self._block == 0 and (stop % self._block == 0 or stop == self.view.size)
+
+    def _require_space(self, needed: int) -> None:
+        with failures(self.target.path):
+            free = free_bytes(self.target.fd)
+        if free is not None and free < needed:
+            raise NoSpaceError(
+                f"{self.target.path}: {needed} bytes are to be copied, but {free} are free on its"
+                " filesystem; make room or choose another output"
+            )
+
+    def _copy(self, start: int, stop: int, behind: WriteBehind) -> None:
+        # A range of the view without holes. Its smaller pieces are read together and written in
+        # one call: a call for each would take longer than its bytes.
+        while start < stop:
+            _, end, number = next(self.view.segments(start, stop - start))
+            if number is not None and end - start >= _LARGE:
+                moved = functools.partial(self._moved, number)
+                copy_range(self.view.layers[number], start, end, self.target, moved)
+                self.copied[number] += end - start
+                behind.written(end)
+            else:
+                end = min(stop, start - start % BUFFER + BUFFER)
+                self._gather(start, end, behind)
+            start = end
+
+    def _gather(self, start: int, stop: int, behind: WriteBehind) -> None:
+        buffer, supplied = behind.buffer(), dict[int, int]()
+        try:
+            self.view.fill(buffer[: stop - start], start, supplied)
+        except OSError as error:
+            path = error.filename or f"{self.target.path}: reading the layers"
+            raise described(error, path) from error
+        behind.write(buffer, stop - start, start)
+        for number, count in supplied.items():
+            self.copied[number] += count
+            self._moved(number, count)
+
+    def _moved(self, number: int, count: int) -> None:
+        # The layers are compared, and who watches is told, a MiB at a time: either may take longer
+        # than the copy of a page.
+        self._unsettled.add(number)
+        self._done += count
+        if self._done - self._told >= BLOCK:
+            self._tell()
+
+    def _tell(self) -> None:
+        for number in self._unsettled:
+            _settle(self.view.layers[number])
+        self._unsettled.clear()
+        self._told = self._done
+        if self._progress:
+            self._progress(self._done)
+
+
+def _verify(view: MergedView, target: Target) -> None:
+    with failures(target.path):
+        # The file was fsynced: with its clean pages dropped, it is read from the disk.
+        os.posix_fadvise(target.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    for offset in range(0, view.size, BLOCK):
+        with failures(f"{target.path}: reading the layers again"):
+            expected = view.read(offset, BLOCK)
+        written = bytearray(len(expected))
+        with failures(target.path):
+            length = sparse.read_into(target.fd, memoryview(written), offset)
+        if length < len(expected) or written != expected:
+            _refute(view, target, offset, expected, written[:length])
+
+
+def _refute(
+    view: MergedView, target: Target, offset: int, expected: bytearray, written: bytearray
+) -> None:
+    pairs = enumerate(zip(expected, written, strict=False))
+    first = offset + next((n for n, (a, b) in pairs if a != b), len(written))
+    number = next(view.segments(first, 1)).layer
+    source = "a hole in all layers" if number is None else view.layers[number].path
+    raise VerificationError(
+        f"{target.path}: byte {first} of {view.size} does not read back as the view's, which"
+        f" comes from {source}; nothing was written under that name, check the disk and try again"
+    )

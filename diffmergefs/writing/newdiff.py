@@ -1,0 +1,240 @@
+"""A diff that is being written, and the proof that just what was meant as data is data in it."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+from diffmergefs import sparse
+from diffmergefs.errors import NoSpaceError, UntrustedExtentsError
+from diffmergefs.extents import ExtentList, Segment
+from diffmergefs.integrity.sealing import remove_seal, write_seal
+from diffmergefs.layer import Layer
+from diffmergefs.trust import TrustPolicy, problems
+from diffmergefs.view import MergedView
+from diffmergefs.writing.copying import (
+    BLOCK,
+    clone_range,
+    copy_through_buffer,
+    failures,
+    free_bytes,
+    write_at,
+)
+from diffmergefs.writing.output import OutputFile
+
+_READ_BITS = 0o444
+_ZEROS = memoryview(bytes(BLOCK))
+_WAY_OUT = (
+    "nothing was written under that name; choose an output on ext4, xfs, btrfs or 4 KiB tmpfs,"
+    " seal it there, and copy it with its seal"
+)
+
+
+@dataclass(frozen=True)
+class WrittenDiff:
+    """A diff that was written: `size` bytes, of which `data_bytes` in `extents` ranges are data.
+
+    `copied` and `shared` (reflinked) bytes make up the data. `dense` says that there is no hole:
+    such a diff hides all that is below it, and is accepted with `--dense` only. `overridden` has a
+    line for each check that the output's filesystem failed and the policy overrode.
+    """
+
+    size: int
+    data_bytes: int
+    extents: int
+    copied: int
+    shared: int
+    dense: bool
+    overridden: tuple[str, ...]
+
+
+class NewDiff:
+    """A context manager for a diff of `source` at `path`: a file with data where they were `put`.
+
+    The file gets its name by `publish`, whole or not at all (see `output.OutputFile`, which also
+    says what is refused; `inputs` are layers that it may not replace, those of `source` among
+    them). Entering raises UntrustedExtentsError for a filesystem on which no diff of the policy's
+    pages can be trusted (law 4). Blocks of 1 MiB and more are shared with the source's layers where
+    the filesystem can; the rest is written, zeros too. `put` ranges are ascending.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        source: MergedView,
+        inputs: Sequence[Layer] = (),
+        *,
+        policy: TrustPolicy | None = None,
+        force: bool = False,
+    ) -> None:
+        self.path = os.fspath(path)
+        self._policy = policy or TrustPolicy()
+        self._source = source
+        self._inputs = list(dict.fromkeys([*source.layers, *inputs]))
+        statuses = [layer.status for layer in self._inputs]
+        self._file = OutputFile(self.path, statuses, force=force)
+        self._put: list[ExtentList] = []
+        self._sharing: dict[Layer, bool] = {}
+        self.copied = 0
+        self.shared = 0
+
+    def __enter__(self) -> NewDiff:
+        self._file.__enter__()
+        try:
+            self._target = self._file.target
+            with failures(self.path, self._target):
+                os.ftruncate(self._target.fd, self._source.size)
+                self._block = os.fstatvfs(self._target.fd).f_frsize
+            with closing(self._reopened()) as empty:
+                self._require_trust(empty, complete=False)
+        except BaseException:
+            self._file.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.__exit__(None, None, None)
+
+    def put(self, extents: ExtentList, moved: Callable[[int], None] = lambda count: None) -> None:
+        """Make these ranges data, with the source's bytes; what is a hole there becomes zeros.
+
+        `moved` is called with the bytes of each step. Fingerprints are not compared. Raises
+        NoSpaceError, LayerChangedError where a layer ends early, and FileAccessError.
+        """
+        self._put.append(extents)
+        shared = self._share(extents, moved)
+        self._require_space(extents.data_bytes - sum(shared.values()))
+        for start, stop, number in self._pieces(extents):
+            if start in shared:
+                continue
+            if number is None:
+                self._write_zeros(start, stop, moved)
+            else:
+                layer = self._source.layers[number]
+                copy_through_buffer(layer, start, stop, self._target, moved)
+            self.copied += stop - start
+
+    def publish(
+        self,
+        *,
+        seal: bool = False,
+        check: Callable[[Layer], None] = lambda layer: None,
+    ) -> WrittenDiff:
+        """Prove that the file is as meant, and put it under its name.
+
+        The file is fsynced and asked for its data extents: they must be just what was put, and
+        stand the checks of law 4. `check` gets the file as a layer, with its cached pages dropped,
+        and may raise. Then the inputs are compared with their fingerprints (law 6). A seal that
+        stands beside the name is removed afterwards, or with `seal` replaced by the new file's.
+        The mode is that of the source's newest layer, without the read bits that another input
+        withholds. Raises UntrustedExtentsError, LayerChangedError, and like OutputFile.
+        """
+        self._file.finish(self._mode())
+        extents = ExtentList(itertools.chain.from_iterable(self._put))
+        dense = extents.covers(self._source.size)
+        with closing(self._reopened()) as layer:
+            overridden = self._require_trust(layer, complete=dense)
+            self._require_extents(layer, extents)
+            with failures(self.path):
+                os.posix_fadvise(layer.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            check(layer)
+        for given in self._inputs:
+            with failures(given.path):
+                given.settle()
+        self._file.publish()
+        if seal:
+            write_seal(self.path, extents, self._policy.page_size)
+        else:
+            remove_seal(self.path)
+        return WrittenDiff(
+            size=self._source.size,
+            data_bytes=extents.data_bytes,
+            extents=len(extents),
+            copied=self.copied,
+            shared=self.shared,
+            dense=dense,
+            overridden=tuple(overridden),
+        )
+
+    def _pieces(self, extents: ExtentList) -> Iterator[Segment]:
+        for start, stop in extents:
+            yield from self._source.segments(start, stop - start)
+
+    def _share(self, extents: ExtentList, moved: Callable[[int], None]) -> dict[int, int]:
+        # The large pieces, whose blocks can be shared: where each begins, and its length. A call
+        # for each page would cost more than writing it does.
+        shared = {}
+        for start, stop, number in self._pieces(extents):
+            if number is None or stop - start < BLOCK or not self._on_blocks(start, stop):
+                continue
+            layer = self._source.layers[number]
+            if self._may_share(layer) and clone_range(layer, start, stop, self._target):
+                shared[start] = stop - start
+                self.shared += stop - start
+                moved(stop - start)
+            else:
+                self._sharing[layer] = False
+        return shared
+
+    def _may_share(self, layer: Layer) -> bool:
+        # Not where the layer's file may have a hole, or blocks that were never written, under what
+        # counts as its data: the share of a hole is a hole.
+        if layer not in self._sharing:
+            with failures(layer.path):
+                is_written = sparse.unwritten_range(layer.fd, layer.size) is None
+            self._sharing[layer] = is_written and not layer.records
+        return self._sharing[layer]
+
+    def _on_blocks(self, start: int, stop: int) -> bool:
+        return start % self._block == 0 and (stop % self._block == 0 or stop == self._source.size)
+
+    def _require_space(self, needed: int) -> None:
+        with failures(self.path):
+            free = free_bytes(self._target.fd)
+        if free is not None and free < needed:
+            raise NoSpaceError(
+                f"{self.path}: {needed} bytes are to be written, but {free} are free on its"
+                " filesystem; make room or choose another output"
+            )
+
+    def _write_zeros(self, start: int, stop: int, moved: Callable[[int], None]) -> None:
+        for offset in range(start, stop, BLOCK):
+            part = _ZEROS[: min(BLOCK, stop - offset)]
+            with failures(self.path, self._target):
+                write_at(self._target.fd, part, offset)
+            moved(len(part))
+
+    def _mode(self) -> int:
+        modes = [layer.status.st_mode & 0o777 for layer in self._inputs]
+        newest = self._source.layers[-1].status.st_mode & 0o777
+        return newest & (functools.reduce(operator.and_, modes) | ~_READ_BITS)
+
+    def _reopened(self) -> Layer:
+        # The file as any reader of it will see it; Layer fsyncs it and walks its extents.
+        with failures(self.path, self._target):
+            fd = os.open(f"/proc/self/fd/{self._target.fd}", os.O_RDONLY | os.O_CLOEXEC)
+            return Layer(self.path, fd)
+
+    def _require_trust(self, layer: Layer, *, complete: bool) -> list[str]:
+        overridden = []
+        for problem in problems(layer, self._policy.page_size, complete=complete):
+            if not self._policy.trust_grain or problem.check == "blocks":
+                raise UntrustedExtentsError(
+                    f"{self.path}: {problem.text}; {_WAY_OUT}", problem.check
+                )
+            overridden.append(f"--trust-grain overrides the check of {problem.check}: {problem}")
+        return overridden
+
+    def _require_extents(self, layer: Layer, extents: ExtentList) -> None:
+        if layer.walked != extents:
+            raise UntrustedExtentsError(
+                f"{self.path}: {extents.data_bytes} bytes in {len(extents)} extents were written,"
+                f" but its filesystem reports {layer.walked.data_bytes} in {len(layer.walked)} as"
+                f" data, so the diff would not be what it was meant to be; {_WAY_OUT}",
+                "filesystem",
+            )

@@ -1,0 +1,242 @@
+"""A forkd store that is being written, tag by tag, parents first."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection
+from contextlib import closing
+from dataclasses import dataclass
+
+from diffmergefs import beneath
+from diffmergefs.beneath import Root
+from diffmergefs.compare import require_equal
+from diffmergefs.integrity.bmap import SEAL_SUFFIX
+from diffmergefs.integrity.pins import content_hash
+from diffmergefs.layer import Layer
+from diffmergefs.layouts.catalog import Catalog
+from diffmergefs.layouts.snapshot import DOCUMENT, Snapshot
+from diffmergefs.trust import TrustPolicy
+from diffmergefs.view import MergedView
+from diffmergefs.writing.companions import Kept, copy_file, copy_folder, take_over
+from diffmergefs.writing.copying import failures
+from diffmergefs.writing.flatten import flatten
+from diffmergefs.writing.newdiff import NewDiff
+from diffmergefs.writing.outputdir import OutputDirectory, sync_directory
+from diffmergefs.writing.rediff import rediff
+
+
+@dataclass(frozen=True)
+class NewSnapshot:
+    """A snapshot of the new store.
+
+    `done` is 'base' or 'diff' for a memory file that was taken over as it was, 'rediffed' for a
+    dense link that is a true diff now, and 'dense' for one that differs from its parent in every
+    page, and so stays dense. `data_before` and `data_bytes` are the bytes of data in the memory
+    file, in the old store and in the new one.
+    """
+
+    tag: str
+    parent: str | None
+    done: str
+    size: int
+    data_before: int
+    data_bytes: int
+
+
+@dataclass(frozen=True)
+class NewStore:
+    """What was written: the `snapshots`, parents first, in the directory `output`.
+
+    `left_out` are those of the old store that are broken: by tag, the reason. `overridden` has a
+    line for each check that failed and that the policy overrode.
+    """
+
+    output: str
+    snapshots: tuple[NewSnapshot, ...]
+    left_out: dict[str, str]
+    overridden: tuple[str, ...]
+
+    @property
+    def data_before(self) -> int:
+        """The bytes of data of these snapshots' memory files in the old store."""
+        return sum(snapshot.data_before for snapshot in self.snapshots)
+
+    @property
+    def data_bytes(self) -> int:
+        """The bytes of data of the memory files in the new store."""
+        return sum(snapshot.data_bytes for snapshot in self.snapshots)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A snapshot to take over: its chain's `layers`, base first, and whether it is dense."""
+
+    snapshot: Snapshot
+    layers: tuple[Layer, ...]
+    dense: bool
+
+    @property
+    def tag(self) -> str:
+        return self.snapshot.tag
+
+    @property
+    def layer(self) -> Layer:
+        """Its own layer."""
+        return self.layers[-1]
+
+
+class Tally:
+    """Adds up what was done in parts, and tells `progress`."""
+
+    def __init__(self, progress: Callable[[int], None]) -> None:
+        self._progress = progress
+        self.done = 0
+
+    def add(self, count: int) -> None:
+        """So many bytes more were done."""
+        self.done += count
+        self._progress(self.done)
+
+    def part(self, size: int) -> Callable[[int], None]:
+        """What takes, of a part of `size` bytes, all that was done of it so far."""
+        before = self.done
+
+        def report(done: int) -> None:
+            self.done = before + min(done, size)
+            self._progress(self.done)
+
+        return report
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How memory files are written; see `rediff`. With `seal` each gets a seal."""
+
+    policy: TrustPolicy
+    verify: bool = False
+    seal: bool = False
+    jobs: int = 1
+
+
+class StoreWriter:
+    """Writes snapshots into the new store's `directory`, each parent before its children.
+
+    `root` and `catalog` are the old store's. `parents` are the tags whose new memory files are to
+    be hashed, for the pins of their children.
+    """
+
+    def __init__(
+        self,
+        directory: OutputDirectory,
+        root: Root,
+        catalog: Catalog,
+        parents: Collection[str],
+        tally: Tally,
+    ) -> None:
+        self._directory = directory
+        self._root = root
+        self._catalog = catalog
+        self._parents = parents
+        self._tally = tally
+        self._hashes: dict[str, str] = {}
+
+    def write(self, link: Link, options: WriteOptions) -> NewSnapshot:
+        """Write the tag's directory: its memory file, what stands beside it, its document.
+
+        All is synced. Raises like `StoreRediff.write`.
+        """
+        folder = os.path.join(self._directory.path, link.tag)
+        with failures(folder):
+            os.mkdir(folder, 0o700)
+        path = os.path.join(folder, os.path.basename(link.layer.path))
+        done = self._write_memory(link, path, options)
+        if link.tag in self._parents:
+            with closing(Layer.open(path)) as layer, failures(path):
+                self._hashes[link.tag] = content_hash(layer, self._tally.add)
+        self._copy_companions(link.snapshot, folder)
+        if link.snapshot.document is not None:
+            self._write_document(link.snapshot, folder)
+        with failures(folder):
+            status = beneath.stat_beneath(self._root, link.tag)
+            take_over(folder, status)
+            sync_directory(folder)
+        return done
+
+    def _write_memory(self, link: Link, path: str, options: WriteOptions) -> NewSnapshot:
+        own = MergedView([link.layer])
+        seal = options.seal or bool(link.layer.records)
+        report = self._tally.part(link.layer.size)
+        if link.snapshot.parent is None:
+            flatten(own, path, verify=options.verify, seal=seal, progress=report)
+            done, data = "base", link.layer.extents.data_bytes
+        elif link.dense:
+            result = rediff(
+                MergedView(link.layers[:-1]),
+                own,
+                path,
+                verify=options.verify,
+                seal=seal,
+                jobs=options.jobs,
+                policy=options.policy,
+                progress=report,
+            )
+            done = "dense" if result.written.dense else "rediffed"
+            data = result.written.data_bytes
+        else:
+            data = _copy_diff(own, path, seal, options, report)
+            done = "diff"
+        report(link.layer.size)
+        take_over(path, link.layer.status)
+        if seal:
+            take_over(path + SEAL_SUFFIX, link.layer.status, bits=0o666)
+        return NewSnapshot(
+            tag=link.tag,
+            parent=link.snapshot.parent,
+            done=done,
+            size=link.layer.size,
+            data_before=link.layer.extents.data_bytes,
+            data_bytes=data,
+        )
+
+    def _copy_companions(self, snapshot: Snapshot, folder: str) -> None:
+        hidden = self._catalog.hidden | {f"{snapshot.tag}/{DOCUMENT}"}
+        copy_folder(self._root, snapshot.tag, folder, Kept(hidden, self._catalog.layer_files))
+        for name, path in snapshot.files.items():
+            if path != f"{snapshot.tag}/{name}":  # it lies in another directory
+                copy_file(self._root, path, os.path.join(folder, name))
+
+    def _write_document(self, snapshot: Snapshot, folder: str) -> None:
+        place = os.path.join(self._directory.final, snapshot.tag)
+        document = dict(snapshot.document or {})
+        document["memory"] = os.path.join(place, os.path.basename(snapshot.layer.path))
+        if snapshot.vmstate is not None:
+            document["vmstate"] = os.path.join(place, snapshot.vmstate)
+        if snapshot.parent is not None:
+            document["parent_content_hash"] = self._hashes[snapshot.parent]
+        path = os.path.join(folder, DOCUMENT)
+        status = beneath.stat_beneath(self._root, f"{snapshot.tag}/{DOCUMENT}")
+        with failures(path), open(path, "xb") as file:
+            file.write(json.dumps(document, indent=2).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        take_over(path, status)
+
+
+def _copy_diff(
+    own: MergedView, path: str, seal: bool, options: WriteOptions, report: Callable[[int], None]
+) -> int:
+    done = 0
+
+    def moved(count: int) -> None:
+        nonlocal done
+        done += count
+        report(done)
+
+    def check(layer: Layer) -> None:
+        if options.verify:
+            require_equal(MergedView([layer]), own, path)
+
+    with NewDiff(path, own, policy=options.policy) as diff:
+        diff.put(own.layers[0].extents, moved)
+        return diff.publish(seal=seal, check=check).data_bytes

@@ -1,0 +1,83 @@
+"""`rediff`: the true sparse diff between two complete images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+
+from diffmergefs.compare import count_pages, require_equal, windows
+from diffmergefs.layer import Layer
+from diffmergefs.trust import TrustPolicy
+from diffmergefs.view import MergedView
+from diffmergefs.writing.newdiff import NewDiff, WrittenDiff
+
+
+@dataclass(frozen=True)
+class RediffResult:
+    """What `rediff` wrote, and what it took.
+
+    `changed_pages` of `page_size` bytes differ between parent and child, and are the `written`
+    diff's data. `compared_bytes` of each had to be looked at.
+    """
+
+    page_size: int
+    changed_pages: int
+    compared_bytes: int
+    written: WrittenDiff
+
+    @property
+    def ratio(self) -> float:
+        """The diff's data as a part of the image, 0 to 1."""
+        return self.written.data_bytes / self.written.size
+
+
+def rediff(
+    parent: MergedView,
+    child: MergedView,
+    output: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    verify: bool = False,
+    seal: bool = False,
+    jobs: int = 1,
+    policy: TrustPolicy | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> RediffResult:
+    """Write the diff that turns `parent` into `child`: the pages that differ, and holes elsewhere.
+
+    The pages are those of `policy.page_size`. One that became zero is written as zeros, and that
+    it is data in the file is proven before the file gets its name (see `newdiff.NewDiff`, also for
+    `force`, `seal` and the mode). Laid over `parent` it gives `child`, byte for byte; with `verify`
+    that is compared first, in whole. The two must have one size. What is read is what `compare`
+    reads, and the changed pages. `jobs` processes share the comparison. `progress` is called with
+    the bytes compared so far, of `compare.bytes_to_compare`. No input is written; each of their
+    layers is compared with its fingerprint at the end (law 6). Blocks.
+
+    Raises SizeMismatchError, OutputRefusedError (the output exists without `force`, or is a layer
+    of either), UntrustedExtentsError (no diff can be trusted where the output is), NoSpaceError,
+    VerificationError, LayerChangedError, and FileAccessError for every other failure of a file.
+    """
+    policy = policy or TrustPolicy()
+    page = policy.page_size
+    changed = compared = 0
+    results = windows(parent, child, page, jobs)
+    with (
+        closing(results),
+        NewDiff(output, child, parent.layers, policy=policy, force=force) as diff,
+    ):
+        for window in results:
+            diff.put(window.ranges)
+            changed += count_pages(window.ranges, page)
+            compared += window.compared_bytes
+            if progress:
+                progress(compared)
+
+        def check(layer: Layer) -> None:
+            if verify:
+                merged = MergedView([*parent.layers, layer])
+                require_equal(merged, child, layer.path, jobs)
+
+        written = diff.publish(seal=seal, check=check)
+    return RediffResult(page, changed, compared, written)

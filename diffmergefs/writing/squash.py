@@ -1,0 +1,86 @@
+"""`squash`: adjacent diffs of a chain merged into one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from diffmergefs.compare import require_equal
+from diffmergefs.extents import ExtentList
+from diffmergefs.layer import Layer
+from diffmergefs.trust import TrustPolicy
+from diffmergefs.view import MergedView
+from diffmergefs.writing.newdiff import NewDiff, WrittenDiff
+
+
+@dataclass(frozen=True)
+class SquashResult:
+    """What `squash` wrote: the diffs `first` to `last` of a chain (0 is the base) as one.
+
+    `shadowed_bytes` of them were hidden by newer ones among them, and are not in it.
+    """
+
+    first: int
+    last: int
+    shadowed_bytes: int
+    written: WrittenDiff
+
+
+def squash(
+    view: MergedView,
+    output: str | os.PathLike[str],
+    *,
+    first: int = 1,
+    last: int | None = None,
+    force: bool = False,
+    verify: bool = False,
+    seal: bool = False,
+    policy: TrustPolicy | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> SquashResult:
+    """Write the diffs `first` to `last` of the view's chain, both included, as one diff.
+
+    They are layer numbers; 0 is the base, which is not read, and by default all diffs are taken.
+    In their place the new diff gives the same image, byte for byte; with `verify` that is compared
+    before the file gets its name. Where one of them has data, zeros too, there are data, and
+    elsewhere holes, which is proven (see `newdiff.NewDiff`, also for `force`, `seal`, the mode and
+    what is raised). `progress` is called with the bytes done so far, of `count_data`.
+    Raises ValueError for numbers that are not those of diffs, in this order.
+    """
+    last = len(view.layers) - 1 if last is None else last
+    if not 1 <= first <= last < len(view.layers):
+        raise ValueError(
+            f"diffs {first} to {last} of a chain of {len(view.layers)} layers, of which 0 is the"
+            " base"
+        )
+    diffs = MergedView(view.layers[first : last + 1])
+    extents = _data_of(diffs)
+    done = 0
+
+    def moved(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done)
+
+    def check(layer: Layer) -> None:
+        if verify:
+            chain = [*view.layers[:first], layer, *view.layers[last + 1 :]]
+            require_equal(MergedView(chain), view, layer.path)
+
+    # No layer of the whole chain may be replaced by it, also not one that is not squashed.
+    with NewDiff(output, diffs, view.layers, policy=policy, force=force) as diff:
+        diff.put(extents, moved)
+        written = diff.publish(seal=seal, check=check)
+    held = sum(layer.extents.data_bytes for layer in diffs.layers)
+    return SquashResult(first, last, held - written.data_bytes, written)
+
+
+def count_data(view: MergedView, first: int, last: int) -> int:
+    """How many bytes of data the diffs `first` to `last` have as one."""
+    return _data_of(MergedView(view.layers[first : last + 1])).data_bytes
+
+
+def _data_of(view: MergedView) -> ExtentList:
+    return ExtentList((s.start, s.stop) for s in view.segments() if s.layer is not None)

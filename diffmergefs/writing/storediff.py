@@ -1,0 +1,197 @@
+"""`rediff --store`: a forkd store with true diffs in place of its dense links, in a new directory.
+
+forkd's daemon leaves links that it has merged already: complete images in spite of their parent.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+
+from diffmergefs.beneath import Reach
+from diffmergefs.errors import (
+    BrokenChainError,
+    DiffMergeError,
+    LayerChangedError,
+    OutputRefusedError,
+)
+from diffmergefs.images import LayerPool, open_snapshot
+from diffmergefs.integrity.pins import Hashes, require_pin
+from diffmergefs.integrity.state import Remembered
+from diffmergefs.layouts.catalog import Catalog, read_catalog
+from diffmergefs.layouts.snapshot import DOCUMENT
+from diffmergefs.trust import TrustPolicy
+from diffmergefs.writing.companions import take_over
+from diffmergefs.writing.copying import failures
+from diffmergefs.writing.newstore import Link, NewStore, StoreWriter, Tally, WriteOptions
+from diffmergefs.writing.outputdir import OutputDirectory
+
+
+class StoreRediff:
+    """A forkd store, opened and judged, of which `write` makes a new one.
+
+    `source` is the directory; all its snapshots are opened and judged as by a mount, but for pins,
+    which `write` compares. One that is broken is refused (BrokenChainError), or with `skip_broken`
+    left out, and so are its descendants. As a context manager it closes the layers. Raises
+    FileAccessError and BrokenChainError where the directory is no forkd store.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        *,
+        skip_broken: bool = False,
+        policy: TrustPolicy | None = None,
+    ) -> None:
+        self.source = os.fspath(source)
+        self._policy = policy or TrustPolicy()
+        self._skip_broken = skip_broken
+        self._catalog = self._read()
+        if not self._catalog.snapshots:
+            raise BrokenChainError(
+                f"{self.source}: holds no snapshot of a forkd store (TAG/{DOCUMENT}); name the"
+                " directory in which the tags lie"
+            )
+        self.left_out: dict[str, str] = {}
+        self._overridden: dict[str, None] = {}
+        self._links: dict[str, Link] = {}
+        with failures(self.source):
+            self._root = os.open(self.source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._reach = Reach(self._root, self._policy.allow_outside)
+        try:
+            self._judge()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> StoreRediff:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the layers and the directory."""
+        for link in self._links.values():
+            link.layer.close()
+        os.close(self._root)
+
+    @property
+    def total_bytes(self) -> int:
+        """How many bytes `write` reports: those of the images, and what is hashed of parents."""
+        links = self._links.values()
+        pinned = [link for link in links if link.snapshot.parent_hash]
+        parents = {link.snapshot.parent for link in links if link.snapshot.parent}
+        hashed = [self._links[tag] for tag in parents]
+        return sum(link.layer.size for link in [*links, *pinned, *hashed])
+
+    def write(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        verify: bool = False,
+        seal: bool = False,
+        jobs: int = 1,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> NewStore:
+        """Write the new store to the directory `output`, which does not exist yet.
+
+        Each dense link becomes the diff between its parent's image and its own (`rediff`, whose
+        options `verify` and `jobs` are). Bases, diffs and the other files of each tag are copied,
+        or reflinked (`companions.copy_folder`). Each `snapshot.json` is written anew: `memory` and
+        `vmstate` point into `output`, and `parent_content_hash` is the sha256 of the parent's new
+        memory file, whether one was recorded before or not; one that was recorded must be right.
+        Other fields are passed on. A memory file that had a seal, or with `seal` each, gets a new
+        one. The directory gets its name when all in it is whole and synced; nothing is written to
+        the old store. `progress` is called with the bytes done so far, of `total_bytes`.
+
+        Raises OutputRefusedError (`output` exists, lies in the store, or is no UTF-8, which the
+        documents are), BrokenChainError (a recorded hash is wrong, and nothing is to be skipped),
+        LayerChangedError (also where the store changed meanwhile), and like `rediff`.
+        """
+        output = os.fspath(output)
+        self._require_fit(output)
+        tally = Tally(progress)
+        with OutputDirectory(output) as directory:
+            self._require_pins(tally)
+            parents = {link.snapshot.parent or "" for link in self._links.values()}
+            writer = StoreWriter(directory, self._reach, self._catalog, parents, tally)
+            options = WriteOptions(self._policy, verify=verify, seal=seal, jobs=jobs)
+            done = [writer.write(link, options) for link in self._links.values()]
+            self._require_unchanged()
+            with failures(self.source):
+                status = os.fstat(self._root)
+            take_over(directory.path, status)
+            directory.publish(stat.S_IMODE(status.st_mode))
+        return NewStore(output, tuple(done), self.left_out, tuple(self._overridden))
+
+    def _read(self) -> Catalog:
+        return read_catalog(self.source, "forkd", outside=self._policy.allow_outside)
+
+    def _judge(self) -> None:
+        pool = LayerPool(self._reach, self._policy, self.source)
+        chains = []
+        for tag in sorted(self._catalog.snapshots):
+            try:
+                chains.append(self._catalog.chain(tag))
+            except DiffMergeError as error:
+                self._leave_out(tag, error)
+        for links in sorted(chains, key=len):
+            try:
+                with failures(self.source):
+                    image = open_snapshot(links, pool, self._policy)
+            except DiffMergeError as error:
+                self._leave_out(links[-1].tag, error)
+                continue
+            self._overridden |= dict.fromkeys(image.overridden)
+            link = Link(links[-1], image.view.layers, image.dense)
+            self._links[link.tag] = link
+
+    def _leave_out(self, tag: str, error: DiffMergeError) -> None:
+        if not self._skip_broken:
+            raise BrokenChainError(
+                f"{self.source}: '{tag}' is broken: {error}; mend it, or leave what is broken out"
+                " with --skip-broken"
+            ) from error
+        self.left_out[tag] = str(error)
+
+    def _require_pins(self, tally: Tally) -> None:
+        # A new pin must not make a parent right that the old one says is wrong.
+        hashes = Hashes(Remembered(self._policy.state_dir))
+        for tag, link in list(self._links.items()):
+            parent = link.snapshot.parent
+            if parent is None:
+                continue
+            try:
+                if parent not in self._links:
+                    raise BrokenChainError(f"ancestor '{parent}' is broken")
+                with failures(self._links[parent].layer.path):
+                    require_pin(self._links[parent].layer, link.snapshot, hashes, tally.add)
+            except DiffMergeError as error:
+                self._leave_out(tag, error)
+                del self._links[tag]
+
+    def _require_fit(self, output: str) -> None:
+        try:
+            os.path.abspath(output).encode()
+        except UnicodeEncodeError:
+            raise OutputRefusedError(
+                f"{output!a}: is no UTF-8, and {DOCUMENT} can name nothing else; choose another"
+                " output"
+            ) from None
+        store = os.path.realpath(self.source)
+        place = os.path.realpath(os.path.dirname(os.path.abspath(output)))
+        if os.path.commonpath([store, place]) == store:
+            raise OutputRefusedError(
+                f"{output}: lies in the store itself; choose an output outside of {self.source}"
+            )
+
+    def _require_unchanged(self) -> None:
+        now = self._read().snapshots
+        for tag, link in self._links.items():
+            if tag not in now or now[tag].state != link.snapshot.state:
+                raise LayerChangedError(
+                    f"{self.source}: '{tag}' changed while the store was read; nothing was written"
+                    " under the output's name, try again"
+                )
