@@ -17,7 +17,11 @@ contestants of a case take turns in each round, in an order that moves on by one
 first round is thrown away. Before each cold run the layers are in the page cache, and of the view
 the kernel has nothing. Shown is the median of the counted rounds, with the least and the greatest.
 A ratio is taken round by round; where its spread holds 1.0 it is called equal. Every server's bytes
-were compared with the layers' before it was timed."""
+were compared with the layers' before it was timed.
+
+A floor tells what can be had of a goal's number where the program runs: it is that of another
+program on the same kernel, and where it says so on the same runtime, which does only what it must;
+measured in the same rounds and reckoned in the same way. It changes no outcome."""
 
 #: Per cent of the processors' time that others may take: kernel threads need some.
 _QUIET = 20
@@ -116,9 +120,20 @@ def outcome(goal: Goal, cases: Cases) -> str:
     if any(case["facts"].get("maps read-only") is False for case in known):
         notes.append("`--open-rw`: this QEMU maps read-write only")
     said = goal.outcome(cases)
-    if notes and not said.startswith("not measured"):
-        return f"{said} ({', '.join(dict.fromkeys(notes))})"
-    return said
+    if said.startswith("not measured"):
+        return said
+    noted = f" ({', '.join(dict.fromkeys(notes))})" if notes else ""
+    return f"{said}{_floor(goal, cases, said)}{noted}"
+
+
+def _floor(goal: Goal, cases: Cases, said: str) -> str:
+    # What follows the outcome `said` where the goal's floor was measured.
+    found = goal.floor_measured(cases)
+    if goal.floor is None or found is None:
+        return ""
+    beyond = said == "not met" and goal.beyond_floor(cases)
+    before = f": beyond what {goal.floor.within} allows here, " if beyond else "; "
+    return f"{before}floor {_spread(found)}{_space(goal.unit)}: {goal.floor.what}"
 
 
 def _limit(goal: Goal) -> str:
