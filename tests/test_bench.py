@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from typing import Any
 import pytest
 
 from tests.bench import __main__ as bench
-from tests.bench import goals, images, measure, report
+from tests.bench import goals, images, measure, programs, report
 from tests.bench.cases import topics
 from tests.bench.figures import Limit, difference, ratio, spread, verdict
 from tests.bench.goals import GOALS, Goal, Series
 from tests.bench.measure import SCHEMA, TINY, Contestant, NotMeasured, Record, Results, alternate
-from tests.support import skips
+from tests.support import loopfs, skips
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "benchmarks.md"
@@ -185,23 +186,104 @@ FIXED: dict[str, Any] = {
 
 def test_the_page_says_what_was_reached_and_what_was_not() -> None:
     lines = report.text(FIXED, {}).splitlines()
-    table = [line for line in lines if line.startswith("| ") and line.count("|") == 5]
-    rows = {cells[1].strip(): cells[2:5] for cells in (line.split("|") for line in table)}
+    rows = _goal_rows(FIXED)
     row = rows["read in order, cold, each at its best readahead: speed / QEMU's export"]
-    assert [cell.strip() for cell in row] == ["≥ 1.8", "2 (1.8 - 2.2)", "met"]
+    assert row == ["≥ 1.8", "2 (1.8 - 2.2)", "met"]
     row = rows["the same: speed / the C floor's"]
-    assert [cell.strip() for cell in row] == ["≥ 0.65", "-", "not measured: gcc is not installed"]
+    assert row == ["≥ 0.65", "-", "not measured: gcc is not installed"]
     row = rows["first touch by 8 threads: time / QEMU's export"]
-    assert [cell.strip() for cell in row] == ["≤ 1.1", "1.95 (0.9 - 3), equal", "not met"]
+    assert row == ["≤ 1.1", "1.95 (0.9 - 3), equal", "not met"]
     row = rows["daemon memory, 16 chains of 100,000 segments open"]
-    assert [cell.strip() for cell in row] == ["≤ 80 MiB", "90 (90 - 90) MiB", "not met (quick run)"]
+    assert row == ["≤ 80 MiB", "90 (90 - 90) MiB", "not met (quick run)"]
     row = rows["index of 4 x 1 M extents"]
-    assert row[2].strip() == "not measured: the case index was not run"
+    assert row[2] == "not measured: the case index was not run"
     assert "| diffmergefs | 1,000 | 900 | 1,100 | MiB/s | 1.00 |" in lines
     assert "| qemu export | 500 | 500 | 500 | MiB/s | 0.50 |" in lines
     assert "- C floor: gcc is not installed" in lines
     assert not [line for line in lines if line.startswith("The machine was not quiet")]
     assert "Not a full run: some cases were run with smaller sizes (quick)." in lines
+
+
+def _goal_rows(document: dict[str, Any]) -> dict[str, list[str]]:
+    # The table of the goals: the title -> the other cells.
+    lines = report.text(document, {}).splitlines()
+    table = [line for line in lines if line.startswith("| ") and line.count("|") == 5]
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in table]
+    return {title: rest for title, *rest in rows}
+
+
+_CONSTANT = "pyfuse3 answering a constant"
+
+
+@pytest.mark.parametrize(
+    ("ours", "constant", "said"),
+    [
+        ([70.0, 72.0], [41.0, 43.0], f"not met; floor 22 (21 - 23) us: {_CONSTANT}"),
+        (
+            [70.0, 72.0],
+            [61.0, 63.0],
+            f"not met: beyond what pyfuse3 allows here, floor 42 (41 - 43) us: {_CONSTANT}",
+        ),
+        # A floor that is worse than what was reached takes nothing away from it.
+        ([40.0, 42.0], [61.0, 63.0], f"met; floor 42 (41 - 43) us: {_CONSTANT}"),
+        ([40.0, 42.0], [], "met"),
+    ],
+)
+def test_a_floor_is_told_beside_the_outcome(
+    ours: list[float], constant: list[float], said: str
+) -> None:
+    document = copy.deepcopy(FIXED)
+    document["cases"]["random-one-cpu"] = _case(
+        diffmergefs=("us", ours), C_floor=("us", [20.0, 20.0]), pyfuse3_constant=("us", constant)
+    )
+    *_, outcome = _goal_rows(document)["the same, all on one CPU: time - the C floor's"]
+    assert outcome == said
+
+
+def test_the_floor_of_a_speed_takes_our_programs_place() -> None:
+    document = copy.deepcopy(FIXED)
+    document["cases"]["flatten-xfs"] = _case(
+        scale="quick",
+        **{
+            "diffmergefs.flatten": ("s", [2.0, 2.0]),
+            goals.WAYS[0]: ("s", [2.8, 2.8]),
+            goals.WAYS[1]: ("s", [1.8, 2.0]),
+            goals.SHARED: ("s", [1.0, 1.9]),
+        },
+    )
+    rows = _goal_rows(document)
+    assert rows["flatten on xfs, reflink: speed / cp and overwrite"] == [
+        "≥ 3",
+        "1.4 (1.4 - 1.4)",
+        "not met: beyond what the kernel's reflink allows here, floor 2.14 (1.47 - 2.8): "
+        "the same sharing from C (quick run)",
+    ]
+    # Equal to the best of the peers, which the floor is a little better than.
+    assert rows["flatten on xfs: speed / the best peer's"] == [
+        "≥ 1",
+        "0.95 (0.9 - 1), equal",
+        "equal; floor 1.43 (1.05 - 1.8): the same sharing from C (quick run)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("floor", "beyond"), [([0.97, 0.98, 1.01], False), ([0.97, 0.98, 0.99], True)]
+)
+def test_a_floor_that_is_equal_to_the_limit_reaches_it(floor: list[float], beyond: bool) -> None:
+    ours, peer = Series("case", ("ours",)), Series("case", ("peer",))
+    cases = {
+        "case": _case(ours=("MiB/s", [0.5] * 3), peer=("MiB/s", [1.0] * 3), floor=("MiB/s", floor))
+    }
+    found = goals.Floor("", "", Series("case", ("floor",)), peer)
+    goal = Goal("", Limit(1.0, least=True), ours, peer, floor=found)
+    assert goal.outcome(cases) == "not met"
+    assert goal.beyond_floor(cases) is beyond
+
+
+def test_a_floor_ran_in_the_rounds_of_its_goal() -> None:
+    for goal in GOALS:
+        if goal.floor:
+            assert {goal.floor.over.case, goal.floor.under.case} == goal.cases
 
 
 def test_the_page_tells_of_a_machine_that_was_not_quiet() -> None:
@@ -321,7 +403,41 @@ def _merged(chain: images.Chain) -> list[bytes | None]:
     return pages
 
 
-# (e) The whole, with the smallest sizes
+# (e) The floor of flattening
+
+
+@pytest.mark.parametrize("kind", goals.SHARING)
+def test_the_sharing_from_c_gives_the_merged_bytes(kind: str, tmp_path: Path) -> None:
+    # Blocks of the diffs overlap; the last one ends with the file, inside a block.
+    block, size = 1 << 16, (1 << 20) - 100
+    layers = {"base": range(0, 12), "old": (1, 3, 4, 15), "new": (2, 3, 13)}
+    merged = bytearray(size)
+    with loopfs.made(kind, tmp_path) as root:
+        paths = [root / name for name in layers]
+        for path, (name, places) in zip(paths, layers.items(), strict=True):
+            with path.open("wb", buffering=0) as file:
+                file.truncate(size)
+                for at in (place * block for place in places):
+                    content = f"{name} {at:8}".encode().ljust(16) * (block // 16)
+                    merged[at : at + block] = content[: size - at]
+                    os.pwrite(file.fileno(), content[: size - at], at)
+        before = [path.read_bytes() for path in paths]
+        out = root / "out"
+        programs.run([programs.compiled("copier"), "reflink", out, *paths])
+        assert out.read_bytes() == merged
+        assert [path.read_bytes() for path in paths] == before
+
+
+def test_the_sharing_from_c_copies_nothing_where_blocks_cannot_be_shared(tmp_path: Path) -> None:
+    with loopfs.made("ext4", tmp_path) as root:
+        (root / "base").write_bytes(b"base" * 4096)
+        (root / "diff").write_bytes(b"diff" * 4096)
+        command = [programs.compiled("copier"), "reflink", *(root / n for n in ("out", "base"))]
+        with pytest.raises(NotMeasured, match="FICLONE"):
+            programs.run([*command, root / "diff"])
+
+
+# (f) The whole, with the smallest sizes
 
 
 @pytest.mark.parametrize("only", ["nothing", "index,nothing"])

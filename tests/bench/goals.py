@@ -13,6 +13,8 @@ OURS, QEMU, FLOOR = "diffmergefs", "qemu export", "C floor"
 CONSTANT = "pyfuse3 constant"
 SMALL_PAGES = ", no MADV_HUGEPAGE"
 WAYS = ("cp, then pread and pwrite", "sendfile of each extent", "qemu-img convert")
+SHARING = ("xfs", "btrfs")
+"""The filesystems whose files can share blocks."""
 SHARED = "the same sharing from C"
 """No peer: nobody ships it. It does what `flatten` does there, and nothing besides."""
 
@@ -298,7 +300,7 @@ def _many() -> list[Goal]:
 def _flatten() -> list[Goal]:
     ours, found = "diffmergefs.flatten", []
     for kind in ("ext4", "xfs", "btrfs", "tmpfs"):
-        case, shares = f"flatten-{kind}", kind in ("xfs", "btrfs")
+        case, shares = f"flatten-{kind}", kind in SHARING
         found.append(
             Goal(
                 f"flatten on {kind}: speed / the best peer's",

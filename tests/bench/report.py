@@ -38,7 +38,8 @@ _ABOUT = {
     " and the way from one CPU to the other.",
     "threads": "First touch of random pages by 8 threads at once. Nothing is pinned.",
     "cached": "All of the image is in the page cache; no server is asked. Page fault: each page"
-    " once, in a random order, through a mapping.",
+    " once, in a random order, through a mapping. `C floor`: a mount of the C server, with the"
+    " view's readahead.",
     "drop-behind": "A cold read in order with and without `--drop-behind`, and how much of the"
     " layers is in the page cache afterwards.",
     "slow-store": "Random reads of 4 KiB from a view whose base lies on a store that takes 5 ms a"
@@ -46,7 +47,8 @@ _ABOUT = {
     "rediff": "The difference of two complete images that are equal and in the page cache.",
     "flatten-": "A new standalone image of a base and 3 diffs, on the disk at the end (fsync). The"
     " filesystem lies on a file in memory. `diffmergefs.flatten`: from Python, so without the start"
-    " of one, which the command adds.",
+    " of one, which the command adds. `the same sharing from C`, where files can share blocks: the"
+    " base cloned whole, then each diff's extents cloned into it.",
     "mount-time": "From the call of `diffmergefs mount` to its return, which is when the mount"
     " answers.",
     "reads-go-on": "One client looks at all snapshots of a fresh mount, which has their layers"
