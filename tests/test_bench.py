@@ -8,18 +8,21 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import pyfuse3
 import pytest
 
 from tests.bench import __main__ as bench
-from tests.bench import goals, images, measure, programs, report
+from tests.bench import goals, images, measure, profile, programs, read_cases, report
 from tests.bench.cases import topics
 from tests.bench.figures import Limit, difference, ratio, spread, verdict
 from tests.bench.goals import GOALS, Goal, Series
 from tests.bench.measure import SCHEMA, TINY, Contestant, NotMeasured, Record, Results, alternate
+from tests.bench.servers import Server
 from tests.support import loopfs, skips
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -432,12 +435,112 @@ def test_the_sharing_from_c_copies_nothing_where_blocks_cannot_be_shared(tmp_pat
     with loopfs.made("ext4", tmp_path) as root:
         (root / "base").write_bytes(b"base" * 4096)
         (root / "diff").write_bytes(b"diff" * 4096)
-        command = [programs.compiled("copier"), "reflink", *(root / n for n in ("out", "base"))]
+        names = [root / name for name in ("out", "base", "diff")]
         with pytest.raises(NotMeasured, match="FICLONE"):
-            programs.run([*command, root / "diff"])
+            programs.run([programs.compiled("copier"), "reflink", *names])
 
 
-# (f) The whole, with the smallest sizes
+# (f) Profiles
+
+_PERF = """
+ 600        |   41:python    |libpython3.11.so.1.0                 |[.] _PyEval_EvalFrameDefault
+ 200        |   41:python    |[kernel.kallsyms]                    |[k] finish_task_switch.isra.0
+ 50         |   43:trio-7    |[kernel.kallsyms]                    |[k] finish_task_switch.isra.0
+ 30         |   41:python    |{pyfuse3}|[.] __pyx_gb_7pyfuse3_94generator30
+ 3          |   41:python    |libfuse3.so.3.14.0                   |[.] 0x0000000000012f10
+ 4          |   41:python    |libfuse3.so.3.14.0                   |[.] 0x0000000000012f20
+ 9          |   41:python    |_json.cpython-311-x86_64-linux-gnu.so|[.] encoder
+ 80         |   77:client    |[fuse]                               |[k] fuse_simple_request
+ 20         |   77:client    |client                               |[.] touch
+ 1          |   77:client    |libc.so.6                            |[.] operator new(unsigned long)
+ 500        |    0:swapper   |[kernel.kallsyms]                    |[k] pv_native_safe_halt
+ 7          |   90:python    |libpython3.11.so.1.0                 |[.] _PyEval_EvalFrameDefault
+# 12        |   41:python    |a comment
+Warning: 3 samples | were lost | and so on
+""".replace("{pyfuse3}", Path(pyfuse3.__file__).name)
+
+
+def test_what_perf_printed_is_read() -> None:
+    hits = profile.parse(_PERF)
+    assert sum(hit.samples for hit in hits) == 1504
+    assert profile.Hit(50, 43, "trio-7", "kernel", "finish_task_switch.isra.0") in hits
+    assert profile.Hit(4, 41, "python", "libfuse", "(no symbol)") in hits
+    assert profile.Hit(20, 77, "client", "its own code", "touch") in hits
+    assert profile.Hit(1, 77, "client", "libc", "operator new(unsigned long)") in hits
+    assert [hit.module for hit in hits if hit.thread == 41] == (
+        ["Python", "kernel", "pyfuse3", "libfuse", "libfuse", "_json"]
+    )
+    assert profile.parse("") == profile.parse("no samples!\n") == []
+
+
+def _profile() -> dict[str, Any]:
+    hits = profile.parse(_PERF)
+    sides = {
+        "server": [hit for hit in hits if hit.thread in (41, 43)],
+        "client": [hit for hit in hits if hit.command == "client"],
+    }
+    # 997 samples of 250 us in 5,000 requests of 50 us each.
+    return profile.summary(sides, 5000, 0.25)
+
+
+def test_a_profile_tells_the_time_of_a_request_by_module_and_by_symbol() -> None:
+    found = _profile()
+    assert (found["requests"], found["us"]) == (5000, 50.0)
+    assert found["modules"] == {
+        "server: Python": 30.0,
+        "server: kernel": 12.5,
+        "client: kernel": 4.0,
+        "server: pyfuse3": 1.5,
+        "client: its own code": 1.0,
+        "server: other": 0.8,
+        "client: other": 0.05,
+    }
+    assert found["symbols"][1] == {
+        "symbol": "finish_task_switch.isra.0",
+        "in": "server: kernel",
+        "us": 12.5,
+    }
+    assert len(found["symbols"]) == 8
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_the_page_shows_the_profiles_side_by_side() -> None:
+    document = copy.deepcopy(FIXED)
+    floor = {"requests": 9, "us": 10.0, "modules": {"server: kernel": 9.0}, "symbols": []}
+    document["cases"]["threads"]["facts"][profile.PROFILE] = {"ours": _profile(), "floor": floor}
+    lines = report.text(document, {}).splitlines()
+    at = lines.index("| in | ours | floor |")
+    assert lines[at + 1 : at + 4] == [
+        "|---|---|---|",
+        "| server: Python | 30 us, 60 % | - |",
+        "| server: kernel | 12.5 us, 25 % | 9 us, 90 % |",
+    ]
+    assert "| rest | 0.15 us, 0 % | 1 us, 10 % |" in lines
+    assert "| all | 50 us, 100 % | 10 us, 100 % |" in lines
+    assert "| ours | `_PyEval_EvalFrameDefault` | server: Python | 30 | 60 |" in lines
+    assert not [line for line in lines if line.startswith("- profile")]
+
+
+def test_where_perf_is_not_to_be_had_only_the_profiles_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "perf" else name)
+    with pytest.raises(NotMeasured, match="perf is not installed"):
+        profile.touches(["client"], 1, 0, [os.getpid()])
+
+    def refused(*_: object) -> None:
+        raise NotMeasured("perf ended with status 255: no permission")
+
+    monkeypatch.setattr(profile, "touches", refused)
+    monkeypatch.setattr(read_cases, "_warm_layers", lambda images: None)
+    record = Record("random-one-cpu", "tiny")
+    server = Server("diffmergefs", tmp_path / "image", tmp_path)
+    read_cases._profile([server], images.Images(tmp_path, TINY), record)
+    assert record.missing == {"profile of diffmergefs": "perf ended with status 255: no permission"}
+    assert profile.PROFILE not in record.facts
+
+
+# (g) The whole, with the smallest sizes
 
 
 @pytest.mark.parametrize("only", ["nothing", "index,nothing"])

@@ -10,6 +10,7 @@ from typing import Any
 from tests.bench.figures import Limit, Spread, spread
 from tests.bench.goals import GOALS, Absent, Cases, Goal
 from tests.bench.measure import OTHERS
+from tests.bench.profile import PERIOD, PROFILE
 
 _INTRO = """\
 This page is written by `make bench`, from [its raw results](benchmarks.json) alone. The
@@ -171,7 +172,9 @@ def _case(name: str, case: Mapping[str, Any], picture: str | None) -> Iterator[s
         yield from ("", "| what | median | least | greatest | unit | against the first |")
         yield "|---|---|---|---|---|---|"
         yield from _series(case["series"])
-    facts = {what: said for what, said in case["facts"].items() if said != {}}
+    if PROFILE in case["facts"]:
+        yield from ("", *_profile(case["facts"][PROFILE]))
+    facts = {what: said for what, said in case["facts"].items() if said != {} and what != PROFILE}
     if facts:
         yield ""
         yield from (f"- {what}: {_said(said)}" for what, said in facts.items())
@@ -189,6 +192,43 @@ def _series(series: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         against = f"{shown.median / base:.2f}" if base else "-"
         cells = (number(shown.median), number(shown.least), number(shown.greatest))
         yield f"| {name} | {' | '.join(cells)} | {found['unit']} | {against} |"
+
+
+_PROFILED = """\
+Where the time of a request goes: the CPU that client and server share, sampled by perf every
+{us} us (cpu-clock) in further requests, which sampling slows down and which count nowhere else.
+Kernel code that lets no interrupt in is charged to the place that allows them again. In us of a
+request, and in per cent of it; `rest`: other programs, idleness, and what sampling missed."""
+
+
+def _profile(profile: Mapping[str, Any]) -> Iterator[str]:
+    # The modules of all servers side by side, then each one's symbols.
+    yield from _PROFILED.format(us=PERIOD // 1000).splitlines()
+    yield from ("", f"| in | {' | '.join(profile)} |", "|---|" + "---|" * len(profile))
+    columns = [_modules(found) for found in profile.values()]
+    greatest = {place: max(c.get(place, 0) for c in columns) for c in columns for place in c}
+    last = ["rest", "all"]
+    for place in (*sorted(greatest.keys() - last, key=lambda p: (-greatest[p], p)), *last):
+        shares = (_share(column.get(place), column["all"]) for column in columns)
+        yield f"| {place} | {' | '.join(shares)} |"
+    yield from ("", "| server | symbol | in | us | % |", "|---|---|---|---|---|")
+    for name, found in profile.items():
+        for top in found["symbols"]:
+            cells = (name, f"`{top['symbol']}`", top["in"], number(top["us"]))
+            yield f"| {' | '.join(cells)} | {_per_cent(top['us'], found['us'])} |"
+
+
+def _modules(found: Mapping[str, Any]) -> dict[str, float]:
+    seen = sum(found["modules"].values())
+    return {**found["modules"], "rest": max(0.0, found["us"] - seen), "all": found["us"]}
+
+
+def _share(us: float | None, whole: float) -> str:
+    return "-" if us is None else f"{number(us)} us, {_per_cent(us, whole)} %"
+
+
+def _per_cent(us: float, whole: float) -> str:
+    return f"{us / whole * 100:.0f}"
 
 
 def _spread(found: Spread) -> str:
