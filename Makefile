@@ -14,6 +14,7 @@ TEST_PACKAGES := xfsprogs btrfs-progs e2fsprogs qemu-system-x86 qemu-utils \
 	systemd mandoc man-db bash zsh fish
 # The peers that only the benchmark wants; QEMU's comes with TEST_PACKAGES.
 BENCH_PACKAGES := nbdkit libnbd-bin
+PROFILE_PACKAGES := linux-perf
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test soak bench bench-quick lint clean run-packages test-packages bench-packages \
@@ -88,9 +89,11 @@ run-packages:
 test-packages: run-packages
 	@.ci/system-packages $(TEST_PACKAGES)
 
-# A peer that cannot be had is told of in the results; the others are measured.
+# A peer that cannot be had is told of in the results; the others are measured. perf comes apart:
+# without it there is no profile, but the peers are there.
 bench-packages: test-packages
 	-@.ci/system-packages $(BENCH_PACKAGES)
+	-@.ci/system-packages $(PROFILE_PACKAGES)
 
 $(VENV)/.stamp-run: pyproject.toml | run-packages
 	@.ci/venv $(PYTHON) $(VENV) --editable .

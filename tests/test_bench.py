@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import pyfuse3
 import pytest
 
 from tests.bench import __main__ as bench
-from tests.bench import goals, images, measure, report
+from tests.bench import goals, images, measure, profile, programs, read_cases, report
 from tests.bench.cases import topics
 from tests.bench.figures import Limit, difference, ratio, spread, verdict
 from tests.bench.goals import GOALS, Goal, Series
 from tests.bench.measure import SCHEMA, TINY, Contestant, NotMeasured, Record, Results, alternate
-from tests.support import skips
+from tests.bench.servers import Server
+from tests.support import loopfs, skips
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "benchmarks.md"
@@ -185,23 +189,104 @@ FIXED: dict[str, Any] = {
 
 def test_the_page_says_what_was_reached_and_what_was_not() -> None:
     lines = report.text(FIXED, {}).splitlines()
-    table = [line for line in lines if line.startswith("| ") and line.count("|") == 5]
-    rows = {cells[1].strip(): cells[2:5] for cells in (line.split("|") for line in table)}
+    rows = _goal_rows(FIXED)
     row = rows["read in order, cold, each at its best readahead: speed / QEMU's export"]
-    assert [cell.strip() for cell in row] == ["≥ 1.8", "2 (1.8 - 2.2)", "met"]
+    assert row == ["≥ 1.8", "2 (1.8 - 2.2)", "met"]
     row = rows["the same: speed / the C floor's"]
-    assert [cell.strip() for cell in row] == ["≥ 0.65", "-", "not measured: gcc is not installed"]
+    assert row == ["≥ 0.65", "-", "not measured: gcc is not installed"]
     row = rows["first touch by 8 threads: time / QEMU's export"]
-    assert [cell.strip() for cell in row] == ["≤ 1.1", "1.95 (0.9 - 3), equal", "not met"]
+    assert row == ["≤ 1.1", "1.95 (0.9 - 3), equal", "not met"]
     row = rows["daemon memory, 16 chains of 100,000 segments open"]
-    assert [cell.strip() for cell in row] == ["≤ 80 MiB", "90 (90 - 90) MiB", "not met (quick run)"]
+    assert row == ["≤ 80 MiB", "90 (90 - 90) MiB", "not met (quick run)"]
     row = rows["index of 4 x 1 M extents"]
-    assert row[2].strip() == "not measured: the case index was not run"
+    assert row[2] == "not measured: the case index was not run"
     assert "| diffmergefs | 1,000 | 900 | 1,100 | MiB/s | 1.00 |" in lines
     assert "| qemu export | 500 | 500 | 500 | MiB/s | 0.50 |" in lines
     assert "- C floor: gcc is not installed" in lines
     assert not [line for line in lines if line.startswith("The machine was not quiet")]
     assert "Not a full run: some cases were run with smaller sizes (quick)." in lines
+
+
+def _goal_rows(document: dict[str, Any]) -> dict[str, list[str]]:
+    # The table of the goals: the title -> the other cells.
+    lines = report.text(document, {}).splitlines()
+    table = [line for line in lines if line.startswith("| ") and line.count("|") == 5]
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in table]
+    return {title: rest for title, *rest in rows}
+
+
+_CONSTANT = "pyfuse3 answering a constant"
+
+
+@pytest.mark.parametrize(
+    ("ours", "constant", "said"),
+    [
+        ([70.0, 72.0], [41.0, 43.0], f"not met; floor 22 (21 - 23) us: {_CONSTANT}"),
+        (
+            [70.0, 72.0],
+            [61.0, 63.0],
+            f"not met: beyond what pyfuse3 allows here, floor 42 (41 - 43) us: {_CONSTANT}",
+        ),
+        # A floor that is worse than what was reached takes nothing away from it.
+        ([40.0, 42.0], [61.0, 63.0], f"met; floor 42 (41 - 43) us: {_CONSTANT}"),
+        ([40.0, 42.0], [], "met"),
+    ],
+)
+def test_a_floor_is_told_beside_the_outcome(
+    ours: list[float], constant: list[float], said: str
+) -> None:
+    document = copy.deepcopy(FIXED)
+    document["cases"]["random-one-cpu"] = _case(
+        diffmergefs=("us", ours), C_floor=("us", [20.0, 20.0]), pyfuse3_constant=("us", constant)
+    )
+    *_, outcome = _goal_rows(document)["the same, all on one CPU: time - the C floor's"]
+    assert outcome == said
+
+
+def test_the_floor_of_a_speed_takes_our_programs_place() -> None:
+    document = copy.deepcopy(FIXED)
+    document["cases"]["flatten-xfs"] = _case(
+        scale="quick",
+        **{
+            "diffmergefs.flatten": ("s", [2.0, 2.0]),
+            goals.WAYS[0]: ("s", [2.8, 2.8]),
+            goals.WAYS[1]: ("s", [1.8, 2.0]),
+            goals.SHARED: ("s", [1.0, 1.9]),
+        },
+    )
+    rows = _goal_rows(document)
+    assert rows["flatten on xfs, reflink: speed / cp and overwrite"] == [
+        "≥ 3",
+        "1.4 (1.4 - 1.4)",
+        "not met: beyond what the kernel's reflink allows here, floor 2.14 (1.47 - 2.8): "
+        "the same sharing from C (quick run)",
+    ]
+    # Equal to the best of the peers, which the floor is a little better than.
+    assert rows["flatten on xfs: speed / the best peer's"] == [
+        "≥ 1",
+        "0.95 (0.9 - 1), equal",
+        "equal; floor 1.43 (1.05 - 1.8): the same sharing from C (quick run)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("floor", "beyond"), [([0.97, 0.98, 1.01], False), ([0.97, 0.98, 0.99], True)]
+)
+def test_a_floor_that_is_equal_to_the_limit_reaches_it(floor: list[float], beyond: bool) -> None:
+    ours, peer = Series("case", ("ours",)), Series("case", ("peer",))
+    cases = {
+        "case": _case(ours=("MiB/s", [0.5] * 3), peer=("MiB/s", [1.0] * 3), floor=("MiB/s", floor))
+    }
+    found = goals.Floor("", "", Series("case", ("floor",)), peer)
+    goal = Goal("", Limit(1.0, least=True), ours, peer, floor=found)
+    assert goal.outcome(cases) == "not met"
+    assert goal.beyond_floor(cases) is beyond
+
+
+def test_a_floor_ran_in_the_rounds_of_its_goal() -> None:
+    for goal in GOALS:
+        if goal.floor:
+            assert {goal.floor.over.case, goal.floor.under.case} == goal.cases
 
 
 def test_the_page_tells_of_a_machine_that_was_not_quiet() -> None:
@@ -321,7 +406,141 @@ def _merged(chain: images.Chain) -> list[bytes | None]:
     return pages
 
 
-# (e) The whole, with the smallest sizes
+# (e) The floor of flattening
+
+
+@pytest.mark.parametrize("kind", goals.SHARING)
+def test_the_sharing_from_c_gives_the_merged_bytes(kind: str, tmp_path: Path) -> None:
+    # Blocks of the diffs overlap; the last one ends with the file, inside a block.
+    block, size = 1 << 16, (1 << 20) - 100
+    layers = {"base": range(0, 12), "old": (1, 3, 4, 15), "new": (2, 3, 13)}
+    merged = bytearray(size)
+    with loopfs.made(kind, tmp_path) as root:
+        paths = [root / name for name in layers]
+        for path, (name, places) in zip(paths, layers.items(), strict=True):
+            with path.open("wb", buffering=0) as file:
+                file.truncate(size)
+                for at in (place * block for place in places):
+                    content = f"{name} {at:8}".encode().ljust(16) * (block // 16)
+                    merged[at : at + block] = content[: size - at]
+                    os.pwrite(file.fileno(), content[: size - at], at)
+        before = [path.read_bytes() for path in paths]
+        out = root / "out"
+        programs.run([programs.compiled("copier"), "reflink", out, *paths])
+        assert out.read_bytes() == merged
+        assert [path.read_bytes() for path in paths] == before
+
+
+def test_the_sharing_from_c_copies_nothing_where_blocks_cannot_be_shared(tmp_path: Path) -> None:
+    with loopfs.made("ext4", tmp_path) as root:
+        (root / "base").write_bytes(b"base" * 4096)
+        (root / "diff").write_bytes(b"diff" * 4096)
+        names = [root / name for name in ("out", "base", "diff")]
+        with pytest.raises(NotMeasured, match="FICLONE"):
+            programs.run([programs.compiled("copier"), "reflink", *names])
+
+
+# (f) Profiles
+
+_PERF = """
+ 600        |   41:python    |libpython3.11.so.1.0                 |[.] _PyEval_EvalFrameDefault
+ 200        |   41:python    |[kernel.kallsyms]                    |[k] finish_task_switch.isra.0
+ 50         |   43:trio-7    |[kernel.kallsyms]                    |[k] finish_task_switch.isra.0
+ 30         |   41:python    |{pyfuse3}|[.] __pyx_gb_7pyfuse3_94generator30
+ 3          |   41:python    |libfuse3.so.3.14.0                   |[.] 0x0000000000012f10
+ 4          |   41:python    |libfuse3.so.3.14.0                   |[.] 0x0000000000012f20
+ 9          |   41:python    |_json.cpython-311-x86_64-linux-gnu.so|[.] encoder
+ 80         |   77:client    |[fuse]                               |[k] fuse_simple_request
+ 20         |   77:client    |client                               |[.] touch
+ 1          |   77:client    |libc.so.6                            |[.] operator new(unsigned long)
+ 500        |    0:swapper   |[kernel.kallsyms]                    |[k] pv_native_safe_halt
+ 7          |   90:python    |libpython3.11.so.1.0                 |[.] _PyEval_EvalFrameDefault
+# 12        |   41:python    |a comment
+Warning: 3 samples | were lost | and so on
+""".replace("{pyfuse3}", Path(pyfuse3.__file__).name)
+
+
+def test_what_perf_printed_is_read() -> None:
+    hits = profile.parse(_PERF)
+    assert sum(hit.samples for hit in hits) == 1504
+    assert profile.Hit(50, 43, "trio-7", "kernel", "finish_task_switch.isra.0") in hits
+    assert profile.Hit(4, 41, "python", "libfuse", "(no symbol)") in hits
+    assert profile.Hit(20, 77, "client", "its own code", "touch") in hits
+    assert profile.Hit(1, 77, "client", "libc", "operator new(unsigned long)") in hits
+    assert [hit.module for hit in hits if hit.thread == 41] == (
+        ["Python", "kernel", "pyfuse3", "libfuse", "libfuse", "_json"]
+    )
+    assert profile.parse("") == profile.parse("no samples!\n") == []
+
+
+def _profile() -> dict[str, Any]:
+    hits = profile.parse(_PERF)
+    sides = {
+        "server": [hit for hit in hits if hit.thread in (41, 43)],
+        "client": [hit for hit in hits if hit.command == "client"],
+    }
+    # 997 samples of 250 us in 5,000 requests of 50 us each.
+    return profile.summary(sides, 5000, 0.25)
+
+
+def test_a_profile_tells_the_time_of_a_request_by_module_and_by_symbol() -> None:
+    found = _profile()
+    assert (found["requests"], found["us"]) == (5000, 50.0)
+    assert found["modules"] == {
+        "server: Python": 30.0,
+        "server: kernel": 12.5,
+        "client: kernel": 4.0,
+        "server: pyfuse3": 1.5,
+        "client: its own code": 1.0,
+        "server: other": 0.8,
+        "client: other": 0.05,
+    }
+    assert found["symbols"][1] == {
+        "symbol": "finish_task_switch.isra.0",
+        "in": "server: kernel",
+        "us": 12.5,
+    }
+    assert len(found["symbols"]) == 8
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_the_page_shows_the_profiles_side_by_side() -> None:
+    document = copy.deepcopy(FIXED)
+    floor = {"requests": 9, "us": 10.0, "modules": {"server: kernel": 9.0}, "symbols": []}
+    document["cases"]["threads"]["facts"][profile.PROFILE] = {"ours": _profile(), "floor": floor}
+    lines = report.text(document, {}).splitlines()
+    at = lines.index("| in | ours | floor |")
+    assert lines[at + 1 : at + 4] == [
+        "|---|---|---|",
+        "| server: Python | 30 us, 60 % | - |",
+        "| server: kernel | 12.5 us, 25 % | 9 us, 90 % |",
+    ]
+    assert "| rest | 0.15 us, 0 % | 1 us, 10 % |" in lines
+    assert "| all | 50 us, 100 % | 10 us, 100 % |" in lines
+    assert "| ours | `_PyEval_EvalFrameDefault` | server: Python | 30 | 60 |" in lines
+    assert not [line for line in lines if line.startswith("- profile")]
+
+
+def test_where_perf_is_not_to_be_had_only_the_profiles_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "perf" else name)
+    with pytest.raises(NotMeasured, match="perf is not installed"):
+        profile.touches(["client"], 1, 0, [os.getpid()])
+
+    def refused(*_: object) -> None:
+        raise NotMeasured("perf ended with status 255: no permission")
+
+    monkeypatch.setattr(profile, "touches", refused)
+    monkeypatch.setattr(read_cases, "_warm_layers", lambda images: None)
+    record = Record("random-one-cpu", "tiny")
+    server = Server("diffmergefs", tmp_path / "image", tmp_path)
+    read_cases._profile([server], images.Images(tmp_path, TINY), record)
+    assert record.missing == {"profile of diffmergefs": "perf ended with status 255: no permission"}
+    assert profile.PROFILE not in record.facts
+
+
+# (g) The whole, with the smallest sizes
 
 
 @pytest.mark.parametrize("only", ["nothing", "index,nothing"])

@@ -64,8 +64,12 @@ def run(command: Sequence[str | Path], timeout: float = _TIMEOUT) -> str:
 
 def client(mode: str, file: Path, *arguments: int) -> list[float]:
     """The seconds that client.c prints."""
-    words = [str(compiled("client")), mode, str(file), *map(str, arguments)]
-    return [float(line) for line in run(words).split()]
+    return [float(line) for line in run(client_command(mode, file, *arguments)).split()]
+
+
+def client_command(mode: str, file: Path, *arguments: int) -> list[str]:
+    """The command that `client` runs."""
+    return [str(compiled("client")), mode, str(file), *map(str, arguments)]
 
 
 def read_through(file: Path, *, passes: int = 1, cold: bool = True) -> list[float]:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 
-from tests.bench import programs, servers
+from tests.bench import profile, programs, servers
 from tests.bench.images import Chain, Images
 from tests.bench.measure import (
     MIB,
@@ -25,7 +25,7 @@ from tests.bench.measure import (
     drop,
     warm,
 )
-from tests.bench.programs import client, need, read_through, touch
+from tests.bench.programs import client, client_command, need, read_through, touch
 from tests.bench.servers import Server
 from tests.bench.write_cases import filesystem
 from tests.support import faulty
@@ -34,6 +34,9 @@ Start = tuple[str, Callable[[], AbstractContextManager[Server]]]
 
 #: The number of diffs in the chain that is compared with the peers.
 MAIN_DEPTH = 3
+#: Those whose requests on one CPU are sampled, as long as so many rounds take.
+_PROFILED = ("diffmergefs", "pyfuse3 constant", "C floor")
+_PROFILED_ROUNDS = 5
 _SLOW_SECONDS = 0.005
 _CLIENTS = 8
 _DROP_SECONDS = 1.5  # what was served last is dropped within a second
@@ -78,10 +81,10 @@ def random_two_cpus(images: Images, record: Record) -> None:
 
 def random_one_cpu(images: Images, record: Record) -> None:
     """The same with client and server on one CPU: what each program costs by itself."""
-    _random(images, record, server_cpu=0)
+    _random(images, record, server_cpu=0, profiled=_PROFILED)
 
 
-def _random(images: Images, record: Record, server_cpu: int) -> None:
+def _random(images: Images, record: Record, server_cpu: int, profiled: Sequence[str] = ()) -> None:
     touches = images.scale.touches
     with ExitStack() as stack:
         peers = _peers(stack, images, record)
@@ -104,6 +107,22 @@ def _random(images: Images, record: Record, server_cpu: int) -> None:
 
         runs = [*_contestants([*peers, *views], run), Contestant("flattened, warm", flattened)]
         alternate(record, runs, images.scale.rounds, lambda: _warm_layers(images))
+        _profile([server for server in peers if server.name in profiled], images, record)
+
+
+def _profile(running: Sequence[Server], images: Images, record: Record) -> None:
+    # Of touches that come after those that count, since sampling slows them down.
+    count = min(images.scale.touches * _PROFILED_ROUNDS, images.scale.image // PAGE)
+    for server in running:
+        try:
+            _warm_layers(images)
+            command = client_command("touch", server.file, count, 17, 1, 0, 1)
+            pids = [process.pid for process in server.processes]
+            found = profile.touches(command, count, 0, pids)
+        except Exception as error:
+            record.miss(f"profile of {server.name}", error)
+        else:
+            record.facts.setdefault(profile.PROFILE, {})[server.name] = found
 
 
 def threads(images: Images, record: Record) -> None:
@@ -136,7 +155,11 @@ def cached(images: Images, record: Record) -> None:
     with ExitStack() as stack:
         views = _views(stack, images, record, heavy=False)
         main = _view(stack, images, record, MAIN_DEPTH)
-        servers_and_names = [(view.name, view.file) for view in (*main, *views)]
+        c = _floor(stack, images, record)
+        # The readahead decides how the page cache is built up, so all have that of the view.
+        for server, view in zip(c, main, strict=False):
+            server.set_readahead(view.readahead())
+        servers_and_names = [(server.name, server.file) for server in (*main, *c, *views)]
         runs = [
             Contestant(name, partial(run, name, file))
             for name, file in (*servers_and_names, ("flattened", images.flat))
@@ -224,12 +247,17 @@ def _peers(stack: ExitStack, images: Images, record: Record) -> list[Server]:
         ("diffmergefs", lambda: servers.diffmergefs(where, images.chain(MAIN_DEPTH))),
         ("qemu export", lambda: servers.qemu_export(where, images)),
         ("nbdkit + nbdfuse", lambda: servers.nbd(where, images)),
-        ("C floor", lambda: servers.floor(where, images.flat)),
     ]
     sound = _sound(_started(stack, record, starts), images.verify, record)
+    sound += _floor(stack, images, record)
     # There is nothing to verify in an answer that is always the same.
     ceiling = ("pyfuse3 constant", lambda: servers.constant(where, images.scale.image))
     return sound + _started(stack, record, [ceiling])
+
+
+def _floor(stack: ExitStack, images: Images, record: Record) -> list[Server]:
+    start = ("C floor", lambda: servers.floor(images.directory, images.flat))
+    return _sound(_started(stack, record, [start]), images.verify, record)
 
 
 def _views(stack: ExitStack, images: Images, record: Record, *, heavy: bool = True) -> list[Server]:

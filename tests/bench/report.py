@@ -10,6 +10,7 @@ from typing import Any
 from tests.bench.figures import Limit, Spread, spread
 from tests.bench.goals import GOALS, Absent, Cases, Goal
 from tests.bench.measure import OTHERS
+from tests.bench.profile import PERIOD, PROFILE
 
 _INTRO = """\
 This page is written by `make bench`, from [its raw results](benchmarks.json) alone. The
@@ -17,7 +18,11 @@ contestants of a case take turns in each round, in an order that moves on by one
 first round is thrown away. Before each cold run the layers are in the page cache, and of the view
 the kernel has nothing. Shown is the median of the counted rounds, with the least and the greatest.
 A ratio is taken round by round; where its spread holds 1.0 it is called equal. Every server's bytes
-were compared with the layers' before it was timed."""
+were compared with the layers' before it was timed.
+
+A floor tells what can be had of a goal's number where the program runs: it is that of another
+program on the same kernel, and where it says so on the same runtime, which does only what it must;
+measured in the same rounds and reckoned in the same way. It changes no outcome."""
 
 #: Per cent of the processors' time that others may take: kernel threads need some.
 _QUIET = 20
@@ -34,7 +39,8 @@ _ABOUT = {
     " and the way from one CPU to the other.",
     "threads": "First touch of random pages by 8 threads at once. Nothing is pinned.",
     "cached": "All of the image is in the page cache; no server is asked. Page fault: each page"
-    " once, in a random order, through a mapping.",
+    " once, in a random order, through a mapping. `C floor`: a mount of the C server, with the"
+    " view's readahead.",
     "drop-behind": "A cold read in order with and without `--drop-behind`, and how much of the"
     " layers is in the page cache afterwards.",
     "slow-store": "Random reads of 4 KiB from a view whose base lies on a store that takes 5 ms a"
@@ -42,7 +48,8 @@ _ABOUT = {
     "rediff": "The difference of two complete images that are equal and in the page cache.",
     "flatten-": "A new standalone image of a base and 3 diffs, on the disk at the end (fsync). The"
     " filesystem lies on a file in memory. `diffmergefs.flatten`: from Python, so without the start"
-    " of one, which the command adds.",
+    " of one, which the command adds. `the same sharing from C`, where files can share blocks: the"
+    " base cloned whole, then each diff's extents cloned into it.",
     "mount-time": "From the call of `diffmergefs mount` to its return, which is when the mount"
     " answers.",
     "reads-go-on": "One client looks at all snapshots of a fresh mount, which has their layers"
@@ -116,9 +123,20 @@ def outcome(goal: Goal, cases: Cases) -> str:
     if any(case["facts"].get("maps read-only") is False for case in known):
         notes.append("`--open-rw`: this QEMU maps read-write only")
     said = goal.outcome(cases)
-    if notes and not said.startswith("not measured"):
-        return f"{said} ({', '.join(dict.fromkeys(notes))})"
-    return said
+    if said.startswith("not measured"):
+        return said
+    noted = f" ({', '.join(dict.fromkeys(notes))})" if notes else ""
+    return f"{said}{_floor(goal, cases, said)}{noted}"
+
+
+def _floor(goal: Goal, cases: Cases, said: str) -> str:
+    # What follows the outcome `said` where the goal's floor was measured.
+    found = goal.floor_measured(cases)
+    if goal.floor is None or found is None:
+        return ""
+    beyond = said == "not met" and goal.beyond_floor(cases)
+    before = f": beyond what {goal.floor.within} allows here, " if beyond else "; "
+    return f"{before}floor {_spread(found)}{_space(goal.unit)}: {goal.floor.what}"
 
 
 def _limit(goal: Goal) -> str:
@@ -154,7 +172,9 @@ def _case(name: str, case: Mapping[str, Any], picture: str | None) -> Iterator[s
         yield from ("", "| what | median | least | greatest | unit | against the first |")
         yield "|---|---|---|---|---|---|"
         yield from _series(case["series"])
-    facts = {what: said for what, said in case["facts"].items() if said != {}}
+    if PROFILE in case["facts"]:
+        yield from ("", *_profile(case["facts"][PROFILE]))
+    facts = {what: said for what, said in case["facts"].items() if said != {} and what != PROFILE}
     if facts:
         yield ""
         yield from (f"- {what}: {_said(said)}" for what, said in facts.items())
@@ -172,6 +192,43 @@ def _series(series: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         against = f"{shown.median / base:.2f}" if base else "-"
         cells = (number(shown.median), number(shown.least), number(shown.greatest))
         yield f"| {name} | {' | '.join(cells)} | {found['unit']} | {against} |"
+
+
+_PROFILED = """\
+Where the time of a request goes: the CPU that client and server share, sampled by perf every
+{us} us (cpu-clock) in further requests, which sampling slows down and which count nowhere else.
+Kernel code that lets no interrupt in is charged to the place that allows them again. In us of a
+request, and in per cent of it; `rest`: other programs, idleness, and what sampling missed."""
+
+
+def _profile(profile: Mapping[str, Any]) -> Iterator[str]:
+    # The modules of all servers side by side, then each one's symbols.
+    yield from _PROFILED.format(us=PERIOD // 1000).splitlines()
+    yield from ("", f"| in | {' | '.join(profile)} |", "|---|" + "---|" * len(profile))
+    columns = [_modules(found) for found in profile.values()]
+    greatest = {place: max(c.get(place, 0) for c in columns) for c in columns for place in c}
+    last = ["rest", "all"]
+    for place in (*sorted(greatest.keys() - last, key=lambda p: (-greatest[p], p)), *last):
+        shares = (_share(column.get(place), column["all"]) for column in columns)
+        yield f"| {place} | {' | '.join(shares)} |"
+    yield from ("", "| server | symbol | in | us | % |", "|---|---|---|---|---|")
+    for name, found in profile.items():
+        for top in found["symbols"]:
+            cells = (name, f"`{top['symbol']}`", top["in"], number(top["us"]))
+            yield f"| {' | '.join(cells)} | {_per_cent(top['us'], found['us'])} |"
+
+
+def _modules(found: Mapping[str, Any]) -> dict[str, float]:
+    seen = sum(found["modules"].values())
+    return {**found["modules"], "rest": max(0.0, found["us"] - seen), "all": found["us"]}
+
+
+def _share(us: float | None, whole: float) -> str:
+    return "-" if us is None else f"{number(us)} us, {_per_cent(us, whole)} %"
+
+
+def _per_cent(us: float, whole: float) -> str:
+    return f"{us / whole * 100:.0f}"
 
 
 def _spread(found: Spread) -> str:

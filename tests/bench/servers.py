@@ -46,11 +46,14 @@ class Server:
             for thread in os.listdir(f"/proc/{process.pid}/task"):
                 os.sched_setaffinity(int(thread), cpus)
 
+    def readahead(self) -> int:
+        """read_ahead_kb of its mount."""
+        return int(self._bdi().read_text(encoding="ascii"))
+
     def set_readahead(self, kib: int) -> int:
         """Set read_ahead_kb of its mount; what it was."""
-        path = self._bdi()
-        before = int(path.read_text(encoding="ascii"))
-        path.write_text(f"{kib}\n", encoding="ascii")
+        before = self.readahead()
+        self._bdi().write_text(f"{kib}\n", encoding="ascii")
         return before
 
     def cpu_seconds(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import diffmergefs
+from tests.bench.goals import SHARED, SHARING
 from tests.bench.images import Chain, Images
 from tests.bench.measure import (
     MIB,
@@ -50,11 +51,11 @@ def flatten(place: Path, scale: Scale, kind: str, record: Record) -> None:
             "diffmergefs.flatten": ours,
             "diffmergefs flatten, the command": partial(_command, chain, out),
             "cp, then pread and pwrite": partial(_overwrite, chain, out),
-            "sendfile of each extent": partial(
-                run, [compiled("copier"), "sendfile", out, *chain.layers]
-            ),
+            "sendfile of each extent": partial(_copier, "sendfile", out, chain.layers),
             "qemu-img convert": partial(_convert, images, out),
         }
+        if kind in SHARING:
+            ways[SHARED] = partial(_copier, "reflink", out, chain.layers)
         # The first run of each tells whether the bytes are right; that round is not counted.
         verified: set[str] = set()
 
@@ -80,7 +81,11 @@ def _command(chain: Chain, out: Path) -> None:
 
 def _overwrite(chain: Chain, out: Path) -> None:
     run(["cp", "--sparse=always", chain.base, out])
-    run([compiled("copier"), "overwrite", out, *chain.diffs])
+    _copier("overwrite", out, chain.diffs)
+
+
+def _copier(way: str, out: Path, layers: Sequence[Path]) -> None:
+    run([compiled("copier"), way, out, *layers])
 
 
 def _convert(images: Images, out: Path) -> None:
