@@ -83,7 +83,7 @@ def test_it_returns_when_the_mount_answers(store: Path, mountpoint: Path, tmp_pa
     until(lambda: not daemons_of(mountpoint), "the daemon did not end")
     assert not is_mounted(mountpoint)
     text = log.read_text()
-    assert " INFO diffmergefs.mount: ready\n" in text and "SIGTERM: detached" in text
+    assert " INFO diffmergefs.serving.mount: ready\n" in text and "SIGTERM: detached" in text
     assert "Traceback" not in text
 
 

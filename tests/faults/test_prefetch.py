@@ -93,7 +93,7 @@ def test_readers_of_the_pages_that_are_pushed(
         finally:
             for reader in readers:
                 reader.kill()
-        pushes = mount.log().count("INFO diffmergefs.prefetch: ")
+        pushes = mount.log().count("INFO diffmergefs.workingsets.prefetch: ")
         assert (mountpoint / "base.mem").read_bytes() == ORACLE
     assert pushes > rounds // 100
     pages = sum(map(int, texts))
