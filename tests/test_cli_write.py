@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,21 +94,33 @@ def test_flatten_where_nobody_may_write_is_one_line(store: Path, public_path: Pa
 def test_flatten_that_is_stopped_leaves_nothing(
     store: Path, tmp_path: Path, number: signal.Signals, has_name: bool
 ) -> None:
+    stop_flatten(store, tmp_path, number, has_name)
+
+
+def test_flatten_that_is_stopped_in_memory_leaves_nothing(
+    store: Path, filesystem: Callable[[str], Path]
+) -> None:
+    """There a thread writes, and what it has begun is waited for."""
+    stop_flatten(store, filesystem("tmpfs"), signal.SIGTERM, True)
+
+
+def stop_flatten(store: Path, place: Path, number: signal.Signals, has_name: bool) -> None:
     # Held at its first write, so that the signal surely comes in the middle. Without O_RDWR the
     # kernel refuses O_TMPFILE, and the file being written has a temporary name.
-    (tmp_path / "hold").mkdir()
+    (place / "hold").mkdir()
     code = (
         "import os, sys, time\n"
-        "from diffmergefs import copying, cli, output\n"
+        "from diffmergefs import cli\n"
+        "from diffmergefs.writing import copying, output\n"
         f"output._UNNAMED &= ~({has_name} * os.O_RDWR)\n"
         "def hold(*_):\n"
         "    print('writing', flush=True)\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(5)\n"
         "copying.os.pwrite = copying.os.copy_file_range = hold\n"
         "copying.os.sendfile = copying.os.pwritev = hold\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
-    output = tmp_path / "hold" / "out"
+    output = place / "hold" / "out"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "flatten", str(store / "leaf"), "-o", str(output)],
         stdout=subprocess.PIPE,
@@ -117,12 +130,12 @@ def test_flatten_that_is_stopped_leaves_nothing(
     with process:
         assert process.stdout is not None
         assert process.stdout.readline() == "writing\n"
-        assert len(os.listdir(tmp_path / "hold")) == has_name
+        assert len(os.listdir(place / "hold")) == has_name
         process.send_signal(number)
         _, complaint = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in complaint
-    assert os.listdir(tmp_path / "hold") == []
+    assert os.listdir(place / "hold") == []
 
 
 def test_a_layer_that_changes_under_flatten_is_one_line_and_leaves_nothing(

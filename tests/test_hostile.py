@@ -228,7 +228,7 @@ def test_a_sparse_document_of_a_terabyte_is_refused_by_its_first_mebibyte(store:
 
 def test_names_that_the_locale_cannot_write_are_refused(store: Path) -> None:
     write_document(store, "base", json.dumps({"memory": "naïve"}))
-    code = "import sys; from diffmergefs import catalog\n"
+    code = "import sys; from diffmergefs.layouts import catalog\n"
     code += "print(ascii(catalog.read_catalog(sys.argv[1]).snapshots['base'].problem))"
     environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     done = subprocess.run(
