@@ -372,10 +372,10 @@ def test_a_store_that_changes_meanwhile_leaves_nothing(store: Path, public_path:
 def test_a_failure_in_the_middle_leaves_nothing(
     store: Path, public_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    harm_writes(monkeypatch, 0)
+    harm_writes(monkeypatch, 2 * PAGE)  # where the new diff of `leaf` begins
     with (
         StoreRediff(store) as opened,
-        pytest.raises(VerificationError, match="with this diff byte 0 of"),
+        pytest.raises(VerificationError, match=f"with this diff byte {2 * PAGE} of"),
     ):
         opened.write(public_path / "new", verify=True)
     assert sorted(os.listdir(public_path)) == ["store"]
