@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -21,12 +22,29 @@ from tests.bench import goals, images, measure, profile, programs, read_cases, r
 from tests.bench.cases import topics
 from tests.bench.figures import Limit, difference, ratio, spread, verdict
 from tests.bench.goals import GOALS, Goal, Series
-from tests.bench.measure import SCHEMA, TINY, Contestant, NotMeasured, Record, Results, alternate
+from tests.bench.measure import (
+    MIB,
+    SCHEMA,
+    TINY,
+    Contestant,
+    NotMeasured,
+    Record,
+    Results,
+    alternate,
+    back,
+)
 from tests.bench.servers import Server
 from tests.support import loopfs, skips
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "benchmarks.md"
+
+
+def test_memory_is_touched_and_freed() -> None:
+    size = 8 * MIB + 100
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    back(size)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before > size // 4096 // 512
 
 
 # (a) Numbers

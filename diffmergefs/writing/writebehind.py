@@ -14,9 +14,9 @@ from diffmergefs.writing.copying import Target, failures, write_at
 #: The bytes of a buffer: the more, the less often the threads wait for the interpreter.
 BUFFER = 2 << 20
 _BUFFERS = 3
-# For a longer write some kernels look for a free MiB in one piece, which can take four times as
-# long as the write.
-_WRITE = BUFFER // 4
+# A longer write gets its pages in longer pieces, and where the machine has few of those at hand
+# that takes four times as long as the write (seen from 512 KiB on).
+_WRITE = 128 << 10
 # So much is written before the kernel is told to begin with it.
 _WINDOW = 32 << 20
 _SYNC_FILE_RANGE_WRITE = 2

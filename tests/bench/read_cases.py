@@ -22,6 +22,7 @@ from tests.bench.measure import (
     Record,
     Scale,
     alternate,
+    back,
     drop,
     warm,
 )
@@ -71,7 +72,12 @@ def sequential(images: Images, record: Record) -> None:
             return {"flattened, warm": ("MiB/s", _speed(images, seconds))}
 
         runs = [*_contestants([*peers, *views], run), Contestant("flattened, warm", flattened)]
-        alternate(record, runs, images.scale.rounds, lambda: _warm_layers(images))
+
+        def ready() -> None:
+            _warm_layers(images)
+            back(images.scale.image)
+
+        alternate(record, runs, images.scale.rounds, ready)
 
 
 def random_two_cpus(images: Images, record: Record) -> None:

@@ -16,9 +16,10 @@ _INTRO = """\
 This page is written by `make bench`, from [its raw results](benchmarks.json) alone. The
 contestants of a case take turns in each round, in an order that moves on by one each time; the
 first round is thrown away. Before each cold run the layers are in the page cache, and of the view
-the kernel has nothing. Shown is the median of the counted rounds, with the least and the greatest.
-A ratio is taken round by round; where its spread holds 1.0 it is called equal. Every server's bytes
-were compared with the layers' before it was timed.
+the kernel has nothing; where much memory will be wanted, as much was touched and freed. Shown is
+the median of the counted rounds, with the least and the greatest. A ratio is taken round by round;
+where its spread holds 1.0 it is called equal. Every server's bytes were compared with the layers'
+before it was timed.
 
 A floor tells what can be had of a goal's number where the program runs: it is that of another
 program on the same kernel, and where it says so on the same runtime, which does only what it must;

@@ -23,6 +23,7 @@ from tests.bench.measure import (
     Record,
     Scale,
     alternate,
+    back,
     warm,
 )
 from tests.bench.programs import compiled, need, run
@@ -72,7 +73,12 @@ def flatten(place: Path, scale: Scale, kind: str, record: Record) -> None:
             return {name: ("s", seconds)}
 
         runs = [Contestant(name, partial(timed, name)) for name in ways]
-        alternate(record, runs, scale.rounds, lambda: warm(*chain.layers))
+
+        def ready() -> None:
+            warm(*chain.layers)
+            back(scale.image)
+
+        alternate(record, runs, scale.rounds, ready)
 
 
 def _command(chain: Chain, out: Path) -> None:
