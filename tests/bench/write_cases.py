@@ -23,7 +23,6 @@ from tests.bench.measure import (
     Record,
     Scale,
     alternate,
-    back,
     warm,
 )
 from tests.bench.programs import compiled, need, run
@@ -73,12 +72,7 @@ def flatten(place: Path, scale: Scale, kind: str, record: Record) -> None:
             return {name: ("s", seconds)}
 
         runs = [Contestant(name, partial(timed, name)) for name in ways]
-
-        def ready() -> None:
-            warm(*chain.layers)
-            back(scale.image)
-
-        alternate(record, runs, scale.rounds, ready)
+        alternate(record, runs, scale.rounds, lambda: warm(*chain.layers))
 
 
 def _command(chain: Chain, out: Path) -> None:
