@@ -335,13 +335,25 @@ def test_named_errnos_of_a_clone_lead_to_a_copy(
     assert (result.copied, result.reflinked) == (VISIBLE, False)
 
 
+def test_a_layer_that_cannot_be_shared_is_tried_once(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the base once more, by a range: a call for each of its segments would be in vain."""
+    module = FakeIoctl(errno.EOPNOTSUPP)
+    monkeypatch.setattr(copying, "fcntl", module)
+    flatten(chain, out)
+    assert module.asked == [0x40049409, *[0x4020940D] * len(chain.layers)]
+
+
 class FakeIoctl:
-    """An fcntl module whose ioctl fails."""
+    """An fcntl module whose ioctl fails; `asked` are the operations."""
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.asked: list[int] = []
 
-    def ioctl(self, *args: Any) -> int:
+    def ioctl(self, fd: int, operation: int, argument: object) -> int:
+        self.asked.append(operation)
         raise os_error(self.number)
 
 

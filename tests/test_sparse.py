@@ -166,6 +166,25 @@ def test_an_unwritten_range_behind_thousands_of_extents_is_found(
         assert unwritten(fd, 40 * MIB) == [(30 * MIB, 30 * MIB + PAGE)]
 
 
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+def test_unwritten_ranges_among_thousands_of_written_ones(
+    kind: str, filesystem: Callable[[str], Path]
+) -> None:
+    """In the middle of batches, at their borders, side by side with data, and at the end."""
+    spread = range(0, 2500, 7)
+    path = write_layer(filesystem(kind) / "file", 40 * MIB, [])
+    with path.open("r+b", buffering=0) as file:
+        for number in spread:
+            os.posix_fallocate(file.fileno(), 3 * number * PAGE, 2 * PAGE)
+        for number in range(2500):
+            os.pwrite(file.fileno(), b"x", 3 * number * PAGE)
+        os.fsync(file.fileno())
+    with opened(path) as fd:
+        assert unwritten(fd, 40 * MIB) == [
+            ((3 * number + 1) * PAGE, (3 * number + 2) * PAGE) for number in spread
+        ]
+
+
 def test_where_there_is_no_fiemap_there_is_no_unwritten_range(
     filesystem: Callable[[str], Path],
 ) -> None:

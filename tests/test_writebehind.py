@@ -7,6 +7,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +126,20 @@ def test_on_an_exception_what_was_not_begun_is_given_up(
         gate.wait()
         return pwrite(*args)
 
+    shutdown = ThreadPoolExecutor.shutdown
+
+    def opening(self: ThreadPoolExecutor, **options: Any) -> None:
+        # What is to be given up is given up before the write under way may go on.
+        shutdown(self, wait=False, **options)
+        gate.set()
+        shutdown(self)
+
     monkeypatch.setattr(os, "pwrite", waiting)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", opening)
     with pytest.raises(KeyboardInterrupt), WriteBehind(target) as behind:
         behind.write(filled(behind, 1), BUFFER, 0)
         behind.write(filled(behind, 2), BUFFER, BUFFER)
         begun.wait()
-        threading.Timer(0.1, gate.set).start()
         raise KeyboardInterrupt
     # The one that was under way is whole, the other never came.
     assert Path(target.path).read_bytes() == bytes([1]) * BUFFER

@@ -220,11 +220,10 @@ def warm(*paths: Path) -> None:
 
 
 def back(size: int) -> None:
-    """Touch so much memory and free it again, for what is measured next.
+    """Touch so much memory and free it again, so that what comes next rarely does so first.
 
-    In a virtual machine that gives free memory back to its host within seconds, its first touch
-    afterwards costs as much as ten copies (seen: 2 s a GiB): how long ago somebody freed some would
-    decide who wins a round.
+    Seen in a virtual machine: now and then the kernel's copies into fresh pages took 2 s a GiB, six
+    times as long as otherwise. Probably their memory had gone back to the host.
     """
     zeros = bytes(MIB)
     with mmap.mmap(-1, size) as memory:
