@@ -24,6 +24,7 @@ from diffmergefs.serving import tuning
 from diffmergefs.serving.connection import Connection
 from diffmergefs.serving.dropbehind import DropBehind
 from diffmergefs.serving.host import FUSE_CONF, FUSE_DEVICE, others_may_be_let_in
+from diffmergefs.serving.nextrequest import few_switches
 from diffmergefs.serving.notify import Notifier
 from diffmergefs.serving.openwatch import OpenWatch, Unwatched
 from diffmergefs.serving.operations import Operations
@@ -121,7 +122,9 @@ def serve(
         connection = Connection(device) if entry else None
         try:
             operations.watch = _watch_of(tree, connection, device, restoring)
-            trio.run(_run, operations, entry, ready, early, leases, notifier, wanted, connection)
+            run = functools.partial(_run, operations, entry, ready, early, leases, notifier)
+            with few_switches():
+                trio.run(run, wanted, connection)
         finally:
             # Nothing may call into a session that is closed.
             _stop_watch(operations, connection)

@@ -1,0 +1,386 @@
+"""How tasks wait for the next request: who has the lock, what is looked for, who has a turn."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pyfuse3
+import pytest
+import trio
+import trio.testing
+
+from diffmergefs.serving import nextrequest
+from diffmergefs.serving.nextrequest import (
+    SPIN_NS,
+    TURN_NS,
+    ReadLock,
+    RequestWait,
+    few_switches,
+)
+from tests.support import mounttable, skips
+
+# The lock
+
+
+def test_a_lock_taken_again_before_a_wait_stays() -> None:
+    order = []
+
+    async def other(lock: ReadLock) -> None:
+        async with lock:
+            order.append("other")
+
+    async def main() -> None:
+        lock = ReadLock()
+        async with trio.open_nursery() as nursery:
+            for n in range(3):
+                async with lock:
+                    order.append(str(n))
+                    if n == 0:
+                        nursery.start_soon(other, lock)
+                        await trio.testing.wait_all_tasks_blocked()  # it waits for the lock
+
+    trio.run(main)
+    assert order == ["0", "1", "2", "other"]
+
+
+@pytest.mark.parametrize("end", ["waits", "returns", "raises"])
+def test_it_goes_to_those_who_wait_in_their_order_once_the_task_waits_or_ends(end: str) -> None:
+    order = []
+
+    async def first(lock: ReadLock) -> None:
+        with suppress(ValueError):
+            async with lock:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            order.append("given back")
+            if end == "waits":
+                await trio.sleep_forever()
+            if end == "raises":
+                raise ValueError
+
+    async def other(name: str, lock: ReadLock) -> None:
+        async with lock:
+            order.append(name)
+            await trio.testing.wait_all_tasks_blocked()
+            assert order[-1] == name  # nobody else has it meanwhile
+
+    async def main() -> None:
+        lock = ReadLock()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(first, lock)
+            await trio.testing.wait_all_tasks_blocked()
+            for name in ("a", "b", "c"):
+                nursery.start_soon(other, name, lock)
+                await trio.testing.wait_all_tasks_blocked()
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert order == ["given back", "a", "b", "c"]
+
+
+def test_one_that_is_cancelled_while_it_waits_does_not_get_it() -> None:
+    order = []
+
+    async def other(name: str, scope: trio.CancelScope, lock: ReadLock) -> None:
+        with scope:
+            async with lock:
+                order.append(name)
+
+    async def main() -> None:
+        lock, gone = ReadLock(), trio.CancelScope()
+        async with trio.open_nursery() as nursery, lock:
+            nursery.start_soon(other, "gone", gone, lock)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(other, "there", trio.CancelScope(), lock)
+            await trio.testing.wait_all_tasks_blocked()
+            gone.cancel()
+        # Nobody has it now: it is taken at once.
+        with trio.testing.assert_no_checkpoints():
+            async with lock:
+                order.append("again")
+
+    trio.run(main)
+    assert order == ["there", "again"]
+
+
+def test_one_that_is_cancelled_when_it_has_just_got_it_gives_it_back() -> None:
+    async def other(scope: trio.CancelScope, lock: ReadLock) -> None:
+        with scope:
+            async with lock:
+                await trio.lowlevel.checkpoint()
+
+    async def main() -> None:
+        lock, scope = ReadLock(), trio.CancelScope()
+        async with trio.open_nursery() as nursery:
+            async with lock:
+                nursery.start_soon(other, scope, lock)
+                await trio.testing.wait_all_tasks_blocked()
+            lock.after_task_step(trio.lowlevel.current_task())
+            scope.cancel()
+        assert scope.cancelled_caught
+        with trio.testing.assert_no_checkpoints():
+            async with lock:
+                pass
+
+    trio.run(main)
+
+
+def test_an_error_inside_goes_on_and_the_lock_is_given_back() -> None:
+    async def main() -> None:
+        lock = ReadLock()
+        with pytest.raises(ValueError, match="inside"):
+            async with lock:
+                raise ValueError("inside")
+        async with lock:
+            pass
+
+    trio.run(main)
+
+
+# The wait
+
+
+class Clock:
+    """Stands in for perf_counter_ns: it goes on by `step` whenever it is looked at.
+
+    `yields` counts how often the processor was offered to others; `after_yields` is what happens
+    when that was done so many times.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.now = 10**9
+        self.step = step
+        self.yields = 0
+        self.after_yields: dict[int, Callable[[], object]] = {}
+
+    def __call__(self) -> int:
+        self.now += self.step
+        return self.now
+
+    def sched_yield(self) -> None:
+        self.yields += 1
+        self.after_yields.get(self.yields, lambda: None)()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock(SPIN_NS // 10)
+    monkeypatch.setattr(nextrequest, "perf_counter_ns", clock)
+    monkeypatch.setattr(os, "sched_yield", clock.sched_yield)
+    return clock
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+async def waited(wait: RequestWait, fd: int) -> bool:
+    """Wait; whether trio was needed for it."""
+    try:
+        with trio.testing.assert_no_checkpoints():
+            await wait(fd)
+    except AssertionError:
+        return True
+    return False
+
+
+def test_what_is_there_is_found_without_trio_until_it_is_the_others_turn(
+    clock: Clock, pipe: tuple[int, int]
+) -> None:
+    # All is there always, so others have a turn just where trio is asked.
+    os.write(pipe[1], b"x")
+    clock.step = TURN_NS // 10
+
+    async def main() -> list[bool]:
+        wait = RequestWait()
+        return [await waited(wait, pipe[0]) for _ in range(21)]
+
+    # Of ten looks at the clock in a turn the first begins it, and the others are one a request.
+    assert trio.run(main) == [True, *[False] * 9] * 2 + [True]
+    assert clock.yields == 0
+
+
+def test_other_tasks_run_though_requests_never_cease(pipe: tuple[int, int]) -> None:
+    os.write(pipe[1], b"x")
+
+    async def main() -> None:
+        wait, turns = RequestWait(), []
+
+        async def other() -> None:
+            for n in range(5):
+                turns.append(n)
+                await trio.lowlevel.checkpoint()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other)
+            while len(turns) < 5:
+                await wait(pipe[0])
+
+    trio.run(main)
+
+
+def test_what_comes_soon_is_waited_for_without_trio(clock: Clock, pipe: tuple[int, int]) -> None:
+    async def main() -> None:
+        wait = RequestWait()
+        os.write(pipe[1], b"x")
+        assert await waited(wait, pipe[0])  # the first turn begins
+        os.read(pipe[0], 1)
+        clock.after_yields[4] = lambda: os.write(pipe[1], b"x")
+        assert not await waited(wait, pipe[0])
+
+    trio.run(main)
+    assert clock.yields == 4
+
+
+def test_it_is_looked_for_no_longer_than_the_limit_and_then_trio_waits(
+    clock: Clock, pipe: tuple[int, int]
+) -> None:
+    async def main() -> None:
+        wait = RequestWait()
+        os.write(pipe[1], b"x")
+        await wait(pipe[0])
+        os.read(pipe[0], 1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait, pipe[0])
+            await trio.testing.wait_all_tasks_blocked()
+            assert clock.yields == 9
+            os.write(pipe[1], b"x")
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize(("later", "looks"), [(0, 9), (2 * SPIN_NS, 0)])
+def test_after_a_long_wait_nothing_is_looked_for(
+    clock: Clock, pipe: tuple[int, int], later: int, looks: int
+) -> None:
+    async def wait_for(wait: RequestWait, later: int) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait, pipe[0])
+            await trio.testing.wait_all_tasks_blocked()
+            clock.now += later
+            os.write(pipe[1], b"x")
+        os.read(pipe[0], 1)
+
+    async def main() -> None:
+        wait = RequestWait()
+        await wait_for(wait, later)
+        clock.yields = 0
+        await wait_for(wait, 0)
+        assert clock.yields == looks
+        # That one came fast.
+        clock.yields = 0
+        await wait_for(wait, 0)
+        assert clock.yields == 9
+
+    trio.run(main)
+
+
+def test_another_descriptor_is_not_taken_for_the_one_before(pipe: tuple[int, int]) -> None:
+    async def main() -> None:
+        wait = RequestWait()
+        os.write(pipe[1], b"x")
+        await wait(pipe[0])
+        reader, writer = os.pipe()
+        try:
+            with trio.move_on_after(0.01) as scope:
+                await wait(reader)
+            assert scope.cancelled_caught
+            os.write(writer, b"x")
+            await wait(reader)
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+    trio.run(main)
+
+
+def test_one_that_is_being_closed_raises_what_trio_does(pipe: tuple[int, int]) -> None:
+    async def main() -> None:
+        async def expect() -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await RequestWait()(pipe[0])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(expect)
+            await trio.testing.wait_all_tasks_blocked()
+            trio.lowlevel.notify_closing(pipe[0])
+
+    trio.run(main)
+
+
+# What pyfuse3 is given
+
+
+def test_pyfuse3_sees_these_inside_and_all_else_of_trio() -> None:
+    with pytest.raises(ValueError, match="inside"), few_switches():
+        inside = pyfuse3.trio  # type: ignore[attr-defined]
+        assert inside.Lock is ReadLock
+        assert isinstance(inside.lowlevel.wait_readable, RequestWait)
+        assert inside.lowlevel.notify_closing is trio.lowlevel.notify_closing
+        assert inside.open_nursery is trio.open_nursery
+        raise ValueError("inside")
+    assert pyfuse3.trio is trio  # type: ignore[attr-defined]
+    assert trio.Lock is not ReadLock
+
+
+def test_a_pyfuse3_that_uses_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = object()
+    monkeypatch.setattr(pyfuse3, "trio", other)
+    with few_switches():
+        assert pyfuse3.trio is other  # type: ignore[attr-defined]
+
+
+SERVER = """
+import sys, pyfuse3, trio
+from diffmergefs.serving.nextrequest import few_switches
+from tests.bench import constant
+
+class Steps(trio.abc.Instrument):
+    count = 0
+    def before_task_step(self, task):
+        self.count += task.name.startswith("pyfuse-")
+
+class Counted(constant._Constant):
+    reads = 0
+    async def read(self, fh, off, size):
+        self.reads += 1
+        return await super().read(fh, off, size)
+
+steps, served = Steps(), Counted(1 << 30)
+pyfuse3.init(served, sys.argv[1], {"fsname=constant", "ro"})
+print("up", flush=True)
+with few_switches():
+    trio.run(pyfuse3.main, instruments=[steps])
+print(served.reads, steps.count)
+pyfuse3.close()
+"""
+
+
+def test_a_request_takes_one_step_of_a_task_at_most(mountpoint: Path) -> None:
+    # And a mount that is unmounted ends, though a task waits for the lock.
+    skips.require_fuse()
+    command = [sys.executable, "-c", SERVER, str(mountpoint)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None and server.stdout.readline() == "up\n"
+            with (mountpoint / "image").open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                for n in range(1000):
+                    assert os.pread(file.fileno(), 4096, n << 20) == bytes(4096)
+            mounttable.unmount(str(mountpoint))
+            reads, steps = map(int, server.stdout.read().split())
+        finally:
+            server.kill()
+            if mounttable.at(str(mountpoint)):
+                mounttable.unmount(str(mountpoint))
+    assert reads >= 1000
+    assert steps < reads + 50  # those of the start, of opening, and of the end
