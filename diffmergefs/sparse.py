@@ -83,11 +83,6 @@ def unwritten_ranges(fd: int, size: int) -> Iterator[Extent]:
             return
 
 
-def unwritten_range(fd: int, size: int) -> Extent | None:
-    """The first of `unwritten_ranges`, or None."""
-    return next(unwritten_ranges(fd, size), None)
-
-
 def _fiemap(fd: int, start: int, length: int) -> list[tuple[int, int, int]]:
     # Start, length and flags: of the extents of one batch those that are unwritten, and the last.
     request = bytearray(_FIEMAP_HEADER.size + _FIEMAP_BATCH * _FIEMAP_EXTENT.size)

@@ -161,7 +161,8 @@ def _problems_of_walk(layer: Layer, page: int, complete: bool) -> Iterator[Probl
         )
     if not complete and (unaligned := _unaligned(extents, size, page)):
         yield _not_on_pages(layer, unaligned, page)
-    if found := sparse.unwritten_range(fd, size):
+    if len(layer.unwritten):
+        found = next(iter(layer.unwritten))
         yield problem(
             "unwritten",
             f"[{found.start}, {found.stop}) is preallocated and unwritten, which is reported"

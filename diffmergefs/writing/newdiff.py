@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from diffmergefs import sparse
 from diffmergefs.errors import NoSpaceError, UntrustedExtentsError
 from diffmergefs.extents import ExtentList, Segment
 from diffmergefs.integrity.sealing import remove_seal, write_seal
@@ -185,9 +184,7 @@ class NewDiff:
         # Not where the layer's file may have a hole, or blocks that were never written, under what
         # counts as its data: the share of a hole is a hole.
         if layer not in self._sharing:
-            with failures(layer.path):
-                is_written = sparse.unwritten_range(layer.fd, layer.size) is None
-            self._sharing[layer] = is_written and not layer.records
+            self._sharing[layer] = not len(layer.unwritten) and not layer.records
         return self._sharing[layer]
 
     def _on_blocks(self, start: int, stop: int) -> bool:
