@@ -31,7 +31,8 @@ from tests.bench.measure import (
     Record,
     Results,
     alternate,
-    back,
+    little_free,
+    touch_free,
 )
 from tests.bench.servers import Server
 from tests.support import loopfs, skips
@@ -40,11 +41,27 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "benchmarks.md"
 
 
+def test_free_memory_is_held_but_for_so_much() -> None:
+    # All but 64 MiB more than the machine has is nothing; all but less than it has is the rest.
+    free = os.sysconf("SC_AVPHYS_PAGES") * measure.PAGE
+    before = resident()
+    with little_free(2 * free):
+        assert resident() - before < 8 * MIB
+    with little_free(free - 64 * MIB):
+        assert 32 * MIB < resident() - before < 192 * MIB  # others take and free some meanwhile
+    assert resident() - before < 8 * MIB
+
+
 def test_memory_is_touched_and_freed() -> None:
     size = 8 * MIB + 100
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    back(size)
+    touch_free(size)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before > size // 4096 // 512
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * measure.PAGE
 
 
 # (a) Numbers
@@ -114,12 +131,15 @@ def test_contestants_take_turns_and_the_first_round_is_not_counted() -> None:
         return Contestant(name, run)
 
     record = Record("case", "tiny")
-    alternate(record, [runner("a"), runner("b")], 2, lambda: prepared.append(len(calls)))
-    assert calls == ["a", "b", "b", "a", "a", "b"]
-    assert prepared == [0, 1, 2, 3, 4, 5]
+    alternate(record, [runner("a"), runner("b")], 8, lambda: prepared.append(len(calls)))
+    rounds = [calls[n : n + 2] for n in range(0, len(calls), 2)]
+    assert [sorted(names) for names in rounds] == [["a", "b"]] * 9
+    assert ["a", "b"] in rounds and ["b", "a"] in rounds
+    assert prepared == list(range(18))
     assert list(record.series) == ["a", "b"]
-    assert record.series["a"] == {"unit": "calls", "values": [4.0, 5.0]}
-    assert record.series["b"] == {"unit": "calls", "values": [3.0, 6.0]}
+    for name in "ab":
+        places = [n for n, called in enumerate(calls, 1) if called == name]
+        assert record.series[name] == {"unit": "calls", "values": places[1:]}
 
 
 def test_one_that_fails_loses_nobody_elses_numbers() -> None:

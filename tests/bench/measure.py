@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import random
 import resource
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,6 +70,8 @@ class Scale:
     """VMs at once on one view."""
     slow_reads: int
     """Reads of each client of the slow store."""
+    holds_memory: bool = False
+    """Whether free memory is held where it would decide the numbers: that takes half a minute."""
 
 
 FULL = Scale(
@@ -87,6 +91,7 @@ FULL = Scale(
     guests=(512, 4096),
     together=8,
     slow_reads=40,
+    holds_memory=True,
 )
 QUICK = Scale(
     name="quick",
@@ -179,19 +184,19 @@ def alternate(
     rounds: int,
     before_run: Callable[[], object] = lambda: None,
 ) -> None:
-    """Run each once a round, in an order that moves on by one each round; the first is not counted.
+    """Run each once a round, in an order that changes by chance; the first round is not counted.
 
-    `before_run` is called right before each of them: a machine that gives its memory back takes
-    out of the page cache, within seconds, what nobody reads (seen: DAMON's pageout). Who fails is
-    noted as missing and left out from then on, with all its numbers. The record's series are in
-    the order of the contestants.
+    (In one that only moves on, each would come after the same other, whose traces in the machine's
+    memory it meets.) `before_run` is called right before each of them: a machine that gives its
+    memory back takes out of the page cache, within seconds, what nobody reads (seen: DAMON's
+    pageout). Who fails is noted as missing and left out from then on, with all its numbers. The
+    record's series are in the order of the contestants.
     """
     running = list(contestants)
     counted: dict[str, list[Figures]] = {contestant.name: [] for contestant in contestants}
     try:
         for number in range(rounds + 1):
-            turn = number % max(1, len(running))
-            for contestant in running[turn:] + running[:turn]:
+            for contestant in random.Random(number).sample(running, len(running)):
                 try:
                     before_run()
                     figures = contestant.run()
@@ -219,16 +224,30 @@ def warm(*paths: Path) -> None:
                     os.preadv(fd, [buffer[: min(MIB, stop - offset)]], offset)
 
 
-def back(size: int) -> None:
-    """Touch so much memory and free it again, so that what comes next rarely does so first.
+@contextmanager
+def little_free(room: int) -> Iterator[None]:
+    """Inside, all memory that was free is held, but for `room` bytes.
 
-    Seen in a virtual machine: now and then the kernel's copies into fresh pages took 2 s a GiB, six
-    times as long as otherwise. Probably their memory had gone back to the host.
+    So what one run frees is what the next one gets. A virtual machine may give memory that is free
+    for seconds back to its host (free page reporting), and whoever gets that next waits 2 s a GiB
+    for it, several times as long as its copy takes: who that was decided the numbers.
     """
-    zeros = bytes(MIB)
-    with mmap.mmap(-1, size) as memory:
-        for start in range(0, size, MIB):
-            memory[start : start + MIB] = zeros[: size - start]
+    with _touched(os.sysconf("SC_AVPHYS_PAGES") * PAGE - room):
+        yield
+
+
+def touch_free(size: int) -> None:
+    """Get so much memory and free it, so that the next who gets it waits for no host."""
+    with _touched(size):
+        pass
+
+
+@contextmanager
+def _touched(size: int) -> Iterator[None]:
+    with mmap.mmap(-1, max(size, PAGE)) as memory:
+        for start in range(0, size, PAGE):
+            memory[start] = 1
+        yield
 
 
 def drop(path: Path) -> None:

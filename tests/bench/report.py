@@ -14,11 +14,12 @@ from tests.bench.profile import PERIOD, PROFILE
 
 _INTRO = """\
 This page is written by `make bench`, from [its raw results](benchmarks.json) alone. The
-contestants of a case take turns in each round, in an order that moves on by one each time; the
-first round is thrown away. Before each cold run the layers are in the page cache, and of the view
-the kernel has nothing. Shown is the median of the counted rounds, with the least and the greatest.
-A ratio is taken round by round; where its spread holds 1.0 it is called equal. Every server's bytes
-were compared with the layers' before it was timed.
+contestants of a case take turns in each round, in an order that chance decides; the first round is
+thrown away. Before each cold run the layers are in the page cache, and of the view the kernel has
+nothing. Shown is the median of the counted rounds, with the least and the greatest. A ratio is
+taken round by round; where its spread holds 1.0 it is called equal. Every server's bytes were
+compared with the layers' before it was timed. Where a run takes much new memory, what the machine
+has free is held, so that each gets what the one before it freed.
 
 A floor tells what can be had of a goal's number where the program runs: it is that of another
 program on the same kernel, and where it says so on the same runtime, which does only what it must;
@@ -31,8 +32,7 @@ _QUIET = 20
 _ABOUT = {
     "sequential": "The image read from start to end with read(2) of 1 MiB, each server's mount at"
     " its own best read_ahead_kb of those tried. `, warm`: once more, from the page cache."
-    " `diffmergefs`: the dirty pages dealt among 3 diffs. Before each run as much memory as the"
-    " image has was touched and freed.",
+    " `diffmergefs`: the dirty pages dealt among 3 diffs.",
     "random-one-cpu": "As `random`, but client and server are on one CPU: no other CPU is woken.",
     "random": "First touch of random pages through a mapping, by one thread, readahead off; client"
     " and server are pinned to a CPU each. A touch is a request of 4 KiB. `server's CPU time` is"
