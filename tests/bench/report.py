@@ -22,8 +22,8 @@ compared with the layers' before it was timed. Where a run takes much new memory
 has free is held, so that each gets what the one before it freed.
 
 A floor tells what can be had of a goal's number where the program runs: it is that of another
-program on the same kernel, and where it says so on the same runtime, which does only what it must;
-measured in the same rounds and reckoned in the same way. It changes no outcome."""
+program on the same kernel which does only what it must; measured in the same rounds and reckoned in
+the same way. It changes no outcome."""
 
 #: Per cent of the processors' time that others may take: kernel threads need some.
 _QUIET = 20
