@@ -16,9 +16,11 @@ from pathlib import Path
 
 from tests.support import mounttable, skips
 
+#: Where the kernel has the directory for fusectl.
+CONNECTIONS = Path("/sys/fs/fuse/connections")
+
 _READY_SECONDS = 60
 _END_SECONDS = 60
-_CONNECTIONS = Path("/sys/fs/fuse/connections")
 _READY = re.compile(r"\bready\b")
 _COMPLAINT = re.compile(r" (WARNING|ERROR|CRITICAL) |Traceback")
 
@@ -101,9 +103,9 @@ def complaints_in(log: str, expected: tuple[str, ...] = ()) -> list[str]:
 
 def require_fusectl() -> None:
     """Have fusectl mounted where the kernel's directory for it is, as systemd does."""
-    if not os.path.ismount(_CONNECTIONS):
+    if not os.path.ismount(CONNECTIONS):
         skips.require_mounts()
-        subprocess.run(["mount", "-t", "fusectl", "fusectl", str(_CONNECTIONS)], check=True)
+        subprocess.run(["mount", "-t", "fusectl", "fusectl", str(CONNECTIONS)], check=True)
 
 
 def abort(real: str) -> None:
@@ -115,10 +117,10 @@ def abort(real: str) -> None:
     found = mounttable.at(real)
     if not found or not found[-1].fstype.startswith("fuse"):
         return
-    connection = _CONNECTIONS / str(found[-1].minor)
+    connection = CONNECTIONS / str(found[-1].minor)
     if not connection.exists():
         subprocess.run(
-            ["mount", "-t", "fusectl", "fusectl", str(_CONNECTIONS)],
+            ["mount", "-t", "fusectl", "fusectl", str(CONNECTIONS)],
             capture_output=True,
             check=False,
         )
