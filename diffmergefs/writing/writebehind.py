@@ -14,9 +14,6 @@ from diffmergefs.writing.copying import Target, failures, write_at
 #: The bytes of a buffer: the more, the less often the threads wait for the interpreter.
 BUFFER = 2 << 20
 _BUFFERS = 3
-# A longer write gets its pages in longer pieces, and where the machine has few of those at hand
-# that takes four times as long as the write (seen from 512 KiB on).
-_WRITE = 128 << 10
 # So much is written before the kernel is told to begin with it.
 _WINDOW = 32 << 20
 _SYNC_FILE_RANGE_WRITE = 2
@@ -83,10 +80,8 @@ class WriteBehind:
             self._begun = stop
 
     def _write(self, buffer: memoryview, length: int, offset: int) -> memoryview:
-        for start in range(0, length, _WRITE):
-            part = buffer[start : min(start + _WRITE, length)]
-            with failures(self._target.path, self._target):
-                write_at(self._target.fd, part, offset + start)
+        with failures(self._target.path, self._target):
+            write_at(self._target.fd, buffer[:length], offset)
         return buffer
 
 
