@@ -58,12 +58,14 @@ def restore(stopped: Stopped, record: Record, rounds: int, memory: Path) -> None
                 _contestant(f"view, warm{suffix}", variant, cached.file),
             ]
             runs += _prefetching(stack, variant, suffix, record)
+        alternate(record, runs, rounds, lambda: _ready_for(stopped))
+        # Apart: what a copy leaves to do, in memory and on disks, would be in the others' numbers.
         flattening = partial(_flatten_first, stopped, stopped.chain, place / "out.mem")
-        runs.append(Contestant(FLATTEN_FIRST, partial(flattening, FLATTEN_FIRST)))
+        copies = [Contestant(FLATTEN_FIRST, partial(flattening, FLATTEN_FIRST))]
         if stopped.machine.ram_size <= _IN_MEMORY_MAX:
             for kind, name in FLATTEN_IN_MEMORY.items():
-                runs += _flattening(stack, stopped, memory, kind, name, record)
-        alternate(record, runs, rounds, lambda: _ready_for(stopped))
+                copies += _flattening(stack, stopped, memory, kind, name, record)
+        alternate(record, copies, rounds, lambda: _ready_for(stopped))
 
 
 def readahead(stopped: Stopped, record: Record, rounds: int) -> None:
