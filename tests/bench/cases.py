@@ -120,6 +120,7 @@ def _flatten(kind: str, bench: Bench, record: Record) -> None:
 
 
 def _restore(size: int, bench: Bench, record: Record) -> None:
-    small = size == bench.scale.guests[0]
-    rounds = bench.scale.rounds if small else bench.scale.long_rounds
-    restore_cases.restore(bench.guest(size), record, rounds, bench.memory)
+    scale = bench.scale
+    small = size == scale.guests[0]
+    restores, copies = scale.restore_rounds, scale.rounds if small else scale.long_rounds
+    restore_cases.restore(bench.guest(size), record, restores, copies, bench.memory)

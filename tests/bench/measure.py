@@ -49,6 +49,8 @@ class Scale:
     """Counted rounds; one more comes before them and is thrown away."""
     long_rounds: int
     """The same where one round takes many seconds."""
+    restore_rounds: int
+    """The same of restores, which take moments and whose spreads are wide."""
     image: int
     """Bytes of the image that is read."""
     dirty_pages: int
@@ -78,6 +80,7 @@ FULL = Scale(
     name="full",
     rounds=7,
     long_rounds=3,
+    restore_rounds=15,
     image=1024 * MIB,
     dirty_pages=13_000,
     depths=(1, 3, 8, 32),
@@ -97,6 +100,7 @@ QUICK = Scale(
     name="quick",
     rounds=3,
     long_rounds=1,
+    restore_rounds=3,
     image=256 * MIB,
     dirty_pages=3_000,
     depths=(1, 32),
@@ -115,6 +119,7 @@ TINY = Scale(
     name="tiny",
     rounds=2,
     long_rounds=1,
+    restore_rounds=2,
     image=8 * MIB,
     dirty_pages=100,
     depths=(1, 3),

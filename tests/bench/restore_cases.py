@@ -41,8 +41,11 @@ FLATTEN_IN_MEMORY = {
 }
 
 
-def restore(stopped: Stopped, record: Record, rounds: int, memory: Path) -> None:
-    """The first reply from each kind of memory, with and without MADV_HUGEPAGE."""
+def restore(stopped: Stopped, record: Record, rounds: int, copies: int, memory: Path) -> None:
+    """The first reply from each kind of memory, with and without MADV_HUGEPAGE.
+
+    Those that flatten first have `copies` rounds.
+    """
     _facts(stopped, record)
     place = stopped.flat.parent
     with ExitStack() as stack:
@@ -61,11 +64,11 @@ def restore(stopped: Stopped, record: Record, rounds: int, memory: Path) -> None
         alternate(record, runs, rounds, lambda: _ready_for(stopped))
         # Apart: what a copy leaves to do, in memory and on disks, would be in the others' numbers.
         flattening = partial(_flatten_first, stopped, stopped.chain, place / "out.mem")
-        copies = [Contestant(FLATTEN_FIRST, partial(flattening, FLATTEN_FIRST))]
+        flatteners = [Contestant(FLATTEN_FIRST, partial(flattening, FLATTEN_FIRST))]
         if stopped.machine.ram_size <= _IN_MEMORY_MAX:
             for kind, name in FLATTEN_IN_MEMORY.items():
-                copies += _flattening(stack, stopped, memory, kind, name, record)
-        alternate(record, copies, rounds, lambda: _ready_for(stopped))
+                flatteners += _flattening(stack, stopped, memory, kind, name, record)
+        alternate(record, flatteners, copies, lambda: _ready_for(stopped))
 
 
 def readahead(stopped: Stopped, record: Record, rounds: int) -> None:
