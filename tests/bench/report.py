@@ -18,8 +18,9 @@ contestants of a case take turns in each round, in an order that chance decides;
 thrown away. Before each cold run the layers are in the page cache, and of the view the kernel has
 nothing. Shown is the median of the counted rounds, with the least and the greatest. A ratio is
 taken round by round; where its spread holds 1.0 it is called equal. Every server's bytes were
-compared with the layers' before it was timed. Where a run takes much new memory, what the machine
-has free is held, so that each gets what the one before it freed.
+compared with the layers' before it was timed. Where a run takes much new memory, that is touched
+and freed right before it, or what else the machine has free is held, so that no run waits for a
+host that must give memory first.
 
 A floor tells what can be had of a goal's number where the program runs: it is that of another
 program on the same kernel which does only what it must; measured in the same rounds and reckoned in
@@ -62,7 +63,8 @@ _ABOUT = {
     " MADV_HUGEPAGE is left out: it makes faults larger, whatever the readahead says.",
     "restore-": "A Linux guest under QEMU (TCG): from the start of QEMU to the guest's first answer"
     " on its console. The view is of a full image, data throughout, and two diffs. QEMU calls"
-    " MADV_HUGEPAGE for its memory; where it says so, it was kept from that.",
+    " MADV_HUGEPAGE for its memory; where it says so, it was kept from that. Those that flatten"
+    " first have rounds of their own after the others', which would pay for what a copy leaves to do.",
     "many": "VMs that stay alive, one after the other started from one memory file: the mean first"
     " reply of the second and later ones.",
 }

@@ -197,7 +197,7 @@ def _prefetching(
 def _have_fusectl(stack: ExitStack) -> None:
     # Without it, fadvise would take notify's place.
     if not mounts.CONNECTIONS.is_mount():
-        run(["mount", "-t", "fusectl", "fusectl", mounts.CONNECTIONS])
+        run(mounts.MOUNT_FUSECTL)
         stack.callback(run, ["umount", mounts.CONNECTIONS])
 
 

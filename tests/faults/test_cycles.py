@@ -14,13 +14,11 @@ import pytest
 
 from diffmergefs import DiffMergeError, open_chain, open_image
 from diffmergefs.errors import BrokenChainError, SizeMismatchError
-from tests.support import mounttable, skips
+from tests.support import mounttable
 from tests.support.images import PAGE, signed
 from tests.support.live import until
-from tests.support.mounts import mounted
+from tests.support.mounts import CONNECTIONS, mounted, require_fusectl
 from tests.support.stores import write_chain, write_tag
-
-CONNECTIONS = Path("/sys/fs/fuse/connections")
 
 
 def descriptors(pid: int | str = "self") -> int:
@@ -49,9 +47,7 @@ def test_mounts_and_unmounts(public_path: Path, soak: bool, seen: Callable[..., 
     """Background mounts by the command: no mount, connection, process or descriptor stays"""
     cycles, lanes = (1000 if soak else 20), 2
     store = write_chain(public_path / "store", ["base", "leaf"])
-    if not os.path.ismount(CONNECTIONS):
-        skips.require_mounts()
-        subprocess.run(["mount", "-t", "fusectl", "fusectl", str(CONNECTIONS)], check=True)
+    require_fusectl()
     before = own_descriptors()
     own: set[tuple[int, int]] = set()
     with ThreadPoolExecutor(lanes) as pool:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from tests.support import mounttable, skips
 
-#: Where the kernel has the directory for fusectl.
+#: Where the kernel has the directory for fusectl, and the command that mounts it there.
 CONNECTIONS = Path("/sys/fs/fuse/connections")
+MOUNT_FUSECTL = ("mount", "-t", "fusectl", "fusectl", str(CONNECTIONS))
 
 _READY_SECONDS = 60
 _END_SECONDS = 60
@@ -105,7 +106,7 @@ def require_fusectl() -> None:
     """Have fusectl mounted where the kernel's directory for it is, as systemd does."""
     if not os.path.ismount(CONNECTIONS):
         skips.require_mounts()
-        subprocess.run(["mount", "-t", "fusectl", "fusectl", str(CONNECTIONS)], check=True)
+        subprocess.run(MOUNT_FUSECTL, check=True)
 
 
 def abort(real: str) -> None:
@@ -119,11 +120,7 @@ def abort(real: str) -> None:
         return
     connection = CONNECTIONS / str(found[-1].minor)
     if not connection.exists():
-        subprocess.run(
-            ["mount", "-t", "fusectl", "fusectl", str(CONNECTIONS)],
-            capture_output=True,
-            check=False,
-        )
+        subprocess.run(MOUNT_FUSECTL, capture_output=True, check=False)
     with suppress(OSError):
         (connection / "abort").write_text("1", encoding="ascii")
 
