@@ -64,7 +64,8 @@ _ABOUT = {
     "restore-": "A Linux guest under QEMU (TCG): from the start of QEMU to the guest's first answer"
     " on its console. The view is of a full image, data throughout, and two diffs. QEMU calls"
     " MADV_HUGEPAGE for its memory; where it says so, it was kept from that. Those that flatten"
-    " first have rounds of their own after the others', which would pay for what a copy leaves to do.",
+    " first have rounds of their own after the others', which would pay for what a copy leaves to"
+    " do.",
     "many": "VMs that stay alive, one after the other started from one memory file: the mean first"
     " reply of the second and later ones.",
 }
