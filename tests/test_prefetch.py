@@ -276,6 +276,40 @@ def test_a_later_open_pushes_again_only_once_the_kernel_has_dropped_pages(
     second.close()
 
 
+def test_a_record_is_read_again_only_once_it_was_replaced(
+    prefetcher: Prefetcher,
+    sets: WorkingSets,
+    image: OpenImage,
+    kernel: Kernel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loads = []
+    load = sets.load
+    monkeypatch.setattr(sets, "load", lambda layers: loads.append(layers) or load(layers))
+
+    def open_and_touch(page: int) -> None:
+        client = Client(prefetcher, image)
+        client.touch(page)
+        settle(prefetcher)
+        client.close()
+
+    save(sets, image, TOUCHED)
+    for _ in range(3):
+        open_and_touch(TOUCHED[0])
+    assert kernel.ranges == WANTED * 3 and len(loads) == 1
+    kernel.calls.clear()
+    others = sorted(set(range(PAGES)) - set(TOUCHED))[:30]
+    save(sets, image, others)
+    open_and_touch(TOUCHED[0])
+    open_and_touch(others[0])
+    assert kernel.ranges == pieces(ranges_of(others), SIZE) * 2 and len(loads) == 2
+    kernel.calls.clear()
+    assert sets.forget(identity_of_view(image.image.view))
+    open_and_touch(others[0])
+    open_and_touch(others[0])
+    assert not kernel.calls
+
+
 def test_a_file_for_writing_is_pushed_at_its_first_request(
     prefetcher: Prefetcher, sets: WorkingSets, image: OpenImage, kernel: Kernel
 ) -> None:

@@ -161,6 +161,16 @@ def test_it_is_known_whether_there_are_any(sets: WorkingSets) -> None:
     assert sets.has_any()
 
 
+def test_its_key_tells_whether_a_record_was_replaced(sets: WorkingSets) -> None:
+    assert sets.key(LAYERS) is None
+    sets.save(RECORD)
+    key = sets.key(LAYERS)
+    assert key is not None and sets.key(LAYERS) == key and sets.key(LAYERS[:1]) is None
+    sets.save(RECORD)
+    assert sets.key(LAYERS) not in (None, key)
+    assert sets.forget(LAYERS) and sets.key(LAYERS) is None
+
+
 def test_nothing_is_made_before_there_is_something_to_save(sets: WorkingSets) -> None:
     assert sets.load(LAYERS) is None and not sets.forget(LAYERS)
     assert not os.path.exists(os.path.dirname(sets.directory))

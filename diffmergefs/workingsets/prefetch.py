@@ -11,16 +11,17 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 from diffmergefs.buffers import page_aligned
 from diffmergefs.errors import DiffMergeError, LayerChangedError
 from diffmergefs.extents import Extent, ExtentList
+from diffmergefs.filekey import FileKey
 from diffmergefs.serving.openwatch import Caller
 from diffmergefs.serving.store import OpenImage
 from diffmergefs.view import MergedView
 from diffmergefs.workingsets.touches import PIECE, pieces
-from diffmergefs.workingsets.workingset import WorkingSets, identity_of_view
+from diffmergefs.workingsets.workingset import Identity, WorkingSets, identity_of_view
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,14 @@ class _Opened:
         return any(not push.done.is_set() for push in self.pushes)
 
 
+class _Known(NamedTuple):
+    # What is made of an image's record, in the order of its first touches and by address, and of
+    # which record: to read one anew takes milliseconds, while a client waits for its first page.
+    record: FileKey | None
+    pieces: list[Extent]
+    ranges: ExtentList
+
+
 class Prefetcher:
     """An `openwatch.OpenWatch` that brings recorded working sets into the page cache.
 
@@ -137,7 +146,7 @@ class Prefetcher:
         # Shared with the worker, under the lock, which nobody holds while anything blocks:
         self._changed = threading.Condition()
         self._queue: deque[Push] = deque()
-        self._known: weakref.WeakKeyDictionary[OpenImage, ExtentList] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[OpenImage, _Known] = weakref.WeakKeyDictionary()
         self._busy: Push | None = None
         self._ending = False
         self._worker: threading.Thread | None = None
@@ -206,8 +215,9 @@ class Prefetcher:
             known = self._known.get(shown)
         if known is None:
             return True
-        before = bisect_left(known.starts, offset + length)
-        return before > 0 and known.stops[before - 1] > offset
+        ranges = known.ranges
+        before = bisect_left(ranges.starts, offset + length)
+        return before > 0 and ranges.stops[before - 1] > offset
 
     def _cancel(self, image: _Opened) -> None:
         with self._changed:
@@ -268,12 +278,9 @@ class Prefetcher:
         return True
 
     def _steps(self, push: Push) -> Generator[int, None, None]:
-        wanted = self._wanted(push.shown)
+        wanted, push.wanted = self._wanted(push.shown)
         if not wanted:
             return
-        push.wanted = ExtentList(sorted(wanted))
-        with self._changed:
-            self._known[push.shown] = push.wanted
         total, view = 0, push.shown.image.view
         _require_unchanged(view)
         with contextlib.closing(self._way.bring(push, wanted)) as steps:
@@ -288,9 +295,23 @@ class Prefetcher:
             name = view.layers[-1].path
             log.info("%s: prefetched %d bytes in %d pieces", name, total, len(wanted))
 
-    def _wanted(self, shown: OpenImage) -> list[Extent]:
-        view = shown.image.view
-        layers = identity_of_view(view)
+    def _wanted(self, shown: OpenImage) -> tuple[list[Extent], ExtentList]:
+        layers = identity_of_view(shown.image.view)
+        # Looked at first: a record that is replaced meanwhile is then read once more.
+        record = self._sets.key(layers)
+        with self._changed:
+            known = self._known.get(shown)
+        if known is None or known.record != record:
+            found = self._load(layers, shown.image.view.size)
+            known = _Known(record, found, ExtentList(sorted(found)))
+            with self._changed:
+                if found:
+                    self._known[shown] = known
+                else:
+                    self._known.pop(shown, None)
+        return known.pieces, known.ranges
+
+    def _load(self, layers: Identity, size: int) -> list[Extent]:
         try:
             record = self._sets.load(layers)
         except DiffMergeError as error:
@@ -301,7 +322,7 @@ class Prefetcher:
         if reason := record.stale(layers):
             self._say(f"{self._sets.path(layers)}: stale, and ignored: {reason}")
             return []
-        return pieces(record.ranges, view.size)
+        return pieces(record.ranges, size)
 
     def _say(self, text: str) -> None:
         # Once, however often the image is opened.

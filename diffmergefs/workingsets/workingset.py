@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from diffmergefs.errors import FileAccessError
 from diffmergefs.extents import MAX_LAYERS, Extent
+from diffmergefs.filekey import FileKey
 from diffmergefs.integrity import state
 from diffmergefs.view import MergedView
 from diffmergefs.writing.copying import failures
@@ -205,6 +206,13 @@ class WorkingSets:
             return any(name.endswith(".json") for name in os.listdir(self.directory))
         except OSError:
             return False
+
+    def key(self, layers: Identity) -> FileKey | None:
+        """Which record `load` would read, as far as stat tells; None if none can be seen."""
+        try:
+            return FileKey.of(os.lstat(self.path(layers)))
+        except OSError:
+            return None
 
     def load(self, layers: Identity) -> WorkingSet | None:
         """The record of a chain of these paths, stale or not; None if there is none.
