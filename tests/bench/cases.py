@@ -103,12 +103,8 @@ def topics(scale: Scale) -> list[dict[str, Case]]:
         {"index": lambda b, r: mount_cases.index(b.scale, r)},
         {
             f"restore-{small}": partial(_restore, small),
-            "restore-readahead": lambda b, r: restore_cases.readahead(
-                b.guest(small), r, b.scale.rounds
-            ),
-            "many": lambda b, r: restore_cases.many(
-                b.guest(small), r, b.scale.together, b.scale.rounds
-            ),
+            "restore-readahead": lambda b, r: restore_cases.readahead(b.guest(small), b.scale, r),
+            "many": lambda b, r: restore_cases.many(b.guest(small), b.scale, r),
         },
     ]
     found += [{f"restore-{size}": partial(_restore, size)} for size in scale.guests[1:]]
@@ -120,7 +116,4 @@ def _flatten(kind: str, bench: Bench, record: Record) -> None:
 
 
 def _restore(size: int, bench: Bench, record: Record) -> None:
-    scale = bench.scale
-    small = size == scale.guests[0]
-    restores, copies = scale.restore_rounds, scale.rounds if small else scale.long_rounds
-    restore_cases.restore(bench.guest(size), record, restores, copies, bench.memory)
+    restore_cases.restore(bench.guest(size), bench.scale, record, bench.memory)

@@ -207,11 +207,13 @@ def _cached() -> list[Goal]:
 
 def _restore(guest: str, suffix: str) -> list[Goal]:
     case, flat = f"restore-{guest}", f"flattened, warm{suffix}"
+    over, under = _s(case, f"{FLOOR}, cold{suffix}"), _s(case, flat)
+    cold = Floor("a C server's file, cold", "the kernel's FUSE", over, under)
     kinds = {
-        "view, warm": _most(1.07),
-        "view, cold, prefetch=notify": _most(1.15),
-        "view, cold, prefetch=fadvise": None,
-        "view, cold": _most(1.40),
+        "view, warm": (_most(1.07), None),
+        "view, cold, prefetch=notify": (_most(1.15), None),
+        "view, cold, prefetch=fadvise": (None, None),
+        "view, cold": (_most(1.40), cold),
     }
     return [
         _against(
@@ -220,31 +222,34 @@ def _restore(guest: str, suffix: str) -> list[Goal]:
             f"{kind}{suffix}",
             flat,
             limit,
+            floor,
         )
-        for kind, limit in kinds.items()
+        for kind, (limit, floor) in kinds.items()
     ]
 
 
 def _flatten_first() -> list[Goal]:
     what, cold = "flatten, then restore", "view, cold"
     small, large = "restore-512", "restore-4096"
+    # That which ran in the same rounds.
+    beside = f"{cold}, beside those that flatten"
     return [
-        _against(f"first reply, 512 MiB: {what} / {cold}", small, what, cold, _least(2.5)),
+        _against(f"first reply, 512 MiB: {what} / {cold}", small, what, beside, _least(2.5)),
         _against(
             f"the same, {what} on ext4 in memory",
             small,
             f"{what}, ext4 in memory",
-            cold,
+            beside,
             _least(2.5),
         ),
         _against(
             f"the same, {what} on xfs in memory with reflink",
             small,
             f"{what}, xfs in memory with reflink",
-            cold,
+            beside,
             None,
         ),
-        _against(f"first reply, 4096 MiB: {what} / {cold}", large, what, cold, _least(10)),
+        _against(f"first reply, 4096 MiB: {what} / {cold}", large, what, beside, _least(10)),
         Goal(f"first reply, {cold}: 4096 MiB / 512 MiB", None, _s(large, cold), _s(small, cold)),
     ]
 

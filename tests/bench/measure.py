@@ -73,14 +73,14 @@ class Scale:
     slow_reads: int
     """Reads of each client of the slow store."""
     holds_memory: bool = False
-    """Whether free memory is held where it would decide the numbers: that takes half a minute."""
+    """Whether free memory is held, or touched, where it would decide the numbers: it takes long."""
 
 
 FULL = Scale(
     name="full",
     rounds=7,
     long_rounds=3,
-    restore_rounds=15,
+    restore_rounds=25,
     image=1024 * MIB,
     dirty_pages=13_000,
     depths=(1, 3, 8, 32),
@@ -98,13 +98,13 @@ FULL = Scale(
 )
 QUICK = Scale(
     name="quick",
-    rounds=3,
+    rounds=2,
     long_rounds=1,
-    restore_rounds=3,
-    image=256 * MIB,
-    dirty_pages=3_000,
+    restore_rounds=2,
+    image=128 * MIB,
+    dirty_pages=1_500,
     depths=(1, 32),
-    touches=2_000,
+    touches=1_000,
     readaheads=(128, 1024),
     snapshots=20,
     snapshot_size=512 * MIB,

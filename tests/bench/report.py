@@ -63,9 +63,10 @@ _ABOUT = {
     " MADV_HUGEPAGE is left out: it makes faults larger, whatever the readahead says.",
     "restore-": "A Linux guest under QEMU (TCG): from the start of QEMU to the guest's first answer"
     " on its console. The view is of a full image, data throughout, and two diffs. QEMU calls"
-    " MADV_HUGEPAGE for its memory; where it says so, it was kept from that. Those that flatten"
+    " MADV_HUGEPAGE for its memory; where it says so, it was kept from that. `C floor, cold`: a"
+    " mount of the C server on the flattened image, with the view's readahead. Those that flatten"
     " first have rounds of their own after the others', which would pay for what a copy leaves to"
-    " do.",
+    " do, and a cold view beside them.",
     "many": "VMs that stay alive, one after the other started from one memory file: the mean first"
     " reply of the second and later ones.",
 }

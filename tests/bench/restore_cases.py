@@ -17,13 +17,14 @@ from tests.bench.measure import (
     Figures,
     NotMeasured,
     Record,
+    Scale,
     alternate,
     drop,
     touch_free,
     warm,
 )
 from tests.bench.programs import compiled, read_through, run
-from tests.bench.servers import Server, diffmergefs, need_option
+from tests.bench.servers import Server, diffmergefs, floor, need_option
 from tests.bench.write_cases import filesystem
 from tests.support import mounts
 from tests.vm import qemu
@@ -34,6 +35,8 @@ _SETTLED_SECONDS = 20
 _IN_MEMORY_MAX = 512 * MIB
 _TOUCHED = 640 * MIB
 
+FLOOR = "C floor, cold"
+COLD_BESIDE = "view, cold, beside those that flatten"
 FLATTEN_FIRST = "flatten, then restore"
 FLATTEN_IN_MEMORY = {
     "ext4": f"{FLATTEN_FIRST}, ext4 in memory",
@@ -41,18 +44,19 @@ FLATTEN_IN_MEMORY = {
 }
 
 
-def restore(stopped: Stopped, record: Record, rounds: int, copies: int, memory: Path) -> None:
+def restore(stopped: Stopped, scale: Scale, record: Record, memory: Path) -> None:
     """The first reply from each kind of memory, with and without MADV_HUGEPAGE.
 
-    Those that flatten first have `copies` rounds.
+    `memory` is a directory in memory, for filesystems on files.
     """
     _facts(stopped, record)
-    place = stopped.flat.parent
+    place, is_small = stopped.flat.parent, stopped.machine.ram_size == scale.guests[0] * MIB
     with ExitStack() as stack:
         cold = stack.enter_context(_view(place, stopped, "cold"))
         cached = stack.enter_context(_view(place, stopped, "cached"))
         _verify(stopped, cold)
         read_through(cached.file)
+        server = _floor(stack, stopped, record)
         runs: list[Contestant] = []
         for suffix, variant in (("", stopped), (_SMALL_PAGES, stopped.small_pages())):
             runs += [
@@ -61,17 +65,25 @@ def restore(stopped: Stopped, record: Record, rounds: int, copies: int, memory: 
                 _contestant(f"view, warm{suffix}", variant, cached.file),
             ]
             runs += _prefetching(stack, variant, suffix, record)
-        alternate(record, runs, rounds, lambda: _ready_for(stopped))
+            if server:
+                runs.append(_contestant(f"{FLOOR}{suffix}", variant, server.file, server))
+        alternate(record, runs, scale.restore_rounds, lambda: _ready_for(stopped, scale))
         # Apart: what a copy leaves to do, in memory and on disks, would be in the others' numbers.
+        # So they have a cold view of their own beside them.
         flattening = partial(_flatten_first, stopped, stopped.chain, place / "out.mem")
-        flatteners = [Contestant(FLATTEN_FIRST, partial(flattening, FLATTEN_FIRST))]
+        flatteners = [
+            _contestant(COLD_BESIDE, stopped, cold.file, cold),
+            Contestant(FLATTEN_FIRST, partial(flattening, FLATTEN_FIRST)),
+        ]
         if stopped.machine.ram_size <= _IN_MEMORY_MAX:
             for kind, name in FLATTEN_IN_MEMORY.items():
                 flatteners += _flattening(stack, stopped, memory, kind, name, record)
-        alternate(record, flatteners, copies, lambda: _ready_for(stopped))
+        rounds = scale.rounds if is_small else scale.long_rounds
+        copied = stopped.machine.ram_size
+        alternate(record, flatteners, rounds, lambda: _ready_for(stopped, scale, copied))
 
 
-def readahead(stopped: Stopped, record: Record, rounds: int) -> None:
+def readahead(stopped: Stopped, scale: Scale, record: Record) -> None:
     """The first reply from a cold view, by read_ahead_kb, of a guest mapped in 4 KiB pages."""
     _facts(stopped, record)
     small = stopped.small_pages()
@@ -86,10 +98,10 @@ def readahead(stopped: Stopped, record: Record, rounds: int) -> None:
             return {f"{kib} KiB": ("s", seconds), f"{kib} KiB: read": ("MiB", read / MIB)}
 
         runs = [Contestant(f"{kib} KiB", partial(measure, kib)) for kib in _READAHEADS]
-        alternate(record, runs, rounds, lambda: _ready_for(stopped))
+        alternate(record, runs, scale.rounds, lambda: _ready_for(stopped, scale))
 
 
-def many(stopped: Stopped, record: Record, count: int, rounds: int) -> None:
+def many(stopped: Stopped, scale: Scale, record: Record) -> None:
     """VMs that are alive at once on one view: the later ones, against those on one flat file."""
     _facts(stopped, record)
     with _view(stopped.flat.parent, stopped, "many") as view:
@@ -103,7 +115,7 @@ def many(stopped: Stopped, record: Record, count: int, rounds: int) -> None:
                 time.sleep(1)  # it goes on for a moment, as a first VM does
                 bytes_before, reads_before = view.bytes_read(), _reads(view, record)
                 later = []
-                for _ in range(count - 1):
+                for _ in range(scale.together - 1):
                     seconds, vm = vms.enter_context(answering(stopped, file))
                     later.append(seconds)
                 found[f"{name}: later VMs"] = ("s", sum(later) / max(1, len(later)))
@@ -118,19 +130,20 @@ def many(stopped: Stopped, record: Record, count: int, rounds: int) -> None:
                 found[f"{name}: Pss of the image in a VM"] = ("MiB", pss / MIB)
             return found
 
-        record.facts["VMs at once"] = count
+        record.facts["VMs at once"] = scale.together
         runs = [
             Contestant("flattened", partial(fleet, "flattened", stopped.flat)),
             Contestant("view", partial(fleet, "view", view.file)),
         ]
-        alternate(record, runs, rounds, lambda: _ready_for(stopped))
+        alternate(record, runs, scale.rounds, lambda: _ready_for(stopped, scale))
 
 
-def _ready_for(stopped: Stopped) -> None:
+def _ready_for(stopped: Stopped, scale: Scale, copied: int = 0) -> None:
     warm(*stopped.chain.layers, stopped.flat)
-    # What a guest and the pages that it touches take: had the machine's host to give it first, that
-    # would be as long as all else.
-    touch_free(_TOUCHED)
+    # What a guest and the pages that it touches take, and a copy: had the machine's host to give
+    # it first, that would be as long as all else.
+    if scale.holds_memory:
+        touch_free(_TOUCHED + copied)
 
 
 def _facts(stopped: Stopped, record: Record) -> None:
@@ -194,6 +207,16 @@ def _prefetching(
     return runs
 
 
+def _floor(stack: ExitStack, stopped: Stopped, record: Record) -> Server | None:
+    try:
+        server = stack.enter_context(floor(stopped.flat.parent, stopped.flat))
+        _verify(stopped, server)
+        return server
+    except Exception as error:
+        record.miss(FLOOR, error)
+        return None
+
+
 def _have_fusectl(stack: ExitStack) -> None:
     # Without it, fadvise would take notify's place.
     if not mounts.CONNECTIONS.is_mount():
@@ -212,7 +235,6 @@ def _wait_for_record(sets: Path) -> None:
 
 def _flatten_first(stopped: Stopped, chain: Chain, out: Path, name: str) -> Figures:
     # Without the start of a Python of its own, which the command would add.
-    touch_free(stopped.machine.ram_size + _TOUCHED)
     began = time.perf_counter()
     try:
         image = package.open_chain(str(chain.base), [str(diff) for diff in chain.diffs])
