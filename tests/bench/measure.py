@@ -50,7 +50,7 @@ class Scale:
     long_rounds: int
     """The same where one round takes many seconds."""
     restore_rounds: int
-    """The same of restores, which take moments and whose spreads are wide."""
+    """The same of restores of the smallest guest, which take moments; their spreads are wide."""
     image: int
     """Bytes of the image that is read."""
     dirty_pages: int

@@ -67,7 +67,8 @@ def restore(stopped: Stopped, scale: Scale, record: Record, memory: Path) -> Non
             runs += _prefetching(stack, variant, suffix, record)
             if server:
                 runs.append(_contestant(f"{FLOOR}{suffix}", variant, server.file, server))
-        alternate(record, runs, scale.restore_rounds, lambda: _ready_for(stopped, scale))
+        rounds = scale.restore_rounds if is_small else scale.rounds
+        alternate(record, runs, rounds, lambda: _ready_for(stopped, scale))
         # Apart: what a copy leaves to do, in memory and on disks, would be in the others' numbers.
         # So they have a cold view of their own beside them.
         flattening = partial(_flatten_first, stopped, stopped.chain, place / "out.mem")
