@@ -35,7 +35,7 @@ def found(check: str) -> Finding:
 
 def test_every_part_of_the_machine_is_looked_at_once() -> None:
     checks = [finding.check for finding in host.examine_host()]
-    assert checks == ["kernel", "device", "helper", "allow_other", "pyfuse3"]
+    assert checks == ["kernel", "device", "helper", "allow_other", "fusectl", "pyfuse3"]
 
 
 def test_the_kernel_is_named() -> None:
@@ -113,6 +113,18 @@ def test_fuse_conf(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     conf.write_text("mount_max = 10\nuser_allow_other\n", encoding="utf-8")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert found("allow_other").severity == "fine"
+
+
+def test_fusectl_is_looked_for_where_the_kernel_has_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(host, "CONNECTIONS", "/proc")  # a mount that every machine has
+    assert found("fusectl").severity == "fine"
+    for place in (tmp_path, tmp_path / "none"):
+        monkeypatch.setattr(host, "CONNECTIONS", str(place))
+        missing = found("fusectl")
+        assert (missing.severity, str(place) in missing.remedy) == ("warning", True)
+        assert "--prefetch=fadvise" in missing.why and "--max-background" in missing.why
 
 
 def test_the_library_can_be_imported() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from diffmergefs.health.finding import Finding
 from diffmergefs.serving.mountpoint import ROOTS_PATH
+from diffmergefs.serving.tuning import CONNECTIONS
 
 FUSE_CONF = "/etc/fuse.conf"
 FUSE_DEVICE = "/dev/fuse"
@@ -29,7 +30,7 @@ _NO_MOUNT = "nothing can be mounted here; flatten, info, verify and seal work al
 
 
 def examine_host() -> Iterator[Finding]:
-    """Kernel, /dev/fuse, fusermount3, /etc/fuse.conf and pyfuse3, as this user meets them.
+    """Kernel, /dev/fuse, fusermount3, /etc/fuse.conf, fusectl and pyfuse3, as this user meets them.
 
     /dev/fuse is opened for a moment, and pyfuse3 is imported by another process. Nothing is raised.
     """
@@ -37,6 +38,7 @@ def examine_host() -> Iterator[Finding]:
     yield _device()
     yield _helper()
     yield _others()
+    yield _control()
     yield _library()
 
 
@@ -125,6 +127,19 @@ def _others() -> Finding:
         f"no line user_allow_other in {FUSE_CONF}",
         "a VMM that runs as another user cannot open the images that this user mounts",
         "have root add that line, or mount as the VMM's user",
+    )
+
+
+def _control() -> Finding:
+    if os.path.ismount(CONNECTIONS):
+        return _finding("fusectl", "fine", f"fusectl is mounted on {CONNECTIONS}")
+    return _finding(
+        "fusectl",
+        "warning",
+        f"fusectl is not mounted on {CONNECTIONS}",
+        "--prefetch=fadvise takes the place of notify, which is faster, and --max-background has no"
+        " effect",
+        f"have root mount it: mount -t fusectl fusectl {CONNECTIONS}",
     )
 
 
