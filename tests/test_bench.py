@@ -554,6 +554,37 @@ def test_the_page_shows_the_profiles_side_by_side() -> None:
     assert not [line for line in lines if line.startswith("- profile")]
 
 
+def test_the_page_says_whose_time_a_profile_shows() -> None:
+    document = copy.deepcopy(FIXED)
+    for name in ("cached", "flatten-xfs"):
+        document["cases"].setdefault(name, copy.deepcopy(document["cases"]["threads"]))
+        document["cases"][name]["facts"][profile.PROFILE] = {"x": _profile()}
+    text = report.text(document, {})
+    assert "Where the time of a page goes that is read from the page cache" in text
+    assert "Where the time goes of an extent that is shared" in text
+
+
+def test_a_program_is_profiled_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def perf(command: Any, timeout: float) -> str:
+        asked.append([str(word) for word in command])
+        return "0.004\n0.001\n" if "record" in command else _PERF
+
+    monkeypatch.setattr(profile, "need", lambda name: name)
+    monkeypatch.setattr(profile, "run", perf)
+    found = profile.program(["/bench/client", "read", "file"], 100)
+    assert asked[0][-3:] == ["/bench/client", "read", "file"] and "-a" not in asked[0]
+    assert (found["requests"], found["us"]) == (100, 50.0)
+    assert found["modules"] == {
+        "program: kernel": 200.0,
+        "program: its own code": 50.0,
+        "program: libc": 2.5,
+    }
+    with pytest.raises(NotMeasured, match="saw nothing of other"):
+        profile.program(["other"], 1)
+
+
 def test_where_perf_is_not_to_be_had_only_the_profiles_are_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

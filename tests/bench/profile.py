@@ -1,4 +1,4 @@
-"""Where the time of one request goes: perf's samples of the CPU that client and server share."""
+"""Where the time of a request, or of a part of a program's work, goes: by perf's samples."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.bench.measure import NotMeasured
+from tests.bench.measure import NotMeasured, Record
 from tests.bench.programs import need, run
 
-#: The fact of a case that holds its profiles, one a server: what `touches` gives.
+#: The fact of a case that holds its profiles, one a contestant: what is given here.
 PROFILE = "profile"
 
 #: Nanoseconds between two samples.
@@ -50,6 +50,16 @@ class Hit:
     """Without a symbol in its object file, "(no symbol)"."""
 
 
+def note(record: Record, name: str, take: Callable[[], Any]) -> None:
+    """Take the profile of a contestant into the case's record, or the reason why there is none."""
+    try:
+        found = take()
+    except Exception as error:
+        record.miss(f"profile of {name}", error)
+    else:
+        record.facts.setdefault(PROFILE, {})[name] = found
+
+
 def touches(command: Sequence[str | Path], count: int, cpu: int, pids: Sequence[int]) -> Any:
     """The profile of `count` requests that a client makes of the server processes `pids`.
 
@@ -78,6 +88,25 @@ def touches(command: Sequence[str | Path], count: int, cpu: int, pids: Sequence[
         if not seen:
             raise NotMeasured(f"perf saw nothing of the {side}")
     return summary(sides, count, float(printed))
+
+
+def program(command: Sequence[str | Path], count: int) -> Any:
+    """The profile of a program that asks nobody, in `count` parts of its work: see `summary`.
+
+    It prints the seconds that the work took, in one number or several, and runs on whatever
+    processor. NotMeasured where perf is not there, is not permitted, or saw nothing of it.
+    """
+    perf, name = need("perf"), Path(command[0]).name
+    with tempfile.TemporaryDirectory() as directory:
+        data = Path(directory) / "perf.data"
+        record = [perf, "record", "-q", "-N", "-e", "cpu-clock", "-c", str(PERIOD), "-o", data]
+        printed = run([*record, "--", *command], _TIMEOUT)
+        report = [perf, "report", "-i", str(data), "--stdio", "-q"]
+        hits = parse(run([*report, "-F", "sample,pid,dso,symbol", "-t", "|"], _TIMEOUT))
+    seen = [hit for hit in hits if hit.command == name]
+    if not seen:
+        raise NotMeasured(f"perf saw nothing of {name}")
+    return summary({"program": seen}, count, sum(map(float, printed.split())))
 
 
 def _threads(pids: Iterable[int]) -> set[int]:
@@ -119,10 +148,11 @@ def _module(dso: str) -> str:
 
 
 def summary(hits: Mapping[str, Sequence[Hit]], count: int, seconds: float) -> dict[str, Any]:
-    """The samples of each side ("server", "client") as microseconds of one of `count` requests.
+    """The samples of each side as microseconds of one of `count` requests, or parts of the work.
 
-    `requests` and `us`, what one took by the clock; `modules`: "side: module" -> its us, the
-    greatest first; `symbols`: the eight greatest of both sides, each with `symbol`, `in` and `us`.
+    A side is "server", "client" or "program". `requests`, that count, and `us`, what one took by
+    the clock; `modules`: "side: module" -> its us, the greatest first; `symbols`: the eight
+    greatest of all sides, each with `symbol`, `in` and `us`.
     The samples need not reach `us`: what the processor did for others, or not at all, and samples
     that came too late to be taken are in none.
     """

@@ -119,15 +119,10 @@ def _profile(running: Sequence[Server], images: Images, record: Record) -> None:
     # Of touches that come after those that count, since sampling slows them down.
     count = min(images.scale.touches * _PROFILED_ROUNDS, images.scale.image // PAGE)
     for server in running:
-        try:
-            _warm_layers(images)
-            command = client_command("touch", server.file, count, 17, 1, 0, 1)
-            pids = [process.pid for process in server.processes]
-            found = profile.touches(command, count, 0, pids)
-        except Exception as error:
-            record.miss(f"profile of {server.name}", error)
-        else:
-            record.facts.setdefault(profile.PROFILE, {})[server.name] = found
+        _warm_layers(images)
+        command = client_command("touch", server.file, count, 17, 1, 0, 1)
+        pids = [process.pid for process in server.processes]
+        profile.note(record, server.name, partial(profile.touches, command, count, 0, pids))
 
 
 def threads(images: Images, record: Record) -> None:
@@ -170,6 +165,11 @@ def cached(images: Images, record: Record) -> None:
             for name, file in (*servers_and_names, ("flattened", images.flat))
         ]
         alternate(record, runs, images.scale.rounds)
+        profiled = [(server.name, server.file) for server in (*main, *c)]
+        for name, file in (*profiled, ("flattened", images.flat)):
+            read_through(file, cold=False)
+            command = client_command("read", file, _PROFILED_ROUNDS, 0)
+            profile.note(record, name, partial(profile.program, command, pages * _PROFILED_ROUNDS))
 
 
 def drop_behind(images: Images, record: Record) -> None:

@@ -178,7 +178,7 @@ def _case(name: str, case: Mapping[str, Any], picture: str | None) -> Iterator[s
         yield "|---|---|---|---|---|---|"
         yield from _series(case["series"])
     if PROFILE in case["facts"]:
-        yield from ("", *_profile(case["facts"][PROFILE]))
+        yield from ("", *_profile(name, case["facts"][PROFILE]))
     facts = {what: said for what, said in case["facts"].items() if said != {} and what != PROFILE}
     if facts:
         yield ""
@@ -199,16 +199,25 @@ def _series(series: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} | {found['unit']} | {against} |"
 
 
-_PROFILED = """\
-Where the time of a request goes: the CPU that client and server share, sampled by perf every
-{us} us (cpu-clock) in further requests, which sampling slows down and which count nowhere else.
-Kernel code that lets no interrupt in is charged to the place that allows them again. In us of a
-request, and in per cent of it; `rest`: other programs, idleness, and what sampling missed."""
+#: Whose time a profile shows; a name may end in a part that varies.
+_PROFILED = {
+    "cached": "Where the time of a page goes that is read from the page cache with read(2) of"
+    " 1 MiB: the client,",
+    "flatten-": "Where the time goes of an extent that is shared with FICLONERANGE: the program,",
+    "": "Where the time of a request goes: the CPU that client and server share,",
+}
+_SAMPLED = (
+    " sampled by perf every {us} us (cpu-clock) in further runs, which sampling slows down and"
+    " which count nowhere else. Kernel code that lets no interrupt in is charged to the place that"
+    " allows them again. In us, and in per cent of the time by the clock; `rest`: other programs,"
+    " waiting, and what sampling missed."
+)
 
 
-def _profile(profile: Mapping[str, Any]) -> Iterator[str]:
-    # The modules of all servers side by side, then each one's symbols.
-    yield from _PROFILED.format(us=PERIOD // 1000).splitlines()
+def _profile(case: str, profile: Mapping[str, Any]) -> Iterator[str]:
+    # The modules of all that were profiled side by side, then each one's symbols.
+    whose = next(text for part, text in _PROFILED.items() if case.startswith(part))
+    yield whose + _SAMPLED.format(us=PERIOD // 1000)
     yield from ("", f"| in | {' | '.join(profile)} |", "|---|" + "---|" * len(profile))
     columns = [_modules(found) for found in profile.values()]
     greatest = {place: max(c.get(place, 0) for c in columns) for c in columns for place in c}
@@ -216,7 +225,7 @@ def _profile(profile: Mapping[str, Any]) -> Iterator[str]:
     for place in (*sorted(greatest.keys() - last, key=lambda p: (-greatest[p], p)), *last):
         shares = (_share(column.get(place), column["all"]) for column in columns)
         yield f"| {place} | {' | '.join(shares)} |"
-    yield from ("", "| server | symbol | in | us | % |", "|---|---|---|---|---|")
+    yield from ("", "| of | symbol | in | us | % |", "|---|---|---|---|---|")
     for name, found in profile.items():
         for top in found["symbols"]:
             cells = (name, f"`{top['symbol']}`", top["in"], number(top["us"]))

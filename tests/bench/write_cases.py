@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import diffmergefs
+from tests.bench import profile
 from tests.bench.goals import SHARED, SHARING
 from tests.bench.images import Chain, Images
 from tests.bench.measure import (
@@ -94,6 +95,10 @@ def flatten(place: Path, scale: Scale, kind: str, record: Record) -> None:
                 touch_free(scale.image * 3 // 2)
 
         alternate(record, runs, scale.rounds, ready)
+        if kind in SHARING:
+            # Of one more run of the floor: what the sharing of an extent takes.
+            command = [compiled("copier"), "reflink", out, *chain.layers]
+            profile.note(record, SHARED, partial(profile.program, command, scale.dirty_pages))
 
 
 def _finish(root: Path) -> None:
