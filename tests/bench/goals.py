@@ -11,6 +11,9 @@ from tests.bench.figures import Limit, Spread, difference, ratio, spread, verdic
 DEEP, FLAT = "diffmergefs, depth 32", "diffmergefs, depth 1"
 OURS, QEMU, FLOOR = "diffmergefs", "qemu export", "C floor"
 SMALL_PAGES = ", no MADV_HUGEPAGE"
+COLD_FLOOR = f"{FLOOR}, cold"
+COLD_BESIDE = "view, cold, beside those that flatten"
+"""That which ran in the rounds of those that flatten first."""
 WAYS = ("cp, then pread and pwrite", "sendfile of each extent", "qemu-img convert")
 SHARING = ("xfs", "btrfs")
 """The filesystems whose files can share blocks."""
@@ -207,7 +210,7 @@ def _cached() -> list[Goal]:
 
 def _restore(guest: str, suffix: str) -> list[Goal]:
     case, flat = f"restore-{guest}", f"flattened, warm{suffix}"
-    over, under = _s(case, f"{FLOOR}, cold{suffix}"), _s(case, flat)
+    over, under = _s(case, f"{COLD_FLOOR}{suffix}"), _s(case, flat)
     cold = Floor("a C server's file, cold", "the kernel's FUSE", over, under)
     kinds = {
         "view, warm": (_most(1.07), None),
@@ -231,25 +234,23 @@ def _restore(guest: str, suffix: str) -> list[Goal]:
 def _flatten_first() -> list[Goal]:
     what, cold = "flatten, then restore", "view, cold"
     small, large = "restore-512", "restore-4096"
-    # That which ran in the same rounds.
-    beside = f"{cold}, beside those that flatten"
     return [
-        _against(f"first reply, 512 MiB: {what} / {cold}", small, what, beside, _least(2.5)),
+        _against(f"first reply, 512 MiB: {what} / {cold}", small, what, COLD_BESIDE, _least(2.5)),
         _against(
             f"the same, {what} on ext4 in memory",
             small,
             f"{what}, ext4 in memory",
-            beside,
+            COLD_BESIDE,
             _least(2.5),
         ),
         _against(
             f"the same, {what} on xfs in memory with reflink",
             small,
             f"{what}, xfs in memory with reflink",
-            beside,
+            COLD_BESIDE,
             None,
         ),
-        _against(f"first reply, 4096 MiB: {what} / {cold}", large, what, beside, _least(10)),
+        _against(f"first reply, 4096 MiB: {what} / {cold}", large, what, COLD_BESIDE, _least(10)),
         Goal(f"first reply, {cold}: 4096 MiB / 512 MiB", None, _s(large, cold), _s(small, cold)),
     ]
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import diffmergefs as package
+from tests.bench.goals import COLD_BESIDE, COLD_FLOOR, SMALL_PAGES
 from tests.bench.guests import Stopped, answering, first_reply
 from tests.bench.images import Chain
 from tests.bench.measure import (
@@ -30,13 +31,10 @@ from tests.support import mounts
 from tests.vm import qemu
 
 _READAHEADS = (32, 128, 512, 1024, 4096)
-_SMALL_PAGES = ", no MADV_HUGEPAGE"
 _SETTLED_SECONDS = 20
 _IN_MEMORY_MAX = 512 * MIB
 _TOUCHED = 640 * MIB
 
-FLOOR = "C floor, cold"
-COLD_BESIDE = "view, cold, beside those that flatten"
 FLATTEN_FIRST = "flatten, then restore"
 FLATTEN_IN_MEMORY = {
     "ext4": f"{FLATTEN_FIRST}, ext4 in memory",
@@ -56,9 +54,9 @@ def restore(stopped: Stopped, scale: Scale, record: Record, memory: Path) -> Non
         cached = stack.enter_context(_view(place, stopped, "cached"))
         _verify(stopped, cold)
         read_through(cached.file)
-        server = _floor(stack, stopped, record)
+        server = _floor(stack, stopped, cold.readahead(), record)
         runs: list[Contestant] = []
-        for suffix, variant in (("", stopped), (_SMALL_PAGES, stopped.small_pages())):
+        for suffix, variant in (("", stopped), (SMALL_PAGES, stopped.small_pages())):
             runs += [
                 _contestant(f"flattened, warm{suffix}", variant, stopped.flat),
                 _contestant(f"view, cold{suffix}", variant, cold.file, cold),
@@ -66,7 +64,7 @@ def restore(stopped: Stopped, scale: Scale, record: Record, memory: Path) -> Non
             ]
             runs += _prefetching(stack, variant, suffix, record)
             if server:
-                runs.append(_contestant(f"{FLOOR}{suffix}", variant, server.file, server))
+                runs.append(_contestant(f"{COLD_FLOOR}{suffix}", variant, server.file, server))
         rounds = scale.restore_rounds if is_small else scale.rounds
         alternate(record, runs, rounds, lambda: _ready_for(stopped, scale))
         # Apart: what a copy leaves to do, in memory and on disks, would be in the others' numbers.
@@ -208,13 +206,14 @@ def _prefetching(
     return runs
 
 
-def _floor(stack: ExitStack, stopped: Stopped, record: Record) -> Server | None:
+def _floor(stack: ExitStack, stopped: Stopped, readahead: int, record: Record) -> Server | None:
     try:
         server = stack.enter_context(floor(stopped.flat.parent, stopped.flat))
+        server.set_readahead(readahead)
         _verify(stopped, server)
         return server
     except Exception as error:
-        record.miss(FLOOR, error)
+        record.miss(COLD_FLOOR, error)
         return None
 
 
