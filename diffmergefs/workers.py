@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
 
 _ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
@@ -36,8 +38,11 @@ def in_order(
     if jobs < 2:
         yield from map(work, items)
         return
+    # Loaded only where there are processes: it takes longer than the rest of this package.
+    import multiprocessing
+
     context = multiprocessing.get_context("fork")
-    processes: list[multiprocessing.process.BaseProcess] = []
+    processes: list[BaseProcess] = []
     readers: list[Connection] = []
     try:
         with _ending_signals_held():
@@ -89,7 +94,7 @@ def _serve(
         writer.send((None, error))
 
 
-def _received(reader: Connection, process: multiprocessing.process.BaseProcess) -> Any:
+def _received(reader: Connection, process: BaseProcess) -> Any:
     try:
         result, error = reader.recv()
     except EOFError:

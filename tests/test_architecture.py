@@ -32,7 +32,10 @@ LEVELS = [
         "serving.connection", "serving.mountpoint", "serving.status", "sparse",
         "workingsets.touches",
     },
-    {"layer", "layouts.snapshot", "lease", "serving.host", "serving.openmetrics"},
+    {
+        "integrity.bmapreader", "layer", "layouts.snapshot", "lease", "serving.host",
+        "serving.openmetrics",
+    },
     {
         "layouts.document", "layouts.presence", "layouts.ranges", "layouts.reader",
         "serving.access", "serving.xattrs", "trust", "view", "writing.copying",
@@ -53,13 +56,14 @@ LEVELS = [
     },
     {"health.doctor", "serving.openwatch", "serving.tree", "writing.newstore", ROOT},
     {"serving.operations", "workingsets.prefetch", "workingsets.recorder", "writing.storediff"},
-    {"workingsets.adviser", "workingsets.guarded"},
+    {"cli.progress", "cli.tables", "workingsets.adviser", "workingsets.guarded"},
     {"cli.common", "cli.logs", "serving.mount"},
     {
         "cli.completion", "cli.demo", "cli.doctor", "cli.mount", "cli.picture", "cli.seal",
         "cli.sides", "cli.squash", "cli.status", "cli.terminal", "cli.verify", "cli.write",
     },
     {"cli.compare", "cli.look", "cli.map", "cli.prefetch", "cli.rediff"},
+    {"cli.verbs"},
     {"cli"},
     {"__main__", "cli.helper"},
 ]

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffmergefs.errors import SealError
-from diffmergefs.integrity.bmap import DIGEST, BlockMap, dump, parse
+from diffmergefs.integrity.bmap import DIGEST, BlockMap, dump
+from diffmergefs.integrity.bmapreader import parse
 
 BLOCK = 4096
 ZEROS = "0" * 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import click
 import pytest
 
 from diffmergefs import cli, errors
+from diffmergefs.cli.verbs import NAMES, load
 from diffmergefs.errors import DiffMergeError
 from tests.support.commands import (
     diffmergefs,
@@ -24,6 +26,7 @@ from tests.support.images import PAGE
 from tests.support.stores import SIZE, write_chain, write_numbered, write_tag
 
 ACCESS = errors.FileAccessError.exit_code
+ROOMS = [path for path in Path(cli.__file__).parent.glob("*.py") if path.stem != "__init__"]
 VERBS = {"mount", "umount", "list", "info", "flatten", "apply", "demo"}
 
 
@@ -87,14 +90,50 @@ def test_what_the_system_refuses_is_no_bug(
 
 
 def test_every_verb_is_there_and_its_help_has_an_example() -> None:
-    assert set(cli.cli.commands) >= VERBS
-    for verb, command in cli.cli.commands.items():
+    assert set(NAMES) >= VERBS
+    for verb in NAMES:
+        command = load(verb)
+        assert command is not None and command.name == verb
         text = succeed(verb, "--help")
         assert re.search(rf"Examples?:\n  .*\bdiffmergefs {verb}\b", text), verb
         for parameter in command.params:
             if isinstance(parameter, click.Option):
                 assert parameter.opts[0] in text
                 assert parameter.help, (verb, parameter.opts)
+
+
+def test_no_verb_is_left_out() -> None:
+    rooms = [importlib.import_module(f"diffmergefs.cli.{path.stem}") for path in ROOMS]
+    found = [value for room in rooms for value in vars(room).values()]
+    commands = {command.name for command in found if isinstance(command, click.Command)}
+    assert commands - {"mount.fuse.diffmergefs"} == set(NAMES)
+    assert load("nonsense") is None
+
+
+# What is heavy to load, and the module that alone would have loaded it.
+HEAVY = ("rich", "multiprocessing", "urllib.request", "importlib.metadata", "pyfuse3", "trio")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ["--version"],
+        ["flatten", "--json", "{store}/work", "-o", "{store}/whole.mem"],
+        ["info", "--json", "{store}/work"],
+        ["mount", "--help"],
+    ],
+    ids=lambda call: call[0],
+)
+def test_a_verb_loads_only_what_it_needs(call: list[str], store: Path) -> None:
+    code = (
+        "import sys\nfrom diffmergefs.cli import main\nassert main(sys.argv[2:]) == 0\n"
+        "print(*(name for name in sys.argv[1].split(',') if name in sys.modules))"
+    )
+    arguments = [part.format(store=store) for part in call]
+    command = [sys.executable, "-c", code, ",".join(HEAVY), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == ""
 
 
 def test_help_and_version_of_the_whole() -> None:

@@ -38,6 +38,7 @@ import pytest
 import diffmergefs
 from diffmergefs import cli, errors, trust
 from diffmergefs.cli import helper
+from diffmergefs.cli.verbs import NAMES, load
 from diffmergefs.serving.mount import _REFUSED_OPTIONS
 from tests.support import mounts, mounttable, skips
 from tests.support.images import PAGE, write_layer
@@ -48,7 +49,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
-VERBS: dict[str, click.Command] = dict(cli.cli.commands)
+VERBS = {name: command for name in NAMES if (command := load(name))}
 MAN_PAGES = {f"diffmergefs-{verb}.md": command for verb, command in VERBS.items()}
 MAN_PAGES["diffmergefs.md"] = cli.cli
 

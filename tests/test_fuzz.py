@@ -30,7 +30,7 @@ from diffmergefs.errors import (
     UntrustedExtentsError,
 )
 from diffmergefs.images import LayerPool, open_chain, open_snapshot
-from diffmergefs.integrity import bmap
+from diffmergefs.integrity import bmap, bmapreader
 from diffmergefs.layer import MAX_SIZE
 from diffmergefs.layouts.catalog import LAYOUTS, Catalog, read_catalog
 from diffmergefs.serving.store import Store
@@ -301,7 +301,7 @@ def test_block_maps(
         (layers / "diff.bmap").write_bytes(text)
         try:
             with guard.on_duty():
-                found = bmap.parse(text, "diff.bmap")
+                found = bmapreader.parse(text, "diff.bmap")
         except SealError as error:
             require_one_line(error)
             with pytest.raises(SealError):
@@ -328,7 +328,7 @@ def test_block_maps(
         borders = [border for start, stop, _ in found.ranges() for border in (start, stop)]
         assert borders == sorted(borders) and all(0 <= b <= found.size for b in borders)
         assert all(start < stop for start, stop, _ in found.ranges())
-        assert bmap.parse(bmap.dump(found)) == found
+        assert bmapreader.parse(bmap.dump(found)) == found
 
     check()
     seen(**met)

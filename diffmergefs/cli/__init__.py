@@ -15,23 +15,8 @@ from types import FrameType
 import click
 
 from diffmergefs import __version__
-from diffmergefs.cli import (
-    compare,
-    completion,
-    demo,
-    doctor,
-    look,
-    map,
-    mount,
-    prefetch,
-    rediff,
-    seal,
-    squash,
-    status,
-    verify,
-    write,
-)
 from diffmergefs.cli.common import talk
+from diffmergefs.cli.verbs import Verbs
 from diffmergefs.errors import DiffMergeError, FileAccessError
 from diffmergefs.images import raise_descriptor_limit
 from diffmergefs.serving.mountpoint import ROOTS_PATH
@@ -49,7 +34,10 @@ _OF_TERMINALS = {
 _OF_SERVICES = {ADDRESS, JOURNAL}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="diffmergefs")
 def cli() -> None:
     """Shows chains of VM snapshots (a full base and sparse diffs) as complete memory files.
@@ -63,28 +51,6 @@ def cli() -> None:
 
     Exit codes: 0 fine, 1 no, 2 usage; docs/exit-codes.md lists the others.
     """
-
-
-for command in (
-    mount.mount,
-    mount.umount,
-    status.status,
-    look.list_,
-    look.info,
-    map.map_,
-    prefetch.prefetch,
-    seal.seal,
-    verify.verify,
-    doctor.doctor,
-    write.flatten,
-    write.apply,
-    rediff.rediff,
-    squash.squash,
-    compare.compare,
-    demo.demo,
-    completion.completion,
-):
-    cli.add_command(command)
 
 
 def main(

@@ -6,26 +6,13 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar, cast
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
 
+from diffmergefs.cli.progress import progress
 from diffmergefs.images import Image, open_chain, open_image
 from diffmergefs.logformat import printable as printable
 from diffmergefs.trust import TrustPolicy
@@ -34,9 +21,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Files are opened by those who use them: click would call one that cannot be read bad usage.
 PATH = click.Path(readable=False)
-
-# Wide enough that a line stays a line where nobody looks at it on a terminal.
-_PIPE_WIDTH = 4096
 
 
 def talk(text: str) -> None:
@@ -53,57 +37,6 @@ def count(number: int, what: str) -> str:
 def print_json(facts: object) -> None:
     """Facts as JSON on stdout."""
     print(json.dumps(facts, indent=2))
-
-
-def print_table(table: Table) -> None:
-    """A table on stdout: one line a row when it goes into a pipe."""
-    console = Console(
-        highlight=False,
-        markup=False,
-        emoji=False,
-        width=None if sys.stdout.isatty() else _PIPE_WIDTH,
-    )
-    # Printed by print(): rich ends the process with status 1 when the reader has gone away.
-    with console.capture() as capture:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
-
-
-def new_table(*columns: str) -> Table:
-    """An empty table; columns that begin with `>` are numbers."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        right = column.startswith(">")
-        table.add_column(column.lstrip(">"), justify="right" if right else "left", overflow="fold")
-    return table
-
-
-@contextmanager
-def progress(
-    what: str, total: int | None = None, *, unit: str = "bytes"
-) -> Iterator[Callable[[int], None]]:
-    """A callable that takes how much is done so far; on a terminal it moves a progress bar.
-
-    `total` is None where it is not known. Counts are shown as sizes if `unit` is 'bytes', and not
-    at all without a unit.
-    """
-    counts: tuple[ProgressColumn, ...] = (DownloadColumn(binary_units=True), TransferSpeedColumn())
-    if unit != "bytes":
-        counts = (MofNCompleteColumn(), TextColumn(unit)) if unit else ()
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        *counts,
-        TimeElapsedColumn() if total is None else TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        # What is printed meanwhile would go where the bar goes, to stderr.
-        redirect_stdout=False,
-        disable=not sys.stderr.isatty(),
-    )
-    with bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
 
 
 def _page_size(context: click.Context, parameter: click.Parameter, value: int) -> int:

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import click
 
-from diffmergefs.cli.common import (
-    PATH,
-    new_table,
-    outside_option,
-    print_json,
-    print_table,
-    progress,
-    trust_options,
-)
+from diffmergefs.cli.common import PATH, outside_option, print_json, trust_options
+from diffmergefs.cli.progress import progress
 from diffmergefs.cli.sides import jobs_option, opened_side, plain_option, side_diffs
+from diffmergefs.cli.tables import new_table, print_table
 from diffmergefs.compare import Comparison, bytes_to_compare, count_pages
 from diffmergefs.compare import compare as compare_views
 from diffmergefs.extents import ExtentList

@@ -14,11 +14,11 @@ from diffmergefs.cli.common import (
     page_size_option,
     print_json,
     printable,
-    progress,
     state_dir_option,
     talk,
     with_policy,
 )
+from diffmergefs.cli.progress import progress
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.health.doctor import examine_path
 from diffmergefs.health.finding import Finding

@@ -12,17 +12,16 @@ from diffmergefs.beneath import Reach
 from diffmergefs.cli.common import (
     PATH,
     image_options,
-    new_table,
     opened,
     outside_option,
     print_json,
-    print_table,
     printable,
-    progress,
     talk,
     trust_options,
 )
 from diffmergefs.cli.picture import draw_extents, picture_path
+from diffmergefs.cli.progress import progress
+from diffmergefs.cli.tables import new_table, print_table
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.images import LayerPool, open_snapshot
 from diffmergefs.integrity.pins import is_pinned

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 import click
 
 from diffmergefs import zeros
-from diffmergefs.cli.common import PATH, image_options, opened, printable, progress
+from diffmergefs.cli.common import PATH, image_options, opened, printable
 from diffmergefs.cli.picture import draw_map, picture_path
+from diffmergefs.cli.progress import progress
 from diffmergefs.cli.terminal import TerminalMap
 from diffmergefs.images import Image
 from diffmergefs.pictures.legend import Subject, short_names

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffmergefs.cli.common import printable, progress, talk
+from diffmergefs.cli.common import printable, talk
+from diffmergefs.cli.progress import progress
 from diffmergefs.info import run_lengths
 from diffmergefs.pictures.legend import Subject, short_names
 from diffmergefs.pictures.picture import FORMATS, picture_format, publish

@@ -10,10 +10,8 @@ import click
 from diffmergefs.cli.common import (
     PATH,
     layer_options,
-    new_table,
     outside_option,
     print_json,
-    print_table,
     printable,
     require_one_source,
     state_dir_option,
@@ -21,6 +19,7 @@ from diffmergefs.cli.common import (
     with_policy,
     working_set_dir_option,
 )
+from diffmergefs.cli.tables import new_table, print_table
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.images import find_image
 from diffmergefs.trust import TrustPolicy

@@ -9,16 +9,15 @@ import click
 from diffmergefs.cli.common import (
     PATH,
     count,
-    new_table,
     outside_option,
     print_json,
-    print_table,
     printable,
-    progress,
     talk,
     trust_options,
 )
+from diffmergefs.cli.progress import progress
 from diffmergefs.cli.sides import jobs_option, opened_side, plain_option, side_diffs
+from diffmergefs.cli.tables import new_table, print_table
 from diffmergefs.compare import bytes_to_compare
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.writing.newstore import NewStore

@@ -7,16 +7,9 @@ from dataclasses import asdict
 
 import click
 
-from diffmergefs.cli.common import (
-    PATH,
-    new_table,
-    print_json,
-    print_table,
-    printable,
-    progress,
-    talk,
-    vouching_options,
-)
+from diffmergefs.cli.common import PATH, print_json, printable, talk, vouching_options
+from diffmergefs.cli.progress import progress
+from diffmergefs.cli.tables import new_table, print_table
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.integrity.sealing import SealResult, seal_layer
 from diffmergefs.trust import TrustPolicy

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import click
 
-from diffmergefs.cli.common import PATH, F, progress, talk
+from diffmergefs.cli.common import PATH, F, talk
+from diffmergefs.cli.progress import progress
 from diffmergefs.sides import open_side
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.view import MergedView

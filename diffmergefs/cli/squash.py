@@ -6,16 +6,8 @@ from dataclasses import asdict
 
 import click
 
-from diffmergefs.cli.common import (
-    PATH,
-    count,
-    image_options,
-    opened,
-    print_json,
-    printable,
-    progress,
-    talk,
-)
+from diffmergefs.cli.common import PATH, count, image_options, opened, print_json, printable, talk
+from diffmergefs.cli.progress import progress
 from diffmergefs.images import Image
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.writing.squash import SquashResult, count_data

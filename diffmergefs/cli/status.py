@@ -15,7 +15,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from diffmergefs.cli.common import PATH, new_table, print_table, printable
+from diffmergefs.cli.common import PATH, printable
+from diffmergefs.cli.tables import new_table, print_table
 from diffmergefs.errors import FileAccessError, MountFailedError, MountpointError
 from diffmergefs.serving import mountpoint as mountpoints
 from diffmergefs.serving.status import STATUS_FILE, STATUS_FOLDER, Status

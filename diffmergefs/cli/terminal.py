@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console
 from rich.text import Text
 
-from diffmergefs.cli.common import new_table, print_table
+from diffmergefs.cli.tables import new_table, print_table
 from diffmergefs.pictures import cells
 from diffmergefs.pictures.legend import (
     HOLE,

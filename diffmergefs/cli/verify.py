@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import click
 
-from diffmergefs.cli.common import (
-    image_options,
-    print_json,
-    printable,
-    progress,
-    require_one_source,
-    talk,
-)
+from diffmergefs.cli.common import image_options, print_json, printable, require_one_source, talk
+from diffmergefs.cli.progress import progress
 from diffmergefs.integrity import verify as verification
 from diffmergefs.integrity.verdict import Verdict
 from diffmergefs.trust import TrustPolicy

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import click
 
-from diffmergefs.cli.common import (
-    PATH,
-    image_options,
-    new_table,
-    opened,
-    print_json,
-    print_table,
-    printable,
-    progress,
-    trust_options,
-)
+from diffmergefs.cli.common import PATH, image_options, opened, print_json, printable, trust_options
+from diffmergefs.cli.progress import progress
+from diffmergefs.cli.tables import new_table, print_table
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.writing.apply import apply_diff
 from diffmergefs.writing.flatten import flatten as flatten_view
