@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -357,6 +359,59 @@ class FakeIoctl:
         raise os_error(self.number)
 
 
+class Sharing:
+    """An fcntl module whose ioctl shares by copying, but not from the descriptors in `refused`."""
+
+    def __init__(self, refused: set[int], number: int = errno.EXDEV) -> None:
+        self.refused = refused
+        self.number = number
+        self.asked: list[int] = []
+
+    def ioctl(self, fd: int, operation: int, argument: int | bytes) -> int:
+        if isinstance(argument, bytes):
+            source, start, length, to = struct.unpack("=qQQQ", argument)
+            assert (operation, to) == (0x4020940D, start)
+            ranges = [(start, start + length)]
+        else:
+            source = argument
+            assert operation == 0x40049409
+            ranges = list(sparse.data_extents(source, os.fstat(source).st_size))
+        self.asked.append(source)
+        if source in self.refused:
+            raise os_error(self.number)
+        for start, stop in ranges:
+            os.pwrite(fd, os.pread(source, stop - start, start), start)
+        return 0
+
+
+@settings(deadline=None, max_examples=100)
+@given(random_chains(), st.sets(st.integers(0, 6)), st.sampled_from([1, 2, 5, FLATTEN._BATCH]))
+def test_layers_that_cannot_be_shared_are_copied_among_those_that_can(
+    sized_chain: tuple[int, list[Extents]], refused: set[int], batch: int
+) -> None:
+    """Wherever in a batch one is met: each layer is shared whole, or copied whole."""
+    size, chain = sized_chain
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        paths = write_chain(Path(directory), chain, size)
+        out = Path(directory) / "out"
+        with unchanged(paths), open_view(paths) as view:
+            numbers = {layer.fd: number for number, layer in enumerate(view.layers)}
+            module = Sharing({fd for fd, number in numbers.items() if number in refused})
+            patch.setattr(FLATTEN, "_BATCH", batch)
+            patch.setattr(copying, "fcntl", module)
+            result = flatten(view, out)
+            visible, segments = view.visible_bytes(), list(view.segments())
+        assert out.read_bytes() == overlay_oracle(size, chain)
+        asked = [numbers[fd] for fd in module.asked]
+        for number, count in enumerate(visible):
+            moved = (count, 0) if number in refused else (0, count)
+            assert (result.copied[number], result.shared[number]) == moved
+            # The base as a whole, and if that was refused, once more by a range.
+            pieces = sum(segment.layer == number for segment in segments)
+            once = min(pieces, 1) if number in refused or number == 0 else pieces
+            assert asked.count(number) == once * (2 if number in refused and number == 0 else 1)
+
+
 @pytest.mark.parametrize(
     ("number", "expected"),
     [(errno.EIO, FileAccessError), (errno.ENOSPC, NoSpaceError), (errno.EPERM, FileAccessError)],
@@ -372,6 +427,39 @@ def test_other_errors_of_a_clone_never_lead_to_a_copy(
     with pytest.raises(expected, match=os.strerror(number)):
         flatten(chain, out)
     assert no_litter(out)
+
+
+def test_an_error_of_a_clone_names_its_layer(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copying, "fcntl", Sharing({chain.layers[2].fd}, errno.EIO))
+    with pytest.raises(FileAccessError, match=re.escape(f"{chain.layers[2].path} -> {out}: ")):
+        flatten(chain, out)
+    assert no_litter(out)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_layers_are_compared_after_each_batch_that_is_shared(
+    chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """Where a MiB of them was shared since the last time."""
+    monkeypatch.setattr(FLATTEN, "_BATCH", batch)
+    monkeypatch.setattr(FLATTEN, "BLOCK", PAGE)
+    monkeypatch.setattr(copying, "fcntl", Sharing(set()))
+    events: list[str] = []
+    settle, ioctl = Layer.settle, copying.fcntl.ioctl
+    monkeypatch.setattr(
+        Layer, "settle", lambda self: (events.append(Path(self.path).stem), settle(self))[1]
+    )
+    monkeypatch.setattr(copying.fcntl, "ioctl", lambda *a: (events.append("share"), ioctl(*a))[1])
+    flatten(chain, out)
+    pieces = [f"{s.layer:03}" for s in chain.segments() if s.layer]
+    assert events[:2] == ["share", "000"]
+    expected = []
+    for n in range(0, len(pieces), batch):
+        part = pieces[n : n + batch]
+        expected += ["share"] * len(part) + list(dict.fromkeys(part))
+    assert events[2:] == [*expected, "000", "001", "002"]
 
 
 def test_progress_ends_with_the_bytes_of_data(chain: MergedView, out: Path) -> None:

@@ -6,8 +6,11 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
+from operator import length_hint
 from typing import NamedTuple
 
 from diffmergefs.buffers import page_aligned
@@ -76,28 +79,40 @@ def clone_file(layer: Layer, target: Target) -> bool:
 
     Raises FileAccessError and NoSpaceError for any other failure.
     """
-    return _clone(layer, target, _FICLONE, layer.fd)
-
-
-def clone_range(layer: Layer, start: int, stop: int, target: Target) -> bool:
-    """Share the blocks of `[start, stop)` with the same range of the target; False if impossible.
-
-    Both ends lie on blocks of the filesystem, or `stop` is the end of both files. Raises like
-    `clone_file`.
-    """
-    request = _CLONE_RANGE.pack(layer.fd, start, stop - start, start)
-    return _clone(layer, target, _FICLONERANGE, request)
-
-
-def _clone(layer: Layer, target: Target, operation: int, argument: int | bytes) -> bool:
-    # Once for each page that lies scattered: a context manager would take longer than it should.
     try:
-        fcntl.ioctl(target.fd, operation, argument)
+        fcntl.ioctl(target.fd, _FICLONE, layer.fd)
     except OSError as error:
-        if error.errno in _NO_CLONE:
-            return False
-        raise described(error, f"{layer.path} -> {target.path}", target) from error
+        _require_no_clone(error, layer, target)
+        return False
     return True
+
+
+def clone_ranges(
+    layers: Sequence[Layer], segments: Sequence[tuple[int, int, int]], target: Target
+) -> int:
+    """Share the blocks of each segment (start, stop, layer) with the target's, in their order.
+
+    How many are shared: all, or those before the first that cannot be. Each begins and ends on a
+    block of the filesystem, or ends with both files. Raises like `clone_file`. A signal is handled
+    after the last of them: some 50 us each.
+    """
+    pack = _CLONE_RANGE.pack
+    requests = [pack(layers[n].fd, start, stop - start, start) for start, stop, n in segments]
+    left = iter(requests)
+    try:
+        # All calls in one: after each of them, with the caches full of the kernel's, a loop in
+        # Python takes four times as long as it does alone.
+        deque(map(fcntl.ioctl, repeat(target.fd), repeat(_FICLONERANGE), left), maxlen=0)
+    except OSError as error:
+        done = len(requests) - length_hint(left) - 1
+        _require_no_clone(error, layers[segments[done][2]], target)
+        return done
+    return len(requests)
+
+
+def _require_no_clone(error: OSError, layer: Layer, target: Target) -> None:
+    if error.errno not in _NO_CLONE:
+        raise described(error, f"{layer.path} -> {target.path}", target) from error
 
 
 def copy_range(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import operator
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 from diffmergefs import sparse
 from diffmergefs.errors import NoSpaceError, VerificationError
@@ -18,7 +20,7 @@ from diffmergefs.writing.copying import (
     BLOCK,
     Target,
     clone_file,
-    clone_range,
+    clone_ranges,
     copy_range,
     described,
     failures,
@@ -31,6 +33,9 @@ _READ_BITS = 0o444
 
 # From this size on, a piece of one layer is copied in the kernel: on NFS that is the server's work.
 _LARGE = BUFFER
+
+# So many segments are shared in one go; then the layers are compared, and progress is told.
+_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,9 @@ def flatten(
 
     `verify` reads the file and the view again and compares them before the file gets its name.
     `progress` is called with the bytes done so far, of `sum(view.visible_bytes())`. The layers are
-    not written or locked, and each is compared with its fingerprint while its bytes are moved, at
-    least once a MiB or buffer, and once more at the end (law 6). May be called in a thread; has one
-    of its own until it returns.
+    not written or locked, and each is compared with its fingerprint while its bytes are moved (at
+    least once a MiB or buffer, or 1,024 shared segments), and once more at the end (law 6). May be
+    called in a thread; has one of its own until it returns.
 
     Raises OutputRefusedError (the output exists without `force`; or, even with it, is a layer or
     no regular file), NoSpaceError (less is free than must be copied, or it ran out),
@@ -153,19 +158,33 @@ class _Merge:
     def _share(self) -> Iterator[tuple[int, int]]:
         # Shares what can be shared, and gives the rest of the data. A layer of which one segment
         # cannot be shared is not tried again.
-        with_base = self._clone_base()
-        layers = self.view.layers
-        sharing = set(range(len(layers)))
-        for start, stop, number in self.view.segments():
-            if number is None or (number == 0 and with_base):
-                continue
-            if number in sharing and self._on_blocks(start, stop):
-                if clone_range(layers[number], start, stop, self.target):
-                    self.shared[number] += stop - start
-                    self._moved(number, stop - start)
-                    continue
-                sharing.discard(number)
-            yield start, stop
+        lowest = 1 if self._clone_base() else 0
+        wanted: Iterator[tuple[int, int, int]] = (
+            (start, stop, number)
+            for start, stop, number in self.view.segments()
+            if number is not None and number >= lowest
+        )
+        sharing = set(range(len(self.view.layers)))
+        while batch := list(islice(wanted, _BATCH)):
+            fit = [s for s in batch if s[2] in sharing and self._on_blocks(s[0], s[1])]
+            done = clone_ranges(self.view.layers, fit, self.target)
+            self._count_shared(fit[:done])
+            if done < len(fit):
+                # From there on all are looked at once more, so that what is given stays in order.
+                sharing.discard(fit[done][2])
+                wanted = chain([s for s in batch if s >= fit[done]], wanted)
+                batch = [s for s in batch if s < fit[done]]
+            if done < len(batch):
+                shared = set(fit[:done])
+                yield from (s[:2] for s in batch if s not in shared)
+
+    def _count_shared(self, pieces: Sequence[tuple[int, int, int]]) -> None:
+        counts = Counter[int]()
+        for start, stop, number in pieces:
+            counts[number] += stop - start
+        for number, count in counts.items():
+            self.shared[number] += count
+            self._moved(number, count)
 
     def _clone_base(self) -> bool:
         # Where no diff has data, the base's bytes are the view's and its holes are too; the rest

@@ -18,7 +18,7 @@ from diffmergefs.trust import TrustPolicy, problems
 from diffmergefs.view import MergedView
 from diffmergefs.writing.copying import (
     BLOCK,
-    clone_range,
+    clone_ranges,
     copy_through_buffer,
     failures,
     free_bytes,
@@ -172,7 +172,8 @@ class NewDiff:
             if number is None or stop - start < BLOCK or not self._on_blocks(start, stop):
                 continue
             layer = self._source.layers[number]
-            if self._may_share(layer) and clone_range(layer, start, stop, self._target):
+            piece = (start, stop, number)
+            if self._may_share(layer) and clone_ranges(self._source.layers, [piece], self._target):
                 shared[start] = stop - start
                 self.shared += stop - start
                 moved(stop - start)
