@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.cli.helper import NAME, main
-from diffmergefs.cli.mount import split_options
+from diffmergefs.cli.mountoptions import split_options
 from tests.support import mounttable
 from tests.support.images import overlay_oracle
 from tests.support.namespaces import Namespace, private_mounts

@@ -74,8 +74,12 @@ def test_a_filesystem_that_makes_holes_of_zeros_is_wrong(
 ) -> None:
     walk = sparse.data_extents
 
-    def without_zeros(fd: int, size: int) -> Iterator[Extent]:
-        return (e for e in walk(fd, size) if any(os.pread(fd, e.stop - e.start, e.start)))
+    def without_zeros(fd: int, size: int) -> Iterator[tuple[int, int]]:
+        return (
+            (start, stop)
+            for start, stop in walk(fd, size)
+            if any(os.pread(fd, stop - start, start))
+        )
 
     monkeypatch.setattr(sparse, "data_extents", without_zeros)
     found = examined(tmp_path)

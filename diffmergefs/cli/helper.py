@@ -9,7 +9,8 @@ import click
 
 from diffmergefs import cli
 from diffmergefs.cli.common import talk
-from diffmergefs.cli.mount import mount, option_name, split_options
+from diffmergefs.cli.mount import mount
+from diffmergefs.cli.mountoptions import option_name, split_options
 
 NAME = "mount.fuse.diffmergefs"
 

@@ -1,15 +1,10 @@
-"""`mount` and `umount`."""
+"""`mount`."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-import re
-import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
 
 import click
 from click.shell_completion import CompletionItem
@@ -24,102 +19,12 @@ from diffmergefs.cli.common import (
     trust_options,
     working_set_dir_option,
 )
-from diffmergefs.errors import (
-    DiffMergeError,
-    FileAccessError,
-    MountFailedError,
-    MountTimeoutError,
-)
-from diffmergefs.images import open_chain
+from diffmergefs.cli.mountoptions import MountCommand, complete_options
+from diffmergefs.cli.start import Request, serve_in_background, serve_in_front
 from diffmergefs.layouts.catalog import LAYOUTS
-from diffmergefs.lease import Leases
-from diffmergefs.logformat import Lines, printable
-from diffmergefs.serving import daemon
-from diffmergefs.serving import mountpoint as mountpoints
-from diffmergefs.serving.access import view_access
 from diffmergefs.serving.notify import JOURNAL, Notifier, is_journal
-from diffmergefs.serving.store import OpenImage, Store
-from diffmergefs.serving.tree import Tree
 from diffmergefs.serving.tuning import MAX_BACKGROUND, READAHEAD_KIB, Tuning
 from diffmergefs.trust import TrustPolicy
-from diffmergefs.workingsets.workingset import WorkingSets
-
-log = logging.getLogger("diffmergefs")
-
-_BARE_PREFETCH = "--prefetch=notify"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be mounted where and how; all paths absolute."""
-
-    source: str | None
-    layers: tuple[str, ...]
-    mountpoint: str
-    policy: TrustPolicy
-    layout: str | None
-    suffix: str | None
-    allow_other: bool
-    open_rw: bool
-    options: tuple[str, ...]
-    tuning: Tuning
-    prefetch: str  # or 'record'
-    working_set_dir: str | None
-    drop_behind: bool
-
-    @property
-    def name(self) -> str:
-        """What the mount table shows as the mounted thing."""
-        return self.source or self.layers[0]
-
-
-def split_options(options: Iterable[str]) -> list[str]:
-    """The single options of several `-o`, without `ro`, which a view is anyway.
-
-    A comma that belongs to a value is written as `\\,` and a backslash before it as `\\\\`.
-    """
-    pieces = re.findall(r"(?:\\.|[^,])+", ",".join(options))
-    found = (re.sub(r"\\([\\,])", r"\1", piece) for piece in pieces)
-    return [option for option in found if option != "ro"]
-
-
-def option_name(option: str) -> str:
-    """The name of the long option that a mount option stands for."""
-    return option.partition("=")[0].replace("_", "-")
-
-
-class MountCommand(click.Command):
-    """Takes its long options as -o options too, as fstab has them: `-o open_rw,page_size=16384`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        # As in GNU programs the value of an option that may lack one comes with `=`: what follows
-        # a bare --prefetch is an operand.
-        args = [_BARE_PREFETCH if arg == "--prefetch" else arg for arg in args]
-        rest = super().parse_args(ctx, args)
-        options = split_options(ctx.params["options"])
-        names = self.long_names()
-        mine = [option for option in options if option_name(option) in names]
-        ctx.params["options"] = tuple(o for o in options if o not in mine)
-        self._take(ctx, mine)
-        return rest
-
-    def long_names(self) -> set[str]:
-        """The names that are mount options too."""
-        names = {name for param in self.params for name in param.opts if name.startswith("--")}
-        return {name[2:] for name in names} - {"help"}
-
-    def _take(self, ctx: click.Context, options: list[str]) -> None:
-        arguments = []
-        for option in options:
-            _, equals, value = option.partition("=")
-            argument = f"--{option_name(option)}{equals}{value}"
-            arguments.append(_BARE_PREFETCH if argument == "--prefetch" else argument)
-        values, _, _ = self.make_parser(ctx).parse_args(arguments)
-        for param in self.params:
-            if isinstance(param, click.Option) and param.name in values:
-                if param.multiple:
-                    values[param.name] = [*ctx.params[param.name], *values[param.name]]
-                param.handle_parse_result(ctx, values, [])
 
 
 def _complete_path(
@@ -127,20 +32,6 @@ def _complete_path(
 ) -> list[CompletionItem]:
     # By the shell. (A type `click.Path` would ask what is mounted there, and that may hang.)
     return [CompletionItem(incomplete, type="file")]
-
-
-def _complete_options(
-    context: click.Context, parameter: click.Parameter, incomplete: str
-) -> list[str]:
-    before, comma, begun = incomplete.rpartition(",")
-    names = [
-        name[2:].replace("-", "_") + ("" if option.is_flag else "=")
-        for option in context.command.params
-        if isinstance(option, click.Option)
-        for name in option.opts
-        if name.startswith("--") and name != "--help"
-    ]
-    return [before + comma + name for name in sorted(names) if name.startswith(begun)]
 
 
 @click.command(cls=MountCommand)
@@ -158,7 +49,7 @@ def _complete_options(
     "options",
     multiple=True,
     metavar="OPT[,OPT...]",
-    shell_complete=_complete_options,
+    shell_complete=complete_options,
     help="Mount options.",
 )
 @click.option("--allow-other", is_flag=True, help="Let other users in, by the permission bits.")
@@ -302,158 +193,9 @@ def mount(
             handler = logs.file_handler(log_file, log_format)
         else:
             handler = logs.stderr_handler(log_format, to_journal=is_journal(2, stream))
-        return _serve_in_front(request, handler, level, notifier)
+        return serve_in_front(request, handler, level, notifier)
     logs.log_to(logs.stderr_handler("plain"), level)
-    serve = functools.partial(_serve, request)
-    handler = _background_handler(log_file, log_format)
-    return _serve_in_background(request, serve, handler, level, timeout)
-
-
-def _serve_in_front(
-    request: Request, handler: logging.Handler, level: int, notifier: Notifier
-) -> int:
-    logs.log_to(handler, level)
-    try:
-        _serve(request, functools.partial(notifier.tell, "READY=1"), notifier)
-    except DiffMergeError as error:
-        if isinstance(handler, logging.FileHandler) or isinstance(handler.formatter, Lines):
-            raise
-        # Whoever reads stderr by priorities or as JSON finds it there.
-        log.error("%s", error)
-        return error.exit_code
-    return 0
-
-
-def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | None = None) -> None:
-    # Imported here: all else works where libfuse is missing.
-    try:
-        from diffmergefs.serving import mount as mounts
-    except ImportError as error:
-        raise MountFailedError(
-            f"pyfuse3 cannot be used ({error}); install libfuse3-dev and pyfuse3"
-        ) from error
-    real = mountpoints.check_mountpoint(
-        request.mountpoint, request.source, request.layers, request.policy.allow_outside
-    )
-    options = mounts.session_options(
-        request.name, request.options, allow_other=request.allow_other, open_rw=request.open_rw
-    )
-    if request.policy.verify == "no":
-        log.warning(
-            "%s: neither seals nor parents' hashes are compared with the files (--verify=no):"
-            " a wrong file shows as wrong bytes in guests",
-            request.name,
-        )
-    restoring = None
-    if sets := _working_sets(request):
-        restoring = mounts.Restoring(sets, cast(Any, request.prefetch))
-    leases = Leases()
-    if request.source is None:
-        tree = Tree(real, explicit=_explicit_image(request, leases), open_rw=request.open_rw)
-    else:
-        store = Store(
-            request.source,
-            request.policy,
-            layout=request.layout,
-            suffix=request.suffix,
-            leases=leases,
-        )
-        mounts.settle(store)
-        tree = Tree(real, store, open_rw=request.open_rw)
-    mounts.serve(
-        tree,
-        real,
-        options,
-        ready,
-        leases,
-        notifier or Notifier(),
-        request.tuning,
-        restoring,
-        drop_behind=request.drop_behind,
-    )
-
-
-def _working_sets(request: Request) -> WorkingSets | None:
-    if request.prefetch == "no":
-        return None
-    try:
-        sets = WorkingSets(request.working_set_dir, request.policy.state_dir)
-        if request.prefetch == "record":
-            sets.prepare()
-    except FileAccessError as error:
-        if request.prefetch == "record":
-            raise
-        log.info("nothing is prefetched: %s", error)
-        return None
-    return sets
-
-
-def _explicit_image(request: Request, leases: Leases) -> OpenImage:
-    base, *diffs = request.layers
-    image = open_chain(base, diffs, request.policy, leases)
-    for line in image.overridden:
-        log.warning("%s", line)
-    return OpenImage.of(image, os.path.basename(base), view_access(image.view.layers, "/"))
-
-
-def _serve_in_background(
-    request: Request,
-    serve: Callable[[Callable[[], None]], None],
-    handler: logging.Handler,
-    level: int,
-    timeout: float,
-) -> int:
-    def child(ready: Callable[[], None]) -> int:
-        logging.raiseExceptions = False  # a log that cannot be written is no reason to complain
-        # Warnings at the start are for the caller's terminal, everything is for the log.
-        logs.log_to(logs.stderr_handler("plain"), logging.WARNING, handler, level)
-        try:
-            serve(ready)
-        except DiffMergeError as error:
-            log.error("%s", error)
-            print(printable(str(error)), file=sys.stderr)
-            return error.exit_code
-        except Exception:
-            log.exception("the daemon failed: this is a bug")
-            return 70
-        return 0
-
-    before = _mounted_at(request)
-    try:
-        outcome = daemon.start(child, timeout)
-    except BaseException:
-        _remove_leftover(request, before)
-        raise
-    if outcome.status is None:
-        _remove_leftover(request, before)
-        raise MountTimeoutError(
-            f"{request.mountpoint}: the mount did not answer within {timeout:g} s; is the storage"
-            " of SOURCE slow? --timeout waits longer, -f shows what it does"
-        )
-    lines = outcome.text.splitlines()
-    if outcome.status != 0:
-        # What libfuse and its helper say on stderr is the reason of the failure that follows.
-        reasons = [line for line in lines[:-1] if line.startswith(("fuse: ", "fusermount3: "))]
-        last = lines[-1] if lines else f"the daemon ended with status {outcome.status}"
-        talk(" ".join([last, *(f"({reason})" for reason in reasons)]))
-        return outcome.status if outcome.status > 0 else MountFailedError.exit_code
-    for line in lines:
-        talk(line)
-    os.stat(request.mountpoint)
-    return 0
-
-
-def _mounted_at(request: Request) -> mountpoints.MountEntry | None:
-    return mountpoints.mount_entry(mountpoints.resolved(request.mountpoint))
-
-
-def _remove_leftover(request: Request, before: mountpoints.MountEntry | None) -> None:
-    # The child's own, and not one that stood there before.
-    known = _mounted_at(request)
-    if known is None or known == before:
-        return
-    if known.kind == mountpoints.FILESYSTEM_TYPE and known.source == request.name:
-        mountpoints.detach(known.path)
+    return serve_in_background(request, _background_handler(log_file, log_format), level, timeout)
 
 
 def _background_handler(log_file: str | None, log_format: str) -> logging.Handler:
@@ -466,18 +208,3 @@ def _background_handler(log_file: str | None, log_format: str) -> logging.Handle
             " --log FILE"
         )
     return handler or logging.NullHandler()
-
-
-@click.command()
-@click.argument("mountpoint", type=PATH)
-@click.option("--lazy", is_flag=True, help="Detach it although files are open; they stay served.")
-def umount(mountpoint: str, lazy: bool) -> None:
-    """Unmount MOUNTPOINT; refused while files are open, unless --lazy.
-
-    The refusal names the processes that have them open or mapped, as far as they can be seen.
-
-    \b
-    Example:
-      diffmergefs umount /mnt/views
-    """
-    mountpoints.unmount(mountpoint, lazy=lazy)

@@ -89,7 +89,7 @@ def load(name: str) -> click.Command | None:
 
             return status
         case "umount":
-            from diffmergefs.cli.mount import umount
+            from diffmergefs.cli.umount import umount
 
             return umount
         case "verify":

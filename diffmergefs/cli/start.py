@@ -1,0 +1,213 @@
+"""Starting a mount, in front or in the background, and what its caller is told of it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from diffmergefs.cli import logs
+from diffmergefs.cli.common import talk
+from diffmergefs.errors import (
+    DiffMergeError,
+    FileAccessError,
+    MountFailedError,
+    MountTimeoutError,
+)
+from diffmergefs.images import open_chain
+from diffmergefs.lease import Leases
+from diffmergefs.logformat import Lines, printable
+from diffmergefs.serving import daemon
+from diffmergefs.serving import mountpoint as mountpoints
+from diffmergefs.serving.access import view_access
+from diffmergefs.serving.notify import Notifier
+from diffmergefs.serving.store import OpenImage, Store
+from diffmergefs.serving.tree import Tree
+from diffmergefs.serving.tuning import Tuning
+from diffmergefs.trust import TrustPolicy
+from diffmergefs.workingsets.workingset import WorkingSets
+
+log = logging.getLogger("diffmergefs")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be mounted where and how; all paths absolute."""
+
+    source: str | None
+    layers: tuple[str, ...]
+    mountpoint: str
+    policy: TrustPolicy
+    layout: str | None
+    suffix: str | None
+    allow_other: bool
+    open_rw: bool
+    options: tuple[str, ...]
+    tuning: Tuning
+    prefetch: str  # or 'record'
+    working_set_dir: str | None
+    drop_behind: bool
+
+    @property
+    def name(self) -> str:
+        """What the mount table shows as the mounted thing."""
+        return self.source or self.layers[0]
+
+
+def serve_in_front(
+    request: Request, handler: logging.Handler, level: int, notifier: Notifier
+) -> int:
+    """Mount, and serve until the end, in this process; the exit code.
+
+    What is logged from `level` on goes to `handler`. A DiffMergeError is raised, but where stderr
+    is read by priorities or as JSON: there it is one more record, and its exit code is returned.
+    """
+    logs.log_to(handler, level)
+    try:
+        _serve(request, functools.partial(notifier.tell, "READY=1"), notifier)
+    except DiffMergeError as error:
+        if isinstance(handler, logging.FileHandler) or isinstance(handler.formatter, Lines):
+            raise
+        # Whoever reads stderr by priorities or as JSON finds it there.
+        log.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | None = None) -> None:
+    # Imported here: all else works where libfuse is missing.
+    try:
+        from diffmergefs.serving import mount as mounts
+    except ImportError as error:
+        raise MountFailedError(
+            f"pyfuse3 cannot be used ({error}); install libfuse3-dev and pyfuse3"
+        ) from error
+    real = mountpoints.check_mountpoint(
+        request.mountpoint, request.source, request.layers, request.policy.allow_outside
+    )
+    options = mounts.session_options(
+        request.name, request.options, allow_other=request.allow_other, open_rw=request.open_rw
+    )
+    if request.policy.verify == "no":
+        log.warning(
+            "%s: neither seals nor parents' hashes are compared with the files (--verify=no):"
+            " a wrong file shows as wrong bytes in guests",
+            request.name,
+        )
+    restoring = None
+    if sets := _working_sets(request):
+        restoring = mounts.Restoring(sets, cast(Any, request.prefetch))
+    leases = Leases()
+    if request.source is None:
+        tree = Tree(real, explicit=_explicit_image(request, leases), open_rw=request.open_rw)
+    else:
+        store = Store(
+            request.source,
+            request.policy,
+            layout=request.layout,
+            suffix=request.suffix,
+            leases=leases,
+        )
+        mounts.settle(store)
+        tree = Tree(real, store, open_rw=request.open_rw)
+    mounts.serve(
+        tree,
+        real,
+        options,
+        ready,
+        leases,
+        notifier or Notifier(),
+        request.tuning,
+        restoring,
+        drop_behind=request.drop_behind,
+    )
+
+
+def _working_sets(request: Request) -> WorkingSets | None:
+    if request.prefetch == "no":
+        return None
+    try:
+        sets = WorkingSets(request.working_set_dir, request.policy.state_dir)
+        if request.prefetch == "record":
+            sets.prepare()
+    except FileAccessError as error:
+        if request.prefetch == "record":
+            raise
+        log.info("nothing is prefetched: %s", error)
+        return None
+    return sets
+
+
+def _explicit_image(request: Request, leases: Leases) -> OpenImage:
+    base, *diffs = request.layers
+    image = open_chain(base, diffs, request.policy, leases)
+    for line in image.overridden:
+        log.warning("%s", line)
+    return OpenImage.of(image, os.path.basename(base), view_access(image.view.layers, "/"))
+
+
+def serve_in_background(
+    request: Request, handler: logging.Handler, level: int, timeout: float
+) -> int:
+    """Mount, and leave a daemon that serves and logs to `handler`; the exit code.
+
+    Returns when the mount answers, or when the daemon has ended without, for which it tells the
+    reason. Raises MountTimeoutError if neither happens within `timeout` seconds; then nothing is
+    left.
+    """
+
+    def child(ready: Callable[[], None]) -> int:
+        logging.raiseExceptions = False  # a log that cannot be written is no reason to complain
+        # Warnings at the start are for the caller's terminal, everything is for the log.
+        logs.log_to(logs.stderr_handler("plain"), logging.WARNING, handler, level)
+        try:
+            _serve(request, ready)
+        except DiffMergeError as error:
+            log.error("%s", error)
+            print(printable(str(error)), file=sys.stderr)
+            return error.exit_code
+        except Exception:
+            log.exception("the daemon failed: this is a bug")
+            return 70
+        return 0
+
+    before = _mounted_at(request)
+    try:
+        outcome = daemon.start(child, timeout)
+    except BaseException:
+        _remove_leftover(request, before)
+        raise
+    if outcome.status is None:
+        _remove_leftover(request, before)
+        raise MountTimeoutError(
+            f"{request.mountpoint}: the mount did not answer within {timeout:g} s; is the storage"
+            " of SOURCE slow? --timeout waits longer, -f shows what it does"
+        )
+    lines = outcome.text.splitlines()
+    if outcome.status != 0:
+        # What libfuse and its helper say on stderr is the reason of the failure that follows.
+        reasons = [line for line in lines[:-1] if line.startswith(("fuse: ", "fusermount3: "))]
+        last = lines[-1] if lines else f"the daemon ended with status {outcome.status}"
+        talk(" ".join([last, *(f"({reason})" for reason in reasons)]))
+        return outcome.status if outcome.status > 0 else MountFailedError.exit_code
+    for line in lines:
+        talk(line)
+    os.stat(request.mountpoint)
+    return 0
+
+
+def _mounted_at(request: Request) -> mountpoints.MountEntry | None:
+    return mountpoints.mount_entry(mountpoints.resolved(request.mountpoint))
+
+
+def _remove_leftover(request: Request, before: mountpoints.MountEntry | None) -> None:
+    # The child's own, and not one that stood there before.
+    known = _mounted_at(request)
+    if known is None or known == before:
+        return
+    if known.kind == mountpoints.FILESYSTEM_TYPE and known.source == request.name:
+        mountpoints.detach(known.path)
