@@ -187,6 +187,38 @@ def test_a_lazy_unmount_from_outside_ends_it_after_the_last_user(
         assert mount.process.wait(60) == 0
 
 
+ABORTED = """
+import errno, os, sys
+if "mount" in sys.argv:
+    import pyfuse3
+    main = pyfuse3.main
+    async def aborted(*args, **kwargs):
+        await main(*args, **kwargs)
+        error = ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
+        raise ExceptionGroup("as trio has it", [ExceptionGroup("", [error])])
+    pyfuse3.main = aborted
+"""
+
+
+@pytest.mark.parametrize("how", ["outside", "SIGTERM"])
+def test_a_mount_that_goes_while_a_request_is_read_ends_like_any_other(
+    store: Path,
+    mountpoint: Path,
+    public_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
+    """The kernel then says ECONNABORTED, which was met once in thousands of ends."""
+    patch_children(monkeypatch, public_path / "patch", ABORTED)
+    with mounted(store, mountpoint, "--verbose") as mount:
+        if how == "outside":
+            subprocess.run(["umount", str(mountpoint)], check=True, timeout=60)
+        else:
+            mount.process.send_signal(signal.SIGTERM)
+        assert mount.process.wait(60) == 0
+        assert "the connection ended while a request was read" in mount.log()
+
+
 def test_umount_refuses_while_files_are_open(store: Path, mountpoint: Path) -> None:
     with mounted(store, mountpoint) as mount:
         with held(mountpoint / "leaf" / "memory.bin") as holder:

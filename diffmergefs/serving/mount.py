@@ -246,7 +246,12 @@ async def _run(
         if operations.tree.store is not None:
             nursery.start_soon(_watch_source, operations.tree.store)
         nursery.start_soon(_say_ready, operations, entry, ready, wanted)
-        await pyfuse3.main(max_tasks=_MAX_REQUESTS)
+        try:
+            await pyfuse3.main(max_tasks=_MAX_REQUESTS)
+        except* ConnectionAbortedError:
+            # The mount is gone. To whoever reads the next request the kernel then says ENODEV,
+            # which is the end, but this to one that had just taken a request (fuse_dev_do_read).
+            log.debug("the connection ended while a request was read")
         nursery.cancel_scope.cancel()
 
 
