@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib  # noqa: F401  (click imports it when it needs it, as another user perhaps in vain)
+import importlib
 import os
 import subprocess
 import sys
@@ -12,8 +12,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from diffmergefs import cli
+from diffmergefs.cli.verbs import NAMES, load
 from tests.support import skips
 from tests.support.users import NOBODY
+
+# What a command loads when it needs it: `as_user` might look for it in vain.
+for name in NAMES:
+    load(name)
+for name in (
+    *("difflib", "pickle", "multiprocessing.connection", "multiprocessing.popen_fork"),
+    *("diffmergefs.integrity.bmapreader", "rich.console", "rich.progress", "rich.table"),
+):
+    importlib.import_module(name)
 
 
 def diffmergefs(
