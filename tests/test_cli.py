@@ -110,7 +110,7 @@ def test_no_verb_is_left_out() -> None:
     assert load("nonsense") is None
 
 
-# What is heavy to load, and the module that alone would have loaded it.
+# What is heavy to load.
 HEAVY = ("rich", "multiprocessing", "urllib.request", "importlib.metadata", "pyfuse3", "trio")
 
 
@@ -134,6 +134,14 @@ def test_a_verb_loads_only_what_it_needs(call: list[str], store: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == ""
+
+
+def test_a_mount_loads_beforehand_what_reads_seals() -> None:
+    """Its daemon may meet the first seal when the package was upgraded, or is gone."""
+    name = "diffmergefs.integrity.bmapreader"
+    code = f"import sys, diffmergefs.serving.mount; print({name!r} in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 def test_help_and_version_of_the_whole() -> None:

@@ -18,6 +18,9 @@ import trio
 
 from diffmergefs.errors import DiffMergeError, MountFailedError, MountpointError
 from diffmergefs.images import raise_descriptor_limit
+from diffmergefs.integrity import (
+    bmapreader,  # noqa: F401  (a daemon outlives an upgrade of the package, and meets new seals)
+)
 from diffmergefs.lease import SIGNAL, Leases
 from diffmergefs.serving import mountpoint as mountpoints
 from diffmergefs.serving import tuning
@@ -250,7 +253,8 @@ async def _run(
             await pyfuse3.main(max_tasks=_MAX_REQUESTS)
         except* ConnectionAbortedError:
             # The mount is gone. To whoever reads the next request the kernel then says ENODEV,
-            # which is the end, but this to one that had just taken a request (fuse_dev_do_read).
+            # which is the end, but this to one that had just taken a request (fuse_dev_do_read in
+            # fs/fuse/dev.c, since Linux 4.2).
             log.debug("the connection ended while a request was read")
         nursery.cancel_scope.cancel()
 

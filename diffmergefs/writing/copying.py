@@ -93,15 +93,14 @@ def clone_ranges(
     """Share the blocks of each segment (start, stop, layer) with the target's, in their order.
 
     How many are shared: all, or those before the first that cannot be. Each begins and ends on a
-    block of the filesystem, or ends with both files. Raises like `clone_file`. A signal is handled
-    after the last of them; a page takes some 50 us.
+    block of the filesystem, or ends with both files. Raises like `clone_file`.
     """
     pack = _CLONE_RANGE.pack
     requests = [pack(layers[n].fd, start, stop - start, start) for start, stop, n in segments]
     left = iter(requests)
     try:
         # All calls in one: after each of them, with the caches full of the kernel's, a loop in
-        # Python takes four times as long as it does alone.
+        # Python takes four times as long as it does alone. Signals wait for the last one.
         deque(map(fcntl.ioctl, repeat(target.fd), repeat(_FICLONERANGE), left), maxlen=0)
     except OSError as error:
         done = len(requests) - length_hint(left) - 1
