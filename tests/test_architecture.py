@@ -23,8 +23,8 @@ LEVELS = [
         "buffers", "errors", "extents", "filekey", "health", "health.finding", "integrity",
         "isolated", "layouts", "logformat", "pictures", "pictures.cells", "pictures.curve",
         "pictures.legend", "serving", "serving.daemon", "serving.guard", "serving.holders",
-        "serving.metrics", "serving.nextrequest", "serving.notify", "serving.tuning", "workers",
-        "workingsets", "workingsets.advise", "writing",
+        "serving.metrics", "serving.nextrequest", "serving.notify", "serving.threads",
+        "serving.tuning", "workers", "workingsets", "workingsets.advise", "writing",
     },
     {
         "beneath", "foreign", "integrity.bmap", "integrity.state", "integrity.verdict",
@@ -73,7 +73,7 @@ LEVELS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 
-SEES_FUSE = {"serving.operations", "serving.mount", "serving.nextrequest"}
+SEES_FUSE = {"serving.operations", "serving.mount", "serving.nextrequest", "serving.threads"}
 DRAWS = {
     f"pictures.{name}"
     for name in ("canvas", "curve", "extents_picture", "map_picture", "picture", "raster")

@@ -130,6 +130,25 @@ def test_one_that_is_cancelled_when_it_has_just_got_it_gives_it_back() -> None:
     trio.run(main)
 
 
+def test_it_may_be_made_before_trio_runs() -> None:
+    # As pyfuse3 3.2.1 does.
+    lock, order = ReadLock(), []
+
+    async def other() -> None:
+        async with lock:
+            order.append("other")
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            async with lock:
+                nursery.start_soon(other)
+                await trio.testing.wait_all_tasks_blocked()
+            order.append("given back")
+
+    trio.run(main)
+    assert order == ["given back", "other"]
+
+
 def test_an_error_inside_goes_on_and_the_lock_is_given_back() -> None:
     async def main() -> None:
         lock = ReadLock()
@@ -356,9 +375,9 @@ class Counted(constant._Constant):
         return await super().read(fh, off, size)
 
 steps, served = Steps(), Counted(1 << 30)
-pyfuse3.init(served, sys.argv[1], {"fsname=constant", "ro"})
-print("up", flush=True)
 with few_switches():
+    pyfuse3.init(served, sys.argv[1], {"fsname=constant", "ro"})
+    print("up", flush=True)
     trio.run(pyfuse3.main, instruments=[steps])
 print(served.reads, steps.count)
 pyfuse3.close()

@@ -32,6 +32,7 @@ from diffmergefs.serving.notify import Notifier
 from diffmergefs.serving.openwatch import OpenWatch, Unwatched
 from diffmergefs.serving.operations import Operations
 from diffmergefs.serving.store import Store
+from diffmergefs.serving.threads import in_thread
 from diffmergefs.serving.tree import Tree
 from diffmergefs.serving.tuning import Tuning
 from diffmergefs.workingsets.adviser import Adviser
@@ -115,7 +116,7 @@ def serve(
     _give_memory_back()
     dropping = DropBehind() if drop_behind else None
     operations = Operations(tree, dropping)
-    with _signals_kept() as early:
+    with _signals_kept() as early, few_switches():
         try:
             pyfuse3.init(operations, mountpoint, {_Option(option) for option in options})
         except RuntimeError as error:
@@ -126,8 +127,7 @@ def serve(
         try:
             operations.watch = _watch_of(tree, connection, device, restoring)
             run = functools.partial(_run, operations, entry, ready, early, leases, notifier)
-            with few_switches():
-                trio.run(run, wanted, connection)
+            trio.run(run, wanted, connection)
         finally:
             # Nothing may call into a session that is closed.
             _stop_watch(operations, connection)
@@ -301,7 +301,7 @@ async def _say_ready(
     # The answer to the first request undoes what was set before it.
     await operations.answers.wait()
     if entry is not None:
-        readahead = await trio.to_thread.run_sync(tuning.tune, entry.device, wanted)
+        readahead = await in_thread(tuning.tune, entry.device, wanted)
         if isinstance(operations.watch, Recorder):
             operations.watch.readahead_kib = readahead
     log.info("ready")
@@ -314,7 +314,7 @@ async def _watch_source(store: Store) -> None:
         started = trio.current_time()
         await trio.sleep(LOOK_SECONDS)
         try:
-            await trio.to_thread.run_sync(store.look, abandon_on_cancel=True)
+            await in_thread(store.look)
             said = ""
         except DiffMergeError as error:
             if str(error) != said:
@@ -364,9 +364,7 @@ async def _watch_signals(
                 # While requests are still answered: a push may wait for a page that one of them
                 # brings, where no signal reaches it.
                 with trio.move_on_after(3 * _STOP_SECONDS):
-                    await trio.to_thread.run_sync(
-                        _stop_watch, operations, connection, abandon_on_cancel=True
-                    )
+                    await in_thread(_stop_watch, operations, connection)
                 # Requests that are being answered are not waited for: their storage may hang.
                 pyfuse3.terminate()
                 everything.cancel()
@@ -378,7 +376,7 @@ async def _watch_signals(
                 operations.open_files,
             )
             service.stop()
-            await trio.to_thread.run_sync(_detach, entry, abandon_on_cancel=True)
+            await in_thread(_detach, entry)
 
 
 def _detach(entry: mountpoints.MountEntry | None) -> None:

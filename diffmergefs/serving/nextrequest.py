@@ -35,8 +35,8 @@ TURN_NS = 1_000_000
 def few_switches() -> Iterator[None]:
     """Inside, `pyfuse3.main` waits for requests as this module has it.
 
-    Nothing else that uses trio is touched. A pyfuse3 that was told to use something else than trio
-    is left as it is.
+    `pyfuse3.init` belongs inside too: pyfuse3 3.2.1 makes its lock there. Nothing else that uses
+    trio is touched. A pyfuse3 that was told to use something else than trio is left as it is.
     """
     original = getattr(pyfuse3, "trio", None)
     if original is not trio:
@@ -80,13 +80,13 @@ class ReadLock(trio.abc.Instrument):
     Whoever gives it back keeps the others waiting until a step of a task ends: who has answered a
     request without a wait has taken it again by then. Else (the answer waits for a thread, or the
     task has ended) the one that has waited longest gets it then, so that it is never free while
-    somebody waits for it. To take it while it is free is no checkpoint. Make it in a running trio.
+    somebody waits for it. To take it while it is free is no checkpoint. For one run of trio.
     """
 
     def __init__(self) -> None:
         self._taken = False
         self._waiting: deque[Task] = deque()
-        trio.lowlevel.add_instrument(self)
+        self._is_told = False
 
     def __aenter__(self) -> Awaitable[None]:
         if self._taken:
@@ -105,6 +105,10 @@ class ReadLock(trio.abc.Instrument):
             trio.lowlevel.reschedule(self._waiting.popleft())
 
     async def _wait(self) -> None:
+        if not self._is_told:
+            # Not when it is made, which may be before trio runs.
+            trio.lowlevel.add_instrument(self)
+            self._is_told = True
         task = trio.lowlevel.current_task()
         self._waiting.append(task)
 

@@ -29,6 +29,7 @@ from diffmergefs.serving.openmetrics import exposition
 from diffmergefs.serving.openwatch import OpenWatch, Unwatched
 from diffmergefs.serving.status import METRICS_FILE, Status, status_of
 from diffmergefs.serving.store import OpenImage, Store
+from diffmergefs.serving.threads import in_thread
 from diffmergefs.serving.tree import (
     Attributes,
     Document,
@@ -479,9 +480,7 @@ class Operations(pyfuse3.Operations):
     async def _in_thread(
         self, work: Callable[..., T], *args: Any, limiter: trio.CapacityLimiter | None = None
     ) -> T:
-        return await trio.to_thread.run_sync(
-            work, *args, limiter=limiter or self._opening, abandon_on_cancel=True
-        )
+        return await in_thread(work, *args, limiter=limiter or self._opening)
 
 
 def _read_file(fd: int, off: int, size: int) -> bytes:

@@ -12,7 +12,7 @@ import sys
 import pyfuse3
 import trio
 
-_INODE = pyfuse3.InodeT(2)
+_INODE = 2
 _FOREVER = 86400
 
 
@@ -24,9 +24,9 @@ class _Constant(pyfuse3.Operations):
 
     def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
-        entry.st_ino = pyfuse3.InodeT(inode)
+        entry.st_ino = inode
         is_file = inode == _INODE
-        entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | 0o444 if is_file else stat.S_IFDIR | 0o755)
+        entry.st_mode = stat.S_IFREG | 0o444 if is_file else stat.S_IFDIR | 0o755
         entry.st_size = self._size if is_file else 0
         entry.st_blocks = entry.st_size // 512
         entry.attr_timeout = entry.entry_timeout = _FOREVER
@@ -43,7 +43,7 @@ class _Constant(pyfuse3.Operations):
         return self._attributes(inode)
 
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
+        return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     async def read(self, fh: int, off: int, size: int) -> memoryview:  # type: ignore[override]
         return self._answer[: min(size, self._size - off)]  # pyfuse3 takes any buffer
