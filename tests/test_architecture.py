@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ LEVELS = [
         "cli.mountoptions", "cli.progress", "cli.tables", "workingsets.adviser",
         "workingsets.guarded",
     },
-    {"cli.common", "cli.logs", "serving.mount"},
+    {"cli.common", "cli.logs", "cli.throwaway", "serving.mount"},
     {
         "cli.completion", "cli.demo", "cli.doctor", "cli.picture", "cli.seal", "cli.sides",
         "cli.start", "cli.squash", "cli.status", "cli.terminal", "cli.umount", "cli.verify",
@@ -166,6 +167,20 @@ def test_only_one_module_asks_for_holes(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_no_import_hides_in_a_string(module: str) -> None:
     assert not names_used(module) & {"__import__", "import_module", "exec", "eval"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_one_module_starts_an_interpreter(module: str) -> None:
+    """It says where the new one looks for modules. (A fork goes on with those that are there.)"""
+    text = SOURCES[module].read_text(encoding="utf-8")
+    starts = names_used(module) & {"executable", "orig_argv", "_base_executable"}
+    assert not starts or module == "isolated"
+    others = {"ProcessPoolExecutor", "posix_spawn", "spawnv", "spawnvp", "spawnl", "execv", "execl"}
+    assert not names_used(module) & {*others, "execve", "execvp", "popen", "getoutput"}
+    contexts = re.findall(r"get_context\((.*?)\)", text)
+    assert set(contexts) <= {'"fork"'}
+    words = [n.value for n in ast.walk(parsed(module)) if isinstance(n, ast.Constant)]
+    assert not [w for w in words if isinstance(w, str) and re.fullmatch(r"(/\S*/)?python[\d.]*", w)]
 
 
 def test_each_error_has_an_exit_code_of_its_own_and_an_errno() -> None:

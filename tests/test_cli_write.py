@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,44 @@ def test_demo_does_it_all_and_leaves_nothing(tmp_path: Path, option: list[str]) 
     assert all(word in step for word, step in zip(words, steps, strict=True))
     assert os.listdir(tmp_path) == []
     assert not [entry for entry in mounttable.entries() if entry.path.startswith(str(tmp_path))]
+
+
+FAILING = """
+import sys
+from diffmergefs import cli
+from diffmergefs.cli import demo
+
+held = []
+
+def failing(path, expected):
+    held.append(open(path, "rb"))
+    raise OSError(5, "Input/output error", "probe")
+
+demo._require_equal = failing
+sys.exit(cli.main(["demo"]))
+"""
+
+
+def test_a_demo_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    """Not even where somebody has a file of its view open."""
+    skips.require_fuse()
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (14, "diffmergefs: probe: Input/output error\n")
+    assert os.listdir(tmp_path) == []
+    assert not [entry for entry in mounttable.entries() if entry.path.startswith(str(tmp_path))]
+    assert not processes_that_name(tmp_path)
+
+
+def processes_that_name(path: Path) -> list[str]:
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if os.fsencode(path) in Path(f"/proc/{name}/cmdline").read_bytes():
+                found.append(name)
+    return found

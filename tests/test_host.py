@@ -143,11 +143,11 @@ def test_the_library_can_be_imported() -> None:
 def test_a_library_that_cannot_be_imported_is_a_warning(
     command: list[str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = subprocess.run
+    start = subprocess.Popen
 
     def instead(_: Any, **options: Any) -> Any:
-        return run(command, **options)
+        return start(command, **options)
 
-    monkeypatch.setattr(subprocess, "run", instead)
+    monkeypatch.setattr(subprocess, "Popen", instead)
     finding = found("pyfuse3")
     assert finding.severity == "warning" and said in finding.finding

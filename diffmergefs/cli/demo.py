@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +12,10 @@ from pathlib import Path
 import click
 
 from diffmergefs.cli.common import print_json
-from diffmergefs.errors import MountFailedError, VerificationError
+from diffmergefs.cli.throwaway import served
+from diffmergefs.errors import VerificationError
 from diffmergefs.images import open_image
+from diffmergefs.serving import mountpoint as mountpoints
 from diffmergefs.writing.flatten import flatten
 
 PAGE = 4096
@@ -33,7 +33,7 @@ def demo(as_json: bool) -> None:
     Example:
       diffmergefs demo
     """
-    folder = Path(tempfile.mkdtemp(prefix="diffmergefs-demo-"))
+    folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="diffmergefs-demo-")))
     done: list[str] = []
 
     def say(text: str) -> None:
@@ -59,8 +59,7 @@ def _run(folder: Path, say: Callable[[str], None]) -> None:
         " sparse"
     )
     stored = sum(path.stat().st_blocks * 512 for path in store.iterdir())
-    _call("mount", "--log", str(folder / "log"), str(store), str(view))
-    try:
+    with served(view, f"--state-dir={folder / 'state'}", str(store)):
         say(f"mounted them; {len(os.listdir(view))} snapshots are shown")
         merged = view / "numpy" / "002-numpy.mem"
         _require_equal(merged, expected)
@@ -72,8 +71,7 @@ def _run(folder: Path, say: Callable[[str], None]) -> None:
             f"flattened it: {sum(result.copied)} bytes copied, {sum(result.shared)} shared,"
             f" {result.holes} holes; equal to the view"
         )
-    finally:
-        _call("umount", str(view))
+        mountpoints.unmount(str(view))
     say(f"unmounted; the chain took {stored} bytes on disk, and mounting it copied none")
 
 
@@ -93,13 +91,6 @@ def _make_chain(store: Path) -> bytes:
                 os.pwrite(file.fileno(), content, number * PAGE)
                 image[number * PAGE : (number + 1) * PAGE] = content
     return bytes(image)
-
-
-def _call(*arguments: str) -> None:
-    command = [sys.executable, "-m", "diffmergefs", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise MountFailedError(f"{arguments[0]} failed: {done.stderr.strip()}")
 
 
 def _require_equal(path: Path, expected: bytes) -> None:

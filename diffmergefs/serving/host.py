@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from diffmergefs import isolated
 from diffmergefs.health.finding import Finding
 from diffmergefs.serving.mountpoint import ROOTS_PATH
 from diffmergefs.serving.tuning import CONNECTIONS
@@ -145,14 +146,8 @@ def _control() -> Finding:
 
 def _library() -> Finding:
     # By another process: one that crashes, or is built for another Python, must not end this one.
-    command = [sys.executable, "-c", "import pyfuse3, trio"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS)
-        said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        works = done.returncode == 0
-    except (OSError, subprocess.TimeoutExpired) as error:
-        said, works = str(error), False
-    if works:
+    said = _import_error()
+    if said is None:
         version = importlib.metadata.version("pyfuse3")
         return _finding("pyfuse3", "fine", f"pyfuse3 {version} can be imported")
     return _finding(
@@ -162,3 +157,19 @@ def _library() -> Finding:
         _NO_MOUNT,
         "install libfuse3 and pyfuse3 (Debian: apt-get install libfuse3-3; pip install pyfuse3)",
     )
+
+
+def _import_error() -> str | None:
+    try:
+        with isolated.start_code("import pyfuse3, trio", stderr=subprocess.PIPE) as child:
+            try:
+                _, text = child.communicate(timeout=_IMPORT_SECONDS)
+            except subprocess.TimeoutExpired as error:
+                child.kill()
+                return str(error)
+    except OSError as error:
+        return str(error)
+    if child.returncode == 0:
+        return None
+    lines = text.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"exit status {child.returncode}"
