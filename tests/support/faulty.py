@@ -3,7 +3,8 @@
 Run as a program it shows the regular files of a directory, read-only. A file `NAME.bad`
 beside the file `NAME` names its bad bytes: lines of `start stop`. It is read at each request, so
 that what is bad can change at any time. A file `NAME.slow` holds the seconds that each read of NAME
-takes, however many are read at once. There is no lseek: every file is dense here.
+takes, however many are read at once. There is no lseek: every file is dense here. As `nostatfs` it
+does not know statfs(2) either.
 """
 
 from __future__ import annotations
@@ -55,11 +56,12 @@ class Faulty:
 
 
 @contextmanager
-def mounted(source: Path, mountpoint: Path) -> Iterator[Faulty]:
+def mounted(source: Path, mountpoint: Path, *, statfs: bool = True) -> Iterator[Faulty]:
     """The files of `source`, shown on the directory `mountpoint` by a process of its own."""
     skips.require_fuse()
     real = os.path.realpath(mountpoint)
-    command = [sys.executable, "-m", "tests.support.faulty", str(source), real]
+    kind = "faulty" if statfs else "nostatfs"
+    command = [sys.executable, "-m", "tests.support.faulty", str(source), real, kind]
     root = Path(__file__).parents[2]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root)
     try:
@@ -145,6 +147,11 @@ class _Operations(pyfuse3.Operations):
         return cast(list[tuple[int, int]], found)
 
 
+class _WithoutStatfs(_Operations):
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        raise FUSEError(errno.ENOSYS)
+
+
 def _attributes(inode: int, status: os.stat_result) -> pyfuse3.EntryAttributes:
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = inode
@@ -157,8 +164,9 @@ def _attributes(inode: int, status: os.stat_result) -> pyfuse3.EntryAttributes:
     return entry
 
 
-def _serve(source: Path, mountpoint: str) -> None:
-    pyfuse3.init(_Operations(source), mountpoint, {"fsname=faulty", "subtype=faulty", "ro"})
+def _serve(source: Path, mountpoint: str, kind: str) -> None:
+    operations = _Operations(source) if kind == "faulty" else _WithoutStatfs(source)
+    pyfuse3.init(operations, mountpoint, {"fsname=faulty", f"subtype={kind}", "ro"})
     try:
         print("up", flush=True)
         trio.run(pyfuse3.main)
@@ -167,4 +175,4 @@ def _serve(source: Path, mountpoint: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]), sys.argv[2])
+    _serve(Path(sys.argv[1]), *sys.argv[2:])

@@ -31,9 +31,19 @@ _MKFS = {
 _TMPFS = {
     "tmpfs": f"size={SIZE},mode=755",
     "tmpfs_huge": f"size={SIZE},mode=755,huge=always",
+    "tmpfs_within_size": f"size={SIZE},mode=755,huge=within_size",
+    "tmpfs_advise": f"size={SIZE},mode=755,huge=advise",
+}
+#: What makes a filesystem that is read only of a directory, after which come its image and it.
+_PACK = {
+    "squashfs": lambda image, source: ["mksquashfs", source, image, "-quiet", "-no-progress"],
+    "erofs": lambda image, source: ["mkfs.erofs", image, source],
+    "erofs_chunks": lambda image, source: ["mkfs.erofs", "--chunksize=4096", image, source],
 }
 #: A kind whose mount an older kernel refuses, and the reason to skip then.
-_MAY_BE_REFUSED = {"xfs16k": skips.NO_BIG_BLOCKS, "tmpfs_huge": skips.NO_HUGE_TMPFS}
+_MAY_BE_REFUSED = {"xfs16k": skips.NO_BIG_BLOCKS} | dict.fromkeys(
+    (kind for kind in _TMPFS if kind != "tmpfs"), skips.NO_HUGE_TMPFS
+)
 
 #: The kinds for which `made` can make a file system.
 KINDS = (*_MKFS, *_TMPFS, "overlay")
@@ -85,13 +95,39 @@ def made(kind: str, under: Path, size: int = SIZE) -> Iterator[Path]:
 
 
 @contextmanager
-def overlay(directory: Path) -> Iterator[Overlay]:
-    """A fresh overlay mount whose four directories are new ones in `directory`."""
+def packed(kind: str, source: Path, under: Path) -> Iterator[Path]:
+    """A read-only file system of the kind (squashfs, erofs, erofs_chunks) with `source`'s files.
+
+    Its image and its mountpoint are new ones in the directory `under`. Yields its root.
+    """
+    skips.require_loop()
+    image, root = under / f"{kind}.img", under / kind
+    root.mkdir()
+    try:
+        _run(_PACK[kind](str(image), str(source)))
+        _ensure_loop_node()
+        options = ["-t", kind.partition("_")[0], "-o", "loop,ro"]
+        _mount(kind.partition("_")[0], ["mount", *options, str(image), str(root)])
+        yield root
+    finally:
+        mounttable.unmount_below(os.path.realpath(root))
+        image.unlink(missing_ok=True)
+        root.rmdir()
+
+
+@contextmanager
+def overlay(directory: Path, lower: Path | None = None, *more: str) -> Iterator[Overlay]:
+    """A fresh overlay mount whose directories are new ones in `directory`.
+
+    `lower` stands in for the lower one of them; `more` are further mount options.
+    """
     skips.require_mounts()
-    layers = Overlay(*(directory / name for name in ("lower", "upper", "work", "merged")))
+    names = ("lower", "upper", "work", "merged")
+    layers = Overlay(*(lower or directory / n if n == "lower" else directory / n for n in names))
     for path in (layers.lower, layers.upper, layers.work, layers.merged):
-        path.mkdir(mode=0o755)
-    options = f"lowerdir={layers.lower},upperdir={layers.upper},workdir={layers.work}"
+        path.mkdir(mode=0o755, exist_ok=path == lower)
+    dirs = f"lowerdir={layers.lower},upperdir={layers.upper},workdir={layers.work}"
+    options = ",".join((dirs, *more))
     try:
         _mount("overlay", ["mount", "-t", "overlay", "-o", options, "overlay", str(layers.merged)])
         yield layers

@@ -26,9 +26,7 @@ def exchange(one: Path, other: Path) -> None:
     """Exchange what two names stand for, in one step."""
     number = _RENAMEAT2[os.uname().machine]
     names = os.fsencode(one), os.fsencode(other)
-    _answer(
-        _libc.syscall(number, _AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
-    )
+    _answer(_libc.syscall(number, _AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE))
 
 
 def _answer(result: int) -> int:

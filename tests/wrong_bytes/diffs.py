@@ -1,0 +1,41 @@
+"""How a diff comes to be, and what happens to it where it lies.
+
+Each is called with a path. It returns what it wrote there, as (offset, bytes) in the order in which
+it was written: that, laid over the parent, is what a view must show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.support.images import PAGE, signed, write_layer
+
+SIZE = 16 << 20
+MIB = 1 << 20
+
+Extents = Sequence[tuple[int, bytes]]
+Act = Callable[[Path], Extents]
+
+
+def nothing(path: Path) -> Extents:
+    """Nothing happens to it."""
+    return []
+
+
+def scattered_pages(path: Path) -> Extents:
+    """Single pages, written zeros and a longer run, written with write(2)."""
+    extents = [(n * PAGE, signed(1, n * PAGE, PAGE)) for n in (1, 7, 8, 700, 4095)]
+    extents += [
+        (100 * PAGE, bytes(PAGE)),
+        (4 * MIB, bytes(MIB)),
+        (8 * MIB, signed(1, 8 * MIB, MIB)),
+    ]
+    write_layer(path, SIZE, extents)
+    return extents
+
+
+def change_of_mode(path: Path) -> Extents:
+    """A chmod, which copies a lower file of an overlay up."""
+    path.chmod(0o640)
+    return []
