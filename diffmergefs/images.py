@@ -8,7 +8,6 @@ import itertools
 import math
 import os
 import resource
-import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,6 +35,7 @@ from diffmergefs.layouts.reader import require_own_path
 from diffmergefs.layouts.snapshot import Snapshot, StoredFile
 from diffmergefs.layouts.superserve import require_base
 from diffmergefs.lease import Leases, Writers, require_no_writers, writers
+from diffmergefs.once import Once
 from diffmergefs.trust import TrustPolicy, require_trust
 from diffmergefs.view import MergedView, require_equal_size
 
@@ -94,10 +94,7 @@ class LayerPool:
         self._where = where
         self._opener = Opener(policy)
         self._layers: weakref.WeakValueDictionary[_Content, Layer] = weakref.WeakValueDictionary()
-        # A lock lives as long as somebody opens that layer.
-        self._busy: weakref.WeakValueDictionary[_Content, threading.Lock]
-        self._busy = weakref.WeakValueDictionary()
-        self._guard = threading.Lock()
+        self._opening: Once[Layer] = Once()
 
     def layer(self, file: StoredFile) -> Layer:
         """The open layer of `file`, opened by `seal.Opener` if it is not open yet.
@@ -106,25 +103,26 @@ class LayerPool:
         """
         no_seal = self._opener.policy.no_seal
         records = {r for r in file.records if not (no_seal and r[0] == SEAL_SUFFIX)}
-        content = file.key, frozenset(records)
-        with self._guard:
-            busy = self._busy.setdefault(content, threading.Lock())
-        with busy:
-            known = self._layers.get(content)
-            if known is not None and not known.tainted:
-                return known
-            name = os.path.join(self._where, file.path)
-            is_diff = any(suffix == PRESENCE_SUFFIX for suffix, _ in records)
-            layer = self._opener.open(file.path, self._root, name, is_diff=is_diff)
-            try:
-                require_spare_descriptors(layer.fd, name)
-            except OSError as error:
-                raise FileAccessError(f"{name}: {error.strerror}") from error
-            in_force = frozenset((record.suffix, record.key) for record in layer.records)
-            if (layer.key, in_force) != content:
-                raise LayerChangedError(f"{name}: changed since it was looked over; try again")
-            self._layers[content] = layer
-            return layer
+        content: _Content = file.key, frozenset(records)
+        return self._opening.do(content, lambda: self._known(content) or self._open(file, content))
+
+    def _known(self, content: _Content) -> Layer | None:
+        known = self._layers.get(content)
+        return None if known is None or known.tainted else known
+
+    def _open(self, file: StoredFile, content: _Content) -> Layer:
+        name = os.path.join(self._where, file.path)
+        is_diff = any(suffix == PRESENCE_SUFFIX for suffix, _ in content[1])
+        layer = self._opener.open(file.path, self._root, name, is_diff=is_diff)
+        try:
+            require_spare_descriptors(layer.fd, name)
+        except OSError as error:
+            raise FileAccessError(f"{name}: {error.strerror}") from error
+        in_force = frozenset((record.suffix, record.key) for record in layer.records)
+        if (layer.key, in_force) != content:
+            raise LayerChangedError(f"{name}: changed since it was looked over; try again")
+        self._layers[content] = layer
+        return layer
 
     def has_writer(self, file: StoredFile) -> bool:
         """Whether someone has `file` open for writing now, as far as can be told.

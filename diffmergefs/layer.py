@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 MAX_SIZE = 16 << 40
 _ZERO_BLOCK = bytes(1 << 20)
+_counting = threading.Lock()
 
 
 class Record(NamedTuple):
@@ -230,9 +231,12 @@ class Layer:
         return True
 
     def _taint(self, reason: str) -> None:
-        if self.tainted is None:
-            self.tainted = reason
-            Layer.taints += 1
+        with _counting:
+            is_news = self.tainted is None
+            if is_news:
+                self.tainted = reason
+                Layer.taints += 1
+        if is_news:
             log.warning("%s: the layer changed under its views: %s", self.path, reason)
         raise self._changed()
 

@@ -22,15 +22,15 @@ ROOT = PACKAGE.name
 LEVELS = [
     {
         "buffers", "errors", "extents", "filekey", "health", "health.finding", "integrity",
-        "isolated", "layouts", "logformat", "pictures", "pictures.cells", "pictures.curve",
-        "pictures.legend", "serving", "serving.daemon", "serving.guard", "serving.holders",
-        "serving.metrics", "serving.nextrequest", "serving.notify", "serving.threads",
+        "isolated", "layouts", "logformat", "once", "pictures", "pictures.cells",
+        "pictures.curve", "pictures.legend", "serving", "serving.daemon", "serving.guard",
+        "serving.holders", "serving.metrics", "serving.nextrequest", "serving.notify",
         "serving.tuning", "workers", "workingsets", "workingsets.advise", "writing",
     },
     {
         "beneath", "foreign", "integrity.bmap", "integrity.state", "integrity.verdict",
         "layouts.bitmap", "layouts.chain", "pictures.canvas", "pictures.raster",
-        "serving.connection", "serving.mountpoint", "serving.status", "sparse",
+        "serving.connection", "serving.mountpoint", "serving.status", "serving.threads", "sparse",
         "workingsets.touches",
     },
     {

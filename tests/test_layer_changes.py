@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -244,3 +245,38 @@ def test_many_threads_settle_one_moved_layer_with_one_walk(
         thread.join()
     assert failures == []
     assert len(walks) == 1
+
+
+def test_a_layer_that_several_threads_find_changed_counts_once(real_fs: Path) -> None:
+    both_look = threading.Barrier(2)
+
+    class Watched(Layer):
+        # Whoever looks whether it is known waits for another who looks too, if one can.
+        _tainted: str | None = None
+
+        @property
+        def tainted(self) -> str | None:  # type: ignore[override]
+            found = self._tainted
+            if found is None and threading.current_thread().name == "finder":
+                with suppress(threading.BrokenBarrierError):
+                    both_look.wait(0.5)
+            return found
+
+        @tainted.setter
+        def tainted(self, reason: str | None) -> None:
+            self._tainted = reason
+
+    path = written(real_fs)
+    layer, before = Watched(str(path), os.open(path, os.O_RDONLY)), Layer.taints
+
+    def find() -> None:
+        with pytest.raises(LayerChangedError):
+            layer._taint("on purpose")
+
+    threads = [threading.Thread(target=find, name="finder") for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    layer.close()
+    assert Layer.taints == before + 1

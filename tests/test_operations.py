@@ -13,6 +13,7 @@ from typing import Any
 import pyfuse3
 import pytest
 import trio
+import trio.testing
 
 from diffmergefs.serving.operations import Handle, Operations
 from diffmergefs.serving.store import Store
@@ -295,7 +296,9 @@ def test_lookup_answers_the_image_that_was_opened_whatever_a_look_found(
     async def main() -> None:
         old = await walk(operations, b"leaf", b"memory.bin")
         assert old.st_size == SIZE
-        await trio.lowlevel.checkpoint()  # trio holds what it last gave to a task
+        while operations._opening.borrowed_tokens:  # the thread holds what it opened until it ends
+            await trio.sleep(0.001)
+        await trio.testing.wait_all_tasks_blocked()  # and trio what it last gave to a task
         gc.collect()
         # Nobody holds it open: the kernel is told to look the name up again.
         assert await errno_of(operations.open(old.st_ino, os.O_RDONLY, CTX)) == errno.ESTALE

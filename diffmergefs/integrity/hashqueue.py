@@ -36,9 +36,9 @@ class HashQueue:
             if (digest := self._known.get(file.key)) is not None:
                 return digest
             self._waiting[file.key] = file
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._hash_all, daemon=True)
-            self._thread.start()
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._hash_all, daemon=True)
+                self._thread.start()
         return None
 
     def forget_all_but(self, keys: Collection[FileKey]) -> None:
@@ -59,7 +59,10 @@ class HashQueue:
 
     def _next(self) -> StoredFile | None:
         with self._lock:
-            return next(iter(self._waiting.values()), None)
+            if not self._waiting:
+                self._thread = None  # in one step, or what is asked for just now would lie
+                return None
+            return next(iter(self._waiting.values()))
 
     def _hash(self, file: StoredFile) -> None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
 from collections.abc import Callable
 
@@ -13,6 +12,7 @@ from diffmergefs.errors import PinError
 from diffmergefs.integrity.state import Identity, Remembered
 from diffmergefs.layer import Layer
 from diffmergefs.layouts.snapshot import Snapshot
+from diffmergefs.once import Once
 
 BLOCK = 1 << 20
 KIND = "sha256"
@@ -67,8 +67,7 @@ class Hashes:
         self._anew = anew
         self._computed: dict[tuple[int, ...], str] = {}
         self._recalled: dict[Identity, str] = {}
-        self._busy: dict[tuple[int, ...], threading.Lock] = {}
-        self._guard = threading.Lock()
+        self._computing: Once[tuple[str, object]] = Once()
 
     def of(
         self, layer: Layer, expected: str | None = None, report: Callable[[int], None] = _ignore
@@ -81,15 +80,19 @@ class Hashes:
         LayerChangedError and OSError.
         """
         identity = Identity.of_open(layer.fd)
-        with self._guard:
-            busy = self._busy.setdefault(identity[1:], threading.Lock())
-        with busy:
-            known = self._computed.get(identity[1:]) or self._recall(identity, expected)
-            if known is None:
-                return self._compute(layer, identity, report)
-            layer.settle()
-            report(layer.size)
-            return known
+        if (known := self._known(identity, expected)) is None:
+            me = object()
+            # An error is of the layer as it was opened: one that was opened later may be right.
+            key = identity[1:], layer.fingerprint
+            known, by = self._computing.do(key, lambda: self._compute(layer, identity, report, me))
+            if by is me:
+                return known
+        layer.settle()
+        report(layer.size)
+        return known
+
+    def _known(self, identity: Identity, expected: str | None) -> str | None:
+        return self._computed.get(identity[1:]) or self._recall(identity, expected)
 
     def _recall(self, identity: Identity, expected: str | None) -> str | None:
         known = self._recalled.get(identity)
@@ -100,11 +103,16 @@ class Hashes:
         self._recalled[identity] = known
         return known
 
-    def _compute(self, layer: Layer, identity: Identity, report: Callable[[int], None]) -> str:
+    def _compute(
+        self, layer: Layer, identity: Identity, report: Callable[[int], None], who: object
+    ) -> tuple[str, object]:
+        # With `who` has read the file, which may be somebody that was faster.
+        if (done := self._computed.get(identity[1:])) is not None:
+            return done, None
         since_ns = time.time_ns()
         found = self._computed[identity[1:]] = content_hash(layer, report)
         self._memory.remember(KIND, identity, found, since_ns)
-        return found
+        return found, who
 
 
 def is_pinned(link: Snapshot) -> bool | None:

@@ -9,7 +9,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
@@ -22,6 +21,7 @@ from diffmergefs.buffers import Buffers
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.layer import Layer
 from diffmergefs.layouts.snapshot import Snapshot
+from diffmergefs.once import Once
 from diffmergefs.serving import xattrs
 from diffmergefs.serving.dropbehind import DropBehind
 from diffmergefs.serving.metrics import Metrics
@@ -29,7 +29,7 @@ from diffmergefs.serving.openmetrics import exposition
 from diffmergefs.serving.openwatch import OpenWatch, Unwatched
 from diffmergefs.serving.status import METRICS_FILE, Status, status_of
 from diffmergefs.serving.store import OpenImage, Store
-from diffmergefs.serving.threads import in_thread
+from diffmergefs.serving.threads import in_thread, once_in_thread
 from diffmergefs.serving.tree import (
     Attributes,
     Document,
@@ -111,15 +111,6 @@ class Handle:
         self.supplied: dict[int, int] = {}
 
 
-@dataclass
-class Running:
-    """Work that one client started and others wait for; its result or its error once it is done."""
-
-    done: trio.Event
-    result: object = None
-    error: Exception | None = None
-
-
 class Operations(pyfuse3.Operations):
     """Serves a tree, read-only: every change is answered with EROFS.
 
@@ -144,7 +135,7 @@ class Operations(pyfuse3.Operations):
         self._replies = Buffers()
         self._next_handle = 1
         self._lookups: Counter[int] = Counter()
-        self._running: dict[object, Running] = {}
+        self._shared: Once[object] = Once()
         self._opening = trio.CapacityLimiter(_OPENING_THREADS)
         self._reading = trio.CapacityLimiter(_READING_THREADS)
         self._hashing = trio.CapacityLimiter(os.cpu_count() or 1)
@@ -456,26 +447,9 @@ class Operations(pyfuse3.Operations):
             await self._once((parent.layer.key, link.parent_hash), work, self._hashing)
 
     async def _once(
-        self,
-        key: object,
-        work: Callable[[], object],
-        limiter: trio.CapacityLimiter | None = None,
+        self, key: object, work: Callable[[], object], limiter: trio.CapacityLimiter | None = None
     ) -> object:
-        running = self._running.get(key)
-        if running is not None:
-            await running.done.wait()
-        else:
-            running = self._running[key] = Running(trio.Event())
-            try:
-                running.result = await self._in_thread(work, limiter=limiter)
-            except Exception as error:
-                running.error = error
-            finally:
-                del self._running[key]
-                running.done.set()
-        if running.error is not None:
-            raise running.error
-        return running.result
+        return await once_in_thread(self._shared, key, work, limiter or self._opening)
 
     async def _in_thread(
         self, work: Callable[..., T], *args: Any, limiter: trio.CapacityLimiter | None = None

@@ -29,6 +29,7 @@ from diffmergefs.layouts.reader import open_source
 from diffmergefs.layouts.snapshot import Snapshot, StoredFile
 from diffmergefs.layouts.watch import Watch
 from diffmergefs.lease import Leases
+from diffmergefs.once import Once
 from diffmergefs.serving.access import Access, view_access
 from diffmergefs.serving.mountpoint import FILESYSTEM_TYPE
 from diffmergefs.trust import TrustPolicy
@@ -100,6 +101,7 @@ class Store:
         self._replacements = HashQueue(lambda file: self._hashes.of(self._pool.layer(file)))
         self._watch = Watch(self._replacements.ask)
         self._right: set[tuple[FileKey, str | None]] = set()  # parents and their recorded hashes
+        self._opening: Once[OpenImage] = Once()
         self._lock = threading.Lock()
         self._catalog = Catalog(self.root, layout or "forkd", {})
         self._shown: dict[str, list[Snapshot]] = {}
@@ -323,9 +325,13 @@ class Store:
         links = self.chain(tag)
         if links is None:
             raise FileAccessError(f"{tag}: no such snapshot is shown")
+        keys = _keys_of(links)
+        # One image has one inode number.
+        return self._opening.do((tag, *keys), lambda: self._open(tag, links, keys))
+
+    def _open(self, tag: str, links: list[Snapshot], keys: Keys) -> OpenImage:
         if known := self.opened(tag):
             return known
-        keys = _keys_of(links)
         try:
             image = open_snapshot(links, self._pool, self._policy, self._leases)
             for parent, link in self._pins(links):
@@ -345,9 +351,6 @@ class Store:
         for line in image.overridden:
             log.warning("%s", line)
         with self._lock:
-            known_keys, known = self._images.get(tag, (None, None))
-            if known is not None and known_keys == keys:
-                return known  # another thread was faster: one image has one inode number
             self._images[tag] = keys, shown
             self._complaints.pop(tag, None)
         return shown
