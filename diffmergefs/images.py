@@ -9,16 +9,18 @@ import math
 import os
 import resource
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from diffmergefs import beneath
 from diffmergefs.beneath import Reach, Root
 from diffmergefs.errors import (
+    BrokenChainError,
     DenseDiffError,
     DiffMergeError,
     FileAccessError,
     LayerChangedError,
+    UntrustedExtentsError,
 )
 from diffmergefs.extents import ExtentList
 from diffmergefs.filekey import FileKey
@@ -171,7 +173,7 @@ def open_image(path: str | os.PathLike[str], policy: TrustPolicy | None = None) 
     whole file is read for that, once ('pins'), or each time ('full'). Raises DiffMergeError.
     """
     policy = policy or TrustPolicy()
-    catalog, tag = find_image(path, policy.allow_outside)
+    catalog, tag = find_image(path, policy)
     try:
         links = catalog.chain(tag)
     except DiffMergeError as error:
@@ -187,9 +189,7 @@ def open_image(path: str | os.PathLike[str], policy: TrustPolicy | None = None) 
     return image
 
 
-def _require_pins(
-    layers: Sequence[Layer], links: Sequence[Snapshot], policy: TrustPolicy
-) -> None:
+def _require_pins(layers: Sequence[Layer], links: Sequence[Snapshot], policy: TrustPolicy) -> None:
     hashes = Hashes(Remembered(policy.state_dir), anew=policy.verify == "full")
     for parent, link in zip(layers, links[1:], strict=False):
         try:
@@ -198,10 +198,11 @@ def _require_pins(
             raise FileAccessError(f"{parent.path}: {error.strerror}") from error
 
 
-def find_image(path: str | os.PathLike[str], outside: Iterable[str] = ()) -> tuple[Catalog, str]:
+def find_image(path: str | os.PathLike[str], policy: TrustPolicy) -> tuple[Catalog, str]:
     """The catalog of the directory in which the IMAGE `path` lies, and its tag there.
 
-    `outside` is `read_catalog`'s. Raises DiffMergeError where `path` names no image.
+    Of `policy` count `allow_outside` and `allow_gaps`. Raises DiffMergeError where `path` names no
+    image.
     """
     if not os.fspath(path):
         raise FileAccessError("'': an empty path names no image")
@@ -209,11 +210,12 @@ def find_image(path: str | os.PathLike[str], outside: Iterable[str] = ()) -> tup
     image = os.path.realpath(image) if os.path.islink(image) else image
     root, name = os.path.split(image)
     if os.path.isdir(image):
-        return read_catalog(root, layout_of(image) or "forkd", outside=outside), name
+        layout = layout_of(image) or "forkd"
+        return read_catalog(root, layout, outside=policy.allow_outside), name
     require_own_path(image)
     if not os.path.exists(image):
         raise FileAccessError(f"{os.fspath(path)}: No such file or directory")
-    if found := find_numbered(root, name):
+    if found := find_numbered(root, name, allow_gaps=policy.allow_gaps):
         return found
     raise FileAccessError(
         f"{os.fspath(path)}: neither a snapshot directory nor a numbered layer (002-name.mem);"
@@ -221,14 +223,16 @@ def find_image(path: str | os.PathLike[str], outside: Iterable[str] = ()) -> tup
     )
 
 
-def find_numbered(root: str, name: str) -> tuple[Catalog, str] | None:
+def find_numbered(root: str, name: str, *, allow_gaps: bool = False) -> tuple[Catalog, str] | None:
     """The catalog of the numbered layers in `root`, and the tag of the layer `name`, if it is one.
 
-    Raises DiffMergeError where the directory cannot be read, or is ambiguous.
+    `allow_gaps` is `read_catalog`'s. Raises DiffMergeError where the directory cannot be read, or
+    is ambiguous.
     """
     suffix = os.path.splitext(name)[1]
     # One of the usual suffixes is a layer's only if the lowest number's memory file has it too.
-    catalog = read_catalog(root, "numbered", None if suffix in SUFFIXES else suffix or None)
+    chosen = None if suffix in SUFFIXES else suffix or None
+    catalog = read_catalog(root, "numbered", chosen, allow_gaps=allow_gaps)
     for tag, snapshot in catalog.snapshots.items():
         if snapshot.memory and snapshot.memory.path == name:
             return catalog, tag
@@ -247,7 +251,25 @@ def open_snapshot(
     """
     layers = [pool.layer(link.layer) for link in links]
     image = _judge(layers, policy, leases, in_store=True)
-    return replace(image, tags=tuple(link.tag for link in links))
+    overridden = image.overridden + require_known_base(layers[0], links[0].doubt, policy)
+    return replace(image, overridden=overridden, tags=tuple(link.tag for link in links))
+
+
+def require_known_base(layer: Layer, doubt: str | None, policy: TrustPolicy) -> list[str]:
+    """Raise DiffMergeError if the lowest `layer` of a chain, about which there is a
+    `Snapshot.doubt`, has a hole, or may have one; else the checks that the policy overrode.
+
+    A record beside it says where its holes are; else law 4 says whether that can be told here.
+    """
+    if doubt is None:
+        return []
+    if not layer.extents.covers(layer.size):
+        raise BrokenChainError(f"{layer.path}: has holes, and {doubt}")
+    try:
+        return require_trust(layer, policy, complete=True)
+    except UntrustedExtentsError as error:
+        reason = f"{layer.path}: may have holes, and {doubt} (here holes cannot be told: {error})"
+        raise UntrustedExtentsError(reason, error.check) from error
 
 
 def _judge(

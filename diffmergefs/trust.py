@@ -34,9 +34,10 @@ class TrustPolicy:
     grain, alignment, unwritten ranges, copy-up and filesystem type; `dense` accepts a diff without
     a hole. `no_seal` ignores seals. `verify` is what checksums are compared: 'no', 'pins' (seals
     and parents' hashes, each once for a file) or 'full' (all of them anew). `allow_writers` accepts
-    layers that someone has open for writing. `allow_outside` are directories beside SOURCE in which
-    its layers may lie. `state_dir` is where verified checksums are remembered, by default the
-    user's state directory. Raises ValueError for a page size or a `verify` that makes no sense.
+    layers that someone has open for writing. `allow_gaps` accepts numbered layers that leave
+    numbers out, and the lowest of them as the base. `allow_outside` are directories beside SOURCE
+    in which its layers may lie. `state_dir` is where verified checksums are remembered, by default
+    the user's state directory. Raises ValueError for a page size or a `verify` that makes no sense.
     """
 
     page_size: int = PAGE
@@ -45,6 +46,7 @@ class TrustPolicy:
     no_seal: bool = False
     verify: str = "pins"
     allow_writers: bool = False
+    allow_gaps: bool = False
     allow_outside: tuple[str, ...] = ()
     state_dir: str | None = None
 

@@ -18,9 +18,9 @@ from tests.support.cloudhypervisor import TABLE, state, write_snapshot
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, overlay_oracle
 from tests.support.mounts import mounted
-from tests.support.stores import BASE_PAGES, SIZE, pages, write_tag
+from tests.support.stores import SIZE, pages, write_tag
 
-BASE = pages(0, BASE_PAGES)
+BASE = pages(0, range(SIZE // PAGE))
 WORK = bytes(overlay_oracle(SIZE, [BASE, pages(1, [1])]))
 LEAF = bytes(overlay_oracle(SIZE, [BASE, pages(1, [1]), pages(2, [2, 15])]))
 
@@ -79,9 +79,15 @@ def test_a_mounted_tag_is_a_directory_to_restore_from(store: Path, mountpoint: P
         assert not (mountpoint / "base" / "snapshot.json").exists()
 
 
-def test_without_a_recorded_parent_it_is_a_base_whose_holes_are_zeros(store: Path) -> None:
-    write_snapshot(store, "other", layer=3, numbers=[4])
-    with open_image(store / "other").view as view:
+def test_with_holes_it_is_a_base_only_if_its_document_says_so(store: Path) -> None:
+    folder = write_snapshot(store, "other", layer=3, numbers=[4])
+    with pytest.raises(BrokenChainError) as caught:
+        open_image(folder)
+    remedy = 'write {"memory": "memory-ranges"} to it'
+    assert "other/memory-ranges: has holes, and without a snapshot.json" in str(caught.value)
+    assert str(caught.value).endswith(remedy)
+    (folder / "snapshot.json").write_text('{"memory": "memory-ranges"}')
+    with open_image(folder).view as view:
         assert view.read(0, SIZE) == overlay_oracle(SIZE, [pages(3, [4])])
 
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import BrokenChainError
+from diffmergefs import trust
+from diffmergefs.errors import BrokenChainError, UntrustedExtentsError
 from diffmergefs.images import open_image
+from diffmergefs.integrity.sealing import seal_layer
 from diffmergefs.layouts.catalog import read_catalog
 from diffmergefs.layouts.snapshot import Snapshot
-from tests.support.images import overlay_oracle, write_layer
+from diffmergefs.trust import TrustPolicy
+from tests.support.commands import diffmergefs, mistake, succeed
+from tests.support.images import PAGE, overlay_oracle, write_layer
+from tests.support.live import until
+from tests.support.mounts import mounted
 from tests.support.stores import BASE_PAGES, SIZE, pages, write_chain, write_document, write_tag
 
 HASH = "0123456789abcdef" * 4
@@ -306,3 +313,115 @@ def test_a_tag_without_a_memory_file_keeps_its_parent(tmp_path: Path, memory: ob
     assert "memory" in problem(tmp_path, "work") or "missing" in problem(tmp_path, "work")
     assert "nobody" not in problem(tmp_path, "work")
     assert read(tmp_path, "work").parent == "nobody"
+
+
+# A tag without its document: is it a base?
+
+
+def undocumented(store: Path, tag: str = "late", numbers: Iterable[int] = (3,)) -> Path:
+    folder = write_tag(store, tag, layer=5, numbers=numbers)
+    (folder / "snapshot.json").unlink()
+    return folder
+
+
+def test_a_file_with_holes_and_without_a_document_is_refused_with_the_remedy(
+    tmp_path: Path,
+) -> None:
+    folder = undocumented(tmp_path)
+    write_tag(tmp_path, "child", "late", layer=1)
+    for tag in ("late", "child"):
+        with pytest.raises(BrokenChainError) as caught:
+            open_image(tmp_path / tag)
+        assert str(caught.value) == (
+            f"{folder}/memory.bin: has holes, and without a snapshot.json nothing tells a base from"
+            " a diff; wait for late/snapshot.json, or, if it is a base, write"
+            ' {"memory": "memory.bin"} to it'
+        )
+    write_document(tmp_path, "late", '{"memory": "memory.bin"}')
+    with open_image(tmp_path / "child").view as view:
+        assert view.read(0, SIZE) == overlay_oracle(SIZE, [pages(5, [3]), pages(1, [1])])
+
+
+def test_every_verb_refuses_a_file_with_holes_and_without_a_document(tmp_path: Path) -> None:
+    folder, out = undocumented(tmp_path / "s"), tmp_path / "out"
+    calls = [
+        ("info", folder),
+        ("map", folder),
+        ("flatten", folder, "-o", out),
+        ("compare", folder, folder),
+        ("rediff", "--store", tmp_path / "s", "-o", out),
+    ]
+    for call in calls:
+        assert "late/memory.bin: has holes, and without a" in mistake(3, *call)
+    for call in [("verify", folder), ("doctor", folder), ("doctor", tmp_path / "s")]:
+        done = diffmergefs(*call)
+        assert (done.returncode, "has holes, and without a" in done.stdout) == (1, True)
+    [row] = json.loads(succeed("list", "--json", tmp_path / "s"))
+    assert (row["state"], "has holes" in row["reason"]) == ("broken", True)
+
+
+def test_a_seal_says_whether_a_file_without_a_document_has_holes(tmp_path: Path) -> None:
+    # As squashfs and cp --sparse=always leave a base: with a hole for what it had as zeros.
+    whole = [*pages(5, range(1, 16)), (0, bytes(PAGE))]
+    sealed = tmp_path / "sealed" / "memory.bin"
+    undocumented(tmp_path, "sealed")
+    write_layer(sealed, SIZE, whole)
+    seal_layer(sealed, policy=TrustPolicy(dense=True))
+    write_layer(sealed, SIZE, whole[:-1])
+    with open_image(tmp_path / "sealed").view as view:
+        assert view.read(0, SIZE) == overlay_oracle(SIZE, [whole])
+    diff = undocumented(tmp_path, "diff") / "memory.bin"
+    seal_layer(diff)
+    diff.write_bytes(diff.read_bytes())
+    with pytest.raises(BrokenChainError, match="has holes"):
+        open_image(tmp_path / "diff")
+
+
+def test_a_document_that_comes_late_makes_a_diff_of_it_and_never_a_base(
+    public_path: Path, mountpoint: Path
+) -> None:
+    store = write_chain(public_path / "s", ["base"])
+    write_tag(store, "late", "base", layer=5, numbers=[3])
+    document = (store / "late" / "snapshot.json").rename(public_path / "document")
+    memory = mountpoint / "late" / "memory.bin"
+    with mounted(store, mountpoint, expect_log=("has holes, and without a",)):
+        assert "late" in os.listdir(mountpoint)  # old enough for the first look
+        assert "memory.bin" not in os.listdir(mountpoint / "late")
+        with pytest.raises(OSError):
+            memory.read_bytes()
+        document.rename(store / "late" / "snapshot.json")
+        seen = until(lambda: content(memory), "never shown")
+        assert seen == overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(5, [3])])
+
+
+def test_a_document_that_calls_it_a_base_lifts_the_refusal_of_a_mount(
+    public_path: Path, mountpoint: Path
+) -> None:
+    store = public_path / "s"
+    undocumented(store)
+    memory = mountpoint / "late" / "memory.bin"
+    with mounted(store, mountpoint, expect_log=("has holes, and without a",)):
+        assert content(memory) is None
+        write_document(store, "late", '{"memory": "memory.bin"}')
+        seen = until(lambda: content(memory), "never shown")
+        assert seen == overlay_oracle(SIZE, [pages(5, [3])])
+
+
+def test_where_holes_cannot_be_told_it_takes_a_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = undocumented(tmp_path, numbers=range(16))
+    monkeypatch.setattr(trust, "untrusted_filesystem", lambda fd: "the extents are not to be had")
+    with pytest.raises(UntrustedExtentsError) as caught:
+        open_image(folder)
+    assert "late/memory.bin: may have holes, and without a snapshot.json" in str(caught.value)
+    assert len(open_image(folder, TrustPolicy(trust_grain=True)).overridden) == 1
+    write_document(tmp_path, "late", '{"memory": "memory.bin"}')
+    assert not open_image(folder).overridden
+
+
+def content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None

@@ -108,10 +108,10 @@ def test_open_image_of_a_forkd_directory_follows_its_parents(tmp_path: Path) -> 
 def test_open_image_takes_memory_bin_and_vmstate_without_json_as_a_base(tmp_path: Path) -> None:
     folder = tmp_path / "plain"
     folder.mkdir()
-    write_layer(folder / "memory.bin", SIZE, pages(0, BASE_PAGES))
+    write_layer(folder / "memory.bin", SIZE, pages(0, range(16)))
     (folder / "vmstate").write_bytes(b"state")
     write_tag(tmp_path, "child", "plain", layer=1, numbers=[1])
-    assert open_image(folder).view.read(0, SIZE) == overlay_oracle(SIZE, [pages(0, BASE_PAGES)])
+    assert open_image(folder).view.read(0, SIZE) == overlay_oracle(SIZE, [pages(0, range(16))])
     assert len(open_image(tmp_path / "child").view.layers) == 2
 
 

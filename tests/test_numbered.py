@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,8 +11,12 @@ import pytest
 from diffmergefs.errors import BrokenChainError
 from diffmergefs.images import open_image
 from diffmergefs.layouts.catalog import Catalog, read_catalog
+from diffmergefs.trust import TrustPolicy
+from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import overlay_oracle, write_layer
-from tests.support.stores import BASE_PAGES, SIZE, pages, write_numbered, write_tag
+from tests.support.live import until
+from tests.support.mounts import mounted
+from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_numbered, write_tag
 
 
 def tags(catalog: Catalog) -> list[str]:
@@ -24,7 +29,7 @@ def chain(catalog: Catalog, tag: str) -> list[str]:
 
 def test_the_chain_is_the_numeric_order_and_not_the_lexical_one(tmp_path: Path) -> None:
     write_numbered(tmp_path, ["1-base.mem", "2-two.mem", "10-ten.mem"])
-    catalog = read_catalog(str(tmp_path))
+    catalog = read_catalog(str(tmp_path), allow_gaps=True)
     assert catalog.layout == "numbered"
     assert tags(catalog) == ["base", "two", "ten"]
     assert chain(catalog, "ten") == ["1-base.mem", "2-two.mem", "10-ten.mem"]
@@ -38,9 +43,117 @@ def test_a_layer_file_as_image_is_the_chain_up_to_it(tmp_path: Path) -> None:
         assert view.read(0, SIZE) == overlay_oracle(SIZE, layers)
 
 
-def test_a_gap_in_the_numbers_is_no_gap_in_the_chain(tmp_path: Path) -> None:
-    write_numbered(tmp_path, ["003-base.mem", "007-a.mem", "100-b.mem"])
-    assert len(chain(read_catalog(str(tmp_path)), "b")) == 3
+def test_what_lies_above_a_gap_is_refused_with_how_many_are_missing(tmp_path: Path) -> None:
+    write_numbered(tmp_path, ["000-base.mem", "001-a.mem", "003-b.mem", "004-c.mem", "9-d.mem"])
+    catalog = read_catalog(str(tmp_path))
+    assert len(catalog.chain("a")) == 2
+    for tag, words in {
+        "b": "003-b.mem: 1 layer is missing between it and 001-a.mem; put back",
+        "c": "ancestor 'b' is broken: 003-b.mem: 1 layer is missing",
+        "d": "9-d.mem: 4 layers are missing between it and 004-c.mem; put back",
+    }.items():
+        with pytest.raises(BrokenChainError) as caught:
+            catalog.chain(tag)
+        assert str(caught.value).startswith(words)
+        assert str(caught.value).endswith(" --allow-gaps")
+    assert {"003-b.mem", "004-c.mem", "9-d.mem"} <= catalog.hidden
+    accepted = read_catalog(str(tmp_path), allow_gaps=True)
+    assert len(chain(accepted, "d")) == 5
+
+
+@pytest.mark.parametrize("lowest", ["1-base.mem", "003-base.mem"])
+def test_a_lowest_number_that_is_not_0_is_a_base_only_without_a_hole(
+    tmp_path: Path, lowest: str
+) -> None:
+    write_numbered(tmp_path, [lowest])
+    missing = "1 layer is" if lowest.startswith("1") else "3 layers are"
+    for _ in read_catalog(str(tmp_path)).snapshots:
+        with pytest.raises(BrokenChainError) as caught:
+            open_image(tmp_path / lowest)
+        assert f"{lowest}: has holes, and {missing} missing below it" in str(caught.value)
+        assert "--allow-gaps" in str(caught.value)
+    with open_image(tmp_path / lowest, TrustPolicy(allow_gaps=True)).view as view:
+        assert view.read(0, SIZE) == overlay_oracle(SIZE, [pages(0, BASE_PAGES)])
+    age(write_layer(tmp_path / lowest, SIZE, pages(7, range(16))))
+    with open_image(tmp_path / lowest).view as view:
+        assert view.read(0, SIZE) == overlay_oracle(SIZE, [pages(7, range(16))])
+
+
+def test_a_number_that_is_0_is_a_base_with_all_its_holes(tmp_path: Path) -> None:
+    age(write_layer(tmp_path / "0-base.mem", SIZE, pages(0, [3])))
+    with open_image(tmp_path / "0-base.mem").view as view:
+        assert view.read(0, SIZE) == overlay_oracle(SIZE, [pages(0, [3])])
+
+
+def test_every_verb_refuses_a_gap_and_accepts_it_if_told(tmp_path: Path) -> None:
+    store = write_numbered(tmp_path / "s", ["000-base.mem", "001-a.mem", "003-b.mem"])
+    image, whole = store / "003-b.mem", tmp_path / "whole"
+    calls = [
+        ("flatten", image, "-o", whole, "--force"),
+        ("info", image),
+        ("map", image),
+        ("squash", image, "-o", tmp_path / "diff", "--force"),
+        ("compare", image, image),
+        ("rediff", store / "001-a.mem", image, "-o", tmp_path / "again", "--force"),
+    ]
+    for call in calls:
+        assert "003-b.mem: 1 layer is missing" in mistake(3, *call)
+        assert diffmergefs(*call, "--allow-gaps").returncode == 0
+    expected = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2])])
+    assert whole.read_bytes() == expected
+    for call in [("verify", image), ("doctor", image)]:
+        refused = diffmergefs(*call)
+        assert (refused.returncode, "1 layer is missing" in refused.stdout) == (1, True)
+        assert "missing" not in diffmergefs(*call, "--allow-gaps").stdout
+    for told, states in ((False, ["complete", "complete", "broken"]), (True, ["complete"] * 3)):
+        flags = ["--allow-gaps"] if told else []
+        rows = {row["tag"]: row["state"] for row in listed(store, *flags)}
+        assert [rows[tag] for tag in ("base", "a", "b")] == states
+    explicit = diffmergefs("info", "--base", image, "--allow-gaps")
+    assert (explicit.returncode, "goes with IMAGE" in explicit.stderr) == (2, True)
+
+
+def content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def listed(store: Path, *flags: str) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = json.loads(succeed("list", "--json", store, *flags))
+    return found
+
+
+@pytest.mark.parametrize("option", [["--allow-gaps"], ["-o", "allow_gaps"], []])
+def test_a_mount_shows_what_lies_above_a_gap_only_if_told(
+    public_path: Path, mountpoint: Path, option: list[str]
+) -> None:
+    names = ["000-base.mem", "001-a.mem", "003-b.mem", "004-c.mem"]
+    store = write_numbered(public_path / "s", names)
+    with mounted(store, mountpoint, *option, expect_log=("1 layer is missing",)):
+        shown = {"base", "a", "b", "c"} if option else {"base", "a"}
+        assert set(os.listdir(mountpoint)) == shown
+        if not option:
+            age(write_layer(store / "002-x.mem", SIZE, pages(6, [6])))
+            until(lambda: set(os.listdir(mountpoint)) == {"base", "a", "b", "c", "x"}, "not shown")
+            layers = [pages(0, BASE_PAGES), pages(1, [1]), pages(6, [6]), pages(2, [2])]
+            assert (mountpoint / "b/003-b.mem").read_bytes() == overlay_oracle(SIZE, layers)
+
+
+def test_a_mount_of_diffs_without_their_base_shows_no_memory(
+    public_path: Path, mountpoint: Path
+) -> None:
+    store = write_numbered(public_path / "s", ["000-base.mem", "001-a.mem", "002-b.mem"])
+    base = (store / "000-base.mem").rename(public_path / "base")
+    with mounted(store, mountpoint, expect_log=("1 layer is missing below it",)):
+        for tag, name in (("a", "001-a.mem"), ("b", "002-b.mem")):
+            assert name not in os.listdir(mountpoint / tag)
+            with pytest.raises(OSError):
+                (mountpoint / tag / name).read_bytes()
+        base.rename(store / "000-base.mem")
+        expected = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1])])
+        until(lambda: content(mountpoint / "a/001-a.mem") == expected, "not shown")
 
 
 def test_two_memory_files_of_one_number_are_refused(tmp_path: Path) -> None:

@@ -89,7 +89,8 @@ def problem_of_inside(root: Path) -> str:
 @pytest.mark.parametrize("allowed", ["pool", "pool/deep", "pool/", ".", "other/../pool"])
 def test_a_file_beneath_an_allowed_directory_is_a_layer(root: Path, allowed: str) -> None:
     assert content(root, root / allowed) == MERGED
-    catalog, tag = find_image(root / "store" / "work", [str(root / allowed)])
+    policy = TrustPolicy(allow_outside=(str(root / allowed),))
+    catalog, tag = find_image(root / "store" / "work", policy)
     link = catalog.snapshots[tag]
     assert link.layer.path == f"{root}/pool/deep/work.memory.bin"
     assert link.files == {"work.vmstate": f"{root}/pool/deep/work.vmstate"}

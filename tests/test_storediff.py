@@ -234,6 +234,7 @@ def test_files_that_lie_elsewhere_come_into_the_tags_directory(
 def test_a_base_without_a_document_stays_one(public_path: Path) -> None:
     store = write_chain(public_path / "store", ["base", "work"])
     (store / "base/snapshot.json").unlink()
+    write_layer(store / "base/memory.bin", SIZE, pages(0, range(16)))
     convert(store, public_path / "new")
     assert sorted(os.listdir(public_path / "new/base")) == ["memory.bin", "vmstate"]
     hashed = sha256(public_path / "new/base/memory.bin")

@@ -140,8 +140,14 @@ def _absolute(
     return tuple(os.path.abspath(value) for value in values)
 
 
-def outside_option(command: F) -> F:
-    """--allow-outside, beside `trust_options`, for what reads a directory of snapshots."""
+def store_options(command: F) -> F:
+    """What is vouched for beside `trust_options` where a directory of snapshots is read."""
+    command = click.option(
+        "--allow-gaps",
+        is_flag=True,
+        help="Accept numbered layers that leave numbers out, and the lowest as the base whatever"
+        " its number. If a layer is missing, the guest gets wrong bytes.",
+    )(command)
     return click.option(
         "--allow-outside",
         multiple=True,
@@ -170,7 +176,7 @@ def layer_options(command: F) -> F:
 
 def image_options(command: F) -> F:
     """IMAGE, or --base and --diff, and the trust options."""
-    command = trust_options(outside_option(layer_options(command)))
+    command = trust_options(store_options(layer_options(command)))
     return click.argument("image", required=False, type=PATH)(command)
 
 
@@ -198,13 +204,16 @@ def require_one_source(
 ) -> None:
     """Raise click.UsageError unless exactly one of `source` and `base` is given.
 
-    And for a `policy` that allows directories beside a source where there is none.
+    And for a `policy` that allows what only a source can have where there is none.
     """
     if (source is None) == (base is None):
         raise click.UsageError(f"give either {what} or --base FILE [--diff FILE ...]")
     if diffs and base is None:
         raise click.UsageError("--diff needs --base")
-    if base is not None and policy is not None and policy.allow_outside:
-        raise click.UsageError(
-            f"--allow-outside goes with {what}; --base and --diff name their files themselves"
-        )
+    if base is not None and policy is not None:
+        for name in ("allow_outside", "allow_gaps"):
+            if getattr(policy, name):
+                raise click.UsageError(
+                    f"--{name.replace('_', '-')} goes with {what};"
+                    " --base and --diff name their files themselves"
+                )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from diffmergefs.cli.common import PATH, outside_option, print_json, trust_options
+from diffmergefs.cli.common import PATH, print_json, store_options, trust_options
 from diffmergefs.cli.progress import progress
 from diffmergefs.cli.sides import jobs_option, opened_side, plain_option, side_diffs
 from diffmergefs.cli.tables import new_table, print_table
@@ -24,7 +24,7 @@ from diffmergefs.trust import TrustPolicy
 @jobs_option
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 @trust_options
-@outside_option
+@store_options
 def compare(
     a: str,
     b: str,

@@ -10,11 +10,11 @@ import click
 
 from diffmergefs.cli.common import (
     PATH,
-    outside_option,
     page_size_option,
     print_json,
     printable,
     state_dir_option,
+    store_options,
     talk,
     with_policy,
 )
@@ -34,7 +34,7 @@ _WRONG = 1
 @with_policy
 @page_size_option
 @state_dir_option
-@outside_option
+@store_options
 def doctor(paths: tuple[str, ...], as_json: bool, policy: TrustPolicy) -> int:
     """Say whether this machine, and the filesystem and diffs of each PATH, are fit to be merged.
 

@@ -13,9 +13,9 @@ from diffmergefs.cli.common import (
     PATH,
     image_options,
     opened,
-    outside_option,
     print_json,
     printable,
+    store_options,
     talk,
     trust_options,
 )
@@ -54,7 +54,7 @@ class Row:
 @click.option("--suffix", help="The suffix of numbered memory files (.mem).")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 @trust_options
-@outside_option
+@store_options
 def list_(
     source: str,
     layout: str | None,
@@ -74,7 +74,9 @@ def list_(
       diffmergefs list /srv/snapshots
       diffmergefs list --json /srv/snapshots | jq '.[] | select(.state == "broken")'
     """
-    catalog = read_catalog(source, layout, suffix, outside=policy.allow_outside)
+    catalog = read_catalog(
+        source, layout, suffix, outside=policy.allow_outside, allow_gaps=policy.allow_gaps
+    )
     root = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         pool = LayerPool(Reach(root, policy.allow_outside), policy)

@@ -13,8 +13,8 @@ from diffmergefs.cli import logs
 from diffmergefs.cli.common import (
     PATH,
     layer_options,
-    outside_option,
     require_one_source,
+    store_options,
     talk,
     trust_options,
     working_set_dir_option,
@@ -121,7 +121,7 @@ def _complete_path(
     f" {MAX_BACKGROUND}.",
 )
 @trust_options
-@outside_option
+@store_options
 def mount(
     operands: tuple[str, ...],
     base: str | None,

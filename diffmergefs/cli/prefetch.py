@@ -10,11 +10,11 @@ import click
 from diffmergefs.cli.common import (
     PATH,
     layer_options,
-    outside_option,
     print_json,
     printable,
     require_one_source,
     state_dir_option,
+    store_options,
     talk,
     with_policy,
     working_set_dir_option,
@@ -35,7 +35,7 @@ from diffmergefs.workingsets.workingset import Identity, WorkingSet, WorkingSets
 @click.option("--json", "as_json", is_flag=True, help="Print the facts, ranges too, as JSON.")
 @working_set_dir_option
 @state_dir_option
-@outside_option
+@store_options
 @with_policy
 def prefetch(
     image: str | None,
@@ -69,7 +69,7 @@ def prefetch(
 
 
 def _layers_of(image: str, policy: TrustPolicy) -> list[str]:
-    catalog, tag = find_image(image, policy.allow_outside)
+    catalog, tag = find_image(image, policy)
     try:
         links = catalog.chain(tag)
     except DiffMergeError as error:

@@ -9,9 +9,9 @@ import click
 from diffmergefs.cli.common import (
     PATH,
     count,
-    outside_option,
     print_json,
     printable,
+    store_options,
     talk,
     trust_options,
 )
@@ -50,7 +50,7 @@ from diffmergefs.writing.storediff import StoreRediff
 @jobs_option
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 @trust_options
-@outside_option
+@store_options
 def rediff(
     parent: str | None,
     child: str | None,

@@ -12,7 +12,7 @@ from diffmergefs.errors import DiffMergeError, FileAccessError, ForeignFormatErr
 from diffmergefs.health.diagnosis import examine_layer, wrong
 from diffmergefs.health.finding import Finding
 from diffmergefs.health.probe import examine_filesystem
-from diffmergefs.images import LayerPool, find_image
+from diffmergefs.images import LayerPool, find_image, require_known_base
 from diffmergefs.integrity.seal import Opener
 from diffmergefs.layer import Layer
 from diffmergefs.layouts.catalog import Catalog, layout_of, read_catalog
@@ -26,10 +26,10 @@ def examine_path(path: str, policy: TrustPolicy | None = None) -> Iterator[Findi
     First on the filesystem (see `probe.examine_filesystem`), then on each layer: of the whole
     directory, or of the snapshot's chain. A file that is no layer of a directory of snapshots is
     judged as a diff without its parent; a directory that holds no snapshots has a filesystem only.
-    Of `policy` count `page_size`, `allow_outside` and `state_dir`: nothing is vouched for here. All
-    is gone through, whatever is found. Layers are synced and walked; a sealed one is compared with
-    its seal, which is remembered. No layer is written. Raises FileAccessError, BrokenChainError
-    where a directory is ambiguous, and ForeignFormatError where it is declined.
+    Of `policy` count `page_size`, `allow_outside`, `allow_gaps` and `state_dir`: no diff is vouched
+    for here. All is gone through, whatever is found. Layers are synced and walked; a sealed one is
+    compared with its seal, which is remembered. No layer is written. Raises FileAccessError,
+    BrokenChainError where a directory is ambiguous, and ForeignFormatError where it is declined.
     """
     policy = replace(policy or TrustPolicy(), no_seal=True)
     try:
@@ -51,18 +51,18 @@ def examine_path(path: str, policy: TrustPolicy | None = None) -> Iterator[Findi
 def _snapshots_of(path: str, policy: TrustPolicy) -> tuple[Catalog, list[str]] | None:
     # The catalog that the path is or lies in, and the tags that are meant, parents first.
     if os.path.isdir(path):
-        catalog = read_catalog(path, outside=policy.allow_outside)
+        catalog = read_catalog(path, outside=policy.allow_outside, allow_gaps=policy.allow_gaps)
         if catalog.snapshots:
             return catalog, sorted(catalog.snapshots, key=lambda tag: (_depth(catalog, tag), tag))
     image = os.path.realpath(path)
     for candidate in (image, os.path.dirname(image)):
         if os.path.isdir(candidate) and layout_of(candidate) is not None:
-            catalog, tag = find_image(candidate, policy.allow_outside)
+            catalog, tag = find_image(candidate, policy)
             if candidate == image or _is_layer(catalog, tag, image):
                 return catalog, [link.tag for link in catalog.reachable(tag)]
     with suppress(FileAccessError, ForeignFormatError):  # for _examine_file to say
         if not os.path.isdir(path):
-            catalog, tag = find_image(path)
+            catalog, tag = find_image(path, policy)
             return catalog, [link.tag for link in catalog.reachable(tag)]
     return None
 
@@ -99,6 +99,7 @@ def _examine_snapshots(
             if snapshot.parent is not None and not parents:
                 parents = None
             yield from examine_layer(layer, parents, policy, reach, snapshot.layer.path)
+            yield from _examine_base(layer, snapshot, policy)
     finally:
         os.close(root)
 
@@ -113,6 +114,13 @@ def _examine_chain(catalog: Catalog, tag: str) -> Iterator[Finding]:
         catalog.chain(tag)
     except DiffMergeError as error:
         yield wrong(_subject(catalog, catalog.snapshots[tag]), "chain", error)
+
+
+def _examine_base(layer: Layer, snapshot: Snapshot, policy: TrustPolicy) -> Iterator[Finding]:
+    try:
+        require_known_base(layer, snapshot.doubt, policy)
+    except DiffMergeError as error:
+        yield wrong(layer.path, "chain", error)
 
 
 def _examine_file(path: str, policy: TrustPolicy) -> Iterator[Finding]:

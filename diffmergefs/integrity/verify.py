@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from diffmergefs.beneath import Reach
 from diffmergefs.errors import BrokenChainError, PinError
-from diffmergefs.images import LayerPool, find_image, judge_diff
+from diffmergefs.images import LayerPool, find_image, judge_diff, require_known_base
 from diffmergefs.integrity import seal
 from diffmergefs.integrity.bmap import SEAL_SUFFIX
 from diffmergefs.integrity.pins import Hashes, is_pinned, require_pin
@@ -145,7 +145,7 @@ def open_image(path: str, policy: TrustPolicy) -> Verification:
     What breaks its chain (a missing parent, a cycle, metadata) is a fault of the answer, and the
     layers above are opened all the same. Raises DiffMergeError where `path` is no image.
     """
-    catalog, tag = find_image(path, policy.allow_outside)
+    catalog, tag = find_image(path, policy)
     if tag not in catalog.snapshots:
         catalog.chain(tag)
     faults = Faults()
@@ -224,6 +224,8 @@ def _judge(items: Sequence[_Item], faults: Faults, policy: TrustPolicy) -> list[
         with faults.noted(item.path):
             overridden += require_no_writers([layer], allowed=policy.allow_writers)
         with faults.noted(item.path):
+            if item.link is not None and not item.has_parent:
+                overridden += require_known_base(layer, item.link.doubt, policy)
             if fit:
                 require_equal_size(fit[0].path, fit[0].size, layer.path, layer.size)
             if item.has_parent and len(fit) == number > 0:

@@ -139,15 +139,18 @@ def read_catalog(
     suffix: str | None = None,
     at: int | None = None,
     outside: Iterable[str] = (),
+    *,
+    allow_gaps: bool = False,
 ) -> Catalog:
     """Look over the directory `root`.
 
     `layout` is the name of one of READERS, by default found out; `suffix` (`.mem`) names the memory
     files of a numbered directory; `at` is an open descriptor of `root`, if the caller has one.
     `outside` are directories beside `root` in which a store's files may lie, if they are recorded
-    there: the path of such a file is absolute. Reads names, sizes and JSON, never an image. Raises
-    FileAccessError if `root` is no readable directory, BrokenChainError where the directory as a
-    whole is ambiguous, and ForeignFormatError where it is in a format that is declined.
+    there: the path of such a file is absolute. `allow_gaps` is `Source`'s. Reads
+    names, sizes and JSON, never an image. Raises FileAccessError if `root` is no readable
+    directory, BrokenChainError where the directory as a whole is ambiguous, and ForeignFormatError
+    where it is in a format that is declined.
     """
     fd = open_source(root, at)
     try:
@@ -155,7 +158,7 @@ def read_catalog(
             listed = [(entry.name, status_of(entry)) for entry in entries]
         statuses = {name: status for name, status in listed if status}
         foreign.require_own_directory(statuses.keys(), root)
-        source = Source(root, Reach(fd, outside), statuses, suffix)
+        source = Source(root, Reach(fd, outside), statuses, suffix, allow_gaps)
         reader = READERS[layout] if layout else _find_reader(source)
         snapshots = reader.read(source)
     except OSError as error:

@@ -1,7 +1,8 @@
 """Cloud Hypervisor's snapshots: directories with `memory-ranges`, `state.json`, `config.json`.
 
-Cloud Hypervisor writes complete images only, whose holes are zeros: such a directory is a base. One
-that also has a `snapshot.json` (as in a forkd store) with a `parent_tag` holds a diff instead.
+Cloud Hypervisor writes complete images only; since 2026 it leaves holes where memory is zero. A
+directory that also has a `snapshot.json` (as in a forkd store) with a `parent_tag` holds a diff
+instead: so without that document an image with holes may be either.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from diffmergefs.beneath import Root
 from diffmergefs.layouts.document import describe
 from diffmergefs.layouts.ranges import MEMORY, with_ranges
 from diffmergefs.layouts.reader import FolderReader, Source, has_file
-from diffmergefs.layouts.snapshot import DOCUMENT, Snapshot, find_regular, with_records
+from diffmergefs.layouts.snapshot import (
+    DOCUMENT,
+    Snapshot,
+    find_regular,
+    undocumented,
+    with_records,
+)
 
 
 class CloudHypervisorReader(FolderReader):
@@ -29,4 +36,4 @@ class CloudHypervisorReader(FolderReader):
             return with_ranges(root, describe(root, seen, source.paths))
         memory = find_regular(root, f"{tag}/{MEMORY}")
         layer = memory and with_records(root, memory, is_diff=False)
-        return with_ranges(root, replace(seen, memory=layer))
+        return with_ranges(root, replace(seen, memory=layer, doubt=undocumented(tag, MEMORY)))

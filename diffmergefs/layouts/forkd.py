@@ -9,13 +9,22 @@ from diffmergefs.beneath import Root
 from diffmergefs.layouts import ranges
 from diffmergefs.layouts.document import describe
 from diffmergefs.layouts.reader import FolderReader, Source, has_file
-from diffmergefs.layouts.snapshot import DOCUMENT, Snapshot, find_regular, with_records
+from diffmergefs.layouts.snapshot import (
+    DOCUMENT,
+    Snapshot,
+    find_regular,
+    undocumented,
+    with_records,
+)
 
+_MEMORY = "memory.bin"
 _LEGAL_TAG = re.compile(r"[A-Za-z0-9_-](?:[A-Za-z0-9_.+-]{0,62}[A-Za-z0-9_-])?")
 
 
 class ForkdReader(FolderReader):
     """Directories with a `snapshot.json`; without one, `memory.bin` and `vmstate` are a base.
+
+    That is so only if the memory has no hole: it may be a diff whose document is still to come.
 
     One with a `memory-ranges` is Cloud Hypervisor's, whose reader takes a `snapshot.json` too.
     """
@@ -25,15 +34,15 @@ class ForkdReader(FolderReader):
     def is_tag(self, root: Root, name: str) -> bool:
         if has_file(root, f"{name}/{DOCUMENT}"):
             return not has_file(root, f"{name}/{ranges.MEMORY}")
-        return has_file(root, f"{name}/memory.bin") and has_file(root, f"{name}/vmstate")
+        return has_file(root, f"{name}/{_MEMORY}") and has_file(root, f"{name}/vmstate")
 
     def describe(self, source: Source, tag: str, seen: Snapshot) -> Snapshot:
         if has_file(source.root, f"{tag}/{DOCUMENT}"):
             found = describe(source.root, seen, source.paths)
         else:
-            memory = find_regular(source.root, f"{tag}/memory.bin")
+            memory = find_regular(source.root, f"{tag}/{_MEMORY}")
             layer = memory and with_records(source.root, memory, is_diff=False)
-            found = replace(seen, memory=layer)
+            found = replace(seen, memory=layer, doubt=undocumented(tag, _MEMORY))
         return ranges.with_ranges(source.root, found)
 
     def read_folder(self, source: Source, path: str) -> Snapshot | None:

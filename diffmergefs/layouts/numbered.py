@@ -16,6 +16,7 @@ from diffmergefs.layouts.bitmap import PRESENCE_SUFFIX
 from diffmergefs.layouts.reader import Source
 from diffmergefs.layouts.snapshot import Snapshot, StoredFile, is_left_out
 
+ALLOW_GAPS = "--allow-gaps"
 SUFFIXES = (".mem", ".bin", ".img")
 _RECORDS = (SEAL_SUFFIX, PRESENCE_SUFFIX)
 _NUMBERED = re.compile(r"(?P<number>[0-9]+)-(?P<stem>.+)", re.DOTALL)
@@ -73,10 +74,13 @@ class NumberedReader:
         """The snapshots by tag.
 
         A file of the same number and another suffix goes with a layer, but for one that could be
-        memory itself: another of SUFFIXES, and the layer's size.
+        memory itself: another of SUFFIXES, and the layer's size. Unless the source allows gaps, a
+        layer that does not follow the number below it is broken, and the lowest, if that is not 0,
+        is in doubt.
         """
         statuses, kinds = source.statuses, source.kinds
         layers = memory_files(kinds, source.suffix)
+        below: NumberedFile | None = None
         companions: dict[int, dict[str, str]] = {f.number: {} for f in layers}
         memory = {f.number: f.name for f in layers}
         for file in _numbered(kinds):
@@ -90,20 +94,27 @@ class NumberedReader:
         for layer in layers:
             files = companions[layer.number]
             seen = {name: FileKey.of(statuses[name]) for name in (layer.name, *files)}
-            is_regular = kinds[layer.name] == stat.S_IFREG
+            problem = doubt = None
+            if kinds[layer.name] != stat.S_IFREG:
+                problem = f"{layer.name}: is not a regular file"
+            elif below is not None and not source.allow_gaps:
+                problem = _gap(below, layer)
+            elif below is None and not source.allow_gaps:
+                doubt = _doubt(layer.number)
             suffixes = (SEAL_SUFFIX,) if parent is None else (SEAL_SUFFIX, PRESENCE_SUFFIX)
             records = {(s, seen[layer.name + s]) for s in suffixes if layer.name + s in seen}
             memory_file = StoredFile(layer.name, seen[layer.name], frozenset(records))
             snapshots[layer.stem] = Snapshot(
                 layer.stem,
                 parent,
-                memory_file if is_regular else None,
+                memory_file if kinds[layer.name] == stat.S_IFREG else None,
                 files=files,
-                problem=None if is_regular else f"{layer.name}: is not a regular file",
+                problem=problem,
+                doubt=doubt,
                 newest_ns=max(key.mtime_ns for key in seen.values()),
                 state=frozenset(seen.items()),
             )
-            parent = layer.stem
+            parent, below = layer.stem, layer
         return snapshots
 
 
@@ -116,6 +127,29 @@ def _numbered(kinds: Mapping[str, int]) -> list[NumberedFile]:
         stem, suffix = os.path.splitext(match["stem"])
         files.append(NumberedFile(name, int(match["number"]), stem, suffix))
     return sorted(files, key=lambda f: (f.number, f.name))
+
+
+def _gap(below: NumberedFile, layer: NumberedFile) -> str | None:
+    missing = layer.number - below.number - 1
+    if not missing:
+        return None
+    return (
+        f"{layer.name}: {_layers_are(missing)} missing between it and {below.name}; put back what"
+        f" is missing, or accept the chain without it with {ALLOW_GAPS}"
+    )
+
+
+def _doubt(lowest: int) -> str | None:
+    if not lowest:
+        return None
+    return (
+        f"{_layers_are(lowest)} missing below it, so it may be a diff; put back what is missing,"
+        f" number it 0 if it is a base, or accept it as one with {ALLOW_GAPS}"
+    )
+
+
+def _layers_are(number: int) -> str:
+    return "1 layer is" if number == 1 else f"{number} layers are"
 
 
 def _looks_like_memory(file: NumberedFile, status: os.stat_result, layer: os.stat_result) -> bool:

@@ -27,13 +27,15 @@ class Source:
 
     `path` is the directory as given, for messages; `root` leads to its files, all of which are
     reached by it and the functions of `beneath`. `statuses` has the lstat of each name in it, and
-    `suffix` is the user's choice of one for memory files.
+    `suffix` is the user's choice of one for memory files. With `allow_gaps` numbered layers may
+    leave numbers out.
     """
 
     path: str
     root: Reach
     statuses: Mapping[str, os.stat_result]
     suffix: str | None = None
+    allow_gaps: bool = False
 
     @cached_property
     def kinds(self) -> dict[str, int]:

@@ -47,7 +47,9 @@ class Snapshot:
     paths beneath the root that are not passed through. `document` is the parsed snapshot.json,
     `parent_hash` the parent's sha256 as recorded there. `ranges` says where in the guest's memory
     the image's bytes belong, (address, length) in the order of the file, where that is recorded.
-    `problem` is the reason why it cannot be shown. `newest_ns` is the latest mtime among its files;
+    `problem` is the reason why it cannot be shown. `doubt` is what makes it doubtful that a
+    snapshot without a parent is a base, with the way out: then it is one only if its memory file
+    has no hole. `newest_ns` is the latest mtime among its files;
     two looks with the same `state` saw the same files.
     """
 
@@ -62,6 +64,7 @@ class Snapshot:
     ranges: tuple[tuple[int, int], ...] | None = None
     withheld: frozenset[str] = frozenset()
     problem: str | None = None
+    doubt: str | None = None
     newest_ns: int = 0
     state: frozenset[tuple[str, FileKey]] = frozenset()
 
@@ -71,6 +74,14 @@ class Snapshot:
         if self.memory is None:
             raise BrokenChainError(self.problem or f"'{self.tag}' has no memory file")
         return self.memory
+
+
+def undocumented(tag: str, memory: str) -> str:
+    """The `doubt` of a snapshot whose document would name its parent, and is not there."""
+    return (
+        f"without a {DOCUMENT} nothing tells a base from a diff; wait for {tag}/{DOCUMENT}, or, if"
+        f' it is a base, write {{"memory": "{memory}"}} to it'
+    )
 
 
 def is_left_out(name: str) -> bool:

@@ -38,12 +38,13 @@ log = logging.getLogger(__name__)
 
 # What the verdict on a chain, and its view, are good for: for each layer its content, and the
 # hash that its parent must have.
-# Which layers, by which records, over parents of which recorded hashes.
-Keys = list[tuple[FileKey, frozenset[tuple[str, FileKey]], str | None]]
+# Which layers, by which records, over parents of which recorded hashes; and what makes the lowest a
+# doubtful base.
+Keys = list[tuple[FileKey, frozenset[tuple[str, FileKey]], str | None, str | None]]
 
 
 def _keys_of(links: Sequence[Snapshot]) -> Keys:
-    return [(link.layer.key, link.layer.records, link.parent_hash) for link in links]
+    return [(s.layer.key, s.layer.records, s.parent_hash, s.doubt) for s in links]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +123,12 @@ class Store:
         try:
             self._follow_root()
             catalog = read_catalog(
-                self.root, self._layout, self._suffix, self.fd, self._policy.allow_outside
+                self.root,
+                self._layout,
+                self._suffix,
+                self.fd,
+                self._policy.allow_outside,
+                allow_gaps=self._policy.allow_gaps,
             )
         except DiffMergeError:
             with self._lock:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.images import PAGE, write_layer
-from tests.support.stores import BASE_PAGES, SIZE, age, pages
+from tests.support.stores import SIZE, age, pages
 
 #: A guest of 16 pages: 10 below the hole for devices, 6 above 4 GiB.
 TABLE = [(0, 10 * PAGE), (1 << 32, SIZE - 10 * PAGE)]
@@ -67,7 +67,7 @@ def write_snapshot(
     folder = store / tag
     folder.mkdir(parents=True)
     if numbers is None:
-        numbers = BASE_PAGES if parent is None else [layer]
+        numbers = range(SIZE // PAGE) if parent is None else [layer]
     write_layer(folder / "memory-ranges", SIZE, pages(layer, numbers))
     (folder / "state.json").write_text(json.dumps(state(ranges)))
     (folder / "config.json").write_text('{"memory": {"size": 65536}}')
