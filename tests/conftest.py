@@ -39,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Hypothesis runs with the profile of that name too; the session has mounts of its own."""
     isolation.enter_own_mounts()
+    isolation.have_usual_signals()
     if config.getoption("--soak"):
         settings.load_profile("soak")
     if path := config.getoption("--soak-report"):

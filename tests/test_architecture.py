@@ -58,7 +58,7 @@ LEVELS = [
     {"health.doctor", "serving.openwatch", "serving.tree", "writing.newstore", ROOT},
     {"serving.operations", "workingsets.prefetch", "workingsets.recorder", "writing.storediff"},
     {
-        "cli.mountoptions", "cli.progress", "cli.tables", "workingsets.adviser",
+        "cli.inherited", "cli.mountoptions", "cli.progress", "cli.tables", "workingsets.adviser",
         "workingsets.guarded",
     },
     {"cli.common", "cli.logs", "cli.throwaway", "serving.mount"},

@@ -15,6 +15,7 @@ from types import FrameType
 import click
 
 from diffmergefs import __version__
+from diffmergefs.cli import inherited
 from diffmergefs.cli.common import talk
 from diffmergefs.cli.verbs import Verbs
 from diffmergefs.errors import DiffMergeError, FileAccessError
@@ -66,6 +67,7 @@ def main(
     root's, is thrown away but for how a terminal looks, what its user speaks, and whom a service
     tells how it is.
     """
+    inherited.put_right()
     if arguments is None and os.geteuid() == 0:
         _distrust_environment()
     _end_on_signals()
@@ -137,9 +139,7 @@ def _distrust_environment() -> None:
 
 
 def _make_stdout_take_all() -> None:
-    # A closed stdout is as good as /dev/null, and a name that its encoding lacks is escaped.
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    # A name that its encoding lacks is escaped.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

@@ -1,4 +1,4 @@
-"""The test session in a mount namespace of its own.
+"""The test session in a mount namespace of its own, with signals as a terminal has them.
 
 Other programs of the machine, other sessions among them, then neither see what is mounted here nor
 keep it mounted (a new namespace holds a copy of every mount that it was made from, and a FUSE
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import tempfile
 
 from tests.support import mounttable, skips
@@ -41,3 +42,11 @@ def enter_own_mounts() -> bool:
 def _is_of_a_session(entry: mounttable.Entry) -> bool:
     made_by_tests = os.path.join(os.path.realpath(tempfile.gettempdir()), "diffmergefs-")
     return entry.fstype == "fuse.diffmergefs" or entry.path.startswith(made_by_tests)
+
+
+def have_usual_signals() -> None:
+    """Ignore and block none of those that tests send, whatever nohup(1) or a shell's `&` did."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
