@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import errno
-import itertools
-import math
 import os
 import resource
 import weakref
@@ -14,15 +11,14 @@ from dataclasses import dataclass, field, replace
 
 from diffmergefs import beneath
 from diffmergefs.beneath import Reach, Root
+from diffmergefs.content import Verdicts, require_exact, require_meant
 from diffmergefs.errors import (
     BrokenChainError,
-    DenseDiffError,
     DiffMergeError,
     FileAccessError,
     LayerChangedError,
     UntrustedExtentsError,
 )
-from diffmergefs.extents import ExtentList
 from diffmergefs.filekey import FileKey
 from diffmergefs.integrity.bmap import SEAL_SUFFIX
 from diffmergefs.integrity.pins import Hashes, require_pin
@@ -41,9 +37,7 @@ from diffmergefs.once import Once
 from diffmergefs.trust import TrustPolicy, require_trust
 from diffmergefs.view import MergedView, require_equal_size
 
-_SAMPLE = 4096
 _SPARE = 128
-_GOLDEN = (5**0.5 - 1) / 2
 
 # A layer's file, and the records beside it that are in force, by suffix.
 _Content = tuple[FileKey, frozenset[tuple[str, FileKey]]]
@@ -88,13 +82,14 @@ class LayerPool:
     `root` is a descriptor of that directory, kept by the caller (or a `beneath.Reach` of it, where
     layers lie outside), and `where` what messages put before the paths beneath it. A layer lives as
     long as a view uses it. Safe to use from several threads: a layer that one of them opens is
-    waited for by the others.
+    waited for by the others. `verdicts` are what was found in the layers' pages.
     """
 
     def __init__(self, root: Root, policy: TrustPolicy, where: str = "") -> None:
         self._root = root
         self._where = where
         self._opener = Opener(policy)
+        self.verdicts = Verdicts(Remembered(policy.state_dir), anew=policy.verify == "full")
         self._layers: weakref.WeakValueDictionary[_Content, Layer] = weakref.WeakValueDictionary()
         self._opening: Once[Layer] = Once()
 
@@ -160,7 +155,8 @@ def open_chain(
     opener = Opener(policy)
     layers = [opener.open(os.fspath(base))]
     layers += [opener.open(os.fspath(path), is_diff=True) for path in diffs]
-    return _judge(layers, policy, leases, in_store=False)
+    verdicts = Verdicts(Remembered(policy.state_dir), anew=policy.verify == "full")
+    return _judge(layers, policy, leases, verdicts, in_store=False)
 
 
 def open_image(path: str | os.PathLike[str], policy: TrustPolicy | None = None) -> Image:
@@ -250,7 +246,7 @@ def open_snapshot(
     `leases` is `open_chain`'s. Recorded hashes of parents are not compared. Raises DiffMergeError.
     """
     layers = [pool.layer(link.layer) for link in links]
-    image = _judge(layers, policy, leases, in_store=True)
+    image = _judge(layers, policy, leases, pool.verdicts, in_store=True)
     overridden = image.overridden + require_known_base(layers[0], links[0].doubt, policy)
     return replace(image, overridden=overridden, tags=tuple(link.tag for link in links))
 
@@ -273,14 +269,19 @@ def require_known_base(layer: Layer, doubt: str | None, policy: TrustPolicy) -> 
 
 
 def _judge(
-    layers: Sequence[Layer], policy: TrustPolicy, leases: Leases | None, *, in_store: bool
+    layers: Sequence[Layer],
+    policy: TrustPolicy,
+    leases: Leases | None,
+    verdicts: Verdicts,
+    *,
+    in_store: bool,
 ) -> Image:
     # First of all: what is still being written may well look odd.
     overridden = require_no_writers(layers, allowed=policy.allow_writers, leases=leases)
     overridden += [line for layer in layers for line in _unchecked(layer)]
     dense = False
     for n, layer in enumerate(layers[1:], 1):
-        dense, lines = judge_diff(layers[:n], layer, policy, in_store=in_store)
+        dense, lines = judge_diff(layers[:n], layer, policy, verdicts, in_store=in_store)
         overridden += lines
     return Image(MergedView(layers), dense, overridden)
 
@@ -295,78 +296,25 @@ def _unchecked(layer: Layer) -> Iterator[str]:
 
 
 def judge_diff(
-    parents: Sequence[Layer], layer: Layer, policy: TrustPolicy, *, in_store: bool
+    parents: Sequence[Layer],
+    layer: Layer,
+    policy: TrustPolicy,
+    verdicts: Verdicts,
+    *,
+    in_store: bool,
 ) -> tuple[bool, list[str]]:
     """Whether the diff `layer` over `parents` is dense, and the checks that the policy overrode.
 
     `in_store` says that it is a link of a directory of snapshots, which may be dense if a check
-    supports it; an explicit diff may only with `policy.dense`. Raises DiffMergeError if it cannot
-    be trusted (law 4), is of another size, or looks like a diff whose holes were filled.
+    supports it; an explicit diff may only with `policy.dense`. Pages are read where only they can
+    tell, and what they told is kept in `verdicts`. Raises DiffMergeError if it cannot be trusted
+    (law 4), is of another size, or looks like a diff whose holes were filled.
     """
     require_equal_size(parents[0].path, parents[0].size, layer.path, layer.size)
     dense = layer.extents.covers(layer.size)
     complete = dense and (in_store or policy.dense)
     overridden = require_trust(layer, policy, complete=complete)
+    overridden += require_exact(parents, layer, policy, verdicts)
     if dense and not policy.dense:
-        _require_meant(parents, layer, in_store)
+        require_meant(parents, layer, verdicts, in_store=in_store)
     return dense, overridden
-
-
-def _require_meant(parents: Sequence[Layer], layer: Layer, in_store: bool) -> None:
-    if not in_store:
-        raise DenseDiffError(
-            f"{layer.path}: a diff without a hole in {layer.size} bytes: it would hide all layers"
-            " below; if it is a complete image, say so with --dense"
-        )
-    filled, sampled = count_filled_holes(MergedView(parents), layer)
-    if filled * 2 > sampled:
-        raise DenseDiffError(
-            f"{layer.path}: looks like a diff whose holes were filled: {filled} of {sampled} pages"
-            " that are not zero in its parent are zero in it; take the diff again, or say with"
-            " --dense that it is a complete image"
-        )
-
-
-def count_filled_holes(parent: MergedView, layer: Layer, page: int = 4096) -> tuple[int, int]:
-    """How many sampled pages are zeros in `layer` though not in `parent`, of how many sampled.
-
-    The sample is up to 4,096 pages, spread evenly over those that are data in `layer` and not zero
-    in the parent. The first tells holes that a copy filled from pages that a guest wrote.
-    """
-    zeros = bytes(page)
-    filled = sampled = 0
-    below = ExtentList((s.start, s.stop) for s in parent.segments() if s.layer is not None)
-    for offset in _spread_pages(below.intersection(layer.extents), page):
-        if sampled == _SAMPLE:
-            break
-        length = min(page, parent.size - offset)
-        if parent.read(offset, length) != zeros[:length]:
-            ours = bytearray(length)
-            layer.read_into(memoryview(ours), offset)
-            sampled += 1
-            filled += ours == zeros[:length]
-    layer.settle()
-    return filled, sampled
-
-
-def _spread_pages(extents: ExtentList, page: int) -> Iterator[int]:
-    # Offsets of all pages over which there are data, each once, in an order whose every prefix is
-    # spread evenly: multiples of a step near the golden section of their count and coprime to it
-    # run through all residues.
-    firsts: list[int] = []
-    counts: list[int] = []
-    end = 0  # neighbouring extents may share a page, if the base's grain is smaller
-    for start, stop in extents:
-        first = max(start // page, end)
-        if first * page < stop:
-            end = -(-stop // page)
-            firsts.append(first)
-            counts.append(end - first)
-    behind = list(itertools.accumulate(counts))
-    total = behind[-1] if behind else 0
-    section = max(1, int(total * _GOLDEN))
-    step = next(n for n in itertools.count(section) if math.gcd(n, total) == 1 or not total)
-    for i in range(total):
-        index = i * step % total
-        run = bisect.bisect_right(behind, index)
-        yield (firsts[run] + index - (behind[run] - counts[run])) * page

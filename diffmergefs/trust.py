@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from diffmergefs import sparse
@@ -92,8 +92,16 @@ def require_trust(layer: Layer, policy: TrustPolicy, *, complete: bool = False) 
     instead, for the user to see. `complete` says that the diff is a complete image (it has no hole
     and that is as meant): then only what could fake that is checked. Reads metadata only.
     """
+    return require_none(problems(layer, policy.page_size, complete=complete), policy)
+
+
+def require_none(found: Iterable[Problem], policy: TrustPolicy) -> list[str]:
+    """Raise UntrustedExtentsError for the first problem that the policy does not override.
+
+    For each that it does, the answer has a line.
+    """
     overridden = []
-    for problem in problems(layer, policy.page_size, complete=complete):
+    for problem in found:
         if not policy.trust_grain or problem.check == "blocks":
             raise UntrustedExtentsError(str(problem), problem.check)
         overridden.append(f"--trust-grain overrides the check of {problem.check}: {problem}")
@@ -170,12 +178,6 @@ def _problems_of_walk(layer: Layer, page: int, complete: bool) -> Iterator[Probl
             f"[{found.start}, {found.stop}) is preallocated and unwritten, which is reported"
             " as data or as a hole by chance",
         )
-    if not complete and _looks_copied_up(fd, size, extents):
-        yield problem(
-            "copy-up",
-            f"each of its {len(extents)} data extents on overlayfs is a whole number of MiB long,"
-            " the sign of a copy-up that filled holes",
-        )
 
 
 def untrusted_filesystem(fd: int) -> str | None:
@@ -197,9 +199,3 @@ def _unaligned(extents: ExtentList, size: int, page: int) -> tuple[int, int] | N
         if start % page or (stop % page and stop != size):
             return start, stop
     return None
-
-
-def _looks_copied_up(fd: int, size: int, extents: ExtentList) -> bool:
-    if not len(extents) or sparse.filesystem_magic(fd) != sparse.OVERLAYFS_MAGIC:
-        return False
-    return all(e.stop == size or (e.stop - e.start) % MIB == 0 for e in extents)

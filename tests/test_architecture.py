@@ -42,9 +42,10 @@ LEVELS = [
         "serving.access", "serving.xattrs", "trust", "view", "writing.copying",
     },
     {
-        "compare", "health.probe", "integrity.hashqueue", "integrity.pins", "integrity.seal",
-        "layouts.cloudhypervisor", "layouts.forkd", "layouts.numbered", "layouts.superserve",
-        "serving.dropbehind", "writing.output", "writing.outputdir", "writing.writebehind", "zeros",
+        "compare", "content", "health.probe", "integrity.hashqueue", "integrity.pins",
+        "integrity.seal", "layouts.cloudhypervisor", "layouts.forkd", "layouts.numbered",
+        "layouts.superserve", "serving.dropbehind", "writing.output", "writing.outputdir",
+        "writing.writebehind", "zeros",
     },
     {
         "integrity.sealing", "layouts.catalog", "pictures.extents_picture", "pictures.map_picture",

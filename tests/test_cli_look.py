@@ -29,7 +29,8 @@ LIST_FIELDS = {"tag", "parent", "depth", "size", "dirty_bytes", "state", "pinned
 def store(real_fs: Path) -> Path:
     """Snapshots in every state that `list` knows."""
     write_chain(real_fs, ["base", "work"])
-    write_tag(real_fs, "full", "work", layer=4, numbers=range(16))
+    full = write_tag(real_fs, "full", "work", layer=4, numbers=range(16)) / "memory.bin"
+    write_layer(full, SIZE, [(0, signed(0, 0, SIZE)), *pages(4, range(12))])
     write_tag(real_fs, "on-full", "full", layer=5)
     filled = write_tag(real_fs, "holes-filled", "base", layer=6) / "memory.bin"
     filled.write_bytes(filled.read_bytes())

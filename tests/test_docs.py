@@ -36,7 +36,7 @@ import click
 import pytest
 
 import diffmergefs
-from diffmergefs import cli, errors, trust
+from diffmergefs import cli, content, errors, trust
 from diffmergefs.cli import helper
 from diffmergefs.cli.verbs import NAMES, load
 from diffmergefs.serving.mount import _REFUSED_OPTIONS
@@ -594,13 +594,13 @@ def test_the_exit_status_of_a_page_is_in_the_table(name: str) -> None:
 
 
 def test_the_contract_has_each_check_of_a_diff() -> None:
-    source = ast.parse(inspect.getsource(trust))
+    source = ast.parse(inspect.getsource(trust) + inspect.getsource(content))
     checks = {
         argument.value
         for call in ast.walk(source)
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
         for argument in call.args[:2]
-        if call.func.id in ("problem", "_problem") and isinstance(argument, ast.Constant)
+        if call.func.id in ("problem", "_problem", "Problem") and isinstance(argument, ast.Constant)
     }
     title = "Which diffs are trusted"
     assert {row[0].strip("`") for row in rows(DOCS / "contract.md", title)} == checks | {"dense"}

@@ -131,10 +131,10 @@ def test_a_layer_that_changes_while_it_is_read_is_wrong(
     def failing(self: Layer, buffer: memoryview, offset: int, *, nowait: bool = False) -> None:
         raise OSError(5, "Input/output error")
 
+    memory(store, "work").write_bytes(signed(1, 0, SIZE))
     monkeypatch.setattr(Layer, "read_into", failing)
     found = examined(store)
-    for tag in ("work", "leaf"):
-        assert of(found, memory(store, tag)) == [("access", "wrong")]
+    assert of(found, memory(store, "work")) == [("access", "wrong")]
     assert all("Input/output error" in f.finding for f in found if f.check == "access")
 
 
@@ -150,32 +150,21 @@ def test_a_diff_whose_holes_a_copy_has_filled_is_wrong(store: Path) -> None:
     layer = memory(store, "work")
     layer.write_bytes(layer.read_bytes())
     (zeros, *rest) = (f for f in examined(store / "work") if f.subject == str(layer))
-    assert (zeros.check, zeros.severity, rest) == ("zeros", "wrong", [])
-    assert zeros.finding.startswith("14 of 15 pages that are data here, and not zeros below,")
+    assert (zeros.check, zeros.severity, rest) == ("dense", "wrong", [])
+    assert zeros.finding.startswith("no hole, and of 15 pages that are not zeros below 14 are")
 
 
 def test_a_complete_image_is_fine(store: Path) -> None:
-    memory(store, "work").write_bytes(signed(1, 0, SIZE))
+    memory(store, "work").write_bytes(signed(1, 0, 3 * PAGE) + signed(0, 3 * PAGE, SIZE - 3 * PAGE))
     found = of(examined(store / "work"), memory(store, "work"))
     assert found == [("dense", "fine"), ("no-seal", "warning")]
 
 
-def test_a_diff_in_part_of_which_holes_were_filled_is_a_warning(store: Path) -> None:
-    write_layer(memory(store, "work"), SIZE, [(0, bytes(8 * PAGE)), (9 * PAGE, b"x" * PAGE)])
-    (zeros,) = (f for f in examined(store / "work") if f.subject == str(memory(store, "work")))
-    assert (zeros.check, zeros.severity) == ("zeros", "warning")
-    assert zeros.finding.startswith("8 of 9 pages")
-
-
-def test_the_share_of_zeros_is_always_said(store: Path) -> None:
+def test_the_share_of_zeros_says_nothing(store: Path) -> None:
+    # Guests wipe what they free: under init_on_free 0.95 of a healthy diff's pages were zeros.
     layer = memory(store, "work")
-    write_layer(layer, SIZE, [(0, bytes(2 * PAGE)), (2 * PAGE, b"x" * PAGE * 3)])
-    (fine, _) = (f for f in examined(store / "work") if f.subject == str(layer))
-    assert (fine.check, fine.severity) == ("extents", "fine")
-    assert fine.finding == (
-        f"{5 * PAGE} bytes in 1 extents can be trusted;"
-        " 2 of 5 pages that are data here, and not zeros below, are zeros"
-    )
+    write_layer(layer, SIZE, [(0, bytes(7 * PAGE)), (9 * PAGE, b"x" * PAGE)])
+    assert of(examined(store / "work"), layer) == [("extents", "fine"), ("no-seal", "warning")]
 
 
 def test_what_fails_a_check_is_not_called_trusted(
@@ -183,7 +172,7 @@ def test_what_fails_a_check_is_not_called_trusted(
 ) -> None:
     monkeypatch.setattr(sparse, "unwritten_ranges", lambda fd, size: iter([Extent(0, PAGE)]))
     found = of(examined(store / "work"), memory(store, "work"))
-    assert found == [("unwritten", "wrong"), ("zeros", "fine")]
+    assert found == [("unwritten", "wrong")]
 
 
 def test_pages_that_were_zeros_before_do_not_count(store: Path) -> None:
@@ -200,7 +189,7 @@ def test_a_sealed_diff(store: Path) -> None:
     found = examined(store / "work")
     assert of(found, layer.with_name("memory.bin.bmap")) == [("seal", "fine")]
     # The seal says that the guest wrote these zeros.
-    assert of(found, layer) == [("zeros", "fine")]
+    assert of(found, layer) == [("extents", "fine")]
 
 
 def test_a_copy_that_was_harmed_is_fine_with_its_seal(store: Path) -> None:
@@ -282,11 +271,25 @@ def test_a_diff_on_a_coarse_grain_is_wrong(filesystem: Callable[[str], Path]) ->
     ] == []
 
 
-def test_a_copy_up_is_wrong(overlay_fs: loopfs.Overlay) -> None:
+def test_a_copy_up_is_wrong_over_a_parents_data(overlay_fs: loopfs.Overlay) -> None:
+    write_tag(overlay_fs.lower, "base", numbers=range(300), size=4 * MIB)
+    write_tag(overlay_fs.lower, "work", "base", layer=1, numbers=[5], size=4 * MIB)
+    diff = memory(overlay_fs.merged, "work")
+    assert of(examine_path(str(diff)), diff) == [("extents", "fine"), ("no-seal", "warning")]
+    diff.chmod(0o600)
+    (wrong,) = (f for f in examine_path(str(diff)) if f.subject == str(diff))
+    assert (wrong.check, wrong.severity) == ("copy-up", "wrong")
+    extent = f"[{5 * PAGE}, {5 * PAGE + MIB})"
+    assert wrong.finding.startswith(f"the extent {extent} on overlayfs has 255 pages of zeros")
+    seal_layer(diff)
+    assert of(examine_path(str(diff)), diff) == [("extents", "fine")]
+
+
+def test_a_copy_up_is_a_warning_where_the_parent_is_not_known(overlay_fs: loopfs.Overlay) -> None:
     write_layer(overlay_fs.lower / "mem_diff", 4 * MIB, [(5 * PAGE, b"x" * PAGE)])
     diff = overlay_fs.merged / "mem_diff"
     diff.chmod(0o600)
-    assert ("copy-up", "wrong") in [(f.check, f.severity) for f in examine_path(str(diff))]
+    assert of(examine_path(str(diff)), diff) == [("copy-up", "warning")]
 
 
 def test_layers_outside(store: Path, tmp_path: Path) -> None:
@@ -317,7 +320,7 @@ def test_the_command_says_it_all_and_ends_with_1(store: Path, tmp_path: Path) ->
     assert done.stdout.startswith("host\n  fine     Linux ")
     lines = done.stdout.splitlines()
     at = lines.index(str(harmed)) + 1
-    assert lines[at].startswith("  wrong    14 of 15 pages ")
+    assert lines[at].startswith("  wrong    no hole, and of 15 pages ")
     assert lines[at + 1].startswith("           why: ")
     assert lines[at + 2].startswith("           remedy: take the diff again")
     assert lines[-1].startswith("1 wrong, ")

@@ -8,17 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from diffmergefs.content import _spread_pages, sample
 from diffmergefs.errors import (
     DenseDiffError,
     UntrustedExtentsError,
 )
 from diffmergefs.extents import ExtentList
-from diffmergefs.images import (
-    _spread_pages,
-    count_filled_holes,
-    open_chain,
-    open_image,
-)
+from diffmergefs.images import open_chain, open_image
 from diffmergefs.layer import Layer
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.view import MergedView
@@ -47,25 +43,38 @@ def test_an_explicit_diff_without_a_hole_needs_the_users_word(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("keeps", "complete"), [(range(16), True), (range(5), True), (range(4), False), ([], False)]
+    ("equal", "cleared", "complete"),
+    [
+        (20, 0, True),
+        (10, 10, True),
+        (9, 11, False),  # half of the diff written: it was taken for complete once
+        (9, 10, False),
+        (2, 0, True),
+        (1, 0, False),  # all but one page written anew: another memory, not a merge
+        (0, 0, False),
+        (0, 20, False),
+    ],
 )
-def test_a_dense_link_is_complete_if_half_of_its_parents_pages_are_not_zero_in_it(
-    keeps: Sequence[int], complete: bool, tmp_path: Path
+def test_a_dense_link_is_complete_if_it_is_like_its_parent(
+    equal: int, cleared: int, complete: bool, tmp_path: Path
 ) -> None:
-    # Ten pages are not zero in the parent; two more are written zeros, four are holes.
-    write_tag(tmp_path, "base", numbers=range(10))
+    # Twenty pages are not zero in the parent; two more are written zeros, ten are holes.
+    size = 32 * PAGE
+    write_tag(tmp_path, "base", numbers=range(20), size=size)
     with (tmp_path / "base" / "memory.bin").open("r+b") as file:
-        file.seek(10 * PAGE)
+        file.seek(20 * PAGE)
         file.write(bytes(2 * PAGE))
-    write_tag(tmp_path, "full", "base", layer=1)
-    write_layer(tmp_path / "full" / "memory.bin", SIZE, dense(keeps))
+    write_tag(tmp_path, "full", "base", layer=1, size=size)
+    held = [(0, bytes(size)), *pages(0, range(equal)), *pages(1, range(equal, 32 - cleared))]
+    held += [(n * PAGE, bytes(PAGE)) for n in range(equal, equal + cleared)]
+    write_layer(tmp_path / "full" / "memory.bin", size, held)
     if complete:
         image = open_image(tmp_path / "full")
         assert image.dense
-        assert image.view.read(0, SIZE) == overlay_oracle(SIZE, [dense(keeps)])
+        assert image.view.read(0, size) == overlay_oracle(size, [held])
     else:
-        filled = 10 - len(keeps)
-        with pytest.raises(DenseDiffError, match=f"holes were filled: {filled} of 10 pages"):
+        text = f"holes were filled: of 20 pages .* {cleared} are zero in it and {equal} equal"
+        with pytest.raises(DenseDiffError, match=text):
             open_image(tmp_path / "full")
         assert open_image(tmp_path / "full", TrustPolicy(dense=True)).dense
 
@@ -83,11 +92,12 @@ def test_a_diff_whose_holes_a_copy_filled_is_refused_and_so_are_its_children(
 
 def test_a_dense_link_below_the_newest_does_not_make_the_image_dense(tmp_path: Path) -> None:
     write_chain(tmp_path, ["base", "one", "two"])
-    write_layer(tmp_path / "one" / "memory.bin", SIZE, pages(1, range(16)))
+    merged = [(0, signed(0, 0, SIZE)), *pages(1, range(8))]
+    write_layer(tmp_path / "one" / "memory.bin", SIZE, merged)
     assert open_image(tmp_path / "one").dense
     image = open_image(tmp_path / "two")
     assert not image.dense
-    expected = overlay_oracle(SIZE, [pages(1, range(16)), pages(2, [2])])
+    expected = overlay_oracle(SIZE, [merged, pages(2, [2])])
     assert image.view.read(0, SIZE) == expected
 
 
@@ -111,9 +121,9 @@ def test_a_sample_is_of_4096_pages_spread_over_the_whole_image(tmp_path: Path) -
     # Only the first half is kept: a sample of the first 4,096 pages would miss what was filled.
     kept = [(0, signed(1, 0, size // 2)), (size // 2, bytes(size // 2))]
     layer = Layer.open(str(write_layer(tmp_path / "full", size, kept)))
-    filled, sampled = count_filled_holes(MergedView([base]), layer)
-    assert sampled == 4096
-    assert abs(filled - 2048) < 40
+    found = sample(MergedView([base]), layer)
+    assert found.over == 4096
+    assert abs(found.zero - 2048) < 40
 
 
 @pytest.mark.parametrize(
@@ -131,7 +141,7 @@ def test_a_sample_is_of_4096_pages_spread_over_the_whole_image(tmp_path: Path) -
 def test_every_page_with_data_is_visited_exactly_once(
     extents: list[tuple[int, int]], expected: list[int]
 ) -> None:
-    found = list(_spread_pages(ExtentList(extents), PAGE))
+    found = list(_spread_pages(ExtentList(extents)))
     assert sorted(found) == [page * PAGE for page in expected]
 
 
@@ -139,7 +149,7 @@ def test_every_page_with_data_is_visited_exactly_once(
 @pytest.mark.parametrize("count", [10, 100, 700, 4096])
 def test_the_first_pages_visited_are_spread_evenly(total: int, count: int) -> None:
     count = min(count, total)
-    visited = sorted(islice(_spread_pages(ExtentList([(0, total * PAGE)]), PAGE), count))
+    visited = sorted(islice(_spread_pages(ExtentList([(0, total * PAGE)])), count))
     gaps = [b - a for a, b in pairwise([*visited, total * PAGE])]
     assert visited[0] == 0
     assert max(gaps) <= 4 * total * PAGE / count

@@ -106,9 +106,10 @@ def test_dense_links(public_path: Path, mountpoint: Path) -> None:
     size = 500 * PAGE
     write_tag(store, "base", size=size, numbers=range(500))
     write_tag(store, "diff", "base", layer=1, size=size, numbers=[7])
-    # Complete, in spite of its parent: other bytes everywhere, and a few pages of zeros.
+    # Complete, in spite of its parent: many other bytes, and a few pages of zeros.
     merged = write_tag(store, "merged", "diff", layer=2, size=size, numbers=range(500))
     with (merged / "memory.bin").open("r+b") as file:
+        file.write(signed(0, 0, 70 * PAGE))
         file.seek(100 * PAGE)
         file.write(bytes(50 * PAGE))
     # A diff of which a copy filled the holes.

@@ -65,7 +65,7 @@ def test_a_seal_records_the_extents_and_fits_its_file(real_fs: Path) -> None:
     with unchanged([diff]):
         result = seal_layer(diff, progress=done.append)
     assert result == sealing.SealResult(
-        f"{diff}.bmap", "written", 3, 4 * PAGE - 100, PAGE, overridden=()
+        f"{diff}.bmap", "written", 3, 4 * PAGE - 100, PAGE, overridden=(), hints=()
     )
     assert done[-1] == 4 * PAGE - 100 and done == sorted(done)
     assert recorded(diff) == [*EXTENTS, (15 * PAGE, SIZE - 100)]
@@ -346,6 +346,7 @@ def test_the_command_speaks_json(diff: Path) -> None:
         "data_bytes": 3 * PAGE,
         "block": PAGE,
         "overridden": [],
+        "hints": [],
     }
 
 

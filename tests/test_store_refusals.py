@@ -109,7 +109,7 @@ def test_an_empty_layer_is_never_shown(
 
 
 def test_a_filled_diff_is_refused_and_a_complete_link_is_dense(root: Path) -> None:
-    write_tag(root, "full", "base", numbers=range(16), layer=5)
+    write_tag(root, "full", "base", numbers=range(16), layer=0)  # as merged: like its parent
     filled = write_tag(root, "filled", "base", layer=6) / "memory.bin"
     filled.write_bytes(filled.read_bytes())
     age(filled)

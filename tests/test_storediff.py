@@ -49,7 +49,7 @@ IMAGES = {
     "leaf": [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2]), [(5 * PAGE, bytes(PAGE))]],
 }
 IMAGES["tip"] = [*IMAGES["leaf"], pages(3, [3])]
-IMAGES["other"] = [[(0, signed(9, 0, SIZE))]]
+IMAGES["other"] = [[(0, signed(9, 0, SIZE)), *pages(0, [0, 1])]]
 
 
 def image(tag: str) -> bytes:
@@ -65,7 +65,7 @@ def dense(store: Path, tag: str) -> None:
 
 @pytest.fixture
 def store(public_path: Path) -> Iterator[Path]:
-    """base <- work <- leaf (dense) <- tip, and base <- other (dense, all of it another)."""
+    """base <- work <- leaf (dense) <- tip, and base <- other (dense, nearly all of it another)."""
     store = write_chain(public_path / "store", ["base", "work", "leaf"])
     dense(store, "leaf")
     write_tag(store, "tip", "leaf", layer=3, volumes=["/v"], note={"a": [1]})
@@ -106,14 +106,14 @@ def test_dense_links_become_true_diffs_and_every_image_is_the_same(
         "work": "diff",
         "leaf": "rediffed",
         "tip": "diff",
-        "other": "dense",
+        "other": "rediffed",
     }
     assert found["leaf"] == NewSnapshot("leaf", "work", "rediffed", SIZE, SIZE, 2 * PAGE)
     assert found["base"].data_before == found["base"].data_bytes == 15 * PAGE
     memory = {tag: new / tag / "memory.bin" for tag in IMAGES}
     assert data_of(memory["leaf"]) == [(2 * PAGE, 3 * PAGE), (5 * PAGE, 6 * PAGE)]
     assert data_of(memory["work"]) == [(PAGE, 2 * PAGE)]
-    assert data_of(memory["other"]) == [(0, SIZE)]
+    assert data_of(memory["other"]) == [(2 * PAGE, SIZE)]
     for tag in IMAGES:
         with open_image(new / tag).view as view:
             assert view.read(0, SIZE) == image(tag), tag

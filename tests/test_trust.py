@@ -16,7 +16,6 @@ from diffmergefs.extents import Extent
 from diffmergefs.images import open_chain
 from diffmergefs.layer import Layer
 from diffmergefs.trust import TrustPolicy, grain, require_trust
-from tests.support import loopfs
 from tests.support.images import PAGE, signed, write_layer
 
 MIB = 1 << 20
@@ -112,28 +111,6 @@ def test_a_preallocated_range_is_refused_where_reading_turns_it_into_data(
     require_overridable(layer, "unwritten")
     # Nothing else would have told.
     assert layer.extents.data_bytes <= os.fstat(layer.fd).st_blocks * 512
-
-
-def test_a_diff_made_on_an_overlay_is_trusted_and_one_copied_up_is_not(
-    overlay_fs: loopfs.Overlay,
-) -> None:
-    write_layer(overlay_fs.lower / "copied", SIZE, [(5 * PAGE, signed(1, 5 * PAGE, PAGE))])
-    made = diff(overlay_fs.merged, 5, 700)
-    assert sparse.filesystem_magic(made.fd) == sparse.OVERLAYFS_MAGIC
-    assert require_trust(made, TrustPolicy()) == []
-    lower = Layer.open(str(overlay_fs.merged / "copied"))
-    assert require_trust(lower, TrustPolicy()) == []
-
-    (overlay_fs.merged / "copied").chmod(0o600)
-    copied = Layer.open(str(overlay_fs.merged / "copied"))
-    assert copied.extents.data_bytes == MIB
-    require_overridable(copied, "copy-up")
-
-
-def test_extents_of_whole_mib_are_trusted_elsewhere_than_on_an_overlay(real_fs: Path) -> None:
-    layer = diff(real_fs, *range(256, 512))
-    assert layer.extents.data_bytes == MIB
-    assert require_trust(layer, TrustPolicy()) == []
 
 
 @pytest.mark.parametrize(

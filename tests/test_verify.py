@@ -350,7 +350,7 @@ def test_the_command_speaks_json(root: Path, state: Path) -> None:
     done = diffmergefs("verify", "--json", "--jobs=1", f"--state-dir={state}", root / "leaf")
     facts = json.loads(done.stdout)
     assert (done.returncode, done.stderr) == (1, "")
-    assert set(facts) == {"sound", "layers", "faults", "overridden"}
+    assert set(facts) == {"sound", "layers", "faults", "overridden", "hints"}
     assert facts["sound"] is False
     layer = {
         "tag": "work",

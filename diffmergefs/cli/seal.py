@@ -64,6 +64,6 @@ def seal(layers: tuple[str, ...], force: bool, as_json: bool, policy: TrustPolic
 def _seal(layer: str, force: bool, policy: TrustPolicy) -> SealResult:
     with progress(f"seal {os.path.basename(layer)}") as moved:
         result = seal_layer(layer, force=force, policy=policy, progress=moved)
-    for line in result.overridden:
+    for line in (*result.overridden, *result.hints):
         talk(line)
     return result

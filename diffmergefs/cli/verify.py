@@ -53,7 +53,7 @@ def verify(
         opened = verification.open_image(image or "", policy)
     with opened, progress("verify", opened.total_bytes) as moved:
         verdict = opened.verify(moved, jobs)
-    for line in verdict.overridden:
+    for line in (*verdict.overridden, *verdict.hints):
         talk(line)
     if as_json:
         print_json(verdict.as_dict())

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from diffmergefs.beneath import Reach
+from diffmergefs.content import Verdicts, copied_up, is_complete, sampled
 from diffmergefs.errors import DiffMergeError, FileAccessError
 from diffmergefs.health.finding import Finding, Severity
-from diffmergefs.images import count_filled_holes
 from diffmergefs.integrity import seal
 from diffmergefs.integrity.bmap import SEAL_SUFFIX
 from diffmergefs.integrity.state import Remembered
 from diffmergefs.layer import Layer
 from diffmergefs.lease import Writers, writers
 from diffmergefs.trust import TrustPolicy, problems
-from diffmergefs.view import MergedView
 
 _HOLES = "a diff's holes say which pages it leaves to its parent"
 _WHY = {
@@ -47,6 +46,7 @@ def examine_layer(
     layer: Layer,
     parents: Sequence[Layer] | None,
     policy: TrustPolicy,
+    verdicts: Verdicts,
     root: Reach | None = None,
     path: str | None = None,
 ) -> Iterator[Finding]:
@@ -54,8 +54,9 @@ def examine_layer(
 
     `parents` are the layers below a diff, base first: none for a base, None where they are not
     known. A layer of a directory of snapshots is called `path` beneath `root`. The seal is compared
-    with the layer, or known from `policy.state_dir` to be right, and put in force. What fails while
-    it is read is a finding too; nothing is raised.
+    with the layer, or known from `policy.state_dir` to be right, and put in force. What its pages
+    tell over its parents' is kept in `verdicts`. What fails while it is read is a finding too;
+    nothing is raised.
     """
     has_seal = False
     try:
@@ -66,7 +67,7 @@ def examine_layer(
         if parents == []:
             yield Finding(layer.path, "base", "fine", "a base: its holes are zeros")
             return
-        found = list(_examine_extents(layer, parents, policy.page_size))
+        found = list(_examine_extents(layer, parents, policy, verdicts))
         yield from found
         has_record = has_seal or bool(layer.records)
         if not has_record and all(finding.severity == "fine" for finding in found):
@@ -142,63 +143,46 @@ def _examine_seal(
     )
 
 
-def _examine_extents(layer: Layer, parents: Sequence[Layer] | None, page: int) -> Iterator[Finding]:
-    dense = layer.extents.covers(layer.size)
-    failed = list(problems(layer, page, complete=dense and parents is not None))
-    for problem in failed:
-        why = _WHY[problem.check]
-        yield Finding(layer.path, problem.check, "wrong", problem.text, why, problem.remedy)
-    if parents:
-        # One of another size is the chain's fault, and said there.
-        if parents[0].size == layer.size:
-            yield from _examine_zeros(layer, parents, dense, trusted=not failed)
-    elif dense:
-        yield Finding(
-            layer.path,
-            "dense",
-            "wrong",
-            f"no hole in {layer.size} bytes",
-            "as a diff it hides all layers below; one whose holes a copy has filled looks so too",
-            "if it is a base, or another complete image (--dense), all is well; else put its seal"
-            " beside it, or take the diff again",
-        )
-    elif not failed:
-        yield _extents_are_fine(layer)
-
-
-def _examine_zeros(
-    layer: Layer, parents: Sequence[Layer], dense: bool, *, trusted: bool
+def _examine_extents(
+    layer: Layer, parents: Sequence[Layer] | None, policy: TrustPolicy, verdicts: Verdicts
 ) -> Iterator[Finding]:
-    # `trusted` says that no check of law 4 failed.
-    filled, sampled = count_filled_holes(MergedView(parents), layer)
-    text = f"{filled} of {sampled} pages that are data here, and not zeros below, are zeros"
-    if filled * 2 <= sampled:
-        if dense:
-            text = f"no hole: a complete image ({filled} of {sampled} pages cleared)"
-            yield Finding(layer.path, "dense", "fine", text)
-        elif trusted:
-            yield _extents_are_fine(layer, text)
-        else:
-            yield Finding(layer.path, "zeros", "fine", text)
+    dense = layer.extents.covers(layer.size)
+    failed = list(problems(layer, policy.page_size, complete=dense and parents is not None))
+    # One of another size is the chain's fault, and said there.
+    fit = parents is None or parents[0].size == layer.size
+    if fit and (problem := copied_up(parents, layer, policy, verdicts)):
+        failed.append(problem)
+    for problem in failed:
+        # Without the parents that zeros hide anything of theirs is not known.
+        severity: Severity = "wrong" if parents or problem.check != "copy-up" else "warning"
+        why = _WHY[problem.check]
+        yield Finding(layer.path, problem.check, severity, problem.text, why, problem.remedy)
+    if dense:
+        yield from _examine_dense(layer, parents, verdicts) if fit else ()
+    elif not failed:
+        text = f"{layer.extents.data_bytes} bytes in {len(layer.extents)} extents can be trusted"
+        yield Finding(layer.path, "extents", "fine", text)
+
+
+def _examine_dense(
+    layer: Layer, parents: Sequence[Layer] | None, verdicts: Verdicts
+) -> Iterator[Finding]:
+    why = "as a diff it hides all layers below; one whose holes a copy has filled looks so too"
+    if parents is None:
+        text = f"no hole in {layer.size} bytes"
+        remedy = (
+            "if it is a base, or another complete image (--dense), all is well; else put its seal"
+            " beside it, or take the diff again"
+        )
+        yield Finding(layer.path, "dense", "wrong", text, why, remedy)
         return
-    severity: Severity = "wrong" if dense else "warning"
-    if layer.records:
-        # The record says that the guest did write them.
-        where = "seal" if layer.record(SEAL_SUFFIX) else "presence file"
-        yield Finding(layer.path, "zeros", "fine", f"{text}; they are in its {where}")
+    pages = sampled(parents, layer, verdicts)
+    text = f"of {pages.over} pages that are not zeros below {pages.zero} are zeros here"
+    text += f" and {pages.equal} equal"
+    if is_complete(pages):
+        yield Finding(layer.path, "dense", "fine", f"no hole: a complete image; {text}")
         return
-    yield Finding(
-        layer.path,
-        "zeros",
-        severity,
-        f"{text}, and it has no hole" if dense else text,
-        "either the guest has cleared that much memory, or a copy has filled the diff's holes",
+    remedy = (
         "take the diff again, or put its seal beside it; --dense vouches for a complete image"
-        if dense
-        else "compare it with where it was copied from: the same data bytes (diffmergefs info)?",
     )
-
-
-def _extents_are_fine(layer: Layer, share: str = "") -> Finding:
-    text = f"{layer.extents.data_bytes} bytes in {len(layer.extents)} extents can be trusted"
-    return Finding(layer.path, "extents", "fine", f"{text}; {share}" if share else text)
+    yield Finding(layer.path, "dense", "wrong", f"no hole, and {text}", why, remedy)

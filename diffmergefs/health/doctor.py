@@ -8,12 +8,14 @@ from contextlib import suppress
 from dataclasses import replace
 
 from diffmergefs.beneath import Reach
+from diffmergefs.content import Verdicts
 from diffmergefs.errors import DiffMergeError, FileAccessError, ForeignFormatError
 from diffmergefs.health.diagnosis import examine_layer, wrong
 from diffmergefs.health.finding import Finding
 from diffmergefs.health.probe import examine_filesystem
 from diffmergefs.images import LayerPool, find_image, require_known_base
 from diffmergefs.integrity.seal import Opener
+from diffmergefs.integrity.state import Remembered
 from diffmergefs.layer import Layer
 from diffmergefs.layouts.catalog import Catalog, layout_of, read_catalog
 from diffmergefs.layouts.snapshot import Snapshot
@@ -98,7 +100,8 @@ def _examine_snapshots(
             parents = known if len(known) == len(below) else None
             if snapshot.parent is not None and not parents:
                 parents = None
-            yield from examine_layer(layer, parents, policy, reach, snapshot.layer.path)
+            path = snapshot.layer.path
+            yield from examine_layer(layer, parents, policy, pool.verdicts, reach, path)
             yield from _examine_base(layer, snapshot, policy)
     finally:
         os.close(root)
@@ -130,6 +133,7 @@ def _examine_file(path: str, policy: TrustPolicy) -> Iterator[Finding]:
         yield wrong(path, "access", error)
         return
     try:
-        yield from examine_layer(layer, None, policy)
+        verdicts = Verdicts(Remembered(policy.state_dir))
+        yield from examine_layer(layer, None, policy, verdicts)
     finally:
         layer.close()

@@ -9,10 +9,12 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from diffmergefs.buffers import page_aligned
+from diffmergefs.content import Verdicts, hints_of_copy_up
 from diffmergefs.errors import DenseDiffError, SealError
 from diffmergefs.extents import ExtentList
 from diffmergefs.integrity import bmap, seal
 from diffmergefs.integrity.bmap import ABSENT, SEAL_SUFFIX, BlockMap
+from diffmergefs.integrity.state import Remembered
 from diffmergefs.layer import Layer
 from diffmergefs.layouts.bitmap import PRESENCE_SUFFIX
 from diffmergefs.lease import require_no_writers
@@ -29,7 +31,8 @@ class SealResult:
     """What `seal_layer` did: the seal at `path` was 'written', 'rewritten' or is 'unchanged'.
 
     It has `ranges` of `data_bytes` bytes in all, in units of `block` bytes. `overridden` has a line
-    for each check that failed and that the policy overrode.
+    for each check that failed and that the policy overrode, `hints` for what only the layers below
+    could decide.
     """
 
     path: str
@@ -38,6 +41,7 @@ class SealResult:
     data_bytes: int
     block: int
     overridden: tuple[str, ...]
+    hints: tuple[str, ...]
 
 
 def seal_layer(
@@ -64,6 +68,7 @@ def seal_layer(
     opened = opener.open(os.fspath(path), is_diff=True)
     with closing(opened) as layer, failures(os.fspath(path)):
         overridden = _require_known(layer, policy)
+        hints = hints_of_copy_up(layer, policy, Verdicts(Remembered(policy.state_dir)))
         known = None if force else _known(layer)
         made = _map_of(layer, layer.extents, policy.page_size, progress)
         document = bmap.dump(made)
@@ -74,7 +79,8 @@ def seal_layer(
         else:
             _publish(where, document, layer, force=force or known is not None)
     data = sum(made.stops) - sum(made.starts)
-    return SealResult(where, outcome, len(made), data, made.block, tuple(overridden))
+    numbers = len(made), data, made.block
+    return SealResult(where, outcome, *numbers, tuple(overridden), tuple(hints))
 
 
 def write_seal(path: str, extents: ExtentList, page_size: int = PAGE) -> None:

@@ -72,12 +72,14 @@ class LayerVerdict:
 class Verdict:
     """What was found: the layers as far as they could be found, base first, and all faults.
 
-    `overridden` has a line for each check of law 4 that failed and that the policy overrode.
+    `overridden` has a line for each check of law 4 that failed and that the policy overrode,
+    `hints` one for each layer that may be harmed though nothing can prove it.
     """
 
     layers: tuple[LayerVerdict, ...]
     faults: tuple[Fault, ...]
     overridden: tuple[str, ...]
+    hints: tuple[str, ...]
 
     @property
     def sound(self) -> bool:

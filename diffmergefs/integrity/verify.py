@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 from diffmergefs.beneath import Reach
+from diffmergefs.content import Verdicts, hints_of_copy_up
 from diffmergefs.errors import BrokenChainError, PinError
 from diffmergefs.images import LayerPool, find_image, judge_diff, require_known_base
 from diffmergefs.integrity import seal
@@ -62,8 +63,9 @@ class Verification:
     def __init__(self, items: Sequence[_Item], faults: Faults, policy: TrustPolicy) -> None:
         self._items = items
         self._faults = faults
-        self._overridden = _judge(items, faults, policy)
         memory = Remembered(policy.state_dir)
+        verdicts = Verdicts(memory, anew=True)
+        self._overridden, self._hints = _judge(items, faults, policy, verdicts)
         self._checks = [
             *_seal_checks(items, memory),
             *_pin_checks(items, Hashes(memory, anew=True)),
@@ -104,7 +106,8 @@ class Verification:
             finally:
                 tally.stop()
         verdicts = tuple(item.verdict() for item in self._items)
-        return Verdict(verdicts, (*self._faults, *faults), tuple(self._overridden))
+        found_all = (*self._faults, *faults)
+        return Verdict(verdicts, found_all, tuple(self._overridden), tuple(self._hints))
 
 
 class _Stopped(Exception):
@@ -212,10 +215,13 @@ def open_layers(base: str, diffs: Sequence[str], policy: TrustPolicy) -> Verific
     return Verification(items, faults, policy)
 
 
-def _judge(items: Sequence[_Item], faults: Faults, policy: TrustPolicy) -> list[str]:
+def _judge(
+    items: Sequence[_Item], faults: Faults, policy: TrustPolicy, verdicts: Verdicts
+) -> tuple[list[str], list[str]]:
     # Writers, sizes and law 4. A diff is judged over its parents as long as none of them is at
-    # fault, and by itself above that.
+    # fault, and by itself above that. Gives what was overridden, and the hints.
     overridden: list[str] = []
+    hints: list[str] = []
     fit: list[Layer] = []
     for number, item in enumerate(items):
         layer = item.layer
@@ -230,12 +236,13 @@ def _judge(items: Sequence[_Item], faults: Faults, policy: TrustPolicy) -> list[
                 require_equal_size(fit[0].path, fit[0].size, layer.path, layer.size)
             if item.has_parent and len(fit) == number > 0:
                 in_store = item.link is not None
-                overridden += judge_diff(fit, layer, policy, in_store=in_store)[1]
+                overridden += judge_diff(fit, layer, policy, verdicts, in_store=in_store)[1]
             elif item.has_parent:
                 complete = layer.extents.covers(layer.size)
                 overridden += require_trust(layer, policy, complete=complete)
+                hints += hints_of_copy_up(layer, policy, verdicts)
             fit.append(layer)
-    return overridden
+    return overridden, hints
 
 
 def _seal_checks(items: Sequence[_Item], memory: Remembered) -> Iterator[_Check]:

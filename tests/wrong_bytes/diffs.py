@@ -6,6 +6,7 @@ it was written: that, laid over the parent, is what a view must show.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,6 +33,15 @@ def scattered_pages(path: Path) -> Extents:
         (8 * MIB, signed(1, 8 * MIB, MIB)),
     ]
     write_layer(path, SIZE, extents)
+    return extents
+
+
+def page_written_later(path: Path) -> Extents:
+    """A write, which copies a lower file of an overlay up; what is written then is right."""
+    extents = [(12 * MIB, signed(2, 12 * MIB, PAGE))]
+    with path.open("r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), extents[0][1], extents[0][0])
+        os.fsync(file.fileno())
     return extents
 
 

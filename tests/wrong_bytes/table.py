@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.wrong_bytes import places
-from tests.wrong_bytes.diffs import Act, change_of_mode, nothing, scattered_pages
+from tests.wrong_bytes.diffs import (
+    Act,
+    change_of_mode,
+    nothing,
+    page_written_later,
+    scattered_pages,
+)
 from tests.wrong_bytes.places import Place, directly, fuse, lower, packed, upper
 
 RIGHT = "right"
@@ -39,6 +45,8 @@ TABLE = [
     Row(upper("xfs")),
     Row(lower(directly("ext4"))),
     Row(lower(directly("ext4")), later=change_of_mode, must="copy-up"),
+    Row(lower(directly("ext4")), later=page_written_later, must="copy-up"),
+    Row(upper("ext4"), later=page_written_later),
     # FUSE servers without lseek call all of a file data.
     *(Row(fuse(statfs=statfs), must="dense") for statfs in (True,)),
 ]
