@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import PurePath
 
 from diffmergefs.errors import FileAccessError
@@ -86,6 +87,30 @@ def stat_beneath(root: Root, relative: str) -> os.stat_result:
     parent, name = _walk(root, relative)
     try:
         return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    finally:
+        os.close(parent)
+
+
+@contextmanager
+def passing(root: Root | None, folder: str = "") -> Iterator[int]:
+    """An O_PATH descriptor of the directory `folder` beneath `root`, for the context's time.
+
+    It takes the permission to search it, not to read it. With `root` None, `folder` is any path
+    and symlinks are followed. Raises like `open_directory`.
+    """
+    fd = _pass(root, folder)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _pass(root: Root | None, folder: str) -> int:
+    if root is None:
+        return os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    parent, name = _walk(root, folder)
+    try:
+        return os.open(name, _PASS_DIRECTORY, dir_fd=parent)
     finally:
         os.close(parent)
 

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from diffmergefs.errors import DiffMergeError
 from diffmergefs.layer import Layer
 from diffmergefs.serving.access import (
+    LISTING,
     Access,
+    Folder,
     folder_bits,
     has_acl,
+    lineage,
     reachable,
-    real_folders,
     view_access,
 )
+from diffmergefs.serving.store import OpenImage, Store
+from diffmergefs.trust import TrustPolicy
 from tests.support import skips
-from tests.support.images import PAGE, write_layer
+from tests.support.images import PAGE, overlay_oracle, write_layer
+from tests.support.openat2 import exchange
+from tests.support.stores import BASE_PAGES, OLD_NS, SECOND_NS, SIZE, pages, write_tag
+from tests.support.swaps import Swapped
 from tests.support.users import NOBODY, STRANGER, run_as
 
 pytestmark = pytest.mark.usefixtures("as_root")
@@ -49,6 +59,20 @@ def layer(path: Path, mode: int, owner: Owner = ROOT) -> Layer:
     return Layer.open(str(own(write_layer(path, PAGE, []), owner, mode)))
 
 
+@contextmanager
+def directory(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def bits_of(path: Path) -> int:
+    with directory(path) as fd:
+        return folder_bits(fd)
+
+
 def acl(path: Path, entry: str) -> None:
     subprocess.run(["setfacl", "-m", entry, str(path)], check=True)
 
@@ -71,7 +95,7 @@ def test_layers_of_one_owner_give_the_and_of_their_read_bits(
     modes: list[int], expected: int, owner: Owner, public_path: Path
 ) -> None:
     layers = [layer(public_path / f"{n}", mode, owner) for n, mode in enumerate(modes)]
-    assert view_access(layers, "/") == Access(*owner, expected)
+    assert view_access(layers) == Access(*owner, expected)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +112,8 @@ def test_layers_of_one_owner_give_the_and_of_their_read_bits(
 def test_layers_of_several_owners_belong_to_the_mounting_user(
     files: list[tuple[Owner, int]], expected: int, public_path: Path
 ) -> None:
-    layers = [
-        layer(public_path / f"{n}", mode, owner) for n, (owner, mode) in enumerate(files)
-    ]
-    assert view_access(layers, "/") == Access(os.geteuid(), os.getegid(), expected)
+    layers = [layer(public_path / f"{n}", mode, owner) for n, (owner, mode) in enumerate(files)]
+    assert view_access(layers) == Access(os.geteuid(), os.getegid(), expected)
 
 
 STRANGE: Owner = (STRANGER, STRANGER)
@@ -119,7 +141,7 @@ def test_a_class_keeps_its_bit_where_the_directory_lets_it_search(
     directory: Owner, mode: int, owner: Owner, expected: int, public_path: Path
 ) -> None:
     path = folder(public_path / "dir", directory, mode)
-    assert view_access([layer(path / "file", 0o644, owner)], "/") == Access(*owner, expected)
+    assert view_access([layer(path / "file", 0o644, owner)]) == Access(*owner, expected)
 
 
 def test_every_directory_of_every_layer_counts(public_path: Path) -> None:
@@ -127,28 +149,28 @@ def test_every_directory_of_every_layer_counts(public_path: Path) -> None:
     closed = folder(top / "closed", mode=0o750)
     below = folder(closed / "below")
     layers = [layer(top / "base", 0o644), layer(below / "diff", 0o644)]
-    assert view_access(layers[:1], "/").mode == 0o444
-    assert view_access(layers, "/").mode == 0o440
+    assert view_access(layers[:1]).mode == 0o444
+    assert view_access(layers).mode == 0o440
     own(top, ROOT, 0o700)
-    assert view_access(layers[:1], "/").mode == 0o400
+    assert view_access(layers[:1]).mode == 0o400
 
 
 def test_the_directories_are_those_of_the_real_path(public_path: Path) -> None:
     closed = folder(public_path / "closed", mode=0o700)
     write_layer(closed / "file", PAGE, []).chmod(0o644)
     (public_path / "link").symlink_to(closed)
-    assert view_access([Layer.open(str(public_path / "link" / "file"))], "/").mode == 0o400
+    assert view_access([Layer.open(str(public_path / "link" / "file"))]).mode == 0o400
 
 
 def test_paths_are_relative_to_the_root_and_may_be_those_of_today(public_path: Path) -> None:
     closed = folder(public_path / "closed", mode=0o700)
-    fd = os.open(public_path, os.O_RDONLY)
     write_layer(closed / "file", PAGE, []).chmod(0o644)
-    inner = Layer.open("closed/file", fd)
-    os.close(fd)
-    assert view_access([inner], str(public_path)).mode == 0o400
-    (closed / "file").rename(public_path / "file")
-    assert view_access([inner], str(public_path), ["file"]).mode == 0o444
+    with directory(public_path) as fd:
+        inner = Layer.open("closed/file", fd)
+        assert view_access([inner], fd, ["closed/file"]).mode == 0o400
+        (closed / "file").rename(public_path / "file")
+        assert view_access([inner], fd, ["file"]).mode == 0o444
+        assert view_access([inner]).mode == 0o444
 
 
 def test_a_file_with_an_acl_counts_as_0400(public_path: Path) -> None:
@@ -156,28 +178,28 @@ def test_a_file_with_an_acl_counts_as_0400(public_path: Path) -> None:
     assert not has_acl(listed.fd)
     acl(public_path / "listed", f"u:{STRANGER}:r")
     assert has_acl(listed.fd) and has_acl(str(public_path / "listed"))
-    assert view_access([plain], "/").mode == 0o444
-    assert view_access([plain, listed], "/").mode == 0o400
+    assert view_access([plain]).mode == 0o444
+    assert view_access([plain, listed]).mode == 0o400
     # Removed again: an ACL that says no more than the mode is none.
     subprocess.run(["setfacl", "-b", str(public_path / "listed")], check=True)
-    assert view_access([plain, listed], "/").mode == 0o444
+    assert view_access([plain, listed]).mode == 0o444
 
 
 def test_a_mask_that_looks_like_group_bits_opens_nothing(public_path: Path) -> None:
     found = layer(public_path / "file", 0o600)
     acl(public_path / "file", f"u:{STRANGER}:r")
     assert os.fstat(found.fd).st_mode & 0o777 == 0o640
-    assert view_access([found], "/").mode == 0o400
+    assert view_access([found]).mode == 0o400
     path = folder(public_path / "dir", mode=0o700)
     acl(path, f"u:{STRANGER}:rx")
     assert path.stat().st_mode & 0o777 == 0o750
-    assert view_access([layer(path / "file", 0o644)], "/").mode == 0o400
+    assert view_access([layer(path / "file", 0o644)]).mode == 0o400
 
 
 def test_a_directory_with_an_acl_lets_its_owner_alone_in(public_path: Path) -> None:
     path = folder(public_path / "dir")
     acl(path, f"u:{STRANGER}:-")
-    assert view_access([layer(path / "file", 0o644)], "/").mode == 0o400
+    assert view_access([layer(path / "file", 0o644)]).mode == 0o400
 
 
 def test_the_mirror_of_a_directory_has_its_bits_for_whom_it_can_be_reached(
@@ -185,19 +207,108 @@ def test_the_mirror_of_a_directory_has_its_bits_for_whom_it_can_be_reached(
 ) -> None:
     top = folder(public_path / "top")
     inner = folder(top / "inner", mode=0o755)
-    assert folder_bits(str(inner)) == 0o755
+    assert bits_of(inner) == 0o755
     own(inner, ROOT, 0o711)
-    assert folder_bits(str(inner)) == 0o711
+    assert bits_of(inner) == 0o711
     own(top, ROOT, 0o750)
-    assert folder_bits(str(inner)) == 0o710
+    assert bits_of(inner) == 0o710
     own(top, ROOT, 0o755)
     acl(inner, f"u:{STRANGER}:rx")
-    assert folder_bits(str(inner)) == 0o700
+    assert bits_of(inner) == 0o700
 
 
 def test_nothing_above_keeps_every_class(public_path: Path) -> None:
     assert reachable([], 0, 0) == 0o777
-    assert list(real_folders("/a/b/c")) == ["/a/b", "/a", "/"]
+
+
+def test_a_listing_is_for_those_who_may_list_and_search_every_directory() -> None:
+    searched = Folder(0, 0, 0o751)
+    assert reachable([searched], 0, 0) == 0o777
+    assert reachable([searched], 0, 0, LISTING) == 0o770
+    assert reachable([Folder(NOBODY, 0, 0o755)], STRANGER, 0, LISTING) == 0o777
+    assert reachable([Folder(NOBODY, NOBODY, 0o700)], STRANGER, 0, LISTING) == 0
+
+
+def test_a_directory_that_is_mounted_on_one_of_its_own_is_not_the_root(public_path: Path) -> None:
+    skips.require_mounts()
+    closed = folder(public_path / "closed", mode=0o700)
+    again = folder(folder(closed / "dir") / "again")
+    found = layer(closed / "dir" / "file", 0o644)
+    subprocess.run(["mount", "--bind", closed / "dir", again], check=True, timeout=60)
+    try:
+        with directory(closed) as fd:
+            above = lineage(fd)
+        with directory(again) as fd:
+            assert lineage(fd) == [Folder(0, 0, 0o755)] * 2 + above
+            assert view_access([found], fd, ["file"]).mode == 0o400
+    finally:
+        subprocess.run(["umount", again], check=True, timeout=60)
+
+
+def test_a_file_that_has_no_name_is_for_its_owner_alone(public_path: Path) -> None:
+    found = layer(public_path / "file", 0o644)
+    (public_path / "file").unlink()
+    # What has come to stand there, by either of its names, is another file.
+    own(write_layer(public_path / "file", PAGE, []), ROOT, 0o644)
+    own(write_layer(public_path / "file (deleted)", PAGE, []), ROOT, 0o644)
+    assert view_access([found]).mode == 0o400
+    memory = os.memfd_create("guest")
+    os.fchmod(memory, 0o644)
+    os.truncate(memory, PAGE)
+    assert view_access([Layer("a memfd", memory)]).mode == 0o400
+
+
+def test_a_path_that_leads_to_another_file_by_now_tells_nothing(public_path: Path) -> None:
+    closed = folder(public_path / "closed", mode=0o700)
+    bait = folder(public_path / "bait")
+    for place in (closed, bait):
+        write_layer(place / "file", PAGE, []).chmod(0o644)
+    with directory(public_path) as fd:
+        found = Layer.open("closed/file", fd)
+        exchange(closed, bait)
+        with pytest.raises(OSError) as caught:
+            view_access([found], fd, ["closed/file"])
+        assert caught.value.errno == errno.ESTALE
+        exchange(closed, bait)
+        assert view_access([found], fd, ["closed/file"]).mode == 0o400
+
+
+def test_no_moment_of_an_exchange_opens_a_door(
+    public_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever the private directory and the bait change places, and change back."""
+    root = folder(public_path / "store")
+    secret = write_tag(root, "secret", layer=1)
+    own(secret, ROOT, 0o700)
+    bait = write_tag(public_path, "bait", layer=2)
+    for place in (secret, bait):
+        os.utime(own(place / "memory.bin", ROOT, 0o644), ns=(OLD_NS, OLD_NS))
+    ours = {overlay(n): mode for n, mode in ((1, 0o400), (2, 0o444))}
+    swapped = Swapped(monkeypatch, secret, bait)
+    seen = set()
+
+    def shown(at: tuple[int, ...]) -> None:
+        store = Store(str(root), TrustPolicy(), clock=lambda: OLD_NS + 100 * SECOND_NS)
+        store.look()
+        with swapped.during(at):
+            with suppress(DiffMergeError):
+                seen.add(check(store.open("secret")))
+            store.look()
+            if image := store.opened("secret"):
+                seen.add(check(image))
+
+    def check(image: OpenImage) -> int:
+        content = bytes(image.image.view.read(0, SIZE))
+        assert image.access.mode | ours[content] == ours[content]
+        return image.access.mode
+
+    for at in swapped.moments(lambda: shown(())):
+        shown(at)
+    assert 0o400 in seen
+
+
+def overlay(number: int) -> bytes:
+    return bytes(overlay_oracle(SIZE, [pages(number, BASE_PAGES)]))
 
 
 def test_an_acl_that_cannot_be_read_is_an_error_and_not_no_acl(
@@ -210,7 +321,7 @@ def test_an_acl_that_cannot_be_read_is_an_error_and_not_no_acl(
 
     monkeypatch.setattr(os, "getxattr", refuse)
     with pytest.raises(PermissionError):
-        view_access([found], "/")
+        view_access([found])
 
 
 USERS = [*itertools.product((NOBODY, STRANGER), (0, NOBODY, STRANGER))]
@@ -242,7 +353,7 @@ def test_nobody_reads_a_view_who_cannot_read_all_its_layers(public_path: Path) -
     layers = [Layer.open(str(file)) for file in files]
     # Each file with itself, and with some other one.
     pairs = [(n, m) for n in range(len(files)) for m in (n, n * 7 % len(files))]
-    views = [(n, m, view_access([layers[n], layers[m]], "/")) for n, m in pairs]
+    views = [(n, m, view_access([layers[n], layers[m]])) for n, m in pairs]
     granted = 0
     for user in USERS:
         may = readable(files, user)

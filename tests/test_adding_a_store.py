@@ -15,7 +15,7 @@ from diffmergefs.layouts import catalog
 from diffmergefs.layouts.catalog import read_catalog
 from diffmergefs.layouts.reader import Reader
 from diffmergefs.serving.store import Store
-from diffmergefs.serving.tree import TagFolder, Tree
+from diffmergefs.serving.tree import Root, Tree
 from diffmergefs.trust import TrustPolicy
 from tests.support.images import overlay_oracle, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, age, pages
@@ -70,7 +70,7 @@ def test_its_tags_stand_in_the_tree_without_what_is_false_there(fleet: Path) -> 
         store.look()
         store.open("leaf")
         tree = Tree("/view", store)
-        assert sorted(tree.children(TagFolder("leaf"))) == ["disk", "ram"]
+        assert sorted(tree.children(tree.child(Root(), "leaf"))) == ["disk", "ram"]
         (fleet / "work" / "over").write_text("nobody")
         store.look()
         assert sorted(store.tags()) == ["base"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +16,9 @@ import pytest
 from tests.support import skips
 from tests.support.images import PAGE, overlay_oracle
 from tests.support.mounts import mounted
+from tests.support.openat2 import exchange
 from tests.support.stores import SIZE, pages, write_numbered, write_tag
+from tests.support.superserve import write_sandbox, write_template
 from tests.support.users import NOBODY, STRANGER, run_as
 
 OWNER, GROUP = 23456, 34567
@@ -268,3 +272,145 @@ def test_a_changed_mode_holds_for_new_opens(public_path: Path, mountpoint: Path)
         os.chown(store / "001-one.mem", OWNER, GROUP)
         (store / "001-one.mem").chmod(0o400)
         wait_for(set())
+
+
+def until_stale(fd: int, mode: int) -> None:
+    """What `fd` is open of has this mode, and another one at no time, until it is stale."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            status = os.fstat(fd)
+        except OSError as error:
+            assert error.errno == errno.ESTALE
+            return
+        assert stat.S_IMODE(status.st_mode) == mode
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("name", ["secret", "folder"])
+def test_what_stands_at_its_path_by_now_opens_no_passed_node(
+    public_path: Path, mountpoint: Path, name: str
+) -> None:
+    skips.require_root()
+    store = public_path / "store"
+    folder = write_tag(store, "base")
+    (folder / "secret").write_bytes(b"secret")
+    set_entry(folder / "secret", Entry(0o600, 0, 0))
+    (folder / "folder").mkdir()
+    (folder / "folder" / "file").write_bytes(b"secret")
+    set_entry(folder / "folder", Entry(0o700, 0, 0))
+    bait = public_path / "bait"
+    (bait / "folder").mkdir(parents=True)
+    (bait / "secret").write_bytes(b"a bait")
+    (bait / "folder" / "file").write_bytes(b"a bait")
+    command = {
+        "secret": lambda fd: ["/bin/cat", f"/proc/self/fd/{fd}"],
+        "folder": lambda fd: ["/bin/cat", f"/proc/self/fd/{fd}/file"],
+    }[name]
+    with mounted(store, mountpoint, "--allow-other"):
+        fd = os.open(mountpoint / "base" / name, os.O_PATH)
+        try:
+            mode = stat.S_IMODE((folder / name).stat().st_mode)
+            assert stat.S_IMODE(os.fstat(fd).st_mode) == mode
+            exchange(folder / name, bait / name)
+            until_stale(fd, mode)
+            done = run_as(STRANGER, STRANGER, command(fd), pass_fds=[fd])
+            assert (done.returncode, done.stdout) != (0, b"secret")
+            exchange(folder / name, bait / name)
+            done = run_as(STRANGER, STRANGER, command(fd), pass_fds=[fd])
+            assert done.returncode != 0 and done.stdout == b""
+            assert stat.S_IMODE(os.fstat(fd).st_mode) == mode
+        finally:
+            os.close(fd)
+
+
+def test_an_open_passed_file_has_attributes_though_another_stands_at_its_path(
+    public_path: Path, mountpoint: Path
+) -> None:
+    store = public_path / "store"
+    state = write_tag(store, "base") / "vmstate"
+    (store / "base" / "next").write_bytes(b"another, longer state of base")
+    with mounted(store, mountpoint), (mountpoint / "base" / "vmstate").open("rb") as file:
+        known = os.fstat(file.fileno())
+        (store / "base" / "next").rename(state)
+        deadline = time.monotonic() + 10
+        while (mountpoint / "base" / "vmstate").stat().st_ino == known.st_ino:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert os.fstat(file.fileno()).st_size == known.st_size
+        assert file.read() == b"state of base"
+
+
+def test_the_directories_between_count_for_a_tag_of_several_components(
+    public_path: Path, mountpoint: Path
+) -> None:
+    skips.require_root()
+    store = public_path / "store"
+    base = write_template(store)
+    for user in ("u1", "u2"):
+        write_sandbox(store, f"{user}/box", base)
+    for path in sorted(store.rglob("*")):
+        set_entry(path, Entry(0o755 if path.is_dir() else 0o644))
+    (store / "u1").chmod(0o700)
+    (store / "u2").chmod(0o710)
+
+    def lists(who: str) -> bool:
+        return run_as(*PEOPLE[who], ["/bin/ls", str(mountpoint)]).returncode == 0
+
+    with mounted(store, mountpoint, "--allow-other"):
+        for tag, readers in (("u1+box", {"owner"}), ("u2+box", {"owner", "group"})):
+            for name in ("vmstate.snap", "mem.diff"):
+                path = mountpoint / tag / name
+                assert {who for who in PEOPLE if can_read(who, path)} == readers, path
+        assert all(can_read(who, mountpoint / "templates+python" / "mem.snap") for who in PEOPLE)
+        # The names of the tags tell what u1 holds, which its owner alone may list.
+        assert stat.S_IMODE(mountpoint.stat().st_mode) == 0o711
+        assert {who for who in PEOPLE if lists(who)} == set()
+        assert sorted(os.listdir(mountpoint)) == ["templates+python", "u1+box", "u2+box"]
+
+
+def exchange_until(one: Path, other: Path, reader: subprocess.Popen[bytes]) -> None:
+    while reader.poll() is None:
+        exchange(one, other)
+        time.sleep(0.001)
+
+
+def test_an_enemy_who_exchanges_directories_never_reads_the_guest(
+    public_path: Path, mountpoint: Path
+) -> None:
+    """As it was done: SOURCE is another user's, the directory of the guest is not."""
+    skips.require_root()
+    store = public_path / "store"
+    secret, bait = write_tag(store, "secret", layer=1), write_tag(public_path, "bait", layer=2)
+    set_entry(secret, Entry(0o700, 0, 0))
+    for folder in (secret, bait):
+        (folder / "vmstate").write_bytes(b"state of " + os.fsencode(folder.name))
+        for name in ("memory.bin", "vmstate"):
+            set_entry(folder / name, Entry(0o644, 0, 0))
+    guest = bytes(overlay_oracle(SIZE, [pages(1, range(15))]))
+    script = (
+        'while :; do for f in memory.bin vmstate; do cat "$1/$f" 2>/dev/null && echo; done; done'
+    )
+    view = mountpoint / "secret"
+    with (
+        mounted(store, mountpoint, "--allow-other", expect_log=("secret: ",)),
+        subprocess.Popen(
+            ["/bin/sh", "-c", script, "sh", str(view)],
+            stdout=subprocess.PIPE,
+            user=STRANGER,
+            group=STRANGER,
+            extra_groups=[],
+        ) as reader,
+    ):
+        try:
+            assert reader.stdout is not None
+            threading.Timer(4, reader.kill).start()
+            swaps = threading.Thread(target=exchange_until, args=(secret, bait, reader))
+            swaps.start()
+            found = reader.stdout.read()
+            swaps.join()
+        finally:
+            reader.kill()
+    assert b"state of secret" not in found
+    assert guest[:PAGE] not in found and guest[-2 * PAGE : -PAGE] not in found

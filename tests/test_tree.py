@@ -11,6 +11,8 @@ import shutil
 import socket
 import stat
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from diffmergefs.serving.store import OpenImage, Store
 from diffmergefs.serving.tree import ROOT_INODE, Document, MemoryFile, Passed, Root, TagFolder, Tree
 from diffmergefs.trust import TrustPolicy
 from tests.support.images import PAGE, write_layer
+from tests.support.openat2 import exchange
 from tests.support.stores import (
     BASE_PAGES,
     OLD_NS,
@@ -36,6 +39,7 @@ from tests.support.stores import (
     write_numbered,
     write_tag,
 )
+from tests.support.swaps import Swapped
 
 MOUNTPOINT = "/mnt/the views"
 
@@ -52,13 +56,19 @@ def tree_of(root: Path, *, open_rw: bool = False) -> Tree:
     return Tree(MOUNTPOINT, store, open_rw=open_rw)
 
 
+def folder_of(tree: Tree, tag: str) -> TagFolder:
+    node = tree.child(Root(), tag)
+    assert isinstance(node, TagFolder)
+    return node
+
+
 def opened(tree: Tree, tag: str) -> MemoryFile:
     assert tree.store is not None
     return MemoryFile(tree.store.open(tag))
 
 
 def document(tree: Tree, tag: str) -> dict[str, object]:
-    node = tree.child(TagFolder(tag), "snapshot.json")
+    node = tree.child(folder_of(tree, tag), "snapshot.json")
     assert isinstance(node, Document)
     found: dict[str, object] = json.loads(node.content)
     return found
@@ -74,8 +84,12 @@ def test_the_root_has_a_folder_for_each_tag_that_is_shown(root: Path) -> None:
     write_tag(root, "orphan", "nobody")
     (root / "notes").touch()
     tree = tree_of(root)
-    assert tree.children(Root()) == {"base": TagFolder("base"), "work": TagFolder("work")}
-    assert tree.child(Root(), "work") == TagFolder("work")
+    found = tree.children(Root())
+    assert {name: node.tag for name, node in found.items() if isinstance(node, TagFolder)} == {
+        "base": "base",
+        "work": "work",
+    }
+    assert tree.child(Root(), "work") == found["work"]
     for name in ("orphan", "notes", "nobody"):
         with pytest.raises(FileNotFoundError):
             tree.child(Root(), name)
@@ -85,7 +99,7 @@ def test_a_tag_shows_its_memory_once_it_is_open_its_files_and_its_document(root:
     (root / "work" / "sub").mkdir()
     (root / "work" / "sub" / "note").touch()
     tree = tree_of(root)
-    folder = TagFolder("work")
+    folder = folder_of(tree, "work")
     assert set(tree.children(folder)) == {"snapshot.json", "vmstate", "sub"}
     with pytest.raises(FileNotFoundError):
         tree.child(folder, "memory.bin")
@@ -109,9 +123,9 @@ def test_a_refused_memory_file_has_no_entry_and_says_why(public_path: Path) -> N
     tree = tree_of(public_path)
     with pytest.raises(DiffMergeError):
         opened(tree, "filled")
-    assert set(tree.children(TagFolder("filled"))) == {"snapshot.json", "vmstate"}
+    assert set(tree.children(folder_of(tree, "filled"))) == {"snapshot.json", "vmstate"}
     with pytest.raises(DiffMergeError, match="holes were filled"):
-        tree.child(TagFolder("filled"), "memory.bin")
+        tree.child(folder_of(tree, "filled"), "memory.bin")
 
 
 def test_numbered_tags_show_their_own_files_only(public_path: Path) -> None:
@@ -120,10 +134,10 @@ def test_numbered_tags_show_their_own_files_only(public_path: Path) -> None:
     seal_layer(public_path / "001-work.mem")
     tree = tree_of(public_path)
     opened(tree, "work")
-    assert set(tree.children(TagFolder("work"))) == {"001-work.mem", "001-work.vmstate"}
+    assert set(tree.children(folder_of(tree, "work"))) == {"001-work.mem", "001-work.vmstate"}
     for name in ("000-base.mem", "001-work.mem.bmap", "snapshot.json"):
         with pytest.raises(FileNotFoundError):
-            tree.child(TagFolder("work"), name)
+            tree.child(folder_of(tree, "work"), name)
     assert tree.memory_name("base") == "000-base.mem"
 
 
@@ -137,16 +151,16 @@ def test_fifos_sockets_devices_seals_and_staging_names_are_left_out(root: Path) 
     (folder / ".compact-staging-z").mkdir()
     (folder / "kept.bmap").touch()
     tree = tree_of(root)
-    assert set(tree.children(TagFolder("work"))) == {"snapshot.json", "vmstate", "kept.bmap"}
+    assert set(tree.children(folder_of(tree, "work"))) == {"snapshot.json", "vmstate", "kept.bmap"}
     for name in ("fifo", "socket", "memory.bin.bmap", ".diffmergefs-x", "y.tmp"):
         with pytest.raises(FileNotFoundError):
-            tree.child(TagFolder("work"), name)
+            tree.child(folder_of(tree, "work"), name)
 
 
 def test_a_symlink_is_passed_through_as_it_is_and_not_followed(root: Path) -> None:
     (root / "work" / "link").symlink_to("/etc/../nowhere")
     tree = tree_of(root)
-    link = tree.child(TagFolder("work"), "link")
+    link = tree.child(folder_of(tree, "work"), "link")
     assert isinstance(link, Passed)
     assert stat.S_ISLNK(tree.attributes(link).mode)
     assert tree.link_target(link) == "/etc/../nowhere"
@@ -158,7 +172,7 @@ def test_a_passed_file_has_its_own_attributes_and_bytes(root: Path) -> None:
     path = root / "work" / "vmstate"
     path.chmod(0o640)
     tree = tree_of(root)
-    node = tree.child(TagFolder("work"), "vmstate")
+    node = tree.child(folder_of(tree, "work"), "vmstate")
     assert isinstance(node, Passed)
     found, real = tree.attributes(node), path.stat()
     assert found.mode == real.st_mode
@@ -190,7 +204,8 @@ def test_a_memory_file_may_be_opened_for_writing_only_with_open_rw(root: Path) -
 
 def test_a_tags_folder_mirrors_its_directory(root: Path) -> None:
     (root / "work").chmod(0o750)
-    found = tree_of(root).attributes(TagFolder("work"))
+    tree = tree_of(root)
+    found = tree.attributes(folder_of(tree, "work"))
     assert found.mode == stat.S_IFDIR | 0o750
 
 
@@ -205,7 +220,7 @@ def test_a_document_reads_as_a_base_in_the_mountpoint(root: Path) -> None:
         "volumes": [{"a": None}],
         "x": "é",
     }
-    node = tree.child(TagFolder("leaf"), "snapshot.json")
+    node = tree.child(folder_of(tree, "leaf"), "snapshot.json")
     assert isinstance(node, Document)
     assert tree.attributes(node).size == len(node.content)
     assert b"work" not in node.content
@@ -218,7 +233,7 @@ def test_a_document_without_vmstate_gets_none(public_path: Path) -> None:
 
 def test_inode_numbers_are_stable_until_forgotten_and_never_reused(root: Path) -> None:
     tree = tree_of(root)
-    nodes = [*tree.children(TagFolder("work")).values(), TagFolder("work")]
+    nodes = [*tree.children(folder_of(tree, "work")).values(), folder_of(tree, "work")]
     numbers = [tree.inode(node) for node in nodes]
     assert len({*numbers, ROOT_INODE}) == len(nodes) + 1
     assert [tree.inode(node) for node in nodes] == numbers
@@ -263,7 +278,7 @@ def test_a_new_image_is_a_file_with_a_new_number_and_the_old_one_is_served_on(ro
 
 def test_a_replaced_passed_file_has_a_new_number(root: Path) -> None:
     tree = tree_of(root)
-    folder = TagFolder("work")
+    folder = folder_of(tree, "work")
     number = tree.inode(tree.child(folder, "vmstate"))
     (root / "work" / "next").write_text("another")
     (root / "work" / "next").rename(root / "work" / "vmstate")
@@ -273,7 +288,7 @@ def test_a_replaced_passed_file_has_a_new_number(root: Path) -> None:
 def test_explicit_layers_are_one_file_under_the_bases_name(public_path: Path) -> None:
     base = write_layer(public_path / "mem_file", SIZE, pages(0, BASE_PAGES))
     image = open_chain(base, [write_layer(public_path / "mem_diff", SIZE, pages(1, [1]))])
-    shown = OpenImage.of(image, "mem_file", view_access(image.view.layers, "/"))
+    shown = OpenImage.of(image, "mem_file", view_access(image.view.layers))
     tree = Tree(MOUNTPOINT, explicit=shown)
     assert tree.children(Root()) == {"mem_file": MemoryFile(shown)}
     assert tree.attributes(tree.child(Root(), "mem_file")).size == SIZE
@@ -319,14 +334,137 @@ def test_an_image_that_a_look_dropped_is_not_held_by_its_number(root: Path) -> N
     assert caught.value.errno == errno.ESTALE
 
 
+@contextmanager
+def put_in_place_of(path: Path, other: Path) -> Iterator[None]:
+    """`other` stands at `path` for a while."""
+    exchange(path, other)
+    try:
+        yield
+    finally:
+        exchange(path, other)
+
+
+def require_stale(act: Callable[[], object]) -> None:
+    with pytest.raises(OSError) as caught:
+        act()
+    assert caught.value.errno == errno.ESTALE
+
+
+def test_a_node_is_never_what_has_come_to_stand_at_its_path(root: Path) -> None:
+    work = root / "work"
+    (work / "sub").mkdir(0o700)
+    (work / "sub" / "note").touch()
+    (work / "link").symlink_to("secret")
+    bait = root.parent / "bait"
+    bait.mkdir()
+    for name in ("file", "dir/note"):
+        (bait / name).parent.mkdir(exist_ok=True)
+        (bait / name).touch()
+    (bait / "link").symlink_to("bait")
+    tree = tree_of(root)
+    folder = folder_of(tree, "work")
+    file, sub, link = (tree.child(folder, name) for name in ("vmstate", "sub", "link"))
+    assert isinstance(file, Passed) and isinstance(link, Passed)
+    with put_in_place_of(work / "vmstate", bait / "file"):
+        require_stale(lambda: tree.attributes(file))
+        require_stale(lambda: os.close(tree.open_passed(file)))
+    with put_in_place_of(work / "link", bait / "link"):
+        require_stale(lambda: tree.attributes(link))
+        require_stale(lambda: tree.link_target(link))
+    for place, other, node in (("sub", "dir", sub), (".", ".", folder)):
+        with put_in_place_of((work / place).resolve(), (bait / other).resolve()):
+            require_stale(lambda node=node: tree.attributes(node))  # type: ignore[misc]
+            require_stale(lambda node=node: tree.children(node))  # type: ignore[misc]
+            require_stale(lambda node=node: tree.child(node, "note"))  # type: ignore[misc]
+    assert tree.link_target(link) == "secret"
+    assert set(tree.children(sub)) == {"note"}
+    assert tree.attributes(file).size == len("state of work")
+
+
+def test_a_passed_file_that_is_open_keeps_its_attributes_but_lets_nobody_else_in(
+    root: Path,
+) -> None:
+    path = root / "work" / "vmstate"
+    path.chmod(0o644)
+    tree = tree_of(root)
+    node = tree.child(folder_of(tree, "work"), "vmstate")
+    assert isinstance(node, Passed)
+    fd = tree.open_passed(node)
+    other = tree.open_passed(tree.child(folder_of(tree, "base"), "vmstate"))  # type: ignore[arg-type]
+    try:
+        path.unlink()
+        found = tree.attributes_of_open(node, fd)
+        assert (found.size, stat.S_IMODE(found.mode)) == (len("state of work"), 0o600)
+        require_stale(lambda: tree.attributes_of_open(node, other))
+    finally:
+        os.close(fd)
+        os.close(other)
+
+
+def test_a_document_has_the_attributes_of_the_file_that_was_read(root: Path) -> None:
+    path = root / "work" / "snapshot.json"
+    path.chmod(0o640)
+    tree = tree_of(root)
+    folder = folder_of(tree, "work")
+    node = tree.child(folder, "snapshot.json")
+    assert stat.S_IMODE(tree.attributes(node).mode) == 0o640
+    bait = root / "bait.json"
+    bait.write_text("{}")
+    with put_in_place_of(path, bait):
+        # What was read is shown until the next look, to its owner.
+        assert stat.S_IMODE(tree.attributes(node).mode) == 0o600
+        again = tree.child(folder, "snapshot.json")
+        assert isinstance(again, Document) and isinstance(node, Document)
+        assert again.replaced and again.content == node.content
+    # Nor does it become public again because the file is put back.
+    assert stat.S_IMODE(tree.attributes(again).mode) == 0o600
+    assert stat.S_IMODE(tree.attributes(tree.child(folder, "snapshot.json")).mode) == 0o640
+    path.rename(root / "work" / "old.json")
+    write_tag(root, "work", "base", layer=1)
+    assert tree.store is not None
+    tree.store.look()
+    require_stale(lambda: tree.attributes(node))
+
+
+def test_no_moment_of_an_exchange_shows_a_private_directorys_file(
+    public_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_chain(public_path / "store", ["secret"])
+    bait = write_tag(public_path, "bait")
+    for place, text in ((root / "secret", b"secret"), (bait, b"bait")):
+        (place / "vmstate").write_bytes(text)
+        (place / "vmstate").chmod(0o644)
+    (root / "secret").chmod(0o700)
+    tree = tree_of(root)
+    swapped = Swapped(monkeypatch, root / "secret", bait)
+    read = set()
+
+    def enter(at: tuple[int, ...]) -> None:
+        # As the kernel does for somebody else: each directory's bits, then the next name.
+        with swapped.during(at), suppress(OSError):
+            folder = tree.child(Root(), "secret")
+            closed = not tree.attributes(folder).mode & 0o001
+            node = tree.child(folder, "vmstate")
+            assert isinstance(node, Passed)
+            assert tree.attributes(node).mode & 0o004
+            with open(tree.open_passed(node), "rb") as file:
+                text = file.read()
+            read.add(text)
+            assert closed or text == b"bait"
+
+    for at in swapped.moments(lambda: enter(())):
+        enter(at)
+    assert read == {b"secret", b"bait"}
+
+
 @pytest.mark.parametrize("name", ["state.tmp", ".compact-staging-state", "vm.part"])
 def test_a_vmstate_is_shown_whatever_it_is_called(root: Path, name: str) -> None:
     write_tag(root, "leaf", "work", layer=2, vmstate=name)
     (root / "leaf" / "beside.tmp").touch()
     tree = tree_of(root)
-    found = tree.children(TagFolder("leaf"))
+    found = tree.children(folder_of(tree, "leaf"))
     assert set(found) == {"snapshot.json", name}
-    node = tree.child(TagFolder("leaf"), name)
+    node = tree.child(folder_of(tree, "leaf"), name)
     assert isinstance(node, Passed) and node == found[name]
     assert document(tree, "leaf")["vmstate"] == f"{MOUNTPOINT}/leaf/{name}"
     fd = tree.open_passed(node)
@@ -347,16 +485,16 @@ def test_the_layer_of_a_broken_tag_is_not_passed_through_elsewhere(root: Path, b
     write_document(root, tag, json.dumps(fields))
     tree = tree_of(root)
     assert set(tree.children(Root())) == {"base", "work"}
-    assert set(tree.children(TagFolder("work"))) == {"snapshot.json", "vmstate"}
+    assert set(tree.children(folder_of(tree, "work"))) == {"snapshot.json", "vmstate"}
     with pytest.raises(FileNotFoundError):
-        tree.child(TagFolder("work"), "other.mem")
+        tree.child(folder_of(tree, "work"), "other.mem")
 
 
 def test_a_passed_file_takes_none_of_the_last_descriptors(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = tree_of(root)
-    node = tree.child(TagFolder("work"), "vmstate")
+    node = tree.child(folder_of(tree, "work"), "vmstate")
     assert isinstance(node, Passed)
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (8, 8))

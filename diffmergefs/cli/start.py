@@ -147,7 +147,13 @@ def _explicit_image(request: Request, leases: Leases) -> OpenImage:
     image = open_chain(base, diffs, request.policy, leases)
     for line in image.overridden:
         log.warning("%s", line)
-    return OpenImage.of(image, os.path.basename(base), view_access(image.view.layers, "/"))
+    try:
+        access = view_access(image.view.layers)
+    except OSError as error:
+        raise FileAccessError(
+            f"{error.filename or base}: {error.strerror} while it was found out who may read it"
+        ) from error
+    return OpenImage.of(image, os.path.basename(base), access)
 
 
 def serve_in_background(

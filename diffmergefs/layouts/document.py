@@ -13,10 +13,12 @@ from diffmergefs.beneath import Reach, Root
 from diffmergefs.errors import BrokenChainError
 from diffmergefs.layouts.snapshot import (
     DOCUMENT,
+    MAX_DOCUMENT,
     Snapshot,
     StoredFile,
     find_regular,
-    load_document,
+    parse_document,
+    read_with_status,
     with_records,
 )
 
@@ -34,7 +36,9 @@ def describe(root: Root, seen: Snapshot, paths: Collection[str]) -> Snapshot:
     """
     tag = seen.tag
     path = f"{tag}/{DOCUMENT}"
-    document = load_document(root, path)
+    text, status = read_with_status(root, path, MAX_DOCUMENT)
+    document = parse_document(text, path)
+    seen = replace(seen, document_status=status)
     found = replace(seen, parent=_parent_if_stated(document, path))
     try:
         recorded = _text(document, "memory", path)

@@ -45,12 +45,12 @@ class Snapshot:
     be found. `folder` is the directory, relative to the root, whose files go with it if it has
     one; `files` names further ones (name in the view -> path beneath the root), and `withheld` are
     paths beneath the root that are not passed through. `document` is the parsed snapshot.json,
-    `parent_hash` the parent's sha256 as recorded there. `ranges` says where in the guest's memory
-    the image's bytes belong, (address, length) in the order of the file, where that is recorded.
-    `problem` is the reason why it cannot be shown. `doubt` is what makes it doubtful that a
-    snapshot without a parent is a base, with the way out: then it is one only if its memory file
-    has no hole. `newest_ns` is the latest mtime among its files;
-    two looks with the same `state` saw the same files.
+    `document_status` what fstat said of the file that was read, `parent_hash` the parent's sha256
+    as recorded there. `ranges` says where in the guest's memory the image's bytes belong,
+    (address, length) in the order of the file, where that is recorded. `problem` is the reason why
+    it cannot be shown. `doubt` is what makes it doubtful that a snapshot without a parent is a
+    base, with the way out: then it is one only if its memory file has no hole. `newest_ns` is the
+    latest mtime among its files; two looks with the same `state` saw the same files.
     """
 
     tag: str
@@ -59,6 +59,7 @@ class Snapshot:
     folder: str | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     document: Mapping[str, Any] | None = None
+    document_status: os.stat_result | None = None
     vmstate: str | None = None
     parent_hash: str | None = None
     ranges: tuple[tuple[int, int], ...] | None = None
@@ -174,20 +175,27 @@ def read_small(root: beneath.Root | None, path: str, limit: int) -> bytes:
     With `root` None, `path` is any path. Raises BrokenChainError, in one line: for a larger file,
     one that changes while it is read, and one that cannot be read.
     """
+    return read_with_status(root, path, limit)[0]
+
+
+def read_with_status(
+    root: beneath.Root | None, path: str, limit: int
+) -> tuple[bytes, os.stat_result]:
+    """As `read_small`, and what fstat says of the file that was read."""
     try:
         fd = beneath.open_regular(root, path)
         with open(fd, "rb") as file:
             before = FileKey.of(os.fstat(fd))
             text = file.read(limit + 1)
-            after = FileKey.of(os.fstat(fd))
+            status = os.fstat(fd)
     except OSError as error:
         raise BrokenChainError(f"{path}: {error.strerror}") from error
     if len(text) > limit:
         name = os.path.basename(path)
         raise BrokenChainError(f"{path}: over {limit} bytes, too large for a {name}")
-    if before != after:
+    if before != FileKey.of(status):
         raise BrokenChainError(f"{path}: changed while it was read; try again")
-    return text
+    return text, status
 
 
 def _is_nested_too_deep(document: dict[str, Any]) -> bool:

@@ -1,18 +1,41 @@
-"""Who may read a view: never more people than its layers and the directories above them let."""
+"""Who may read a view: never more people than its layers and the directories above them let.
+
+Judged on the files and directories themselves, by their descriptors: what stands under a name may
+be another file at each look.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from diffmergefs import beneath
 from diffmergefs.layer import Layer
 
 _READ = 0o444
+_SEARCH = 0o1
+LISTING = 0o5
 _NO_ACL = frozenset({errno.ENODATA, errno.EOPNOTSUPP})
+_PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Folder(NamedTuple):
+    """Owner, group and permission bits of a directory; the bits as `file_bits` gives them."""
+
+    uid: int
+    gid: int
+    mode: int
+
+    @classmethod
+    def of(cls, fd: int) -> Folder:
+        """Those of the open directory `fd`. Raises OSError."""
+        status = os.fstat(fd)
+        mode = file_bits(f"/proc/self/fd/{fd}", status.st_mode)
+        return cls(status.st_uid, status.st_gid, mode)
 
 
 class Access(NamedTuple):
@@ -23,17 +46,21 @@ class Access(NamedTuple):
     mode: int
 
 
-def view_access(layers: Iterable[Layer], root: str, paths: Iterable[str] | None = None) -> Access:
+def view_access(
+    layers: Sequence[Layer], root: beneath.Root | None = None, paths: Sequence[str] = ()
+) -> Access:
     """Owner and read bits of the view over `layers`.
 
-    `paths`, by default the layers' own, are where the layers lie now, relative to `root`.
+    `paths`, one for each layer, are where they lie now beneath `root`; without a `root` they are
+    where the kernel says that the open files lie.
 
     If all layers share owner and group, those are the view's, with the AND of the layers' read
     bits; otherwise the owner is the mounting user with 0400, plus 044 only if every layer is
     readable by all. A class keeps its bit only where every directory on each layer's real path
-    lets it search. A file with an ACL counts as 0400. Reads metadata only; raises OSError.
+    lets it search: those through which a walk to the layer's path passes now. A file with an ACL
+    counts as 0400. Reads metadata only. Raises OSError, ESTALE where a walk leads to another file
+    than the open one.
     """
-    layers = list(layers)
     stats = [os.fstat(layer.fd) for layer in layers]
     bits = _READ
     for layer, status in zip(layers, stats, strict=True):
@@ -44,9 +71,33 @@ def view_access(layers: Iterable[Layer], root: str, paths: Iterable[str] | None 
     else:
         uid, gid = os.geteuid(), os.getegid()
         bits = 0o400 | (0o044 if bits == _READ else 0)
-    paths = [layer.path for layer in layers] if paths is None else paths
-    folders = {folder for path in paths for folder in real_folders(os.path.join(root, path))}
-    return Access(uid, gid, bits & reachable(folders, uid, gid))
+    if root is None:
+        paths = [os.readlink(f"/proc/self/fd/{layer.fd}") for layer in layers]
+    files: dict[str, dict[str, os.stat_result]] = defaultdict(dict)
+    for path, status in zip(paths, stats, strict=True):
+        if root is None and status.st_nlink == 0:
+            bits &= 0o700  # deleted, or a memfd: nobody else reaches it by any path
+        else:
+            folder, name = os.path.split(path)
+            files[folder][name] = status
+    above = {passed for folder, held in files.items() for passed in _way_to(root, folder, held)}
+    return Access(uid, gid, bits & reachable(above, uid, gid))
+
+
+def _way_to(
+    root: beneath.Root | None, folder: str, files: dict[str, os.stat_result]
+) -> set[Folder]:
+    with beneath.passing(root, folder) as fd:
+        for name, status in files.items():
+            found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            require_same(found, status.st_dev, status.st_ino, os.path.join(folder, name))
+        return set(lineage(fd))
+
+
+def require_same(status: os.stat_result, device: int, inode: int, path: str) -> None:
+    """Raise OSError (ESTALE) unless `status`, of what stands at `path`, is that of this file."""
+    if (status.st_dev, status.st_ino) != (device, inode):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
 
 
 def file_bits(file: int | str, mode: int) -> int:
@@ -70,38 +121,56 @@ def has_acl(file: int | str) -> bool:
     return True
 
 
-def reachable(folders: Iterable[str], uid: int, gid: int) -> int:
+def reachable(folders: Iterable[Folder], uid: int, gid: int, need: int = _SEARCH) -> int:
     """The permission bits (of 0777) of those classes that may search every one of `folders`.
 
-    The classes are those of a file of `uid` and `gid`. Where a folder has another owner or group
-    it is not known in which of its classes a member falls, so both must be allowed.
+    With `need` LISTING, that may list and search them. The classes are those of a file of `uid` and
+    `gid`. Where a folder has another owner or group it is not known in which of its classes
+    a member falls, so both must be allowed.
     """
     bits = 0o777
     for folder in folders:
-        status = os.stat(folder)
-        mode = file_bits(folder, status.st_mode)
-        strangers = mode & 0o011 == 0o011
-        if not (mode & 0o100 if status.st_uid == uid else strangers or uid == os.geteuid()):
+        owner, group, others = (folder.mode >> shift & need == need for shift in (6, 3, 0))
+        strangers = group and others
+        if not (owner if folder.uid == uid else strangers or uid == os.geteuid()):
             bits &= ~0o700
-        if not (mode & 0o010 if status.st_gid == gid else strangers):
+        if not (group if folder.gid == gid else strangers):
             bits &= ~0o070
         if not strangers:
             bits &= ~0o007
     return bits
 
 
-def folder_bits(path: str) -> int:
-    """The bits of the directory `path` that its mirror in a view can have.
+def folder_bits(fd: int) -> int:
+    """The bits of the directory `fd` that its mirror in a view can have.
 
     Its own (the owner's alone where it has an ACL), for those classes that may reach it.
     """
-    status = os.stat(path)
-    mode = file_bits(path, status.st_mode)
-    above = [folder for folder in real_folders(path) if folder != os.path.realpath(path)]
-    return mode & reachable(above, status.st_uid, status.st_gid)
+    own, *above = lineage(fd)
+    return own.mode & reachable(above, own.uid, own.gid)
 
 
-def real_folders(path: str) -> Iterator[str]:
-    """The directories above the real path of `path`."""
-    for folder in Path(os.path.realpath(path)).parents:
-        yield str(folder)
+def lineage(fd: int) -> list[Folder]:
+    """The directory `fd` and all above it, from it to the root: whatever names lead there.
+
+    Raises OSError, as where this process may not search one of them.
+    """
+    found: list[Folder] = []
+    here = os.open(".", _PASS, dir_fd=fd)
+    try:
+        while True:
+            found.append(Folder.of(here))
+            above = os.open("..", _PASS, dir_fd=here)
+            is_root = os.path.sameopenfile(here, above) and _mount_of(here) == _mount_of(above)
+            os.close(here)
+            here = above
+            if is_root:
+                return found
+    finally:
+        os.close(here)
+
+
+def _mount_of(fd: int) -> bytes:
+    # A directory that is mounted on one of its own has itself above it, and is not the root.
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
+        return next(line for line in lines if line.startswith(b"mnt_id:"))

@@ -7,6 +7,7 @@ import errno
 import functools
 import logging
 import os
+import secrets
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from time import perf_counter_ns
@@ -97,7 +98,7 @@ def _fuse_error(metrics: Metrics, handler: str, error: Exception) -> FUSEError:
 class Handle:
     """An open file or directory: exactly one of the four is what it reads from."""
 
-    __slots__ = ("content", "entries", "fd", "shown", "supplied", "view")
+    __slots__ = ("content", "entries", "fd", "passed", "shown", "supplied", "view")
 
     def __init__(
         self,
@@ -105,8 +106,10 @@ class Handle:
         fd: int | None = None,
         content: bytes | None = None,
         entries: list[tuple[bytes, Node]] | None = None,
+        passed: Passed | None = None,
     ) -> None:
         self.shown, self.fd, self.content, self.entries = shown, fd, content, entries
+        self.passed = passed  # what `fd` is open of
         self.view = shown.image.view if shown else None
         self.supplied: dict[int, int] = {}
 
@@ -131,6 +134,9 @@ class Operations(pyfuse3.Operations):
         self.watch = watch or Unwatched()
         self.answers = trio.Event()  # set at the kernel's first request
         self._drop_behind = drop_behind
+        # Inode numbers begin anew with each mount: a file handle from an earlier one, which NFS and
+        # open_by_handle_at(2) keep, must not open another image. The kernel has 32 bits for it.
+        self._generation = 1 + secrets.randbelow(0xFFFFFFFF)
         self._handles: dict[int, Handle] = {}
         self._replies = Buffers()
         self._next_handle = 1
@@ -163,7 +169,7 @@ class Operations(pyfuse3.Operations):
         else:
             node = await self._in_thread(self.tree.child, folder, text)
         attributes = await self._attributes(node)
-        entry = _entry_attributes(self.tree.inode(node), attributes)
+        entry = self._entry(self.tree.inode(node), attributes)
         self._lookups[entry.st_ino] += 1
         return entry
 
@@ -172,7 +178,7 @@ class Operations(pyfuse3.Operations):
         self, inode: int, ctx: pyfuse3.RequestContext | None
     ) -> pyfuse3.EntryAttributes:
         attributes = await self._attributes(self.tree.node(inode))
-        return _entry_attributes(inode, attributes)
+        return self._entry(inode, attributes)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for inode, count in inode_list:
@@ -243,7 +249,7 @@ class Operations(pyfuse3.Operations):
     ) -> bool:
         # An entry that is added counts as looked up; one for which there is no room does not.
         inode = self.tree.inode(node)
-        is_added = pyfuse3.readdir_reply(token, name, _entry_attributes(inode, attributes), number)
+        is_added = pyfuse3.readdir_reply(token, name, self._entry(inode, attributes), number)
         if is_added:
             self._lookups[inode] += 1
         elif inode not in self._lookups:
@@ -287,7 +293,7 @@ class Operations(pyfuse3.Operations):
                 return pyfuse3.FileInfo(fh=self._register(Handle(content=content)))
             case Passed():
                 fd = await self._in_thread(self.tree.open_passed, node)
-                return pyfuse3.FileInfo(fh=self._register(Handle(fd=fd)))
+                return pyfuse3.FileInfo(fh=self._register(Handle(fd=fd, passed=node)))
             case StatusFile(name):
                 # What is read through one handle is of one moment, and no page cache keeps it.
                 content = await self._in_thread(_rendered, name, self._status())
@@ -408,10 +414,31 @@ class Operations(pyfuse3.Operations):
         self._handles[number] = handle
         return number
 
+    def _entry(self, inode: int, known: Attributes) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = inode
+        entry.generation = self._generation
+        entry.entry_timeout = CHANGING_SECONDS
+        entry.attr_timeout = CONSTANT_SECONDS if known.constant else CHANGING_SECONDS
+        entry.st_mode = known.mode
+        entry.st_uid, entry.st_gid = known.uid, known.gid
+        entry.st_size, entry.st_blocks, entry.st_blksize = known.size, known.blocks, 4096
+        entry.st_nlink = known.nlink
+        entry.st_rdev = 0
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = known.mtime_ns
+        return entry
+
     async def _attributes(self, node: Node) -> Attributes:
         if isinstance(node, MemoryFile):
             return self.tree.attributes(node)
-        return await self._in_thread(self.tree.attributes, node)
+        try:
+            return await self._in_thread(self.tree.attributes, node)
+        except OSError:
+            # What is open stays what it is, whatever stands at its path by now.
+            held = [h.fd for h in self._handles.values() if h.fd is not None and h.passed == node]
+            if not held or not isinstance(node, Passed):
+                raise
+            return await self._in_thread(self.tree.attributes_of_open, node, held[0])
 
     async def _try_to_open_image(self, tag: str) -> None:
         try:
@@ -466,18 +493,3 @@ def _read_file(fd: int, off: int, size: int) -> bytes:
 
 def _rendered(name: str, status: Status) -> bytes:
     return exposition(status) if name == METRICS_FILE else status.to_json().encode()
-
-
-def _entry_attributes(inode: int, known: Attributes) -> pyfuse3.EntryAttributes:
-    entry = pyfuse3.EntryAttributes()
-    entry.st_ino = inode
-    entry.generation = 0
-    entry.entry_timeout = CHANGING_SECONDS
-    entry.attr_timeout = CONSTANT_SECONDS if known.constant else CHANGING_SECONDS
-    entry.st_mode = known.mode
-    entry.st_uid, entry.st_gid = known.uid, known.gid
-    entry.st_size, entry.st_blocks, entry.st_blksize = known.size, known.blocks, 4096
-    entry.st_nlink = known.nlink
-    entry.st_rdev = 0
-    entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = known.mtime_ns
-    return entry

@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from diffmergefs import beneath, sparse
@@ -30,7 +30,7 @@ from diffmergefs.layouts.snapshot import Snapshot, StoredFile
 from diffmergefs.layouts.watch import Watch
 from diffmergefs.lease import Leases
 from diffmergefs.once import Once
-from diffmergefs.serving.access import Access, view_access
+from diffmergefs.serving.access import Access, Folder, view_access
 from diffmergefs.serving.mountpoint import FILESYSTEM_TYPE
 from diffmergefs.trust import TrustPolicy
 
@@ -110,6 +110,8 @@ class Store:
         self._refusals: dict[str, tuple[Keys, DiffMergeError]] = {}
         self._complaints: dict[str, tuple[Keys, str]] = {}
         self._said: dict[str, str] = {}
+        # The directories, below the root, of which the names of tags tell.
+        self.named: frozenset[Folder] = frozenset()
 
     def look(self) -> set[str]:
         """Look over the directory by metadata; afterwards `tags` and `chain` speak of it.
@@ -137,8 +139,9 @@ class Store:
         catalog.recall(self._catalog)
         shown, unsettled = self._watch.judge(catalog, self._clock())
         self._say_changes(catalog, shown, unsettled)
+        named = self._named(shown)
         with self._lock:
-            self._catalog, self._shown = catalog, shown
+            self._catalog, self._shown, self.named = catalog, shown, named
             images = dict(self._images)
         self._forget_old_writers()
         current = {tag: self._renewed(tag, *known) for tag, known in images.items()}
@@ -205,6 +208,20 @@ class Store:
             self._right = {pin for pin in self._right if pin[0] in present}
         self._replacements.forget_all_but(present)
 
+    def _named(self, shown: dict[str, list[Snapshot]]) -> frozenset[Folder]:
+        # Where a tag's name is a path of several components, whoever reads it learns what the
+        # directories between hold. One that cannot be looked into lets nobody list it.
+        heads = [links[-1] for links in shown.values()]
+        places = {os.path.dirname(head.folder or head.layer.path) for head in heads}
+        found: set[Folder] = set()
+        for path in {above for place in places for above in _between(place)}:
+            try:
+                with beneath.passing(self.reach, path) as fd:
+                    found.add(Folder.of(fd))
+            except OSError:
+                found.add(Folder(os.geteuid(), os.getegid(), 0o700))
+        return frozenset(found)
+
     def _renewed(self, tag: str, keys: Keys, shown: OpenImage) -> tuple[Keys, OpenImage] | None:
         layers = shown.image.view.layers
         links = self.chain(tag)
@@ -224,7 +241,7 @@ class Store:
         # A layer that is shared or was renamed was opened by another path than this chain's: who
         # may read the view follows from where its layers are now.
         paths = [link.layer.path for link in links]
-        return os.path.basename(paths[-1]), view_access(image.view.layers, self.real_root, paths)
+        return os.path.basename(paths[-1]), view_access(image.view.layers, self.reach, paths)
 
     def _say_changes(
         self, catalog: Catalog, shown: dict[str, list[Snapshot]], unsettled: set[str]
@@ -242,11 +259,6 @@ class Store:
         for tag in self._said.keys() - words.keys() - unsettled:
             log.info("%s: gone", one_line(tag))
         self._said = words
-
-    @property
-    def real_root(self) -> str:
-        """Where the directory is now: it may have been renamed since it was opened."""
-        return os.path.realpath(f"/proc/self/fd/{self.fd}")
 
     def tags(self) -> list[str]:
         """The tags that are shown now."""
@@ -372,6 +384,13 @@ class Store:
     def _keys(self, tag: str) -> Keys | None:
         links = self.chain(tag)
         return None if links is None else _keys_of(links)
+
+
+def _between(path: str) -> Iterator[str]:
+    # The directory `path` and those between it and the root; of one that lies outside, itself.
+    while path:
+        yield path
+        path = "" if path.startswith("/") else os.path.dirname(path)
 
 
 def _status(file: int | str) -> os.stat_result | None:

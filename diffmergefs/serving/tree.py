@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,7 +22,14 @@ from diffmergefs import beneath
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.images import require_spare_descriptors
 from diffmergefs.layouts.snapshot import DOCUMENT, Snapshot, is_left_out
-from diffmergefs.serving.access import file_bits, folder_bits, reachable, real_folders
+from diffmergefs.serving.access import (
+    LISTING,
+    file_bits,
+    folder_bits,
+    lineage,
+    reachable,
+    require_same,
+)
 from diffmergefs.serving.status import METRICS_FILE, STATUS_FILE, STATUS_FOLDER
 from diffmergefs.serving.store import OpenImage, Store
 
@@ -36,9 +44,11 @@ class Root:
 
 @dataclass(frozen=True)
 class TagFolder:
-    """The directory of one tag."""
+    """The directory of one tag: which one, where the tag has one of its own, or else SOURCE."""
 
     tag: str
+    device: int
+    inode: int
 
 
 @dataclass(frozen=True)
@@ -50,10 +60,16 @@ class MemoryFile:
 
 @dataclass(frozen=True)
 class Document:
-    """A tag's rewritten snapshot.json."""
+    """A tag's rewritten snapshot.json, and the file that was read for it.
+
+    One that is `replaced` does not stand in the tag's directory any more.
+    """
 
     tag: str
     content: bytes
+    device: int
+    inode: int
+    replaced: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,18 +182,20 @@ class Tree:
                 self._inodes.pop(node, None)
 
     def children(self, folder: Node) -> dict[str, Node]:
-        """The entries of a directory by name. Raises OSError.
+        """The entries of a directory by name.
 
         The memory file of a tag is among them only if its image is open: the caller sees to that
-        first, and a refused image has no entry.
+        first, and a refused image has no entry. Raises OSError, ESTALE where another directory
+        stands there by now.
         """
         match folder:
             case Root():
                 return self._root_children()
-            case TagFolder(tag):
-                return self._tag_children(tag)
+            case TagFolder():
+                return self._tag_children(folder)
             case Passed(path, kind=stat.S_IFDIR):
-                return dict(self._passed_children(path))
+                with self._held(folder) as fd:
+                    return dict(self._passed_children(fd, path))
             case StatusFolder():
                 return {name: StatusFile(name) for name in (METRICS_FILE, STATUS_FILE)}
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -185,34 +203,66 @@ class Tree:
     def child(self, folder: Node, name: str) -> Node:
         """The entry `name` of a directory.
 
-        Raises FileNotFoundError, also for a memory file whose image is not open, and DiffMergeError
-        for one that was refused.
+        Raises FileNotFoundError, also for a memory file whose image is not open, DiffMergeError for
+        one that was refused, and OSError (ESTALE) where another directory stands there by now.
         """
+        found: Node | None
         match folder:
-            case TagFolder(tag):
-                found = self._tag_child(tag, name)
+            case Root():
+                found = self._root_child(name)
+            case TagFolder():
+                found = self._tag_child(folder, name)
             case Passed(path, kind=stat.S_IFDIR):
-                found = self._passed(f"{path}/{name}")
+                with self._held(folder) as fd:
+                    found = self._passed(fd, path, name)
             case _:
                 found = self.children(folder).get(name)
-        if found is None and name == STATUS_FOLDER and isinstance(folder, Root):
-            # Not among the children: neither cp -r nor a scan of the directory meets it.
-            found = StatusFolder()
         if found is None:
             raise _missing(name)
         return found
 
-    def _tag_child(self, tag: str, name: str) -> Node | None:
+    def _root_child(self, name: str) -> Node | None:
+        if self.store is None:
+            found = self._root_children().get(name)
+        else:
+            found = self._tag_folder(name) if self.store.chain(name) else None
+        if found is None and name == STATUS_FOLDER:
+            # Not among the children: neither cp -r nor a scan of the directory meets it.
+            return StatusFolder()
+        return found
+
+    def _tag_folder(self, tag: str) -> TagFolder:
+        with self._passing(self._snapshot(tag).folder or "") as fd:
+            status = os.fstat(fd)
+        return TagFolder(tag, status.st_dev, status.st_ino)
+
+    def _tag_child(self, folder: TagFolder, name: str) -> Node | None:
         assert self.store is not None
-        snapshot = self._snapshot(tag)
+        snapshot = self._snapshot(folder.tag)
         if name == os.path.basename(snapshot.layer.path):
-            shown = self.store.opened(tag)
+            shown = self.store.opened(folder.tag)
             return None if shown is None else MemoryFile(shown)
-        if name == DOCUMENT and snapshot.document is not None:
-            return Document(tag, self._rewritten(snapshot))
-        if name in snapshot.files:
-            return self._passed_along(snapshot, name)
-        return None if snapshot.folder is None else self._passed(f"{snapshot.folder}/{name}")
+        with self._held(folder) as fd:
+            if name == DOCUMENT and snapshot.document is not None:
+                return self._document(fd, snapshot)
+            if name in snapshot.files:
+                return self._passed_along(fd, snapshot, name)
+            return None if snapshot.folder is None else self._passed(fd, snapshot.folder, name)
+
+    @contextmanager
+    def _held(self, folder: TagFolder | Passed) -> Iterator[int]:
+        # The directory that the node stands for, whatever its name leads to by now.
+        path = folder.path if isinstance(folder, Passed) else self._folder_path(folder)
+        with self._passing(path) as fd:
+            require_same(os.fstat(fd), folder.device, folder.inode, path)
+            yield fd
+
+    def _folder_path(self, folder: TagFolder) -> str:
+        return self._snapshot(folder.tag).folder or ""
+
+    def _passing(self, path: str) -> AbstractContextManager[int]:
+        assert self.store is not None
+        return beneath.passing(self.store.reach, path)
 
     def memory_name(self, tag: str) -> str | None:
         """The name of the tag's memory file, or None if the tag is not shown."""
@@ -229,22 +279,29 @@ class Tree:
     def _root_children(self) -> dict[str, Node]:
         if self.explicit:
             return {self.explicit.name: MemoryFile(self.explicit)}
-        return {tag: TagFolder(tag) for tag in self.store.tags()} if self.store else {}
-
-    def _tag_children(self, tag: str) -> dict[str, Node]:
-        snapshot = self._snapshot(tag)
         found: dict[str, Node] = {}
-        if snapshot.folder is not None:
-            found.update(self._passed_children(snapshot.folder))
-        for name in snapshot.files:
-            if node := self._passed_along(snapshot, name):
-                found[name] = node
-        if snapshot.document is not None:
-            found[DOCUMENT] = Document(tag, self._rewritten(snapshot))
+        for tag in self.store.tags() if self.store else ():
+            with suppress(OSError):  # it has gone since the last look
+                found[tag] = self._tag_folder(tag)
+        return found
+
+    def _tag_children(self, folder: TagFolder) -> dict[str, Node]:
+        snapshot = self._snapshot(folder.tag)
+        found: dict[str, Node] = {}
+        with self._held(folder) as fd:
+            if snapshot.folder is not None:
+                found.update(self._passed_children(fd, snapshot.folder))
+            for name in snapshot.files:
+                if node := self._passed_along(fd, snapshot, name):
+                    found[name] = node
+            if snapshot.document is not None:
+                found.pop(DOCUMENT, None)
+                if document := self._document(fd, snapshot):
+                    found[DOCUMENT] = document
         found.pop(os.path.basename(snapshot.layer.path), None)
         assert self.store is not None
         try:
-            if shown := self.store.opened(tag):
+            if shown := self.store.opened(folder.tag):
                 found[shown.name] = MemoryFile(shown)
         except DiffMergeError:
             pass  # refused, and the log said why: it has no entry
@@ -268,34 +325,67 @@ class Tree:
             document["vmstate"] = os.path.join(folder, snapshot.vmstate)
         return json.dumps(document, indent=2).encode() + b"\n"
 
-    def _passed_children(self, path: str) -> Iterator[tuple[str, Node]]:
-        assert self.store is not None
-        fd = beneath.open_directory(self.store.reach, path)
+    def _document(self, fd: int, snapshot: Snapshot) -> Document | None:
+        # What was read, until the next look reads what stands in the directory `fd` by now.
+        read = snapshot.document_status
+        if read is None:
+            return None
+        replaced = True
+        with suppress(FileNotFoundError):
+            found = os.stat(DOCUMENT, dir_fd=fd, follow_symlinks=False)
+            replaced = not os.path.samestat(found, read)
+        content = self._rewritten(snapshot)
+        return Document(snapshot.tag, content, read.st_dev, read.st_ino, replaced)
+
+    def _document_attributes(self, node: Document) -> Attributes:
+        snapshot = self._snapshot(node.tag)
+        path = os.path.join(snapshot.folder or "", DOCUMENT)
+        read = snapshot.document_status
+        if read is None:
+            raise _missing(path)
+        require_same(read, node.device, node.inode, path)
+        # Whether others could reach the very file that was read is not known if it has gone.
+        found = _mirror(read, read.st_mode & 0o700)
+        if not node.replaced:
+            with suppress(OSError):
+                found = self._mirrored(path, node)
+        size = len(node.content)
+        return found._replace(size=size, blocks=-(-size // 512))
+
+    def _passed_children(self, fd: int, folder: str) -> Iterator[tuple[str, Node]]:
+        # Those in the directory `fd`, which is `folder` beneath the root.
+        listed = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
         try:
-            names = os.listdir(fd)
+            names = os.listdir(listed)
         finally:
-            os.close(fd)
+            os.close(listed)
         for name in names:
-            if node := self._passed(f"{path}/{name}"):
+            if node := self._passed(fd, folder, name):
                 yield name, node
 
-    def _passed(self, path: str) -> Passed | None:
-        return None if is_left_out(os.path.basename(path)) else self._passed_if_fit(path)
+    def _passed(self, fd: int, folder: str, name: str) -> Passed | None:
+        return None if is_left_out(name) else self._passed_if_fit(fd, os.path.join(folder, name))
 
-    def _passed_along(self, snapshot: Snapshot, name: str) -> Passed | None:
+    def _passed_along(self, fd: int, snapshot: Snapshot, name: str) -> Passed | None:
         # One of `snapshot.files`, whatever it is called: the snapshot names it.
         path = snapshot.files[name]
-        node = self._passed_if_fit(path)
-        if node is None or snapshot.folder in (None, os.path.dirname(path)):
-            return node
-        return replace(node, elsewhere=True)
+        folder = os.path.dirname(path)
+        if folder == (snapshot.folder or ""):
+            return self._passed_if_fit(fd, path)
+        try:
+            with self._passing(folder) as elsewhere:
+                node = self._passed_if_fit(elsewhere, path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return node and replace(node, elsewhere=True)
 
-    def _passed_if_fit(self, path: str) -> Passed | None:
+    def _passed_if_fit(self, fd: int, path: str) -> Passed | None:
+        # `fd` is the directory in which `path` stands.
         assert self.store is not None
         if self.store.is_hidden(path):
             return None
         try:
-            status = beneath.stat_beneath(self.store.reach, path)
+            status = os.stat(os.path.basename(path), dir_fd=fd, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
             return None
         kind = stat.S_IFMT(status.st_mode)
@@ -304,26 +394,21 @@ class Tree:
         return Passed(path, status.st_dev, status.st_ino, kind)
 
     def attributes(self, node: Node) -> Attributes:
-        """What stat says of the node. Raises OSError if its file is gone."""
+        """What stat says of the node.
+
+        Raises OSError if its file is gone, ESTALE where another one stands at its path by now: its
+        attributes are not those of the node.
+        """
         match node:
             case MemoryFile(shown):
                 return self._memory_attributes(shown)
-            case Document(tag, content):
-                return self._mirrored(f"{tag}/{DOCUMENT}")._replace(
-                    size=len(content), blocks=-(-len(content) // 512)
-                )
-            case Passed(path, elsewhere=True):
-                # The directories above it are not those of the view.
-                found = self._mirrored(path)
-                full = os.path.join(self.store.real_root if self.store else "/", path)
-                bits = reachable(real_folders(full), found.uid, found.gid)
-                return found._replace(mode=stat.S_IFMT(found.mode) | found.mode & bits)
+            case Document():
+                return self._document_attributes(node)
             case Passed(path):
-                return self._mirrored(path)
-            case TagFolder(tag):
-                folder = self._snapshot(tag).folder
-                if folder is not None:
-                    return self._mirrored(folder)
+                return self._mirrored(path, node, elsewhere=node.elsewhere)
+            case TagFolder():
+                with self._held(node) as fd:
+                    return _mirror_folder(fd)
             case StatusFolder():
                 return self._own(stat.S_IFDIR | 0o500, 2)
             case StatusFile():
@@ -351,11 +436,18 @@ class Tree:
 
     def _read_root_attributes(self) -> Attributes:
         if self.store:
-            path = self.store.real_root
-        else:
-            assert self.explicit is not None
-            path = os.path.dirname(os.path.realpath(self.explicit.image.view.layers[0].path))
-        return _mirror(os.stat(path), folder_bits(path))
+            with self._passing("") as fd:
+                found = _mirror_folder(fd)
+            if found.nlink == 0:
+                raise _missing(self.store.root)
+            # A tag's name may tell of directories between the root and its own.
+            listing = reachable(self.store.named, found.uid, found.gid, LISTING)
+            return found._replace(mode=found.mode & ~(0o444 & ~listing))
+        assert self.explicit is not None
+        base = self.explicit.image.view.layers[0]
+        folder = os.path.dirname(os.readlink(f"/proc/self/fd/{base.fd}"))
+        with beneath.passing(None, folder) as fd:
+            return _mirror_folder(fd)
 
     def _memory_attributes(self, shown: OpenImage) -> Attributes:
         uid, gid, mode = shown.access
@@ -372,14 +464,35 @@ class Tree:
             constant=True,
         )
 
-    def _mirrored(self, path: str) -> Attributes:
-        assert self.store is not None
-        handle = beneath.open_handle(self.store.reach, path)
-        try:
+    def _mirrored(
+        self, path: str, node: Passed | Document, *, elsewhere: bool = False
+    ) -> Attributes:
+        folder, name = os.path.split(path)
+        with self._passing(folder) as fd, self._handle(fd, name, node) as handle:
             status = os.fstat(handle)
-            return _mirror(status, file_bits(f"/proc/self/fd/{handle}", status.st_mode))
+            bits = file_bits(f"/proc/self/fd/{handle}", status.st_mode)
+            if elsewhere:  # the directories above it are not those of the view
+                bits &= reachable(lineage(fd), status.st_uid, status.st_gid)
+            return _mirror(status, bits)
+
+    def attributes_of_open(self, node: Passed, fd: int) -> Attributes:
+        """What stat says of a passed-through file that `fd` is open of, wherever it lies by now.
+
+        Nobody but its owner comes in anew. Raises OSError, ESTALE if `fd` is another file.
+        """
+        status = os.fstat(fd)
+        require_same(status, node.device, node.inode, node.path)
+        return _mirror(status, file_bits(fd, status.st_mode) & 0o700)
+
+    @contextmanager
+    def _handle(self, folder: int, name: str, node: Passed | Document) -> Iterator[int]:
+        # The node's own file, opened by its name in the directory `folder` with O_PATH.
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            require_same(os.fstat(fd), node.device, node.inode, name)
+            yield fd
         finally:
-            os.close(handle)
+            os.close(fd)
 
     def open_passed(self, node: Passed) -> int:
         """A read-only descriptor of a passed-through file. Raises OSError, FileAccessError.
@@ -390,26 +503,28 @@ class Tree:
         fd = beneath.open_regular(self.store.reach, node.path)
         try:
             require_spare_descriptors(fd, node.path)
-            status = os.fstat(fd)
-            if (status.st_dev, status.st_ino) != (node.device, node.inode):
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), node.path)
+            require_same(os.fstat(fd), node.device, node.inode, node.path)
         except OSError:
             os.close(fd)
             raise
         return fd
 
     def link_target(self, node: Passed) -> str:
-        """Where a passed-through symlink points, as it is stored."""
-        assert self.store is not None
-        folder = beneath.open_directory(self.store.reach, os.path.dirname(node.path))
-        try:
-            return os.readlink(os.path.basename(node.path), dir_fd=folder)
-        finally:
-            os.close(folder)
+        """Where a passed-through symlink points, as it is stored.
+
+        Raises OSError, ESTALE where another one stands at its path by now.
+        """
+        folder, name = os.path.split(node.path)
+        with self._passing(folder) as fd, self._handle(fd, name, node) as handle:
+            return os.readlink("", dir_fd=handle)
 
 
 def _missing(name: str) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+
+
+def _mirror_folder(fd: int) -> Attributes:
+    return _mirror(os.fstat(fd), folder_bits(fd))
 
 
 def _mirror(status: os.stat_result, bits: int) -> Attributes:
