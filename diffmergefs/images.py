@@ -19,6 +19,7 @@ from diffmergefs.errors import (
     LayerChangedError,
     UntrustedExtentsError,
 )
+from diffmergefs.explicit import require_distinct, warn_of_order
 from diffmergefs.filekey import FileKey
 from diffmergefs.integrity.bmap import SEAL_SUFFIX
 from diffmergefs.integrity.pins import Hashes, require_pin
@@ -147,7 +148,9 @@ def open_chain(
     diffs are held to law 4, and one without a hole is refused unless `policy.dense`. A layer that
     someone has open for writing is refused, unless `policy.allow_writers`, where that can be told
     (see `lease.writers`); with `leases`, for a process that serves them, leases are kept on the
-    layers. Raises DiffMergeError (see `diffmergefs.errors`).
+    layers. One file in two places, by a hard link too, is refused, and what makes their order look
+    wrong (`explicit.warn_of_order`) is logged as a warning. Raises DiffMergeError (see
+    `diffmergefs.errors`).
     """
     policy = policy or TrustPolicy()
     require_base(os.fspath(base))
@@ -155,8 +158,11 @@ def open_chain(
     opener = Opener(policy)
     layers = [opener.open(os.fspath(base))]
     layers += [opener.open(os.fspath(path), is_diff=True) for path in diffs]
+    require_distinct(layers)
     verdicts = Verdicts(Remembered(policy.state_dir), anew=policy.verify == "full")
-    return _judge(layers, policy, leases, verdicts, in_store=False)
+    image = _judge(layers, policy, leases, verdicts, in_store=False)
+    warn_of_order(image.view)
+    return image
 
 
 def open_image(path: str | os.PathLike[str], policy: TrustPolicy | None = None) -> Image:

@@ -42,7 +42,7 @@ LEVELS = [
         "serving.access", "serving.xattrs", "trust", "view", "writing.copying",
     },
     {
-        "compare", "content", "health.probe", "integrity.hashqueue", "integrity.pins",
+        "compare", "content", "explicit", "health.probe", "integrity.hashqueue", "integrity.pins",
         "integrity.seal", "layouts.cloudhypervisor", "layouts.forkd", "layouts.numbered",
         "layouts.superserve", "serving.dropbehind", "writing.output", "writing.outputdir",
         "writing.writebehind", "zeros",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from diffmergefs.beneath import Reach
 from diffmergefs.content import Verdicts, hints_of_copy_up
 from diffmergefs.errors import BrokenChainError, PinError
+from diffmergefs.explicit import require_distinct, warn_of_order
 from diffmergefs.images import LayerPool, find_image, judge_diff, require_known_base
 from diffmergefs.integrity import seal
 from diffmergefs.integrity.bmap import SEAL_SUFFIX
@@ -26,7 +27,7 @@ from diffmergefs.layouts.snapshot import Snapshot
 from diffmergefs.layouts.superserve import require_base
 from diffmergefs.lease import require_no_writers
 from diffmergefs.trust import TrustPolicy, require_trust
-from diffmergefs.view import require_equal_size
+from diffmergefs.view import MergedView, require_equal_size
 
 
 @dataclass
@@ -200,7 +201,10 @@ def _adopt_seal(item: _Item, faults: Faults, root: Reach | None = None) -> None:
 
 
 def open_layers(base: str, diffs: Sequence[str], policy: TrustPolicy) -> Verification:
-    """Explicit layers, oldest first, opened for their checks: they record no parents."""
+    """Explicit layers, oldest first, opened for their checks: they record no parents.
+
+    What makes their order look wrong is logged as a warning.
+    """
     faults = Faults()
     items = [_Item(path, None, number > 0) for number, path in enumerate((base, *diffs))]
     opener = seal.Opener(replace(policy, no_seal=True, verify="full"))
@@ -212,6 +216,11 @@ def open_layers(base: str, diffs: Sequence[str], policy: TrustPolicy) -> Verific
             item.layer = opener.open(item.path or "", is_diff=item.has_parent)
         if not policy.no_seal:
             _adopt_seal(item, faults)
+    layers = [item.layer for item in items if item.layer is not None]
+    with faults.noted():
+        require_distinct(layers)
+        if len(layers) == len(items) and len({layer.size for layer in layers}) == 1:
+            warn_of_order(MergedView(layers))
     return Verification(items, faults, policy)
 
 
