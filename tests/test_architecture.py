@@ -21,25 +21,26 @@ ROOT = PACKAGE.name
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
     {
-        "buffers", "errors", "extents", "filekey", "health", "health.finding", "integrity",
-        "isolated", "layouts", "logformat", "once", "pictures", "pictures.cells",
+        "buffers", "descriptors", "errors", "extents", "filekey", "health", "health.finding",
+        "integrity", "isolated", "layouts", "logformat", "once", "pictures", "pictures.cells",
         "pictures.curve", "pictures.legend", "serving", "serving.daemon", "serving.guard",
-        "serving.holders", "serving.metrics", "serving.nextrequest", "serving.notify",
-        "serving.tuning", "workers", "workingsets", "workingsets.advise", "writing",
+        "serving.holders", "serving.metrics", "serving.mounttable", "serving.nextrequest",
+        "serving.notify", "serving.tuning", "workers", "workingsets", "workingsets.advise",
+        "writing",
     },
     {
         "beneath", "foreign", "integrity.bmap", "integrity.state", "integrity.verdict",
         "layouts.bitmap", "layouts.chain", "pictures.canvas", "pictures.raster",
-        "serving.connection", "serving.mountpoint", "serving.status", "serving.threads", "sparse",
+        "serving.asking", "serving.connection", "serving.status", "serving.threads", "sparse",
         "workingsets.touches",
     },
     {
-        "integrity.bmapreader", "layer", "layouts.snapshot", "lease", "serving.host",
+        "integrity.bmapreader", "layer", "layouts.snapshot", "lease", "serving.mountpoint",
         "serving.openmetrics",
     },
     {
         "layouts.document", "layouts.presence", "layouts.ranges", "layouts.reader",
-        "serving.access", "serving.xattrs", "trust", "view", "writing.copying",
+        "serving.access", "serving.host", "serving.xattrs", "trust", "view", "writing.copying",
     },
     {
         "compare", "content", "explicit", "health.probe", "integrity.hashqueue", "integrity.pins",

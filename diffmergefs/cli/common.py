@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any, TypeVar, cast
 
@@ -15,12 +16,43 @@ import click
 from diffmergefs.cli.progress import progress
 from diffmergefs.images import Image, open_chain, open_image
 from diffmergefs.logformat import printable as printable
+from diffmergefs.serving.mountpoint import require_answer
 from diffmergefs.trust import TrustPolicy
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Files are opened by those who use them: click would call one that cannot be read bad usage.
-PATH = click.Path(readable=False)
+
+class _Path(click.Path):
+    # click's own asks for the file's attributes, and so hangs where the file's server does. (Files
+    # are opened by those who use them, who say what is wrong with one.)
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> str:
+        return os.fspath(value)
+
+
+class _LookedInto(_Path):
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> str:
+        path = os.fspath(value)
+        if ctx is None or not ctx.resilient_parsing:
+            with suppress(FileNotFoundError):  # no /proc: whoever needs it says so
+                require_answer(path)
+        return path
+
+
+#: A path that a verb looks into: refused if it lies in a mount of ours whose daemon hangs.
+PATH = _LookedInto()
+#: One that it does not look into unless it has decided to: a mountpoint.
+MOUNTPOINT = _Path()
 
 
 def talk(text: str) -> None:

@@ -7,10 +7,10 @@ import os
 from dataclasses import replace
 
 import click
-from click.shell_completion import CompletionItem
 
 from diffmergefs.cli import logs
 from diffmergefs.cli.common import (
+    MOUNTPOINT,
     PATH,
     layer_options,
     require_one_source,
@@ -22,16 +22,10 @@ from diffmergefs.cli.common import (
 from diffmergefs.cli.mountoptions import MountCommand, complete_options
 from diffmergefs.cli.start import Request, serve_in_background, serve_in_front
 from diffmergefs.layouts.catalog import LAYOUTS
+from diffmergefs.serving.mountpoint import require_answer
 from diffmergefs.serving.notify import JOURNAL, Notifier, is_journal
 from diffmergefs.serving.tuning import MAX_BACKGROUND, READAHEAD_KIB, Tuning
 from diffmergefs.trust import TrustPolicy
-
-
-def _complete_path(
-    context: click.Context, parameter: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
-    # By the shell. (A type `click.Path` would ask what is mounted there, and that may hang.)
-    return [CompletionItem(incomplete, type="file")]
 
 
 @click.command(cls=MountCommand)
@@ -39,8 +33,8 @@ def _complete_path(
     "operands",
     nargs=-1,
     required=True,
+    type=MOUNTPOINT,
     metavar="[SOURCE] MOUNTPOINT",
-    shell_complete=_complete_path,
 )
 @layer_options
 @click.option("-f", "--foreground", is_flag=True, help="Stay in front and log to stderr.")
@@ -166,6 +160,8 @@ def mount(
         raise click.UsageError("give at most SOURCE and MOUNTPOINT")
     source = os.path.abspath(operands[0]) if len(operands) == 2 else None
     require_one_source(source, base, diffs, "SOURCE", policy)
+    if source is not None:
+        require_answer(source)
     if record and prefetch not in (None, "no"):
         raise click.UsageError(
             f"--record sees no touch of what --prefetch={prefetch} has brought; leave one out"

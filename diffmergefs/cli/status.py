@@ -9,21 +9,23 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import click
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from diffmergefs.cli.common import PATH, printable
+from diffmergefs.cli.common import MOUNTPOINT, printable
 from diffmergefs.cli.tables import new_table, print_table
 from diffmergefs.errors import FileAccessError, MountFailedError, MountpointError
+from diffmergefs.serving import asking
 from diffmergefs.serving import mountpoint as mountpoints
 from diffmergefs.serving.status import STATUS_FILE, STATUS_FOLDER, Status
 
 
 @click.command()
-@click.argument("mountpoint", type=PATH)
+@click.argument("mountpoint", type=MOUNTPOINT)
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 @click.option("--watch", is_flag=True, help="Print them again and again, until interrupted.")
 @click.option(
@@ -65,7 +67,8 @@ def read_status(mountpoint: str) -> Status:
     """The status of the mount.
 
     Raises MountpointError where no diffmergefs is mounted, MountFailedError for a mount whose
-    daemon died, FileAccessError where it may not be read.
+    daemon died, MountTimeoutError for one whose daemon hangs, FileAccessError where it may not be
+    read.
     """
     path = mountpoints.resolved(mountpoint)
     known = mountpoints.mount_entry(path)
@@ -74,8 +77,9 @@ def read_status(mountpoint: str) -> Status:
         raise MountpointError(f"{mountpoint}: no diffmergefs mount, {found}")
     file = os.path.join(path, STATUS_FOLDER, STATUS_FILE)
     try:
-        with open(file, "rb", buffering=0) as stream:
-            return Status.from_json(stream.readall())
+        return Status.from_json(asking.ask(Path(file).read_bytes))
+    except TimeoutError as error:
+        raise mountpoints.no_answer(mountpoint, known) from error
     except OSError as error:
         if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
             raise MountFailedError(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from diffmergefs.cli.common import PATH
+from diffmergefs.cli.common import MOUNTPOINT
 from diffmergefs.serving import mountpoint as mountpoints
 
 
 @click.command()
-@click.argument("mountpoint", type=PATH)
+@click.argument("mountpoint", type=MOUNTPOINT)
 @click.option("--lazy", is_flag=True, help="Detach it although files are open; they stay served.")
 def umount(mountpoint: str, lazy: bool) -> None:
     """Unmount MOUNTPOINT; refused while files are open, unless --lazy.

@@ -6,63 +6,25 @@ import ctypes
 import errno
 import logging
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Iterable
-from pathlib import Path
-from typing import NamedTuple
 
-from diffmergefs.errors import BusyError, MountpointError
+from diffmergefs.errors import BusyError, MountpointError, MountTimeoutError
+from diffmergefs.serving import asking
 from diffmergefs.serving.holders import holders, told
+from diffmergefs.serving.mounttable import FILESYSTEM_TYPE as FILESYSTEM_TYPE
+from diffmergefs.serving.mounttable import MountEntry as MountEntry
+from diffmergefs.serving.mounttable import mount_entry as mount_entry
+from diffmergefs.serving.mounttable import mount_over
+from diffmergefs.serving.mounttable import resolved as resolved
 
 log = logging.getLogger(__name__)
 
-FILESYSTEM_TYPE = "fuse.diffmergefs"
 #: Where root looks for helpers: what stands in the PATH of whoever called it could be anyone's.
 ROOTS_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MNT_DETACH = 2
 _MOST_HOLDERS = 10
-_MAX_LINKS = 40
-
-
-class MountEntry(NamedTuple):
-    """One line of /proc/self/mountinfo: where, which device (major:minor), type and source."""
-
-    path: str
-    device: str
-    kind: str
-    source: str
-
-
-def mount_entry(path: str) -> MountEntry | None:
-    """The topmost mount on exactly the real, absolute `path`, or None. Never asks the mount."""
-    found = None
-    # Only a newline ends a line here; the names may hold what else str.splitlines splits at.
-    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")[:-1]:
-        fields, _, rest = line.partition(" - ")
-        _, _, device, _, where, *_ = fields.split(" ")
-        kind, source, *_ = rest.split(" ")
-        if _unescaped(where) == path:
-            found = MountEntry(path, device, kind, _unescaped(source))
-    return found
-
-
-def resolved(mountpoint: str) -> str:
-    """The real path of a mountpoint, without asking what is mounted there: it may hang."""
-    parent, name = os.path.split(os.path.abspath(mountpoint))
-    path = os.path.join(os.path.realpath(parent), name)
-    for _ in range(_MAX_LINKS):
-        if mount_entry(path) or not os.path.islink(path):
-            break
-        parent, name = os.path.split(os.path.join(os.path.dirname(path), os.readlink(path)))
-        path = os.path.join(os.path.realpath(parent), name)
-    return os.path.normpath(path)
-
-
-def _unescaped(field: str) -> str:
-    raw = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), os.fsencode(field))
-    return os.fsdecode(raw)
 
 
 def check_mountpoint(
@@ -73,20 +35,21 @@ def check_mountpoint(
     `outside` are directories in which layers of `source` may lie too. A stale mount of ours on the
     mountpoint is unmounted, with a warning in the log. Raises MountpointError: it is missing, no
     directory, not empty, already a mount, `source` or one of `outside` or inside it, or above a
-    layer (a daemon that looks into its own mount hangs).
+    layer (a daemon that looks into its own mount hangs). Raises MountTimeoutError where it lies in
+    a mount of ours whose daemon does not answer.
     """
-    real = _real_path(mountpoint)
+    real = _free_path(mountpoint)
     folders = [("the source", source)] if source is not None else []
     folders += [("the allowed directory", folder) for folder in outside]
     for what, folder in folders:
-        above = os.path.realpath(folder)
+        above = resolved(folder)
         if os.path.commonpath([real, above]) == above:
             raise MountpointError(
                 f"{mountpoint}: is {'' if real == above else 'inside '}{what} {folder};"
                 " mount it elsewhere"
             )
     for layer in [*layers, *(folder for _, folder in folders)]:
-        if os.path.commonpath([real, os.path.realpath(layer)]) == real:
+        if os.path.commonpath([real, resolved(layer)]) == real:
             raise MountpointError(
                 f"{mountpoint}: lies above {layer}, which the mount would hide and hang on;"
                 " mount it elsewhere"
@@ -95,31 +58,58 @@ def check_mountpoint(
     return real
 
 
-def _real_path(mountpoint: str) -> str:
+def _free_path(mountpoint: str) -> str:
     path = resolved(mountpoint)
-    stale = mount_entry(path)
-    if stale and _is_disconnected(path):
-        if stale.kind != FILESYSTEM_TYPE:
-            raise MountpointError(
-                f"{mountpoint}: a stale mount of type {stale.kind}; unmount it first"
-            )
-        log.warning("%s: a stale mount of a daemon that died; unmounted", mountpoint)
-        detach(path)
-    return os.path.realpath(path)
+    known = mount_entry(path)
+    if known is None:
+        require_answer(mountpoint)
+    elif known.kind.startswith("fuse"):
+        _require_stale(mountpoint, known)
+    return path
 
 
-def _is_disconnected(path: str) -> bool:
+def _require_stale(mountpoint: str, known: MountEntry) -> None:
+    is_ours = known.kind == FILESYSTEM_TYPE
+    hint = ""
     try:
-        os.statvfs(path)  # a stat may be answered from the kernel's memory
-    except OSError as error:
-        return error.errno == errno.ENOTCONN
-    return False
+        if not asking.is_connected(known.path):
+            if not is_ours:
+                raise MountpointError(
+                    f"{mountpoint}: a stale mount of type {known.kind}; unmount it first"
+                )
+            log.warning("%s: a stale mount of a daemon that died; unmounted", mountpoint)
+            detach(known.path)
+            return
+    except TimeoutError:
+        hint = ", and its server does not answer"
+    if is_ours or hint:
+        raise MountpointError(f"{mountpoint}: {known.source} is mounted there already{hint}")
+
+
+def require_answer(path: str) -> None:
+    """Raise MountTimeoutError if `path` lies in a mount of ours whose daemon hangs.
+
+    Anywhere else it is not looked at. A daemon that has died counts as an answer.
+    """
+    known = mount_over(resolved(path))
+    if known is None or known.kind != FILESYSTEM_TYPE:
+        return
+    try:
+        asking.is_connected(known.path)
+    except TimeoutError as error:
+        raise no_answer(path, known) from error
+
+
+def no_answer(path: str, known: MountEntry) -> MountTimeoutError:
+    """The error of a mount whose daemon hangs."""
+    where = "" if path == known.path else f", in the mount on {known.path}"
+    return MountTimeoutError(
+        f"{path}{where}: the daemon has not answered for {asking.SECONDS:g} s; if it hangs, and"
+        f" not its storage, take it away with `diffmergefs umount --lazy {known.path}`"
+    )
 
 
 def _require_empty(mountpoint: str, real: str) -> None:
-    known = mount_entry(real)
-    if known is not None and known.kind == FILESYSTEM_TYPE:
-        raise MountpointError(f"{mountpoint}: {known.source} is mounted there already")
     try:
         entries = os.listdir(real)
     except OSError as error:

@@ -1,0 +1,123 @@
+"""The kernel's table of mounts: what lies where, without asking what is mounted.
+
+Whoever looks up a path in a mount asks its server, which may hang, and then he hangs too. So paths
+are judged here by the table and by their letters; only what lies in no mount of ours is looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+FILESYSTEM_TYPE = "fuse.diffmergefs"
+_MAX_LINKS = 40
+
+
+class MountEntry(NamedTuple):
+    """One line of /proc/self/mountinfo: where, which device (major:minor), type and source.
+
+    `number` is the mount's own while it lasts, wherever it is moved to, and `parent` that of the
+    mount on which it lies. `root` is what of the filesystem is mounted: `/`, but for bind mounts.
+    """
+
+    path: str
+    device: str
+    kind: str
+    source: str
+    number: int
+    parent: int
+    root: str
+
+
+def mounts(process: str = "self") -> list[MountEntry]:
+    """All mounts that the process sees, each after the one that it covers. Raises OSError."""
+    found = []
+    # Only a newline ends a line here; the names may hold what else str.splitlines splits at.
+    text = os.fsdecode(Path(f"/proc/{process}/mountinfo").read_bytes())
+    for line in text.split("\n")[:-1]:
+        fields, _, rest = line.partition(" - ")
+        number, parent, device, root, where, *_ = fields.split(" ")
+        kind, source, *_ = rest.split(" ")
+        names = (_unescaped(where), device, kind, _unescaped(source))
+        found.append(MountEntry(*names, int(number), int(parent), _unescaped(root)))
+    return found
+
+
+def _unescaped(field: str) -> str:
+    raw = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), os.fsencode(field))
+    return os.fsdecode(raw)
+
+
+class MountTable:
+    """The mounts that this process sees, as they were when it was read. Raises OSError."""
+
+    def __init__(self) -> None:
+        self.entries = mounts()
+        self.points = {entry.path for entry in self.entries}
+        numbers = {entry.number for entry in self.entries}
+        # Those whose parent is not seen lie on the root, which the table may lack (chroot(2)).
+        self._children = {
+            (entry.parent if entry.parent in numbers else None, entry.path): entry
+            for entry in self.entries
+            if entry.parent != entry.number
+        }
+
+    def over(self, path: str) -> MountEntry | None:
+        """The mount on which the real, absolute `path` lies; none that is covered.
+
+        None where the table lacks it.
+        """
+        here: MountEntry | None = None
+        prefix = ""
+        for name in path.rstrip("/").split("/"):
+            prefix = f"{prefix.rstrip('/')}/{name}"
+            while found := self._children.get((here.number if here else None, prefix)):
+                here = found
+        return here
+
+    def is_ours(self, path: str) -> bool:
+        """Whether the real, absolute `path` lies on a diffmergefs."""
+        found = self.over(path)
+        return found is not None and found.kind == FILESYSTEM_TYPE
+
+
+def mount_over(path: str) -> MountEntry | None:
+    """The mount on which the real, absolute `path` lies, or None. Never asks the mount."""
+    return MountTable().over(path)
+
+
+def mount_entry(path: str) -> MountEntry | None:
+    """The topmost mount on exactly the real, absolute `path`, or None. Never asks the mount."""
+    found = mount_over(path)
+    return found if found is not None and found.path == path else None
+
+
+def resolved(path: str) -> str:
+    """The real, absolute path, by the table alone from where it enters a mount of ours on.
+
+    What is missing stays as it is, and so do symlinks beyond the 40th.
+    """
+    table = MountTable()
+    here, links = "/", 0
+    names = _names(path if path.startswith("/") else os.path.join(os.getcwd(), path))
+    while names:
+        name = names.pop()
+        step = os.path.dirname(here) if name == ".." else os.path.join(here, name)
+        if name == ".." or step in table.points or links == _MAX_LINKS or table.is_ours(here):
+            here = step
+            continue
+        try:
+            target = os.readlink(step)
+        except OSError:
+            here = step
+        else:
+            links += 1
+            here = "/" if target.startswith("/") else here
+            names += _names(target)
+    return here
+
+
+def _names(path: str) -> list[str]:
+    return [name for name in reversed(path.split("/")) if name not in ("", ".")]

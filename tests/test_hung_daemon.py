@@ -1,0 +1,211 @@
+"""A mount whose daemon hangs takes no command with it, and can be taken away."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import pytest
+
+from diffmergefs.cli import common
+from diffmergefs.cli.verbs import NAMES, load
+from diffmergefs.serving.mounttable import mount_entry, mount_over, resolved
+from tests.support import mounttable
+from tests.support.commands import diffmergefs, diffmergefs_as_nobody, one_line
+from tests.support.live import Gate, held, patch_children
+from tests.support.mounts import Mount, mounted
+from tests.support.stores import write_chain
+
+REFUSED, TIMEOUT = 10, 12
+
+
+@pytest.fixture
+def store(public_path: Path) -> Path:
+    return write_chain(public_path / "store", ["base", "leaf"])
+
+
+@contextmanager
+def hung(store: Path, mountpoint: Path, *options: str) -> Iterator[Mount]:
+    """A mount whose daemon is stopped, and goes on at the end."""
+    with mounted(store, mountpoint, *options) as mount:
+        os.kill(mount.pid, signal.SIGSTOP)
+        try:
+            yield mount
+        finally:
+            os.kill(mount.pid, signal.SIGCONT)
+            if not mounttable.at(str(mountpoint)):
+                mount.process.wait(60)
+
+
+def verbs() -> list[click.Command]:
+    found = [load(name) for name in NAMES]
+    return [command for command in found if command is not None]
+
+
+def test_no_argument_is_asked_for_its_attributes_while_it_is_parsed() -> None:
+    """As click's own types of paths and files do."""
+    types = [param.type for command in verbs() for param in command.params]
+    paths = [known for known in types if isinstance(known, click.Path | click.File)]
+    assert len(paths) > 40
+    assert {type(known) for known in paths} == {type(common.PATH), type(common.MOUNTPOINT)}
+
+
+@pytest.mark.parametrize("options", [(), ("--lazy",)])
+@pytest.mark.parametrize("how", ["plain", "inside", "link"])
+def test_it_is_unmounted(
+    options: tuple[str, ...], how: str, store: Path, mountpoint: Path
+) -> None:
+    (mountpoint.parent / "link").symlink_to("mnt")
+    with hung(store, mountpoint):
+        if how == "inside":
+            # Whatever is mounted there is not asked what lies in it.
+            text = one_line(diffmergefs("umount", *options, mountpoint / "leaf"), REFUSED)
+            assert "nothing is mounted there" in text
+            return
+        path = mountpoint if how == "plain" else mountpoint.parent / "link"
+        done = diffmergefs("umount", *options, path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert not mounttable.at(str(mountpoint))
+
+
+def test_lazily_also_while_files_are_open(store: Path, mountpoint: Path) -> None:
+    with mounted(store, mountpoint) as mount:
+        with held(mountpoint / "leaf" / "memory.bin"):
+            os.kill(mount.pid, signal.SIGSTOP)
+            try:
+                assert "files of it are open by" in one_line(diffmergefs("umount", mountpoint), 15)
+                assert diffmergefs("umount", "--lazy", mountpoint).returncode == 0
+                assert not mounttable.at(str(mountpoint))
+            finally:
+                os.kill(mount.pid, signal.SIGCONT)
+        assert mount.process.wait(60) == 0
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("--watch",)])
+def test_status_gives_up(options: tuple[str, ...], store: Path, mountpoint: Path) -> None:
+    with hung(store, mountpoint):
+        text = one_line(diffmergefs("status", *options, mountpoint), TIMEOUT)
+        assert f"{mountpoint}: the daemon has not answered for 5 s" in text
+        assert f"umount --lazy {mountpoint}" in text
+
+
+@pytest.mark.parametrize("options", [(), ("-f",)], ids=["background", "front"])
+def test_a_second_mount_there_is_refused(
+    options: tuple[str, ...], store: Path, mountpoint: Path
+) -> None:
+    with hung(store, mountpoint):
+        done = diffmergefs("mount", "--log", "/dev/null", *options, store, mountpoint)
+        assert done.returncode == REFUSED
+        line = f"diffmergefs: {mountpoint}: {store} is mounted there already, and its server does"
+        assert done.stderr.splitlines()[-1].startswith(line)
+        inside = diffmergefs("mount", "--log", "/dev/null", *options, store, mountpoint / "leaf")
+        assert inside.returncode == TIMEOUT and "umount --lazy" in inside.stderr
+
+
+# What a user may name in a mount; S is the store, M the mountpoint.
+COMMANDS = {
+    "list": "list M",
+    "info": "info M/leaf",
+    "info by link": "info S/../link/leaf",
+    "flatten": "flatten M/leaf -o S/../out",
+    "flatten into it": "flatten S/leaf -o M/out",
+    "layers": "info --base M/base/memory.bin --diff S/leaf/memory.bin",
+    "state": "verify S/leaf --state-dir M/state",
+    "outside": "list S --allow-outside M",
+    "compare": "compare S/leaf M/leaf",
+    "doctor": "doctor M/leaf/memory.bin",
+    "seal": "seal M/leaf/memory.bin",
+    "apply": "apply M/leaf/memory.bin S/../copy",
+    "source": "mount M S/../other",
+    "log": "mount --log M/log S S/../other",
+    "option": "mount -o base=M/base/memory.bin S/../other",
+    "below another": "mount -o state_dir=M/x S S/../other",
+}
+
+
+def test_a_path_in_it_is_one_line(store: Path, mountpoint: Path) -> None:
+    """All at once, because each waits for some seconds."""
+    (mountpoint.parent / "link").symlink_to("mnt")
+    (mountpoint.parent / "other").mkdir()
+    names = {"M": str(mountpoint), "S": str(store)}
+    with hung(store, mountpoint), ThreadPoolExecutor(len(COMMANDS)) as pool:
+        commands = [re.sub("[MS]", lambda m: names[m[0]], text) for text in COMMANDS.values()]
+        ended = list(pool.map(lambda command: diffmergefs(*command.split()), commands))
+        for done in ended:
+            text = one_line(done, TIMEOUT)
+            assert f" in the mount on {mountpoint}: " in text or f" {mountpoint}: the dae" in text
+
+
+def test_an_ordinary_user_hangs_as_little(store: Path, mountpoint: Path) -> None:
+    with hung(store, mountpoint, "--allow-other"):
+        assert "has not answered" in one_line(diffmergefs_as_nobody("status", mountpoint), TIMEOUT)
+        assert "has not answered" in one_line(diffmergefs_as_nobody("list", mountpoint), TIMEOUT)
+
+
+def test_a_daemon_that_hangs_over_the_very_request_is_left_alone_too(
+    store: Path, public_path: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for an answer to what was read already cannot be killed before it comes."""
+    gate = Gate(public_path / "gate")
+    code = gate.code + (
+        "import sys\n"
+        "if '-f' in sys.argv:\n"
+        "    import pyfuse3\n"
+        "    from diffmergefs.serving.operations import Operations\n"
+        "    async def hangs(*args):\n"
+        "        wait_at_gate()\n"
+        "        raise pyfuse3.FUSEError(5)\n"
+        "    Operations.statfs = hangs\n"
+    )
+    patch_children(monkeypatch, public_path / "patch", code)
+    with mounted(store, mountpoint):
+        try:
+            command = [sys.executable, "-m", "diffmergefs", "list", str(mountpoint)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            assert done.returncode == TIMEOUT and "has not answered" in done.stderr
+        finally:
+            gate.open()
+
+
+def test_paths_are_judged_by_the_table_of_mounts(store: Path, mountpoint: Path) -> None:
+    folder = mountpoint.parent
+    (folder / "link").symlink_to("mnt")
+    (folder / "far").symlink_to(f"{folder}/link/leaf/../base")
+    (folder / "loop").symlink_to("loop")
+    with hung(store, mountpoint):
+        real = str(mountpoint)
+        assert resolved(f"{folder}/link") == real
+        assert resolved(f"{folder}/mnt/leaf/none/..//./x") == f"{real}/leaf/x"
+        assert resolved(str(folder / "far")) == f"{real}/base"
+        assert resolved(f"{folder}/far/../..") == str(folder)
+        assert resolved(f"{folder}/loop") == f"{folder}/loop"
+        over = mount_over(f"{real}/leaf/x")
+        assert over is not None and over == mount_entry(real) and over.kind == "fuse.diffmergefs"
+        assert mount_entry(f"{real}/leaf") is None
+        other = mount_over(f"{real}-beside")
+        assert other is not None and other.path != real
+
+
+def test_a_covered_mount_is_not_the_one_that_paths_lead_to(
+    store: Path, mountpoint: Path
+) -> None:
+    with mounted(store, mountpoint):
+        for point in (mountpoint, mountpoint.parent):
+            subprocess.run(["mount", "-t", "tmpfs", "cover", str(point)], check=True)
+            try:
+                known = mount_over(str(mountpoint))
+                assert known is not None and (known.path, known.source) == (str(point), "cover")
+                done = diffmergefs("umount", mountpoint)
+                assert done.returncode == REFUSED
+            finally:
+                subprocess.run(["umount", str(point)], check=True)
+        known = mount_entry(str(mountpoint))
+        assert known is not None and known.source == str(store)
