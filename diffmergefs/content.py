@@ -304,8 +304,8 @@ def copied_up(
 
 
 _WAY_OUT = (
-    "put its seal beside it if it has one, take the diff again, or vouch for it with --trust-grain"
-    " (wrong bytes if it is not so)"
+    "put its seal beside it if it has one, take the diff again, or vouch for it with"
+    " --trust-grain=copy-up (wrong bytes if it is not so)"
 )
 
 

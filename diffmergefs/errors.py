@@ -58,7 +58,7 @@ class UntrustedExtentsError(DiffMergeError):
     """A diff's data extents cannot be trusted where it is stored (law 4).
 
     `check` names the failed check: 'filesystem', 'grain', 'alignment', 'unwritten', 'copy-up' or
-    'blocks'. `--trust-grain` overrides all of them but 'blocks'.
+    'blocks'. `--trust-grain` may override all of them but 'blocks'.
     """
 
     exit_code = 5

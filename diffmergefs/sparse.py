@@ -9,7 +9,6 @@ import os
 import struct
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from diffmergefs.errors import UnsupportedPlatformError
 from diffmergefs.extents import Extent
@@ -17,8 +16,10 @@ from diffmergefs.extents import Extent
 OVERLAYFS_MAGIC = 0x794C7630
 NFS_MAGIC = 0x6969
 TMPFS_MAGIC = 0x01021994
+FUSE_MAGIC = 0x65735546
 
 _FS_IOC_FIEMAP = 0xC020660B
+_FS_IOC_GETFLAGS = 0x80086601
 _FIEMAP_EXTENT_LAST = 0x1
 _FIEMAP_EXTENT_UNWRITTEN = 0x800
 _FIEMAP_HEADER = struct.Struct("=QQIIII")
@@ -106,33 +107,42 @@ def _fiemap(fd: int, start: int, length: int) -> list[tuple[int, int, int]]:
     return [(e[0], e[2], e[5]) for e in extents]
 
 
+def has_map(fd: int) -> bool:
+    """Whether the filesystem gives a map of the extents of the regular file `fd` (FIEMAP)."""
+    return _answers(fd, _FS_IOC_FIEMAP, _FIEMAP_HEADER.pack(0, 1, 0, 0, 0, 0))
+
+
+def has_flags(fd: int) -> bool:
+    """Whether the filesystem gives the flags of the file `fd` (ioctl_iflags(2))."""
+    return _answers(fd, _FS_IOC_GETFLAGS, bytes(8))
+
+
+def _answers(fd: int, request: int, argument: bytes) -> bool:
+    try:
+        fcntl.ioctl(fd, request, argument)
+    except OSError:
+        return False
+    return True
+
+
 def filesystem_magic(fd: int) -> int:
-    """The `f_type` of fstatfs(2): the magic number of the filesystem that holds `fd`."""
+    """The `f_type` of fstatfs(2): the magic number of the filesystem that holds `fd`.
+
+    Only a FUSE server can lack statfs, so that is what such a filesystem is taken for.
+    """
     # Python's statvfs leaves f_type out. It is the first word of struct statfs, whose size is
     # 120 bytes on 64-bit Linux; 256 leaves room everywhere.
     buffer = ctypes.create_string_buffer(256)
     if _libc.fstatfs(fd, buffer) != 0:
         number = ctypes.get_errno()
+        if number == errno.ENOSYS:
+            return FUSE_MAGIC
         raise OSError(number, os.strerror(number))
     word = ctypes.c_long.from_buffer(buffer).value
     return word & 0xFFFFFFFF
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def mount_options(fd: int) -> tuple[str, frozenset[str]]:
-    """The filesystem type and the superblock options of the mount that holds `fd`.
-
-    From /proc/self/mountinfo (proc(5)); empty where the mount is not listed there.
-    """
-    info = Path(f"/proc/self/fdinfo/{fd}").read_text()
-    mount_id = next(line.split()[1] for line in info.splitlines() if line.startswith("mnt_id:"))
-    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"):
-        if line.split(" ", 1)[0] == mount_id:
-            kind, _, options = line.split(" - ", 1)[1].split(" ", 2)
-            return kind, frozenset(options.split(","))
-    return "", frozenset()
 
 
 def read_into(fd: int, buffer: memoryview, offset: int, flags: int = 0) -> int:

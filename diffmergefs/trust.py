@@ -4,44 +4,40 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from diffmergefs import sparse
 from diffmergefs.errors import UntrustedExtentsError
 from diffmergefs.extents import ExtentList
+from diffmergefs.filesystems import untrusted_filesystem
 from diffmergefs.layer import Layer
 
 PAGE = 4096
 MIB = 1 << 20
 
-_UNTRUSTED = {
-    0x2FC12FC1: ("zfs", "it stores blocks of zeros as holes"),
-    0x00C36400: ("ceph", "it reports whole files as data"),
-    0xFF534D42: ("cifs", "what it reports depends on the server"),
-    0xFE534D42: ("smb", "what it reports depends on the server"),
-    0x01021997: ("9p", "it does not pass holes on"),
-    0x4D44: ("vfat", "it has no holes"),
-    0x2011BAB0: ("exfat", "it has no holes"),
-}
+#: The checks of law 4 that a user may override by their names.
+CHECKS = ("filesystem", "grain", "alignment", "unwritten", "copy-up")
+#: Stands for all of them.
+ALL = "all"
 
 
 @dataclass(frozen=True)
 class TrustPolicy:
     """What a user vouches for.
 
-    `page_size` is the guest's page in bytes, a power of two; `trust_grain` overrides the checks of
-    grain, alignment, unwritten ranges, copy-up and filesystem type; `dense` accepts a diff without
-    a hole. `no_seal` ignores seals. `verify` is what checksums are compared: 'no', 'pins' (seals
-    and parents' hashes, each once for a file) or 'full' (all of them anew). `allow_writers` accepts
+    `page_size` is the guest's page in bytes, a power of two; `trust_grain` are the names of the
+    checks that are overridden, of `CHECKS`, or 'all'; `dense` accepts a diff without a hole.
+    `no_seal` ignores seals. `verify` is what checksums are compared: 'no', 'pins' (seals and
+    parents' hashes, each once for a file) or 'full' (all of them anew). `allow_writers` accepts
     layers that someone has open for writing. `allow_gaps` accepts numbered layers that leave
     numbers out, and the lowest of them as the base. `allow_outside` are directories beside SOURCE
     in which its layers may lie. `state_dir` is where verified checksums are remembered, by default
-    the user's state directory. Raises ValueError for a page size or a `verify` that makes no sense.
+    the user's state directory. Raises ValueError for a page size, a `verify` or a name of a check
+    that makes no sense.
     """
 
     page_size: int = PAGE
-    trust_grain: bool = False
+    trust_grain: Collection[str] = frozenset()
     dense: bool = False
     no_seal: bool = False
     verify: str = "pins"
@@ -55,6 +51,24 @@ class TrustPolicy:
             raise ValueError(f"verify is {self.verify!r}, not 'no', 'pins' or 'full'")
         if self.page_size < 1 or self.page_size & (self.page_size - 1):
             raise ValueError(f"a page of {self.page_size} bytes, which is no power of two")
+        object.__setattr__(self, "trust_grain", checks_named(self.trust_grain))
+
+    def overrides(self, check: str) -> bool:
+        """Whether the user vouches for what this check refuses."""
+        return check in self.trust_grain
+
+
+def checks_named(names: Collection[str]) -> frozenset[str]:
+    """The checks that `names` stand for; 'all' is all of `CHECKS`.
+
+    Raises ValueError for a name of none, and for what is no collection of names.
+    """
+    if isinstance(names, str) or not isinstance(names, Collection):
+        raise ValueError(f"trust_grain is {names!r}, not a set of names of checks")
+    for name in names:
+        if name not in (*CHECKS, ALL):
+            raise ValueError(f"{name!r} is no check; they are {', '.join(CHECKS)}, or {ALL}")
+    return frozenset(CHECKS if ALL in names else names)
 
 
 @dataclass(frozen=True)
@@ -88,9 +102,9 @@ def require_trust(layer: Layer, policy: TrustPolicy, *, complete: bool = False) 
     Extents of a record beside the file (a seal, a presence file) are held to the record's grain
     and alignment alone: where the file lies now says nothing about them.
 
-    With `policy.trust_grain` a failed check that may be overridden is a line of the answer
-    instead, for the user to see. `complete` says that the diff is a complete image (it has no hole
-    and that is as meant): then only what could fake that is checked. Reads metadata only.
+    A failed check that `policy.trust_grain` names is a line of the answer instead, for the user to
+    see. `complete` says that the diff is a complete image (it has no hole and that is as meant):
+    then only what could fake that is checked. Reads metadata only.
     """
     return require_none(problems(layer, policy.page_size, complete=complete), policy)
 
@@ -102,7 +116,7 @@ def require_none(found: Iterable[Problem], policy: TrustPolicy) -> list[str]:
     """
     overridden = []
     for problem in found:
-        if not policy.trust_grain or problem.check == "blocks":
+        if not policy.overrides(problem.check):
             raise UntrustedExtentsError(str(problem), problem.check)
         overridden.append(f"--trust-grain overrides the check of {problem.check}: {problem}")
     return overridden
@@ -123,8 +137,9 @@ def _problem(layer: Layer, check: str, text: str) -> Problem:
         way_out = "store the diff on a filesystem that reports holes, or put its seal beside it"
     else:
         way_out = (
-            "take the diff again on ext4, xfs, btrfs or 4 KiB tmpfs, put its seal beside it if it"
-            " has one, or vouch for it with --trust-grain (wrong bytes if it is not so)"
+            "take the diff again on ext4, xfs, btrfs or tmpfs without huge pages, put its seal"
+            f" beside it if it has one, or vouch for it with --trust-grain={check} (wrong bytes if"
+            " it is not so)"
         )
     return Problem(layer.path, check, text, way_out)
 
@@ -178,20 +193,6 @@ def _problems_of_walk(layer: Layer, page: int, complete: bool) -> Iterator[Probl
             f"[{found.start}, {found.stop}) is preallocated and unwritten, which is reported"
             " as data or as a hole by chance",
         )
-
-
-def untrusted_filesystem(fd: int) -> str | None:
-    """Why the extents on the filesystem of `fd` cannot be trusted, whatever the file, or None."""
-    magic = sparse.filesystem_magic(fd)
-    if magic in _UNTRUSTED:
-        name, reason = _UNTRUSTED[magic]
-        return f"the extents on {name} cannot be trusted: {reason}"
-    if magic == sparse.NFS_MAGIC:
-        _, options = sparse.mount_options(fd)
-        if "vers=4.2" not in options:
-            version = next((o for o in sorted(options) if o.startswith("vers=")), "vers unknown")
-            return f"the extents on nfs before 4.2 cannot be trusted ({version})"
-    return None
 
 
 def _unaligned(extents: ExtentList, size: int, page: int) -> tuple[int, int] | None:

@@ -276,7 +276,7 @@ def test_an_untrusted_diff_is_refused(tmp_path: Path, caplog: pytest.LogCaptureF
     with unchanged([diff, base]), pytest.raises(UntrustedExtentsError, match="--trust-grain"):
         apply_diff(diff, base, policy=TrustPolicy(page_size=2 * PAGE))
     assert not caplog.records
-    policy = TrustPolicy(page_size=2 * PAGE, trust_grain=True)
+    policy = TrustPolicy(page_size=2 * PAGE, trust_grain={"all"})
     assert apply_diff(diff, base, policy=policy) == PAGE
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 1

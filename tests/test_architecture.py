@@ -22,7 +22,8 @@ ROOT = PACKAGE.name
 LEVELS = [
     {
         "buffers", "descriptors", "errors", "extents", "filekey", "health", "health.finding",
-        "integrity", "isolated", "layouts", "logformat", "once", "pictures", "pictures.cells",
+        "integrity", "isolated", "layouts", "logformat", "mountinfo", "once", "pictures",
+        "pictures.cells",
         "pictures.curve", "pictures.legend", "serving", "serving.daemon", "serving.guard",
         "serving.holders", "serving.metrics", "serving.mounttable", "serving.nextrequest",
         "serving.notify", "serving.tuning", "workers", "workingsets", "workingsets.advise",
@@ -35,8 +36,8 @@ LEVELS = [
         "workingsets.touches",
     },
     {
-        "integrity.bmapreader", "layer", "layouts.snapshot", "lease", "serving.mountpoint",
-        "serving.openmetrics",
+        "filesystems", "integrity.bmapreader", "layer", "layouts.snapshot", "lease",
+        "serving.mountpoint", "serving.openmetrics",
     },
     {
         "layouts.document", "layouts.presence", "layouts.ranges", "layouts.reader",
@@ -58,7 +59,10 @@ LEVELS = [
         "writing.companions", "writing.rediff", "writing.squash",
     },
     {"health.doctor", "serving.openwatch", "serving.tree", "writing.newstore", ROOT},
-    {"serving.operations", "workingsets.prefetch", "workingsets.recorder", "writing.storediff"},
+    {
+        "cli.optionalvalue", "serving.operations", "workingsets.prefetch", "workingsets.recorder",
+        "writing.storediff",
+    },
     {
         "cli.inherited", "cli.mountoptions", "cli.progress", "cli.tables", "workingsets.adviser",
         "workingsets.guarded",

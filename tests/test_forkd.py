@@ -415,7 +415,7 @@ def test_where_holes_cannot_be_told_it_takes_a_document(
     with pytest.raises(UntrustedExtentsError) as caught:
         open_image(folder)
     assert "late/memory.bin: may have holes, and without a snapshot.json" in str(caught.value)
-    assert len(open_image(folder, TrustPolicy(trust_grain=True)).overridden) == 1
+    assert len(open_image(folder, TrustPolicy(trust_grain={"all"})).overridden) == 1
     write_document(tmp_path, "late", '{"memory": "memory.bin"}')
     assert not open_image(folder).overridden
 

@@ -182,7 +182,7 @@ def test_pages_larger_than_the_guests_are_a_coarse_grain(tmp_path: Path) -> None
         shown(base, diff)
     expected = overlay_oracle(SIZE, [BELOW, pages(1, range(4))])
     assert shown(base, diff, page_size=4 * PAGE) == expected
-    seal_layer(diff, policy=TrustPolicy(trust_grain=True))  # a finer seal makes it no finer
+    seal_layer(diff, policy=TrustPolicy(trust_grain={"all"}))  # a finer seal makes it no finer
     with pytest.raises(UntrustedExtentsError, match="presence was made in blocks of 16384 bytes"):
         shown(base, diff)
 

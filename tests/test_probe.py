@@ -86,12 +86,23 @@ def test_a_filesystem_that_makes_holes_of_zeros_is_wrong(
     assert [found[check].severity for check in ("grain", "zeros")] == ["fine", "wrong"]
 
 
-def test_a_filesystem_of_an_untrusted_type_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["tmpfs_advise", "tmpfs_huge"])
+def test_a_filesystem_that_is_not_on_the_list_is_wrong(
+    kind: str, filesystem: Callable[[str], Path]
 ) -> None:
-    monkeypatch.setattr(sparse, "filesystem_magic", lambda _: 0x2FC12FC1)
-    found = examined(tmp_path)["filesystem"]
-    assert found.severity == "wrong" and "on zfs cannot be trusted" in found.finding
+    found = examined(filesystem(kind))["filesystem"]
+    assert found.severity == "wrong" and "on tmpfs cannot be trusted: with huge=" in found.finding
+
+
+@pytest.mark.parametrize(("upper", "severity"), [("tmpfs", "fine"), ("tmpfs_advise", "wrong")])
+def test_of_an_overlay_the_directory_counts_in_which_new_files_lie(
+    upper: str, severity: str, filesystem: Callable[[str], Path]
+) -> None:
+    lower = filesystem("ext4")
+    (lower / "folder").mkdir()
+    with loopfs.overlay(filesystem(upper), lower) as layers:
+        assert examined(layers.merged)["filesystem"].severity == severity
+        assert examined(layers.merged / "folder")["filesystem"].severity == severity
 
 
 def test_no_leases_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -429,7 +429,10 @@ def test_a_seal_in_blocks_above_the_page_is_coarse(tmp_path: Path) -> None:
     with pytest.raises(UntrustedExtentsError, match=r"made in blocks of 16384 bytes") as caught:
         open_chain(base, [diff])
     assert caught.value.check == "grain"
-    assert describe_trust(base, diff, TrustPolicy(trust_grain=True)) == ("overridden: grain", 16384)
+    assert describe_trust(base, diff, TrustPolicy(trust_grain={"all"})) == (
+        "overridden: grain",
+        16384,
+    )
 
 
 def test_a_seal_with_ranges_off_the_page_is_unaligned(tmp_path: Path) -> None:
@@ -502,7 +505,7 @@ def test_bmaptools_map_on_a_filesystem_with_large_blocks_is_coarse(
     bmaptool("create", "--output", f"{diff}.bmap", diff)
     with pytest.raises(UntrustedExtentsError, match="made in blocks of 16384 bytes"):
         open_chain(base, [diff])
-    vouched = open_chain(base, [diff], TrustPolicy(trust_grain=True))
+    vouched = open_chain(base, [diff], TrustPolicy(trust_grain={"all"}))
     assert [line.split(":")[0] for line in vouched.overridden] == [
         "--trust-grain overrides the check of grain"
     ]

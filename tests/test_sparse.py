@@ -16,7 +16,6 @@ from diffmergefs import sparse
 from diffmergefs.errors import UnsupportedPlatformError
 from diffmergefs.extents import Extent, ExtentList
 from diffmergefs.layer import Layer
-from tests.support import loopfs, skips
 from tests.support.images import PAGE, signed, write_layer
 
 MIB = 1 << 20
@@ -222,12 +221,11 @@ def test_odd_answers_of_fiemap(
         ("overlay", sparse.OVERLAYFS_MAGIC),
     ],
 )
-def test_the_magic_number_and_type_of_each_filesystem(
+def test_the_magic_number_of_each_filesystem(
     kind: str, magic: int, filesystem: Callable[[str], Path]
 ) -> None:
     with opened(write_layer(filesystem(kind) / "file", PAGE, [])) as fd:
         assert sparse.filesystem_magic(fd) == magic
-        assert sparse.mount_options(fd)[0] == kind
 
 
 def test_the_magic_number_of_no_file_is_an_oserror() -> None:
@@ -235,23 +233,15 @@ def test_the_magic_number_of_no_file_is_an_oserror() -> None:
         sparse.filesystem_magic(-1)
 
 
-def test_mount_options_are_those_of_the_superblock(
-    overlay_fs: loopfs.Overlay, filesystem: Callable[[str], Path]
+@pytest.mark.parametrize(
+    ("kind", "has"),
+    [("ext4", True), ("xfs", True), ("btrfs", True), ("overlay", True), ("tmpfs", False)],
+)
+def test_which_filesystems_have_a_map_of_extents(
+    kind: str, has: bool, filesystem: Callable[[str], Path]
 ) -> None:
-    with opened(write_layer(overlay_fs.merged / "file", PAGE, [])) as fd:
-        kind, options = sparse.mount_options(fd)
-        assert kind == "overlay"
-        assert f"upperdir={overlay_fs.upper}" in options
-    with opened(write_layer(filesystem("tmpfs_huge") / "file", PAGE, [])) as fd:
-        assert "huge=always" in sparse.mount_options(fd)[1]
-
-
-def test_mount_options_of_a_file_without_a_listed_mount_are_empty() -> None:
-    fd = os.memfd_create("nowhere")
-    try:
-        assert sparse.mount_options(fd) == ("", frozenset())
-    finally:
-        os.close(fd)
+    with opened(write_layer(filesystem(kind) / "file", PAGE, [])) as fd:
+        assert sparse.has_map(fd) == has
 
 
 def test_read_into_fills_by_many_short_reads_and_stops_at_the_end(
@@ -272,14 +262,3 @@ def test_read_into_fills_by_many_short_reads_and_stops_at_the_end(
         assert sparse.read_into(fd, memoryview(buffer), PAGE - 30) == 30
         assert sparse.read_into(fd, memoryview(buffer), PAGE) == 0
         assert os.lseek(fd, 0, os.SEEK_CUR) == 0
-
-
-def test_mount_options_of_a_path_with_ends_of_lines(public_path: Path) -> None:
-    """mountinfo(5) escapes a newline only; to str.splitlines these end a line too."""
-    skips.require_mounts()
-    point = public_path / "a\x0b\x1c\x85\u2028b"
-    point.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", point], check=True)
-    with opened(point) as fd:
-        kind, options = sparse.mount_options(fd)
-    assert kind == "tmpfs" and {"rw", "size=1024k"} <= options

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import sparse
+from diffmergefs import sparse, trust
 from diffmergefs.errors import DenseDiffError, SizeMismatchError, UntrustedExtentsError
 from diffmergefs.extents import Extent
 from diffmergefs.images import open_chain
@@ -39,10 +39,11 @@ def require_overridable(layer: Layer, check: str) -> None:
     """The check refuses the layer, --trust-grain overrides it, and a line says so."""
     error = refusal(layer)
     assert error.check == check
-    assert "--trust-grain" in str(error)
-    assert require_trust(layer, TrustPolicy(trust_grain=True)) == [
-        f"--trust-grain overrides the check of {check}: {error}"
-    ]
+    assert f"--trust-grain={check} " in str(error)
+    for names in ({"all"}, {check}):
+        assert require_trust(layer, TrustPolicy(trust_grain=names)) == [
+            f"--trust-grain overrides the check of {check}: {error}"
+        ]
 
 
 def test_a_plain_diff_is_trusted(real_fs: Path) -> None:
@@ -60,8 +61,9 @@ def test_an_odd_end_of_the_file_counts_as_the_end_of_a_page(real_fs: Path) -> No
 
 @pytest.mark.parametrize(("kind", "unit"), [("xfs16k", 16384), ("tmpfs_huge", 2 * MIB)])
 def test_a_grain_coarser_than_the_page_is_refused(
-    kind: str, unit: int, filesystem: Callable[[str], Path]
+    kind: str, unit: int, filesystem: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(trust, "untrusted_filesystem", lambda _: None)  # what comes before it
     layer = diff(filesystem(kind), 1)
     assert grain(layer.fd) == unit
     # The reason for the check: the written page's neighbours are data too.
@@ -73,7 +75,7 @@ def test_a_grain_coarser_than_the_page_is_refused(
 def test_a_guest_page_as_large_as_the_grain_is_trusted(filesystem: Callable[[str], Path]) -> None:
     layer = diff(filesystem("xfs16k"), 1)
     assert require_trust(layer, TrustPolicy(page_size=16384)) == []
-    assert require_trust(layer, TrustPolicy(page_size=65536, trust_grain=True)) != []
+    assert require_trust(layer, TrustPolicy(page_size=65536, trust_grain={"all"})) != []
 
 
 def test_a_fine_grain_does_not_make_part_of_a_large_page_right(real_fs: Path) -> None:
@@ -113,46 +115,6 @@ def test_a_preallocated_range_is_refused_where_reading_turns_it_into_data(
     assert layer.extents.data_bytes <= os.fstat(layer.fd).st_blocks * 512
 
 
-@pytest.mark.parametrize(
-    ("magic", "name"),
-    [
-        (0x2FC12FC1, "zfs"),
-        (0x00C36400, "ceph"),
-        (0xFF534D42, "cifs"),
-        (0xFE534D42, "smb"),
-        (0x01021997, "9p"),
-        (0x4D44, "vfat"),
-        (0x2011BAB0, "exfat"),
-    ],
-)
-def test_a_filesystem_that_does_not_tell_holes_is_refused(
-    magic: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer = diff(tmp_path, 1)
-    monkeypatch.setattr(sparse, "filesystem_magic", lambda _: magic)
-    require_overridable(layer, "filesystem")
-    assert f"on {name} " in str(refusal(layer))
-
-
-@pytest.mark.parametrize("version", ["vers=3", "vers=4.0", "vers=4.1", None])
-def test_nfs_before_4_2_is_refused(
-    version: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer = diff(tmp_path, 1)
-    options = frozenset({"rw", version or "hard"})
-    monkeypatch.setattr(sparse, "filesystem_magic", lambda _: sparse.NFS_MAGIC)
-    monkeypatch.setattr(sparse, "mount_options", lambda _: ("nfs4", options))
-    require_overridable(layer, "filesystem")
-    assert (version or "vers unknown") in str(refusal(layer))
-
-
-def test_nfs_4_2_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = diff(tmp_path, 1)
-    monkeypatch.setattr(sparse, "filesystem_magic", lambda _: sparse.NFS_MAGIC)
-    monkeypatch.setattr(sparse, "mount_options", lambda _: ("nfs4", frozenset({"vers=4.2"})))
-    assert require_trust(layer, TrustPolicy()) == []
-
-
 @pytest.fixture
 def all_is_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A filesystem without lseek, as FUSE's default: each file is one extent."""
@@ -164,7 +126,7 @@ def all_is_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_more_data_than_blocks_is_refused_and_nothing_overrides_it(tmp_path: Path) -> None:
     layer = diff(tmp_path, 1)
     for complete in (False, True):
-        for policy in (TrustPolicy(), TrustPolicy(trust_grain=True, dense=True)):
+        for policy in (TrustPolicy(), TrustPolicy(trust_grain={"all"}, dense=True)):
             with pytest.raises(UntrustedExtentsError) as caught:
                 require_trust(layer, policy, complete=complete)
             assert caught.value.check == "blocks"
@@ -187,10 +149,20 @@ def test_several_failed_checks_are_overridden_with_a_line_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = diff(tmp_path, 1)
-    monkeypatch.setattr(sparse, "filesystem_magic", lambda _: 0x4D44)
-    policy = TrustPolicy(page_size=2048, trust_grain=True)
-    first, second = require_trust(layer, policy)
+    monkeypatch.setattr(trust, "untrusted_filesystem", lambda _: "it is on exoticfs")
+    first, second = require_trust(layer, TrustPolicy(page_size=2048, trust_grain={"all"}))
     assert "check of filesystem: " in first and "check of grain: " in second
+
+
+def test_vouching_for_one_check_lets_no_other_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = diff(tmp_path, 1)
+    monkeypatch.setattr(trust, "untrusted_filesystem", lambda _: "it is on exoticfs")
+    assert len(require_trust(layer, TrustPolicy(trust_grain={"filesystem"}))) == 1
+    assert refusal(layer, TrustPolicy(trust_grain={"copy-up", "grain"})).check == "filesystem"
+    coarse = TrustPolicy(page_size=2048, trust_grain=["filesystem", "unwritten"])
+    assert refusal(layer, coarse).check == "grain"
 
 
 def test_a_complete_image_needs_no_grain_but_must_not_be_preallocated(
@@ -209,7 +181,7 @@ def test_a_complete_image_needs_no_grain_but_must_not_be_preallocated(
 
 
 def test_trust_grain_overrides_neither_size_nor_density(tmp_path: Path) -> None:
-    policy = TrustPolicy(trust_grain=True)
+    policy = TrustPolicy(trust_grain={"all"})
     base = write_layer(tmp_path / "base", 4 * PAGE, [])
     other = write_layer(tmp_path / "other", 5 * PAGE, [])
     full = write_layer(tmp_path / "full", 4 * PAGE, [(0, signed(1, 0, 4 * PAGE))])
@@ -241,8 +213,20 @@ def test_what_was_overridden_is_told_with_the_image(filesystem: Callable[[str], 
     one = write_layer(directory / "one", SIZE, [(0, b"x")])
     with pytest.raises(UntrustedExtentsError):
         open_chain(base, [one])
-    (line,) = open_chain(base, [one], TrustPolicy(trust_grain=True)).overridden
+    (line,) = open_chain(base, [one], TrustPolicy(trust_grain={"all"})).overridden
     assert str(one) in line and "grain" in line
+
+
+def test_all_stands_for_every_check() -> None:
+    assert TrustPolicy().trust_grain == frozenset()
+    assert TrustPolicy(trust_grain=["all"]).trust_grain == frozenset(trust.CHECKS)
+    assert TrustPolicy(trust_grain=["grain"]).trust_grain == {"grain"}
+
+
+@pytest.mark.parametrize("wrong", ["grain", True, {"grain", "blocks"}, [""]])
+def test_names_of_no_check_are_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"trust_grain is|is no check; they are filesystem, "):
+        TrustPolicy(trust_grain=wrong)
 
 
 @pytest.mark.parametrize("wrong", [{"page_size": 0}, {"page_size": 3000}, {"verify": "yes"}])

@@ -162,7 +162,7 @@ def test_a_filled_diff_is_a_fault_and_can_be_vouched_for(root: Path, state: Path
 
 
 def test_what_trust_grain_overrides_is_told(root: Path, state: Path) -> None:
-    verdict = verified(root / "leaf", state, page_size=2 * PAGE, trust_grain=True)
+    verdict = verified(root / "leaf", state, page_size=2 * PAGE, trust_grain={"all"})
     assert verdict.sound
     assert [line.split(":")[1].strip() for line in verdict.overridden] == [
         f"{root}/work/memory.bin",

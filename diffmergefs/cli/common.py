@@ -13,11 +13,12 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from diffmergefs.cli.optionalvalue import OptionalValue
 from diffmergefs.cli.progress import progress
 from diffmergefs.images import Image, open_chain, open_image
 from diffmergefs.logformat import printable as printable
 from diffmergefs.serving.mountpoint import require_answer
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.trust import ALL, CHECKS, TrustPolicy, checks_named
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -115,6 +116,22 @@ def with_policy(command: F) -> F:
     return cast(F, gathered)
 
 
+def _checks(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> frozenset[str]:
+    try:
+        return checks_named([name for value in values for name in value.split(",")])
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _complete_checks(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[str]:
+    before, comma, begun = incomplete.rpartition(",")
+    return [before + comma + name for name in CHECKS if name.startswith(begun)]
+
+
 page_size_option = click.option(
     "--page-size",
     type=int,
@@ -140,10 +157,15 @@ working_set_dir_option = click.option(
 _VOUCHING = (
     click.option(
         "--trust-grain",
-        is_flag=True,
-        help="Vouch for the diffs' holes where the filesystem does not: overrides the checks of"
-        " grain, alignment, unwritten ranges, copy-up and filesystem type. If they are not right,"
-        " the guest gets wrong bytes.",
+        cls=OptionalValue,
+        bare=ALL,
+        multiple=True,
+        callback=_checks,
+        shell_complete=_complete_checks,
+        metavar="[=NAMES]",
+        help="Vouch for the diffs' holes where these checks refuse them, as in"
+        " --trust-grain=filesystem,copy-up. Without NAMES it means all of them:"
+        f" {', '.join(CHECKS)}. If the holes are not right, the guest gets wrong bytes.",
     ),
     click.option(
         "--dense",

@@ -20,6 +20,7 @@ from diffmergefs.cli.common import (
     working_set_dir_option,
 )
 from diffmergefs.cli.mountoptions import MountCommand, complete_options
+from diffmergefs.cli.optionalvalue import OptionalValue
 from diffmergefs.cli.start import Request, serve_in_background, serve_in_front
 from diffmergefs.layouts.catalog import LAYOUTS
 from diffmergefs.serving.mountpoint import require_answer
@@ -94,6 +95,8 @@ from diffmergefs.trust import TrustPolicy
 )
 @click.option(
     "--prefetch",
+    cls=OptionalValue,
+    bare="notify",
     type=click.Choice(["notify", "fadvise", "no"]),
     metavar="[=notify|fadvise|no]",
     help="Bring the recorded pages of an image into the page cache when it is opened: by handing"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import click
 
-_BARE_PREFETCH = "--prefetch=notify"
+from diffmergefs.cli.optionalvalue import OptionalValue, with_values
 
 
 def split_options(options: Iterable[str]) -> list[str]:
@@ -29,10 +29,7 @@ class MountCommand(click.Command):
     """Takes its long options as -o options too, as fstab has them: `-o open_rw,page_size=16384`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        # As in GNU programs the value of an option that may lack one comes with `=`: what follows
-        # a bare --prefetch is an operand.
-        args = [_BARE_PREFETCH if arg == "--prefetch" else arg for arg in args]
-        rest = super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, with_values(self, args))
         options = split_options(ctx.params["options"])
         names = self.long_names()
         mine = [option for option in options if option_name(option) in names]
@@ -49,9 +46,8 @@ class MountCommand(click.Command):
         arguments = []
         for option in options:
             _, equals, value = option.partition("=")
-            argument = f"--{option_name(option)}{equals}{value}"
-            arguments.append(_BARE_PREFETCH if argument == "--prefetch" else argument)
-        values, _, _ = self.make_parser(ctx).parse_args(arguments)
+            arguments.append(f"--{option_name(option)}{equals}{value}")
+        values, _, _ = self.make_parser(ctx).parse_args(with_values(self, arguments))
         for param in self.params:
             if isinstance(param, click.Option) and param.name in values:
                 if param.multiple:
@@ -65,10 +61,17 @@ def complete_options(
     """What the shell offers for the last option of an `-o`."""
     before, comma, begun = incomplete.rpartition(",")
     names = [
-        name[2:].replace("-", "_") + ("" if option.is_flag else "=")
+        name[2:].replace("-", "_") + end
         for option in context.command.params
         if isinstance(option, click.Option)
         for name in option.opts
         if name.startswith("--") and name != "--help"
+        for end in _ends(option)
     ]
     return [before + comma + name for name in sorted(names) if name.startswith(begun)]
+
+
+def _ends(option: click.Option) -> list[str]:
+    if isinstance(option, OptionalValue):
+        return ["", "="]
+    return [""] if option.is_flag else ["="]

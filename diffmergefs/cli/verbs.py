@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from diffmergefs.cli.optionalvalue import with_values
+
 NAMES = (
     *("apply", "compare", "completion", "demo", "doctor", "flatten", "info", "list", "map"),
     *("mount", "prefetch", "rediff", "seal", "squash", "status", "umount", "verify"),
@@ -23,6 +25,13 @@ class Verbs(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         """The verb's command, or None if there is no such verb."""
         return load(name)
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The verb that `args` begin with, and its arguments, none of which lacks its value."""
+        name, command, rest = super().resolve_command(context, args)
+        return name, command, with_values(command, rest) if command else rest
 
 
 def load(name: str) -> click.Command | None:

@@ -11,10 +11,12 @@ from typing import BinaryIO
 from diffmergefs import sparse
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.extents import ExtentList
+from diffmergefs.filesystems import untrusted_filesystem
 from diffmergefs.health.finding import Finding
 from diffmergefs.layer import Layer
 from diffmergefs.lease import Writers, writers
-from diffmergefs.trust import PAGE, grain, untrusted_filesystem
+from diffmergefs.mountinfo import mount_of
+from diffmergefs.trust import PAGE, grain
 from diffmergefs.writing.copying import Target, clone_file
 
 _SIZE = 16 << 20
@@ -38,8 +40,7 @@ def examine_filesystem(folder: str, page: int = PAGE) -> Iterator[Finding]:
     """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        kind = sparse.mount_options(fd)[0] or "unknown"
-        yield _type(folder, fd, kind)
+        yield _type(folder, fd)
         unit = grain(fd)
     finally:
         os.close(fd)
@@ -57,12 +58,23 @@ def examine_filesystem(folder: str, page: int = PAGE) -> Iterator[Finding]:
         )
 
 
-def _type(folder: str, fd: int, kind: str) -> Finding:
-    reason = untrusted_filesystem(fd)
+def _type(folder: str, fd: int) -> Finding:
+    reason, mount = _untrusted(folder, fd), mount_of(fd)
     if reason is None:
+        kind = mount.kind if mount else "unknown"
         return Finding(folder, "filesystem", "fine", f"a filesystem of type {kind}")
     why = "a diff's holes are its meaning: which pages it leaves to its parent"
     return Finding(folder, "filesystem", "wrong", reason, why, _ELSEWHERE)
+
+
+def _untrusted(folder: str, fd: int) -> str | None:
+    # On an overlay new files lie in the upper directory. So does `folder` once one was made in it,
+    # and where it is not found there, the file itself tells.
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return untrusted_filesystem(fd) and untrusted_filesystem(file.fileno())
+    except OSError:
+        return untrusted_filesystem(fd)
 
 
 def _tried(folder: str, file: BinaryIO, page: int) -> Iterator[Finding]:

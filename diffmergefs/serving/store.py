@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from diffmergefs import beneath, sparse
+from diffmergefs import beneath
 from diffmergefs.errors import (
     DiffMergeError,
     FileAccessError,
@@ -29,6 +29,7 @@ from diffmergefs.layouts.reader import open_source
 from diffmergefs.layouts.snapshot import Snapshot, StoredFile
 from diffmergefs.layouts.watch import Watch
 from diffmergefs.lease import Leases
+from diffmergefs.mountinfo import mount_of
 from diffmergefs.once import Once
 from diffmergefs.serving.access import Access, Folder, view_access
 from diffmergefs.serving.mountpoint import FILESYSTEM_TYPE
@@ -190,7 +191,7 @@ class Store:
             return
         fd = open_source(self.root)
         try:
-            if sparse.mount_options(fd)[0] == FILESYSTEM_TYPE:
+            if (mount := mount_of(fd)) and mount.kind == FILESYSTEM_TYPE:
                 raise FileAccessError(f"{self.root}: a diffmergefs was mounted over it")
             # In one step for all who use the number.
             os.dup2(fd, self.fd, inheritable=False)

@@ -68,10 +68,26 @@ def described(error: OSError, path: str, target: Target | None = None) -> DiffMe
 def free_bytes(fd: int) -> int | None:
     """What an unprivileged user may still write on the filesystem of `fd`; None if it has no limit.
 
-    A tmpfs without a limit, and some FUSE filesystems, report zero blocks in all.
+    A tmpfs without a limit, and some FUSE filesystems, report zero blocks in all; other FUSE
+    servers cannot be asked.
     """
-    status = os.fstatvfs(fd)
-    return status.f_bavail * status.f_frsize if status.f_blocks else None
+    status = _statvfs(fd)
+    return status.f_bavail * status.f_frsize if status and status.f_blocks else None
+
+
+def block_size(fd: int) -> int:
+    """The unit in bytes in which the filesystem of the file `fd` stores, and may share, blocks."""
+    status = _statvfs(fd)
+    return status.f_frsize if status else os.fstat(fd).st_blksize
+
+
+def _statvfs(fd: int) -> os.statvfs_result | None:
+    try:
+        return os.fstatvfs(fd)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        return None
 
 
 def clone_file(layer: Layer, target: Target) -> bool:

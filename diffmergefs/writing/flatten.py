@@ -19,6 +19,7 @@ from diffmergefs.view import MergedView
 from diffmergefs.writing.copying import (
     BLOCK,
     Target,
+    block_size,
     clone_file,
     clone_ranges,
     copy_range,
@@ -143,7 +144,7 @@ class _Merge:
     def run(self) -> FlattenResult:
         with failures(self.target.path, self.target):
             os.ftruncate(self.target.fd, self.view.size)
-            self._block = os.fstatvfs(self.target.fd).f_frsize
+            self._block = block_size(self.target.fd)
         # Shared first, so that the space for all the rest can be asked for before it is copied.
         # Neighbours of different layers are one range there.
         left = ExtentList(self._share())

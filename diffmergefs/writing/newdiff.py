@@ -18,6 +18,7 @@ from diffmergefs.trust import TrustPolicy, problems
 from diffmergefs.view import MergedView
 from diffmergefs.writing.copying import (
     BLOCK,
+    block_size,
     clone_ranges,
     copy_through_buffer,
     failures,
@@ -29,8 +30,8 @@ from diffmergefs.writing.output import OutputFile
 _READ_BITS = 0o444
 _ZEROS = memoryview(bytes(BLOCK))
 _WAY_OUT = (
-    "nothing was written under that name; choose an output on ext4, xfs, btrfs or 4 KiB tmpfs,"
-    " seal it there, and copy it with its seal"
+    "nothing was written under that name; choose an output on ext4, xfs, btrfs or tmpfs"
+    " without huge pages, seal it there, and copy it with its seal"
 )
 
 
@@ -88,7 +89,7 @@ class NewDiff:
             self._target = self._file.target
             with failures(self.path, self._target):
                 os.ftruncate(self._target.fd, self._source.size)
-                self._block = os.fstatvfs(self._target.fd).f_frsize
+                self._block = block_size(self._target.fd)
             with closing(self._reopened()) as empty:
                 self._require_trust(empty, complete=False)
         except BaseException:
@@ -221,7 +222,7 @@ class NewDiff:
     def _require_trust(self, layer: Layer, *, complete: bool) -> list[str]:
         overridden = []
         for problem in problems(layer, self._policy.page_size, complete=complete):
-            if not self._policy.trust_grain or problem.check == "blocks":
+            if not self._policy.overrides(problem.check):
                 raise UntrustedExtentsError(
                     f"{self.path}: {problem.text}; {_WAY_OUT}", problem.check
                 )

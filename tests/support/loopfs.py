@@ -23,7 +23,10 @@ from tests.support import mounttable, skips
 SIZE = 512 * 1024 * 1024
 
 _MKFS = {
+    "ext2": ["mkfs.ext2", "-q", "-F"],
+    "ext3": ["mkfs.ext3", "-q", "-F"],
     "ext4": ["mkfs.ext4", "-q", "-F"],
+    "ext4_bigalloc": ["mkfs.ext4", "-q", "-F", "-O", "bigalloc", "-C", "65536"],
     "xfs": ["mkfs.xfs", "-q"],
     "xfs16k": ["mkfs.xfs", "-q", "-b", "size=16384"],
     "btrfs": ["mkfs.btrfs", "-q"],

@@ -7,6 +7,7 @@ it was written: that, laid over the parent, is what a view must show.
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -33,6 +34,18 @@ def scattered_pages(path: Path) -> Extents:
         (8 * MIB, signed(1, 8 * MIB, MIB)),
     ]
     write_layer(path, SIZE, extents)
+    return extents
+
+
+def in_allocations_of_64_kib(path: Path) -> Extents:
+    """The same on xfs, which stores 64 KiB for each page by a hint; then it is read.
+
+    That makes data of what was stored and not written.
+    """
+    path.touch()
+    subprocess.run(["xfs_io", "-c", "extsize 64k", path], check=True, capture_output=True)
+    extents = scattered_pages(path)
+    path.read_bytes()
     return extents
 
 

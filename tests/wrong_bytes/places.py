@@ -7,12 +7,15 @@ and when, files can be written, and yields the directory in which a user then fi
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffmergefs.filesystems import overlay_directories
+from diffmergefs.mountinfo import mount_of
 from tests.support import faulty, loopfs, mounttable, skips
 
 Make = Callable[[str], Path]
@@ -74,6 +77,45 @@ def upper(kind: str, below: Place | None = None) -> Place:
             yield merged
 
     return Place(f"overlay, upper {kind}" + (f" over {below.name}" if below else ""), filled)
+
+
+def read_only(of: Place) -> Place:
+    """In the lower one of two directories of an overlay that has no upper one."""
+
+    @contextmanager
+    def filled(make: Make, fill: Fill) -> Iterator[Path]:
+        merged, other = make("ext4"), make("ext4")
+        with of.filled(make, fill) as below:
+            options = f"lowerdir={below}:{other}"
+            mount = ["mount", "-t", "overlay", "-o", options, "overlay", merged]
+            subprocess.run(mount, check=True)
+            try:
+                yield merged
+            finally:
+                mounttable.unmount(str(merged))
+
+    return Place(f"overlay, only lower {of.name}", filled)
+
+
+def in_a_container(of: Place) -> Place:
+    """The overlay `of`, whose directories do not stand where mountinfo says."""
+
+    @contextmanager
+    def filled(make: Make, fill: Fill) -> Iterator[Path]:
+        elsewhere = make("ext4")
+        with of.filled(make, fill) as merged, ExitStack() as covers:
+            subprocess.run(["mount", "--bind", merged, elsewhere], check=True)
+            covers.callback(mounttable.unmount, str(elsewhere))
+            fd = os.open(merged, os.O_RDONLY)
+            mount = mount_of(fd)
+            os.close(fd)
+            assert mount is not None
+            for directory in overlay_directories(mount.options):
+                subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory], check=True)
+                covers.callback(mounttable.unmount, directory)
+            yield elsewhere
+
+    return Place(f"{of.name}, in a container", filled)
 
 
 @contextmanager

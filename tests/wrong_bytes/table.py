@@ -8,11 +8,21 @@ from tests.wrong_bytes import places
 from tests.wrong_bytes.diffs import (
     Act,
     change_of_mode,
+    in_allocations_of_64_kib,
     nothing,
     page_written_later,
     scattered_pages,
 )
-from tests.wrong_bytes.places import Place, directly, fuse, lower, packed, upper
+from tests.wrong_bytes.places import (
+    Place,
+    directly,
+    fuse,
+    in_a_container,
+    lower,
+    packed,
+    read_only,
+    upper,
+)
 
 RIGHT = "right"
 
@@ -40,15 +50,43 @@ class Row:
 TABLE = [
     # Filesystems that report holes exactly.
     *(Row(directly(kind)) for kind in ("ext4", "xfs", "btrfs", "tmpfs")),
-    # Overlays.
-    Row(upper("ext4")),
-    Row(upper("xfs")),
-    Row(lower(directly("ext4"))),
+    *(Row(directly(kind)) for kind in ("ext2", "ext3", "ext4_bigalloc")),
+    # Those that do not, or may not: by their names.
+    Row(packed("squashfs"), must="filesystem"),
+    Row(packed("erofs"), must="filesystem"),
+    *(
+        Row(directly(f"tmpfs_{huge}"), must="filesystem")
+        for huge in ("huge", "within_size", "advise")
+    ),
+    Row(places.RAMFS, must="filesystem"),
+    Row(places.FUSE_OVERLAYFS, must="filesystem"),
+    *(Row(fuse(statfs=statfs), must="filesystem") for statfs in (True, False)),
+    # A coarse grain, and blocks that are stored before they are written.
+    Row(directly("xfs16k"), must="grain"),
+    Row(directly("xfs"), in_allocations_of_64_kib, must="unwritten"),
+    # Overlays: what stores the file counts.
+    *(Row(upper(kind)) for kind in ("ext4", "xfs", "tmpfs")),
+    Row(upper("ext4", packed("squashfs"))),
+    Row(upper("tmpfs", packed("squashfs"))),
+    Row(upper("tmpfs_huge", directly("ext4")), must="filesystem"),
+    *(Row(lower(directly(kind))) for kind in ("ext4", "btrfs", "tmpfs")),
+    *(Row(lower(packed(kind)), must="filesystem") for kind in ("squashfs", "erofs")),
+    Row(lower(directly("tmpfs_advise")), must="filesystem"),
+    Row(lower(lower(directly("xfs")))),
+    Row(lower(lower(packed("squashfs"))), must="filesystem"),
     Row(lower(directly("ext4")), later=change_of_mode, must="copy-up"),
     Row(lower(directly("ext4")), later=page_written_later, must="copy-up"),
+    Row(lower(directly("ext4"), "metacopy=on"), later=change_of_mode),
+    Row(lower(packed("squashfs"), "metacopy=on"), later=change_of_mode, must="filesystem"),
     Row(upper("ext4"), later=page_written_later),
-    # FUSE servers without lseek call all of a file data.
-    *(Row(fuse(statfs=statfs), must="dense") for statfs in (True,)),
+    # Where the overlay's directories cannot be looked into: FIEMAP passes through.
+    *(Row(in_a_container(upper(kind))) for kind in ("ext4", "xfs", "btrfs")),
+    Row(in_a_container(lower(directly("xfs")))),
+    Row(in_a_container(upper("ext4", packed("squashfs")))),
+    *(Row(in_a_container(lower(packed(k))), must="filesystem") for k in ("squashfs", "erofs")),
+    Row(in_a_container(read_only(packed("erofs"))), must="filesystem"),
+    Row(in_a_container(read_only(directly("ext4")))),
+    Row(in_a_container(upper("tmpfs")), must="filesystem"),
 ]
 
 #: Where a base may lie: anywhere.
@@ -59,4 +97,5 @@ BASES = [
     places.FUSE_OVERLAYFS,
     places.RAMFS,
     fuse(statfs=True),
+    fuse(statfs=False),
 ]
