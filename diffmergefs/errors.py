@@ -29,6 +29,11 @@ class DiffMergeError(Exception):
     exit_code: ClassVar[int] = 3
     errno: ClassVar[int] = errno.EIO
 
+    @property
+    def is_passing(self) -> bool:
+        """Whether the reason may go while every file stays as it is: then ask again."""
+        return False
+
     def __str__(self) -> str:
         return one_line(super().__str__())
 
@@ -57,8 +62,9 @@ class SizeMismatchError(DiffMergeError):
 class UntrustedExtentsError(DiffMergeError):
     """A diff's data extents cannot be trusted where it is stored (law 4).
 
-    `check` names the failed check: 'filesystem', 'grain', 'alignment', 'unwritten', 'copy-up' or
-    'blocks'. `--trust-grain` may override all of them but 'blocks'.
+    `check` names the failed check: 'filesystem', 'grain', 'alignment', 'unwritten', 'map',
+    'copy-up' or 'blocks'. `--trust-grain` may override all of them but 'blocks'. One of 'map'
+    depends on what is in the page cache.
     """
 
     exit_code = 5
@@ -66,6 +72,10 @@ class UntrustedExtentsError(DiffMergeError):
     def __init__(self, message: str, check: str) -> None:
         super().__init__(message)
         self.check = check
+
+    @property
+    def is_passing(self) -> bool:
+        return self.check == "map"
 
 
 class DenseDiffError(DiffMergeError):
@@ -151,6 +161,10 @@ class WriterError(DiffMergeError):
 
     exit_code = 18
     errno = errno.EBUSY
+
+    @property
+    def is_passing(self) -> bool:
+        return True
 
 
 class PinError(DiffMergeError):

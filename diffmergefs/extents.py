@@ -83,10 +83,10 @@ class ExtentList:
         """The ranges that are data in both."""
         return ExtentList(_common(self, other))
 
-    def outside(self, other: ExtentList) -> Iterator[Extent]:
-        """The ranges that are data here and not in `other`, in order."""
-        # In a merge the lower layer shows where the upper one has nothing.
-        for segment in SegmentMap([self, other]):
+    def outside(self, *others: ExtentList) -> Iterator[Extent]:
+        """The ranges that are data here and in none of the `others`, in order."""
+        # In a merge the lowest layer shows where the upper ones have nothing.
+        for segment in SegmentMap([self, *others]):
             if segment.layer == 0:
                 yield Extent(segment.start, segment.stop)
 

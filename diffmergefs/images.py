@@ -7,9 +7,10 @@ import os
 import resource
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from diffmergefs import beneath
+from diffmergefs import beneath, sparse
 from diffmergefs.beneath import Reach, Root
 from diffmergefs.content import Verdicts, require_exact, require_meant
 from diffmergefs.errors import (
@@ -92,6 +93,8 @@ class LayerPool:
         self._opener = Opener(policy)
         self.verdicts = Verdicts(Remembered(policy.state_dir), anew=policy.verify == "full")
         self._layers: weakref.WeakValueDictionary[_Content, Layer] = weakref.WeakValueDictionary()
+        # Where the first of a layer's holes lies that looked like data when it was opened.
+        self._cached: dict[FileKey, int] = {}
         self._opening: Once[Layer] = Once()
 
     def layer(self, file: StoredFile) -> Layer:
@@ -106,7 +109,11 @@ class LayerPool:
 
     def _known(self, content: _Content) -> Layer | None:
         known = self._layers.get(content)
-        return None if known is None or known.tainted else known
+        if known is None or known.tainted:
+            return None
+        if len(known.unmapped) and not sparse.stays_data(known.fd, known.unmapped.starts[0]):
+            return None  # it can be walked exactly now
+        return known
 
     def _open(self, file: StoredFile, content: _Content) -> Layer:
         name = os.path.join(self._where, file.path)
@@ -120,6 +127,9 @@ class LayerPool:
         if (layer.key, in_force) != content:
             raise LayerChangedError(f"{name}: changed since it was looked over; try again")
         self._layers[content] = layer
+        self._cached.pop(layer.key, None)
+        if len(layer.unmapped):
+            self._cached[layer.key] = layer.unmapped.starts[0]
         return layer
 
     def has_writer(self, file: StoredFile) -> bool:
@@ -127,11 +137,32 @@ class LayerPool:
 
         It is opened for the moment, not walked. Raises OSError, FileAccessError.
         """
+        with self._opened(file) as fd:
+            return writers(fd) is Writers.SOME
+
+    def has_cached_hole(self, file: StoredFile) -> bool:
+        """Whether the hole of `file` that looked like data when it was last opened still does.
+
+        Its cached pages are dropped for that, where nobody has them mapped; it is opened for the
+        moment, not walked. Raises OSError, FileAccessError.
+        """
+        if file.key not in self._cached:
+            return False
+        with self._opened(file) as fd:
+            return sparse.stays_data(fd, self._cached[file.key])
+
+    @contextmanager
+    def _opened(self, file: StoredFile) -> Iterator[int]:
         fd = beneath.open_regular(self._root, file.path)
         try:
-            return writers(fd) is Writers.SOME
+            yield fd
         finally:
             os.close(fd)
+
+    def forget_all_but(self, present: set[FileKey]) -> None:
+        """Forget what is remembered of files that are not open and not among these."""
+        for key in self._cached.keys() - present:
+            self._cached.pop(key, None)
 
 
 def open_chain(

@@ -54,11 +54,12 @@ class Layer:
     """An open, read-only image file with its data extents.
 
     `path` is for messages. `size` is the logical size, `walked` the data extents that the
-    filesystem reports, `unwritten` the preallocated ranges (zeros, which may be among them or not)
-    and `extents` those in force, all as they were found when it was opened; they stay so for the
-    layer's life. `extents` and `walked` differ only for a layer with `records`. The file is never
-    written, extended or locked. One descriptor; `close()` closes it, and so does the end of the
-    last reference. Safe to use from several threads.
+    filesystem reports, `unwritten` the preallocated ranges (zeros, which may be among them or not),
+    `unmapped` and `unreported` where its own map contradicts it (see `sparse.Walk`), and `extents`
+    those in force, all as they were found when it was opened; they stay so for the layer's life.
+    `extents` and `walked` differ only for a layer with `records`. The file is never written,
+    extended or locked. One descriptor; `close()` closes it, and so does the end of the last
+    reference. Safe to use from several threads.
 
     `taints` counts the layers that were found changed since this process began.
     """
@@ -82,8 +83,9 @@ class Layer:
         _sync(fd)
         # The size is the first one seen: a file that grew during the sync shows at once.
         self.fingerprint = Fingerprint.of(fd)._replace(size=self.size)
-        self.walked = self.extents = ExtentList(sparse.data_extents(fd, self.size))
-        self.unwritten = ExtentList(sparse.unwritten_ranges(fd, self.size))
+        found = sparse.walk(fd, self.size)
+        self.walked, self.unwritten, self.unmapped, self.unreported = found
+        self.extents = self.walked
         self.records: tuple[Record, ...] = ()
         # tmpfs refuses RWF_NOWAIT, and its pages are in memory anyway.
         in_memory = sparse.filesystem_magic(fd) == sparse.TMPFS_MAGIC
@@ -179,8 +181,8 @@ class Layer:
 
         A moved ctime or block count alone is no proof of a change (chmod, rename, writeback and a
         reader of a tmpfs hole move them), so the extents are walked again: the same ones, more data
-        that reads as zeros, or less where nothing was written but only preallocated, leave the
-        extents known before in force. Blocks for the walk.
+        that reads as zeros, or less where nothing was written but only preallocated or cached,
+        leave the extents known before in force. Blocks for the walk.
         """
         if self.is_settled():
             return
@@ -189,14 +191,13 @@ class Layer:
                 return
             _sync(self.fd)
             now = Fingerprint.of(self.fd)
-            extents = ExtentList(sparse.data_extents(self.fd, self.size))
-            self._accept(now, extents)
+            self._accept(now, sparse.walk(self.fd, self.size).data)
 
     def _accept(self, now: Fingerprint, extents: ExtentList) -> None:
         gained = ExtentList(extents.outside(self.walked))
         lost = ExtentList(self.walked.outside(extents))
-        # Preallocated ranges are data as long as their zeros are in the page cache.
-        if any(lost.outside(self.unwritten)):
+        # Preallocated and reserved ranges are data as long as their zeros are in the page cache.
+        if any(lost.outside(self.unwritten, self.unmapped)):
             self._taint("data extents are gone")
         elif not all(self.is_zero(start, stop) for start, stop in gained):
             self._taint(f"{gained.data_bytes} bytes became data that are not zeros")

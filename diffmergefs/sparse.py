@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import operator
 import os
 import struct
 import sys
+from array import array
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from diffmergefs.errors import UnsupportedPlatformError
-from diffmergefs.extents import Extent
+from diffmergefs.extents import ExtentList
 
 OVERLAYFS_MAGIC = 0x794C7630
 NFS_MAGIC = 0x6969
@@ -20,11 +23,16 @@ FUSE_MAGIC = 0x65735546
 
 _FS_IOC_FIEMAP = 0xC020660B
 _FS_IOC_GETFLAGS = 0x80086601
+_FIEMAP_FLAG_SYNC = 0x1
 _FIEMAP_EXTENT_LAST = 0x1
+_FIEMAP_EXTENT_DELALLOC = 0x4
 _FIEMAP_EXTENT_UNWRITTEN = 0x800
+_NOT_WRITTEN = _FIEMAP_EXTENT_DELALLOC | _FIEMAP_EXTENT_UNWRITTEN
 _FIEMAP_HEADER = struct.Struct("=QQIIII")
-_FIEMAP_EXTENT = struct.Struct("=QQQQQIIII")
-_FIEMAP_FLAGS = 10  # the word of an extent in which its flags are
+# struct fiemap_extent: its bytes; in which 8 of them is the length, in which 4 the flags.
+_FIEMAP_EXTENT = 56
+_FIEMAP_LENGTH = 2
+_FIEMAP_FLAGS = 10
 _FIEMAP_BATCH = 1024
 _NO_FIEMAP = frozenset({errno.EOPNOTSUPP, errno.ENOTTY})
 
@@ -65,46 +73,115 @@ def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
             yield start, position
 
 
-def unwritten_ranges(fd: int, size: int) -> Iterator[Extent]:
-    """The preallocated, unwritten ranges in `[0, size)`, in ascending order; they read as zeros.
+class Walk(NamedTuple):
+    """What a filesystem says of a file's data, and where its two answers differ.
 
-    SEEK_DATA calls such a range data while its pages are cached, and no fsync changes that; only
-    FIEMAP's UNWRITTEN flag tells. Nothing is synced: on a file with dirty pages a range may have
-    been written already. None where the filesystem has no FIEMAP (tmpfs).
+    `data` are the ranges that SEEK_DATA reports and `unwritten` the preallocated ones, which may be
+    among them or not. `unmapped` are data where the filesystem's own map (FIEMAP) has neither
+    written bytes nor preallocated ones: the page cache makes holes look so, on xfs where space is
+    reserved for copy-on-write. `unreported` is written by the map and a hole by SEEK_DATA, which no
+    filesystem is known to say of a file that nobody writes to. Without FIEMAP (tmpfs, NFS) all but
+    `data` are empty.
     """
-    position = 0
-    while position < size and (batch := _fiemap(fd, position, size - position)):
-        asked = position
-        for start, length, flags in batch:
-            stop = min(start + length, size)
-            if flags & _FIEMAP_EXTENT_UNWRITTEN and max(start, position) < stop:
-                yield Extent(max(start, position), stop)
-            position = max(position, stop)
-            if flags & _FIEMAP_EXTENT_LAST:
-                return
-        if position == asked:  # not so, but for a filesystem that answers nonsense
-            return
+
+    data: ExtentList
+    unwritten: ExtentList
+    unmapped: ExtentList
+    unreported: ExtentList
 
 
-def _fiemap(fd: int, start: int, length: int) -> list[tuple[int, int, int]]:
-    # Start, length and flags: of the extents of one batch those that are unwritten, and the last.
-    request = bytearray(_FIEMAP_HEADER.size + _FIEMAP_BATCH * _FIEMAP_EXTENT.size)
-    _FIEMAP_HEADER.pack_into(request, 0, start, length, 0, 0, _FIEMAP_BATCH, 0)
+def walk(fd: int, size: int) -> Walk:
+    """The data of `[0, size)`, held against the filesystem's own map.
+
+    Where that has less, the file's cached pages are dropped once and it is walked again, which
+    moves no time stamp; pages that are dirty, or that a process has mapped, stay. Dirty ones are
+    written back first where there is a map, as for `data_extents` the caller does. Raises as that.
+    """
+    found = _held_against_map(fd, size)
+    if len(found.unmapped):
+        _drop_cached(fd)
+        found = _held_against_map(fd, size)
+    return found
+
+
+def stays_data(fd: int, offset: int) -> bool:
+    """Whether SEEK_DATA calls the byte data even after the file's cached pages were dropped."""
+    _drop_cached(fd)
     try:
-        fcntl.ioctl(fd, _FS_IOC_FIEMAP, request)
+        return os.lseek(fd, offset, os.SEEK_DATA) == offset
     except OSError as error:
-        if error.errno in _NO_FIEMAP:
-            return []
+        if error.errno == errno.ENXIO:
+            return False
         raise
-    mapped = _FIEMAP_HEADER.unpack_from(request)[3]
-    fields = memoryview(request)[_FIEMAP_HEADER.size :][: mapped * _FIEMAP_EXTENT.size]
-    # Mostly none is unwritten: to unpack all would take longer than the call.
-    flags = fields.cast("I")[_FIEMAP_FLAGS :: _FIEMAP_EXTENT.size // 4].tolist()
-    found = [n for n, flag in enumerate(flags) if flag & _FIEMAP_EXTENT_UNWRITTEN]
-    if mapped and mapped - 1 not in found[-1:]:
-        found.append(mapped - 1)
-    extents = (_FIEMAP_EXTENT.unpack_from(fields, n * _FIEMAP_EXTENT.size) for n in found)
-    return [(e[0], e[2], e[5]) for e in extents]
+
+
+def _drop_cached(fd: int) -> None:
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _held_against_map(fd: int, size: int) -> Walk:
+    mapped = _fiemap(fd, size)
+    data, none = ExtentList(data_extents(fd, size)), ExtentList()
+    if mapped is None or mapped.is_just(data):
+        return Walk(data, none, none, none)
+    written = ExtentList(mapped.ranges(0))
+    unwritten = ExtentList(mapped.ranges(_FIEMAP_EXTENT_UNWRITTEN))
+    unmapped = ExtentList(data.outside(written, unwritten))
+    return Walk(data, unwritten, unmapped, ExtentList(written.outside(data)))
+
+
+class _Mapped(NamedTuple):
+    # The extents of a file's map, clipped to its size.
+    starts: array[int]
+    stops: array[int]
+    flags: array[int]
+
+    def add(self, fields: memoryview, count: int) -> None:
+        # So many extents of a reply; to unpack one after another would take longer than the call.
+        words = fields[: count * _FIEMAP_EXTENT].cast("Q")
+        starts = words[:: _FIEMAP_EXTENT // 8].tolist()
+        lengths = words[_FIEMAP_LENGTH :: _FIEMAP_EXTENT // 8].tolist()
+        self.starts.extend(starts)
+        self.stops.extend(map(operator.add, starts, lengths))
+        self.flags.extend(words.cast("B").cast("I")[_FIEMAP_FLAGS :: _FIEMAP_EXTENT // 4].tolist())
+
+    def is_just(self, data: ExtentList) -> bool:
+        # Mostly it is: to join what is adjacent, and to compare the rest, takes ten times longer.
+        written = not any(flag & _NOT_WRITTEN for flag in set(self.flags))
+        return written and self.starts == data.starts and self.stops == data.stops
+
+    def ranges(self, kind: int) -> Iterator[tuple[int, int]]:
+        # Those of which these flags of `_NOT_WRITTEN` are set. A filesystem may repeat a part.
+        position = 0
+        for start, stop, flags in zip(self.starts, self.stops, self.flags, strict=True):
+            start = max(start, position)
+            if flags & _NOT_WRITTEN == kind and start < stop:
+                yield start, stop
+                position = stop
+
+
+def _fiemap(fd: int, size: int) -> _Mapped | None:
+    # None where the filesystem has no FIEMAP.
+    found = _Mapped(array("Q"), array("Q"), array("I"))
+    request = bytearray(_FIEMAP_HEADER.size + _FIEMAP_BATCH * _FIEMAP_EXTENT)
+    # On btrfs what fsync wrote may not be in the map yet: this flag waits for it.
+    position, sync = 0, _FIEMAP_FLAG_SYNC
+    while position < size:
+        _FIEMAP_HEADER.pack_into(request, 0, position, size - position, sync, 0, _FIEMAP_BATCH, 0)
+        try:
+            fcntl.ioctl(fd, _FS_IOC_FIEMAP, request)
+        except OSError as error:
+            if error.errno in _NO_FIEMAP:
+                return None
+            raise
+        count = _FIEMAP_HEADER.unpack_from(request)[3]
+        found.add(memoryview(request)[_FIEMAP_HEADER.size :], count)
+        if not found.stops or found.flags[-1] & _FIEMAP_EXTENT_LAST or found.stops[-1] <= position:
+            break
+        position, sync = found.stops[-1], 0
+    if found.stops:
+        found.stops[-1] = min(found.stops[-1], size)
+    return found
 
 
 def has_map(fd: int) -> bool:

@@ -16,7 +16,7 @@ PAGE = 4096
 MIB = 1 << 20
 
 #: The checks of law 4 that a user may override by their names.
-CHECKS = ("filesystem", "grain", "alignment", "unwritten", "copy-up")
+CHECKS = ("filesystem", "grain", "alignment", "unwritten", "map", "copy-up")
 #: Stands for all of them.
 ALL = "all"
 
@@ -75,7 +75,7 @@ def checks_named(names: Collection[str]) -> frozenset[str]:
 class Problem:
     """A check of law 4 that the diff `path` fails: what was found, and what its owner can do.
 
-    `check` is 'filesystem', 'grain', 'blocks', 'alignment', 'unwritten' or 'copy-up'.
+    `check` is 'filesystem', 'grain', 'blocks', 'alignment', 'unwritten', 'map' or 'copy-up'.
     """
 
     path: str
@@ -192,6 +192,28 @@ def _problems_of_walk(layer: Layer, page: int, complete: bool) -> Iterator[Probl
             "unwritten",
             f"[{found.start}, {found.stop}) is preallocated and unwritten, which is reported"
             " as data or as a hole by chance",
+        )
+    yield from _contradictions(layer)
+
+
+def _contradictions(layer: Layer) -> Iterator[Problem]:
+    if len(layer.unmapped):
+        yield Problem(
+            layer.path,
+            "map",
+            f"{layer.unmapped.data_bytes} bytes from {layer.unmapped.starts[0]} on are reported as"
+            " data, but nothing is stored for them: holes look so while their pages are cached, and"
+            " stay cached as long as someone maps or reads the file",
+            "try again when nobody has it mapped (fuser names who has), put its seal beside it if"
+            " it has one, or vouch for it with --trust-grain=map (wrong bytes if it is not so)",
+        )
+    if len(layer.unreported):
+        found = next(iter(layer.unreported))
+        yield _problem(
+            layer,
+            "map",
+            f"[{found.start}, {found.stop}) is reported as a hole, but its filesystem has bytes"
+            " stored there",
         )
 
 

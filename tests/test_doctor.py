@@ -14,7 +14,7 @@ import pytest
 
 from diffmergefs import sparse
 from diffmergefs.errors import BrokenChainError, FileAccessError
-from diffmergefs.extents import Extent
+from diffmergefs.extents import ExtentList
 from diffmergefs.health.doctor import examine_path
 from diffmergefs.health.finding import Finding
 from diffmergefs.integrity.sealing import seal_layer
@@ -170,7 +170,11 @@ def test_the_share_of_zeros_says_nothing(store: Path) -> None:
 def test_what_fails_a_check_is_not_called_trusted(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparse, "unwritten_ranges", lambda fd, size: iter([Extent(0, PAGE)]))
+    walk = sparse.walk
+    preallocated = ExtentList([(0, PAGE)])
+    monkeypatch.setattr(
+        sparse, "walk", lambda fd, size: walk(fd, size)._replace(unwritten=preallocated)
+    )
     found = of(examined(store / "work"), memory(store, "work"))
     assert found == [("unwritten", "wrong")]
 
@@ -241,15 +245,11 @@ def test_a_lone_file_is_judged_as_a_diff(tmp_path: Path) -> None:
 
 def test_everything_of_law_4_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     diff = write_layer(tmp_path / "mem_diff", SIZE, [(PAGE, b"x" * PAGE)])
-    real = sparse.data_extents
-    monkeypatch.setattr(
-        sparse,
-        "data_extents",
-        lambda fd, size: iter([Extent(512, size - 1)]) if size == SIZE else real(fd, size),
-    )
-    monkeypatch.setattr(sparse, "unwritten_ranges", lambda fd, size: iter([Extent(0, PAGE)]))
+    data, some = ExtentList([(512, SIZE - 1)]), ExtentList([(0, PAGE)])
+    monkeypatch.setattr(sparse, "walk", lambda fd, size: sparse.Walk(data, some, some, some))
     found = of(examined(diff), diff)
-    assert found == [("blocks", "wrong"), ("alignment", "wrong"), ("unwritten", "wrong")]
+    checks = ["blocks", "alignment", "unwritten", "map", "map"]
+    assert found == [(check, "wrong") for check in checks]
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])

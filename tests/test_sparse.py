@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -125,7 +127,7 @@ def test_off_linux_it_is_an_error_that_says_so(
 
 def unwritten(fd: int, size: int = 4 * MIB) -> list[tuple[int, int]]:
     """The preallocated ranges, those that lie side by side joined."""
-    return list(ExtentList(sparse.unwritten_ranges(fd, size)))
+    return list(sparse.walk(fd, size).unwritten)
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
@@ -195,11 +197,12 @@ def test_where_there_is_no_fiemap_there_is_no_unwritten_range(
     ("answers", "found"),
     [
         # Overlapping ones, and one that was given before, as of a file that changes meanwhile.
-        ([[(0, 8, 0x800), (4, 8, 0x800)], [(4, 8, 0x801)]], [(0, 8), (8, 12)]),
+        ([[(0, 8, 0x800), (4, 8, 0x800)], [(4, 8, 0x801)]], [(0, 12)]),
         ([[(0, 8, 0)], [(0, 8, 0)]], []),
+        ([[(0, 8, 0)], []], []),
         ([[(8, 100, 0x800)]], [(8, 64)]),
     ],
-    ids=["overlap", "no progress", "beyond the end"],
+    ids=["overlap", "no progress", "no end", "beyond the end"],
 )
 def test_odd_answers_of_fiemap(
     answers: list[list[tuple[int, int, int]]],
@@ -207,8 +210,17 @@ def test_odd_answers_of_fiemap(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rest = iter(answers)
-    monkeypatch.setattr(sparse, "_fiemap", lambda fd, start, length: next(rest))
-    assert list(sparse.unwritten_ranges(-1, 64)) == found
+
+    def answer(fd: int, code: int, request: bytearray) -> None:
+        extents = next(rest)
+        struct.pack_into("=I", request, 20, len(extents))
+        for n, (start, length, flags) in enumerate(extents):
+            struct.pack_into("=QQQQQI", request, 32 + 56 * n, start, 0, length, 0, 0, flags)
+
+    monkeypatch.setattr(fcntl, "ioctl", answer)
+    monkeypatch.setattr(sparse, "data_extents", lambda fd, size: iter([]))
+    assert list(sparse.walk(-1, 64).unwritten) == found
+    assert next(rest, None) is None
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def test_unaligned_extents_are_refused(
     extent: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparse, "data_extents", lambda *_: iter([Extent(*extent)]))
+    monkeypatch.setattr(sparse, "_fiemap", lambda *_: None)
     layer = diff(tmp_path, *range(1, 12))
     require_overridable(layer, "alignment")
     assert f"[{extent[0]}, {extent[1]})" in str(refusal(layer))

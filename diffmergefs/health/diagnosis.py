@@ -25,6 +25,7 @@ _WHY = {
     "blocks": "holes that are reported as data would hide what the parent has there",
     "alignment": "a guest writes whole pages, so these ends are not what it wrote",
     "unwritten": "whether such a range counts as written changes with what is in the page cache",
+    "map": "holes that a reader's cached pages make look like data would hide what the parent has",
     "copy-up": "holes that a copy has filled would hide what the parent has there",
 }
 _REMEDY = {

@@ -43,6 +43,10 @@ log = logging.getLogger(__name__)
 # doubtful base.
 Keys = list[tuple[FileKey, frozenset[tuple[str, FileKey]], str | None, str | None]]
 
+# What was asked of a layer's file, and the answer.
+Question = Callable[[StoredFile], bool]
+Answers = dict[tuple[Question, FileKey], bool]
+
 
 def _keys_of(links: Sequence[Snapshot]) -> Keys:
     return [(s.layer.key, s.layer.records, s.parent_hash, s.doubt) for s in links]
@@ -118,10 +122,10 @@ class Store:
         """Look over the directory by metadata; afterwards `tags` and `chain` speak of it.
 
         Gives the tags that must settle before they can be shown. Images whose chain changed or
-        whose layers are tainted are forgotten, and so is a refusal for a writer that has gone: the
-        next `open` makes new ones. A directory that was renamed is followed, until another one
-        stands at `root`. Raises DiffMergeError where the directory as a whole cannot be read; then
-        nothing is shown.
+        whose layers are tainted are forgotten, and so is a refusal that has passed (the writer has
+        gone, or what made a hole look like data): the next `open` makes new ones. A directory that
+        was renamed is followed, until another one stands at `root`. Raises DiffMergeError where the
+        directory as a whole cannot be read; then nothing is shown.
         """
         try:
             self._follow_root()
@@ -144,7 +148,7 @@ class Store:
         with self._lock:
             self._catalog, self._shown, self.named = catalog, shown, named
             images = dict(self._images)
-        self._forget_old_writers()
+        self._forget_passed()
         current = {tag: self._renewed(tag, *known) for tag, known in images.items()}
         with self._lock:
             for tag, known in images.items():
@@ -155,30 +159,22 @@ class Store:
         self._forget(catalog)
         return unsettled
 
-    def _forget_old_writers(self) -> None:
+    def _forget_passed(self) -> None:
+        # No file tells when a refusal that does not depend on the files has passed: it is asked.
         with self._lock:
-            refused = [(t, k) for t, k in self._refusals.items() if isinstance(k[1], WriterError)]
-        answers: dict[FileKey, bool] = {}  # descendants share layers: each is asked about once
+            refused = [(tag, known) for tag, known in self._refusals.items() if known[1].is_passing]
+        answers: Answers = {}  # descendants share layers: each is asked about once
         for tag, known in refused:
             links = self.chain(tag) or []
-            if _keys_of(links) != known[0] or self._has_writer(links, answers):
+            writers = isinstance(known[1], WriterError)
+            ask = self._pool.has_writer if writers else self._pool.has_cached_hole
+            if _keys_of(links) != known[0] or _holds_for_some(ask, links, answers):
                 continue
-            log.info("%s: no layer of it is known to be open for writing any more", one_line(tag))
+            what = "open for writing" if writers else "with holes that look like data"
+            log.info("%s: no layer of it is known to be %s any more", one_line(tag), what)
             with self._lock:
                 if self._refusals.get(tag) is known:
                     del self._refusals[tag]
-
-    def _has_writer(self, links: list[Snapshot], answers: dict[FileKey, bool]) -> bool:
-        # The newest first: that is the one which is being taken.
-        for link in reversed(links):
-            if link.layer.key not in answers:
-                try:
-                    answers[link.layer.key] = self._pool.has_writer(link.layer)
-                except (OSError, DiffMergeError):
-                    answers[link.layer.key] = False  # the next `open` says what it is
-            if answers[link.layer.key]:
-                return True
-        return False
 
     def _follow_root(self) -> None:
         # It may have been deleted and made again, or be a filesystem that was mounted anew.
@@ -208,6 +204,7 @@ class Store:
                     del known[tag]
             self._right = {pin for pin in self._right if pin[0] in present}
         self._replacements.forget_all_but(present)
+        self._pool.forget_all_but(present)
 
     def _named(self, shown: dict[str, list[Snapshot]]) -> frozenset[Folder]:
         # Where a tag's name is a path of several components, whoever reads it learns what the
@@ -339,7 +336,8 @@ class Store:
 
         Parents are compared with the hashes that their children record, as `pins` says.
         Raises FileAccessError if the tag is not shown, DiffMergeError if a layer is refused: that
-        holds until the chain changes. The reason goes to the log once.
+        holds until the chain changes, or until a look finds that it has passed. The reason goes to
+        the log once.
         """
         links = self.chain(tag)
         if links is None:
@@ -392,6 +390,20 @@ def _between(path: str) -> Iterator[str]:
     while path:
         yield path
         path = "" if path.startswith("/") else os.path.dirname(path)
+
+
+def _holds_for_some(ask: Question, links: list[Snapshot], answers: Answers) -> bool:
+    # The newest first: that is the one which is being taken.
+    for link in reversed(links):
+        asked = ask, link.layer.key
+        if asked not in answers:
+            try:
+                answers[asked] = ask(link.layer)
+            except (OSError, DiffMergeError):
+                answers[asked] = False  # the next `open` says what it is
+        if answers[asked]:
+            return True
+    return False
 
 
 def _status(file: int | str) -> os.stat_result | None:

@@ -186,7 +186,8 @@ class NewDiff:
         # Not where the layer's file may have a hole, or blocks that were never written, under what
         # counts as its data: the share of a hole is a hole.
         if layer not in self._sharing:
-            self._sharing[layer] = not len(layer.unwritten) and not layer.records
+            may_lack = len(layer.unwritten) or len(layer.unmapped) or layer.records
+            self._sharing[layer] = not may_lack
         return self._sharing[layer]
 
     def _on_blocks(self, start: int, stop: int) -> bool:

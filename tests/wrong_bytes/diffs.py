@@ -11,7 +11,10 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from diffmergefs.images import open_chain
+from diffmergefs.writing.flatten import flatten
 from tests.support.images import PAGE, signed, write_layer
+from tests.support.reserved import STEP, write_again
 
 SIZE = 16 << 20
 MIB = 1 << 20
@@ -47,6 +50,45 @@ def in_allocations_of_64_kib(path: Path) -> Extents:
     extents = scattered_pages(path)
     path.read_bytes()
     return extents
+
+
+def copied_and_written_again(path: Path) -> Extents:
+    """A copy that shares blocks where it can, of which a page in each 128 KiB is written again."""
+    command = ["cp", "--reflink=auto", _shared(path), path]
+    subprocess.run(command, check=True)
+    return write_again(path, _AGAIN)
+
+
+def flattened_and_written_again(path: Path) -> Extents:
+    """A diff whose blocks `flatten` shares, written again in the same way."""
+    diff = _shared(path)
+    base = write_layer(path.with_name("flat.base"), SIZE, [])
+    with open_chain(base, [diff]).view as view:
+        flatten(view, path.with_name("flat"))
+    diff.rename(path)
+    return write_again(path, _AGAIN)
+
+
+_AGAIN = [(offset, signed(2, offset, PAGE)) for offset in range(0, SIZE, STEP)]
+
+
+def _shared(path: Path) -> Path:
+    extents = [(offset, signed(1, offset, PAGE)) for offset, _ in _AGAIN]
+    return write_layer(path.with_name("shared"), SIZE, extents)
+
+
+def read_by_somebody(path: Path) -> Extents:
+    """All of it is in the page cache then."""
+    path.read_bytes()
+    return []
+
+
+def read_and_dropped(path: Path) -> Extents:
+    """It was in the page cache, and is no longer."""
+    read_by_somebody(path)
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return []
 
 
 def page_written_later(path: Path) -> Extents:

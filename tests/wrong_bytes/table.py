@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
+from tests.support.reserved import mapped
 from tests.wrong_bytes import places
 from tests.wrong_bytes.diffs import (
     Act,
     change_of_mode,
+    copied_and_written_again,
+    flattened_and_written_again,
     in_allocations_of_64_kib,
     nothing,
     page_written_later,
+    read_and_dropped,
+    read_by_somebody,
     scattered_pages,
 )
 from tests.wrong_bytes.places import (
@@ -31,12 +39,14 @@ RIGHT = "right"
 class Row:
     """A diff that is `written` at a place, to which something happens `later`, where it is read.
 
-    `must` is RIGHT, or the name of the check that refuses it. The commands get `options`.
+    `must` is RIGHT, or the name of the check that refuses it `meanwhile`. The commands get
+    `options`.
     """
 
     place: Place
     written: Act = scattered_pages
     later: Act = nothing
+    meanwhile: Callable[[Path], AbstractContextManager[None]] = nullcontext
     must: str = RIGHT
     options: tuple[str, ...] = ()
 
@@ -44,6 +54,7 @@ class Row:
     def name(self) -> str:
         """What the test's output calls it."""
         acts = [act.__name__ for act in (self.written, self.later) if act is not nothing]
+        acts += [self.meanwhile.__name__] if self.meanwhile is not nullcontext else []
         return " ".join([self.place.name, *acts, *self.options])
 
 
@@ -64,6 +75,19 @@ TABLE = [
     # A coarse grain, and blocks that are stored before they are written.
     Row(directly("xfs16k"), must="grain"),
     Row(directly("xfs"), in_allocations_of_64_kib, must="unwritten"),
+    # Blocks that are shared and written again: what xfs reserves around them is no data.
+    *(
+        Row(directly(kind), written, later)
+        for kind in ("ext4", "xfs", "btrfs")
+        for written in (copied_and_written_again, flattened_and_written_again)
+        for later in (nothing, read_by_somebody, read_and_dropped)
+    ),
+    *(
+        Row(directly(kind), copied_and_written_again, meanwhile=mapped)
+        for kind in ("ext4", "btrfs")
+    ),
+    Row(directly("xfs"), copied_and_written_again, meanwhile=mapped, must="map"),
+    Row(directly("xfs"), flattened_and_written_again, meanwhile=mapped, must="map"),
     # Overlays: what stores the file counts.
     *(Row(upper(kind)) for kind in ("ext4", "xfs", "tmpfs")),
     Row(upper("ext4", packed("squashfs"))),

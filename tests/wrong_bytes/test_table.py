@@ -67,14 +67,15 @@ def test_a_diff_is_right_or_refused(
         diff = directory / "diff"
         written.append(row.later(diff))
         layers = [f"--base={base}", f"--diff={diff}"]
-        if row.must != RIGHT:
-            require_refused(layers, row, tmp_path / "out", mountpoint)
-            return
-        done = diffmergefs("info", "--json", *row.options, *layers)
-        assert done.returncode == 0, done
-        assert json.loads(done.stdout)["layers"][1]["trust"] == "trusted"
-        oracle = overlay_oracle(SIZE, [BASE, *written])
-        require_right(layers, oracle, tmp_path / "out", mountpoint, *row.options)
+        with row.meanwhile(diff):
+            if row.must != RIGHT:
+                require_refused(layers, row, tmp_path / "out", mountpoint)
+                return
+            done = diffmergefs("info", "--json", *row.options, *layers)
+            assert done.returncode == 0, done
+            assert json.loads(done.stdout)["layers"][1]["trust"] == "trusted"
+            oracle = overlay_oracle(SIZE, [BASE, *written])
+            require_right(layers, oracle, tmp_path / "out", mountpoint, *row.options)
 
 
 @pytest.mark.parametrize("place", BASES, ids=[place.name for place in BASES])
