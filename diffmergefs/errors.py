@@ -190,3 +190,10 @@ class ForeignFormatError(DiffMergeError):
     """A file or directory in a format of others that cannot be merged by its holes."""
 
     exit_code = 22
+
+
+class MountAbortedError(DiffMergeError):
+    """A mount whose connection to the kernel was ended from outside: an abort, or `umount -f`."""
+
+    exit_code = 23
+    errno = errno.ENOTCONN

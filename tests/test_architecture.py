@@ -41,7 +41,8 @@ LEVELS = [
     },
     {
         "layouts.document", "layouts.presence", "layouts.ranges", "layouts.reader",
-        "serving.access", "serving.host", "serving.xattrs", "trust", "view", "writing.copying",
+        "serving.access", "serving.host", "serving.ownmount", "serving.xattrs", "trust", "view",
+        "writing.copying",
     },
     {
         "compare", "content", "explicit", "health.probe", "integrity.hashqueue", "integrity.pins",

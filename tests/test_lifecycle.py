@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from tests.support import mounttable
 from tests.support.images import PAGE, signed
 from tests.support.live import Gate, held, patch_children, until
-from tests.support.mounts import Mount, mounted
+from tests.support.mounts import CONNECTIONS, Mount, abort, mounted, require_fusectl
 from tests.support.stores import write_chain
 
 BUSY = 15
@@ -261,3 +263,149 @@ def test_umount_refuses_what_is_no_mount_of_ours(
     assert done.returncode == REFUSED
     assert "no diffmergefs mount, a tmpfs is mounted there" in done.stderr
     assert is_mounted(mountpoint)
+
+
+ABORT_EXIT = 23
+ABORT_TEXT = "the connection to the kernel was ended from outside"
+
+
+@pytest.mark.parametrize("how", ["abort", "umount -f", "abort once detached"])
+def test_a_connection_that_is_cut_off_is_told_with_the_number_of_open_files(
+    how: str, store: Path, mountpoint: Path
+) -> None:
+    require_fusectl()
+    with mounted(store, mountpoint, expect_log=(ABORT_TEXT,)) as mount:
+        (entry,) = mounttable.at(str(mountpoint))
+        fd = os.open(mountpoint / "leaf" / "memory.bin", os.O_RDONLY)
+        try:
+            if how == "umount -f":
+                done = subprocess.run(["umount", "-f", str(mountpoint)], timeout=60)
+                assert done.returncode != 0  # it is busy
+            elif how == "abort once detached":
+                subprocess.run(["umount", "-l", str(mountpoint)], check=True, timeout=60)
+            if how != "umount -f":
+                (CONNECTIONS / str(entry.minor) / "abort").write_text("1")
+            assert mount.process.wait(60) == ABORT_EXIT
+            with pytest.raises(OSError):
+                os.pread(fd, PAGE, 10 * PAGE)
+        finally:
+            with suppress(OSError):
+                os.close(fd)
+        (line,) = [line for line in mount.log().splitlines() if ABORT_TEXT in line]
+        assert " WARNING " in line and f"{mountpoint}: " in line and "; 1 file open: " in line
+
+
+def test_a_connection_that_is_cut_off_with_nothing_open(store: Path, mountpoint: Path) -> None:
+    require_fusectl()
+    with mounted(store, mountpoint, expect_log=(ABORT_TEXT,)) as mount:
+        abort(str(mountpoint))
+        assert mount.process.wait(60) == ABORT_EXIT
+        assert "; 0 files open: " in mount.log()
+
+
+@contextmanager
+def bound(source: Path, target: Path) -> Iterator[None]:
+    """The file or directory mounted on another path too."""
+    subprocess.run(["mount", "--bind", str(source), str(target)], check=True, timeout=60)
+    try:
+        yield
+    finally:
+        if mounttable.at(str(target)):
+            mounttable.unmount(str(target))
+
+
+@pytest.mark.parametrize("what", ["leaf/memory.bin", "leaf", ""])
+@pytest.mark.parametrize("options", [(), ("--lazy",)])
+def test_umount_names_what_the_daemon_lives_on_for(
+    options: tuple[str, ...], what: str, store: Path, public_path: Path, mountpoint: Path
+) -> None:
+    target = public_path / "target"
+    target.touch() if what.endswith(".bin") else target.mkdir()
+    with mounted(store, mountpoint) as mount:
+        with bound(mountpoint / what, target):
+            done = umount(mountpoint, *options)
+            assert done.returncode == 0
+            assert f"{mountpoint}: unmounted, but it is mounted on {target} too" in done.stderr
+            assert len(done.stderr.splitlines()) == 1
+            assert is_alive(mount)
+        assert mount.process.wait(60) == 0
+
+
+def test_a_signal_names_the_mounts_that_are_left(
+    store: Path, public_path: Path, mountpoint: Path
+) -> None:
+    target = public_path / "target"
+    target.touch()
+    with mounted(store, mountpoint) as mount:
+        with bound(mountpoint / "leaf" / "memory.bin", target):
+            mount.process.send_signal(signal.SIGTERM)
+            until(lambda: not is_mounted(mountpoint), "it was not detached")
+            assert f"0 files are open and it is mounted on {target} too" in mount.log()
+            assert target.read_bytes()[PAGE : 2 * PAGE] == signed(1, PAGE, PAGE)
+            assert is_alive(mount)
+        assert mount.process.wait(60) == 0
+
+
+def test_mounts_in_other_namespaces_are_named(
+    store: Path, public_path: Path, mountpoint: Path
+) -> None:
+    with mounted(store, mountpoint) as mount:
+        # A namespace of a jailer's, to which an unmount does not spread.
+        command = ["unshare", "--mount", "--propagation=private", "cat"]
+        jail = subprocess.Popen(command, stdin=subprocess.PIPE)
+        try:
+            mine = os.readlink("/proc/self/ns/mnt")
+            until(lambda: os.readlink(f"/proc/{jail.pid}/ns/mnt") != mine, "no namespace")
+            until(
+                lambda: Path(f"/proc/{jail.pid}/comm").read_text() == "cat\n", "it is not private"
+            )
+            done = umount(mountpoint)
+            assert done.returncode == 0
+            place = f"{mountpoint} (in the namespace of process {jail.pid})"
+            assert f"mounted on {place} too" in done.stderr
+            mount.process.send_signal(signal.SIGTERM)
+            until(lambda: f"still mounted on {place}" in mount.log(), "it is not named")
+            assert is_alive(mount)
+        finally:
+            jail.kill()
+            jail.communicate()
+        assert mount.process.wait(60) == 0
+
+
+def test_a_signal_detaches_a_mount_that_was_moved(
+    store: Path, public_path: Path, mountpoint: Path
+) -> None:
+    (public_path / "private").mkdir()
+    private = public_path / "private"
+    subprocess.run(["mount", "-t", "tmpfs", "private", str(private)], check=True)
+    subprocess.run(["mount", "--make-private", str(private)], check=True)
+    (private / "mnt").mkdir()
+    (private / "to").mkdir()
+    with mounted(store, private / "mnt") as mount:
+        move = ["mount", "--move", str(private / "mnt"), str(private / "to")]
+        subprocess.run(move, check=True, timeout=60)
+        with held(private / "to" / "leaf" / "memory.bin") as holder:
+            mount.process.send_signal(signal.SIGTERM)
+            until(lambda: not is_mounted(private / "to"), "it was not detached")
+            assert holder.read(PAGE, PAGE) == signed(1, PAGE, PAGE)
+        assert mount.process.wait(60) == 0
+        assert "SIGTERM: detached" in mount.log()
+
+
+@pytest.mark.parametrize("where", ["mountpoint", "above"])
+def test_a_covered_mount_is_detached_once_nothing_covers_it(
+    where: str, store: Path, public_path: Path, mountpoint: Path
+) -> None:
+    cover = mountpoint if where == "mountpoint" else public_path
+    with mounted(store, mountpoint, expect_log=("SIGTERM: not detached",)) as mount:
+        subprocess.run(["mount", "-t", "tmpfs", "cover", str(cover)], check=True, timeout=60)
+        try:
+            mount.process.send_signal(signal.SIGTERM)
+            text = f"not detached: {mountpoint}: a tmpfs on {cover} covers it"
+            until(lambda: text in mount.log(), "it does not say that it is covered")
+            assert "SIGTERM: detached" not in mount.log()
+            assert is_alive(mount) and is_mounted(mountpoint)
+        finally:
+            subprocess.run(["umount", str(cover)], check=True, timeout=60)
+        assert mount.process.wait(60) == 0
+        assert not is_mounted(mountpoint)

@@ -15,6 +15,7 @@ from diffmergefs.cli.common import talk
 from diffmergefs.errors import (
     DiffMergeError,
     FileAccessError,
+    MountAbortedError,
     MountFailedError,
     MountTimeoutError,
 )
@@ -64,11 +65,14 @@ def serve_in_front(
     """Mount, and serve until the end, in this process; the exit code.
 
     What is logged from `level` on goes to `handler`. A DiffMergeError is raised, but where stderr
-    is read by priorities or as JSON: there it is one more record, and its exit code is returned.
+    is read by priorities or as JSON: there it is one more record, and its exit code is returned; as
+    it is for what ends a mount that was up.
     """
     logs.log_to(handler, level)
     try:
         _serve(request, functools.partial(notifier.tell, "READY=1"), notifier)
+    except MountAbortedError as error:
+        return error.exit_code  # the log has it
     except DiffMergeError as error:
         if isinstance(handler, logging.FileHandler) or isinstance(handler.formatter, Lines):
             raise
@@ -172,6 +176,8 @@ def serve_in_background(
         logs.log_to(logs.stderr_handler("plain"), logging.WARNING, handler, level)
         try:
             _serve(request, ready)
+        except MountAbortedError as error:
+            return error.exit_code  # the log has it
         except DiffMergeError as error:
             log.error("%s", error)
             print(printable(str(error)), file=sys.stderr)

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import pyfuse3
 import trio
 
-from diffmergefs.errors import DiffMergeError, MountFailedError, MountpointError
+from diffmergefs.errors import DiffMergeError, MountAbortedError, MountFailedError
 from diffmergefs.images import raise_descriptor_limit
 from diffmergefs.integrity import (
     bmapreader,  # noqa: F401  (a daemon outlives an upgrade of the package, and meets new seals)
@@ -27,10 +27,12 @@ from diffmergefs.serving import tuning
 from diffmergefs.serving.connection import Connection
 from diffmergefs.serving.dropbehind import DropBehind
 from diffmergefs.serving.host import FUSE_CONF, FUSE_DEVICE, others_may_be_let_in
+from diffmergefs.serving.mounttable import in_other_namespaces
 from diffmergefs.serving.nextrequest import few_switches
 from diffmergefs.serving.notify import Notifier
 from diffmergefs.serving.openwatch import OpenWatch, Unwatched
 from diffmergefs.serving.operations import Operations
+from diffmergefs.serving.ownmount import OwnMount
 from diffmergefs.serving.store import Store
 from diffmergefs.serving.threads import in_thread
 from diffmergefs.serving.tree import Tree
@@ -49,6 +51,10 @@ _MAX_REQUESTS = 10_000
 _M_MMAP_THRESHOLD = -3
 # For how long the end waits for a push: it may read from storage that hangs.
 _STOP_SECONDS = 2.0
+_ABORTED = (
+    "%s: the connection to the kernel was ended from outside (aborted, or `umount -f`); %s open:"
+    " whoever uses what is open gets errors"
+)
 _REFUSED_OPTIONS = {
     *("rw", "suid", "dev", "exec"),
     *("max_read", "fsname", "subtype", "fd", "rootmode", "user_id", "group_id"),
@@ -110,7 +116,8 @@ def serve(
     is ready. With `drop_behind`, layers' pages are dropped from the page cache once they were
     served. Call it in the main thread. On SIGTERM and SIGINT (and SIGHUP, unless it is ignored) the
     mount is detached and served on until its last file is closed; a second signal ends it at once.
-    Raises MountFailedError.
+    Raises MountFailedError, and MountAbortedError if the connection to the kernel was ended by
+    somebody else while the kernel still had the mount; that is logged too.
     """
     raise_descriptor_limit()
     _give_memory_back()
@@ -122,12 +129,12 @@ def serve(
         except RuntimeError as error:
             raise MountFailedError(f"{mountpoint}: {_why_not(error, options)}") from error
         entry = _entry_at(mountpoint)
-        device = entry.device if entry else ""
-        connection = Connection(device) if entry else None
+        own = OwnMount(entry) if entry else None
+        connection = Connection(own.device) if own else None
         try:
-            operations.watch = _watch_of(tree, connection, device, restoring)
-            run = functools.partial(_run, operations, entry, ready, early, leases, notifier)
-            trio.run(run, wanted, connection)
+            operations.watch = _watch_of(tree, connection, own.device if own else "", restoring)
+            run = functools.partial(_run, operations, own, ready, early, leases, notifier)
+            is_cut_off = trio.run(run, wanted, connection)
         finally:
             # Nothing may call into a session that is closed.
             _stop_watch(operations, connection)
@@ -137,6 +144,10 @@ def serve(
             pyfuse3.close(unmount=_entry_at(mountpoint) == entry)
             if dropping is not None:
                 dropping.close()
+    if is_cut_off:
+        text = _ABORTED % (mountpoint, _counted(operations.open_files, "file"))
+        log.warning("%s", text)
+        raise MountAbortedError(text)
 
 
 def _give_memory_back() -> None:
@@ -231,24 +242,27 @@ def _entry_at(mountpoint: str) -> mountpoints.MountEntry | None:
 
 async def _run(
     operations: Operations,
-    entry: mountpoints.MountEntry | None,
+    own: OwnMount | None,
     ready: Callable[[], None],
     early: Sequence[int],
     leases: Leases,
     notifier: Notifier,
     wanted: Tuning,
     connection: Connection | None,
-) -> None:
-    service = _Service(operations, notifier)
+) -> bool:
+    # Whether the connection was ended while the kernel still had the mount.
+    service = _Service(operations, notifier, own)
+    is_cut_off = False
     async with trio.open_nursery() as nursery:
         await nursery.start(_watch_leases, leases)
-        watch = functools.partial(_watch_signals, operations, entry, nursery.cancel_scope, early)
+        watch = functools.partial(_watch_signals, operations, own, nursery, early)
         await nursery.start(watch, service, connection)
         if notifier:
             nursery.start_soon(service.tell_on)
         if operations.tree.store is not None:
             nursery.start_soon(_watch_source, operations.tree.store)
-        nursery.start_soon(_say_ready, operations, entry, ready, wanted)
+        up = trio.Event()
+        nursery.start_soon(_say_ready, operations, own, ready, wanted, up)
         try:
             await pyfuse3.main(max_tasks=_MAX_REQUESTS)
         except* ConnectionAbortedError:
@@ -256,14 +270,31 @@ async def _run(
             # which is the end, but this to one that had just taken a request (fuse_dev_do_read in
             # fs/fuse/dev.c, since Linux 4.2).
             log.debug("the connection ended while a request was read")
+        is_cut_off = own is not None and await _is_cut_off(own, operations.open_files)
+        if not is_cut_off and not up.is_set():
+            ready()  # it was up, and was asked to stop before it could say so
         nursery.cancel_scope.cancel()
+    return is_cut_off
+
+
+async def _is_cut_off(own: OwnMount, open_files: int) -> bool:
+    # Of the last close of a detached mount the daemon does not hear. But the kernel then lets it go
+    # at once, and one that was cut off it keeps until its users are gone.
+    if own.is_shown():
+        return True
+    with trio.move_on_after(_STOP_SECONDS if open_files else 0):
+        while own.is_known():
+            await trio.sleep(_STOP_SECONDS / 100)
+        return False
+    return open_files > 0
 
 
 class _Service:
     # What a service manager is told of a mount.
 
-    def __init__(self, operations: Operations, notifier: Notifier) -> None:
+    def __init__(self, operations: Operations, notifier: Notifier, own: OwnMount | None) -> None:
         self._operations = operations
+        self._own = own
         self._notifier = notifier
         self._is_stopping = False
 
@@ -274,7 +305,9 @@ class _Service:
     def status(self) -> str:
         files = _counted(self._operations.open_files, "file")
         if self._is_stopping:
-            return f"detached; {files} open, serving on until the last is closed"
+            also = len(self._own.elsewhere()) if self._own else 0
+            mounts = f" and {_counted(also, 'other mount')}" if also else ""
+            return f"detached; {files}{mounts} open, serving on until the last is closed"
         store = self._operations.tree.store
         shown = "one image" if store is None else _counted(len(store.tags()), "snapshot")
         return f"serving {shown}, {files} open"
@@ -294,17 +327,19 @@ def _counted(number: int, what: str) -> str:
 
 async def _say_ready(
     operations: Operations,
-    entry: mountpoints.MountEntry | None,
+    own: OwnMount | None,
     ready: Callable[[], None],
     wanted: Tuning,
+    up: trio.Event,
 ) -> None:
     # The answer to the first request undoes what was set before it.
     await operations.answers.wait()
-    if entry is not None:
-        readahead = await in_thread(tuning.tune, entry.device, wanted)
+    if own is not None:
+        readahead = await in_thread(tuning.tune, own.device, wanted)
         if isinstance(operations.watch, Recorder):
             operations.watch.readahead_kib = readahead
     log.info("ready")
+    up.set()
     ready()
 
 
@@ -345,8 +380,8 @@ def _answer_breaks(leases: Leases) -> None:
 
 async def _watch_signals(
     operations: Operations,
-    entry: mountpoints.MountEntry | None,
-    everything: trio.CancelScope,
+    own: OwnMount | None,
+    nursery: trio.Nursery,
     early: Sequence[int],
     service: _Service,
     connection: Connection | None,
@@ -365,24 +400,40 @@ async def _watch_signals(
                 # brings, where no signal reaches it.
                 with trio.move_on_after(3 * _STOP_SECONDS):
                     await in_thread(_stop_watch, operations, connection)
+                    if own is not None:
+                        await in_thread(own.detach)
                 # Requests that are being answered are not waited for: their storage may hang.
                 pyfuse3.terminate()
-                everything.cancel()
+                nursery.cancel_scope.cancel()
                 return
             asked = True
-            log.info(
-                "%s: detached; %d files are open, serving on until the last is closed",
+            if own is not None:
+                nursery.start_soon(_detach, own, name, operations)
+            service.stop()
+
+
+async def _detach(own: OwnMount, name: str, operations: Operations) -> None:
+    # Said before it is done: with nothing open that is the end.
+    if not await in_thread(own.obstacle):
+        others = own.elsewhere()
+        log.info(
+            "%s: detached; %d files are open%s, serving on until the last is closed%s",
+            name,
+            operations.open_files,
+            f" and it is mounted on {', '.join(others)} too" if others else "",
+            " and unmounted" if others else "",
+        )
+    said = ""
+    while obstacle := await in_thread(own.detach):
+        if obstacle != said:
+            log.warning(
+                "%s: not detached: %s; that is tried again, %d files are open, and a second signal"
+                " ends it at once",
                 name,
+                obstacle,
                 operations.open_files,
             )
-            service.stop()
-            await in_thread(_detach, entry)
-
-
-def _detach(entry: mountpoints.MountEntry | None) -> None:
-    # Only our own mount: it may be gone already, and another one may stand in its place.
-    try:
-        if entry is not None and mountpoints.mount_entry(entry.path) == entry:
-            mountpoints.detach(entry.path)
-    except (MountpointError, OSError) as error:
-        log.warning("%s; unmount it by hand, a second signal ends it at once", error)
+        said = obstacle
+        await trio.sleep(LOOK_SECONDS)
+    for place in await in_thread(in_other_namespaces, own.device):
+        log.info("%s: still mounted on %s, and served on until that is unmounted", name, place)

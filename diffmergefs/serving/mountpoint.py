@@ -15,8 +15,8 @@ from diffmergefs.serving import asking
 from diffmergefs.serving.holders import holders, told
 from diffmergefs.serving.mounttable import FILESYSTEM_TYPE as FILESYSTEM_TYPE
 from diffmergefs.serving.mounttable import MountEntry as MountEntry
+from diffmergefs.serving.mounttable import in_other_namespaces, mount_over, mounts
 from diffmergefs.serving.mounttable import mount_entry as mount_entry
-from diffmergefs.serving.mounttable import mount_over
 from diffmergefs.serving.mounttable import resolved as resolved
 
 log = logging.getLogger(__name__)
@@ -127,6 +127,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 
     Raises BusyError, which names the processes that can be seen to keep files of it open, unless
     `lazy`: then it is detached, and its daemon serves the open files on until the last is closed.
+    Where it is mounted besides, as by a bind mount of one of its files, a warning in the log says.
     Raises MountpointError where no diffmergefs is mounted.
     """
     path = resolved(mountpoint)
@@ -136,9 +137,21 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         raise MountpointError(f"{mountpoint}: no diffmergefs mount, {found}")
     if lazy:
         detach(path)
-        return
+    else:
+        _unmount_idle(mountpoint, known)
+    others = [entry.path for entry in mounts() if entry.device == known.device]
+    if others := others + in_other_namespaces(known.device):
+        log.warning(
+            "%s: unmounted, but it is mounted on %s too: its daemon serves on until that is"
+            " unmounted",
+            mountpoint,
+            ", ".join(others),
+        )
+
+
+def _unmount_idle(mountpoint: str, known: MountEntry) -> None:
     try:
-        _unmount(path, 0, [])
+        _unmount(known.path, 0, [])
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise BusyError(

@@ -121,3 +121,22 @@ def resolved(path: str) -> str:
 
 def _names(path: str) -> list[str]:
     return [name for name in reversed(path.split("/")) if name not in ("", ".")]
+
+
+def in_other_namespaces(device: str) -> list[str]:
+    """Where the filesystem `device` is mounted in mount namespaces that this process is not in.
+
+    Each with a process of that namespace, as far as processes can be looked into.
+    """
+    found = []
+    seen = {os.readlink("/proc/self/ns/mnt")}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            space = os.readlink(f"/proc/{name}/ns/mnt")
+            known = [] if space in seen else mounts(name)
+        except OSError:
+            continue  # it has ended, or is somebody else's
+        seen.add(space)
+        places = [entry.path for entry in known if entry.device == device]
+        found += [f"{place} (in the namespace of process {name})" for place in places]
+    return found

@@ -1,0 +1,57 @@
+"""The mount that a daemon serves, wherever it was moved to since, and what else shows it."""
+
+from __future__ import annotations
+
+import os
+
+from diffmergefs.errors import MountpointError
+from diffmergefs.serving import mountpoint as mountpoints
+from diffmergefs.serving import tuning
+from diffmergefs.serving.mounttable import MountEntry, MountTable, mounts
+
+
+class OwnMount:
+    """The mount that stood on its mountpoint, as `entry`, when it was made.
+
+    Nothing that is asked reaches the mount itself: this process would have to answer.
+    """
+
+    def __init__(self, entry: MountEntry) -> None:
+        self.device = entry.device
+        self._number = entry.number
+
+    def _is_it(self, entry: MountEntry) -> bool:
+        return (entry.number, entry.device) == (self._number, self.device)
+
+    def obstacle(self) -> str:
+        """Why it cannot be detached now: what covers it. '' if nothing does, or it is gone."""
+        table = MountTable()
+        for entry in filter(self._is_it, table.entries):
+            top = table.over(entry.path)
+            if top is not None and not self._is_it(top):
+                return f"{entry.path}: a {top.kind} on {top.path} covers it"
+        return ""
+
+    def detach(self) -> str:
+        """Take it off, wherever it stands; '' if it is gone then, else what is in the way."""
+        try:
+            if obstacle := self.obstacle():
+                return obstacle
+            for entry in filter(self._is_it, mounts()):
+                mountpoints.detach(entry.path)
+        except (MountpointError, OSError) as error:
+            return str(error)
+        return ""
+
+    def is_shown(self) -> bool:
+        """Whether its filesystem is mounted anywhere, seen from here."""
+        return any(entry.device == self.device for entry in mounts())
+
+    def is_known(self) -> bool:
+        """Whether the kernel has its connection still. False without fusectl."""
+        return os.path.exists(tuning.connection(self.device))
+
+    def elsewhere(self) -> list[str]:
+        """Where the filesystem is mounted besides, seen from here: bind mounts, of one file too."""
+        shown = (entry for entry in mounts() if entry.device == self.device)
+        return [entry.path for entry in shown if not self._is_it(entry)]
