@@ -23,6 +23,7 @@ from tests.support.mounts import mounted
 from tests.support.stores import BASE_PAGES, SIZE, pages, write_chain, write_document, write_tag
 
 HASH = "0123456789abcdef" * 4
+TOO_MANY = "over 32768 strings, objects, arrays and commas"
 
 
 def read(store: Path, tag: str) -> Snapshot:
@@ -232,8 +233,15 @@ def test_a_fifo_is_refused_and_does_not_block(tmp_path: Path, name: str) -> None
         ('{"memory": "memory.bin", "x": -Infinity}', "Infinity"),
         ('{"memory": "memory.bin", "memory": "vmstate"}', "'memory' stands twice"),
         ('{"memory": "memory.bin", "x": [{"y": 1, "y": 1}]}', "'y' stands twice"),
-        ("[" * 100_000, "not valid JSON"),
-        ('{"a":' * 100_000, "not valid JSON"),
+        ("[" * 20_000, "not valid JSON"),
+        ('{"a":' * 10_000, "not valid JSON"),
+        ("[" * 100_000, TOO_MANY),
+        ('{"memory": "memory.bin", "x": [' + "[]," * 33_000 + "0]}", TOO_MANY),
+        ('{"memory": "memory.bin", "x": [' + "0," * 33_000 + "0]}", TOO_MANY),
+        ('{"memory": "memory.bin", "x": [' + '"",' * 17_000 + "0]}", TOO_MANY),
+        ('"" ' * 33_000, TOO_MANY),
+        ('"' + "\\" * 999_999, "not valid JSON"),
+        ('"' + '\\"' * 500_000, "not valid JSON"),
         ('{"memory": "memory.bin", "x": ' + "[" * 200 + "]" * 200 + "}", "nested more than"),
         ('{"memory": "memory.bin"}' + " " * (1 << 20), "too large"),
         ("[]", "holds a list"),
@@ -259,6 +267,29 @@ def test_documents_that_are_refused(tmp_path: Path, text: str | bytes, reason: s
     assert reason in found
     assert "base/snapshot.json" in found
     assert len(found) < 300
+
+
+def test_commas_and_brackets_in_strings_are_no_values(tmp_path: Path) -> None:
+    write_tag(tmp_path, "base", rootfs=',[{\\"' * 50_000)
+    assert read(tmp_path, "base").problem is None
+
+
+def test_equal_documents_are_kept_once_and_only_what_is_known_of_them(tmp_path: Path) -> None:
+    write_tag(tmp_path, "base", vmstate=None)
+    write_document(tmp_path, "base", '{"memory": "memory.bin", "volumes": ["v"], "x": [1]}')
+    for number in range(3):
+        write_tag(tmp_path, f"link-{number}", vmstate=None)
+        document = tmp_path / f"link-{number}" / "snapshot.json"
+        document.unlink()
+        os.link(tmp_path / "base" / "snapshot.json", document)
+    catalogs = [read_catalog(str(tmp_path)) for _ in range(2)]
+    documents = [s.document for catalog in catalogs for s in catalog.snapshots.values()]
+    assert len(documents) == 8
+    assert documents[0] == {"memory": "memory.bin", "volumes": ["v"]}
+    assert all(document is documents[0] for document in documents)
+    # It is what was read, and never what stood there before.
+    write_document(tmp_path, "base", '{"memory": "memory.bin", "volumes": ["w"]}')
+    assert read(tmp_path, "base").document == {"memory": "memory.bin", "volumes": ["w"]}
 
 
 def test_one_broken_document_leaves_the_others_complete(tmp_path: Path) -> None:

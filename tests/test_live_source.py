@@ -205,10 +205,10 @@ def test_other_files_change(public_path: Path, mountpoint: Path) -> None:
             new.rename(store / "leaf" / "vmstate")
             until(lambda: shown.read_bytes() == b"by another name", "it was not replaced")
             assert held.read() == b"short"
-        document = json.loads((store / "leaf" / "snapshot.json").read_text()) | {"note": "new"}
+        document = json.loads((store / "leaf" / "snapshot.json").read_text()) | {"rootfs": "new"}
         write_document(store, "leaf", json.dumps(document))
         path = mountpoint / "leaf" / "snapshot.json"
-        until(lambda: json.loads(path.read_text()).get("note") == "new", "not the new document")
+        until(lambda: json.loads(path.read_text()).get("rootfs") == "new", "not the new document")
         (store / "leaf" / "vmstate").unlink()
         assert view.stat().st_ino == inode
 

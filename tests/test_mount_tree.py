@@ -91,11 +91,11 @@ def test_forkd_store(public_path: Path, mountpoint: Path) -> None:
     files = [write_layer(store / "plain" / "memory.bin", SIZE, BASE)]
     (store / "plain" / "vmstate").write_bytes(b"plain state")
     # Paths of another place, the parent's hash, keys to pass on.
-    extra = {"volumes": [{"id": 1}], "rootfs": "/img/root", "note": "ü", "none": None}
+    extra = {"volumes": [{"id": 1}, None], "rootfs": "/img/root ü"}
     stale = {"memory": "/gone/child/memory.bin", "vmstate": "/gone/child/vm.state"}
     pin = hashlib.sha256(files[0].read_bytes()).hexdigest()
     parent = {"parent_tag": "plain", "parent_content_hash": pin}
-    files.append(write_tag(store, "child", DIFF, **stale, **parent, **extra))
+    files.append(write_tag(store, "child", DIFF, **stale, **parent, **extra, note="not known"))
     (store / "child" / "vm.state").write_bytes(b"child state")
     # Files that lie beneath the store, but not in the tag's own directory.
     (store / "pool").mkdir()
@@ -268,26 +268,26 @@ def test_numbered_layers(public_path: Path, mountpoint: Path) -> None:
     store = public_path / "store"
     store.mkdir()
     layers = [BASE, DIFF, [(20 * PAGE, bytes(PAGE))]]
-    names = ["000-base.mem", "7-num py.mem", os.fsdecode(b"010-\xff\n.mem")]
+    names = ["000-base.mem", "1-num py.mem", os.fsdecode(b"002-\xff\n.mem")]
     tags = ["base", "num py", os.fsdecode(b"\xff\n")]
     files = [write_layer(store / name, SIZE, layers[n]) for n, name in enumerate(names)]
     seal_layer(files[1])
-    for name in ("000-base.vmstate", "007-other.state", "notes.txt"):
+    for name in ("000-base.vmstate", "001-other.state", "notes.txt"):
         (store / name).write_text(name)
-    (store / "7-dir").mkdir()
-    os.mkfifo(store / "7-fifo.state")
-    (store / "7-link.state").symlink_to("notes.txt")
+    (store / "1-dir").mkdir()
+    os.mkfifo(store / "1-fifo.state")
+    (store / "1-link.state").symlink_to("notes.txt")
     with unchanged(files), mounted(store, mountpoint):
         assert set(check_consistent(mountpoint)) == set(tags)
         for n, tag in enumerate(tags):
             memory = mountpoint / tag / names[n]
             assert memory.read_bytes() == overlay_oracle(SIZE, layers[: n + 1])
         assert set(check_consistent(mountpoint / "base")) == {names[0], "000-base.vmstate"}
-        with_it = {"7-dir", "7-link.state", "007-other.state"}
+        with_it = {"1-dir", "1-link.state", "001-other.state"}
         assert set(check_consistent(mountpoint / "num py")) == with_it | {names[1]}
-        assert os.readlink(mountpoint / "num py" / "7-link.state") == "notes.txt"
+        assert os.readlink(mountpoint / "num py" / "1-link.state") == "notes.txt"
         assert set(check_consistent(mountpoint / tags[2])) == {names[2]}
-        assert (mountpoint / "num py" / "007-other.state").read_text() == "007-other.state"
+        assert (mountpoint / "num py" / "001-other.state").read_text() == "001-other.state"
 
 
 def test_explicit_layers(public_path: Path, mountpoint: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import gc
 import logging
 import os
+import tracemalloc
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def test_every_change_is_refused(operations: Operations) -> None:
 BUGS: dict[str, tuple[object, str, Callable[[Operations, int], Coroutine[Any, Any, object]]]] = {
     "lookup": (Tree, "child", lambda o, _: o.lookup(ROOT_INODE, b"leaf", CTX)),
     "getattr": (Tree, "attributes", lambda o, _: o.getattr(ROOT_INODE, CTX)),
-    "opendir": (Tree, "children", lambda o, _: o.opendir(ROOT_INODE, CTX)),
+    "opendir": (Tree, "names", lambda o, _: o.opendir(ROOT_INODE, CTX)),
     "open": (Tree, "node", lambda o, inode: o.open(inode, os.O_RDONLY, CTX)),
     "readlink": (Tree, "node", lambda o, inode: o.readlink(inode, CTX)),
     "statfs": (Store, "total_bytes", lambda o, _: o.statfs(CTX)),
@@ -210,6 +211,28 @@ def test_handles_that_are_odd(operations: Operations, tmp_path: Path) -> None:
     trio.run(main)
 
 
+def test_many_open_directories_keep_one_listing(operations: Operations, tmp_path: Path) -> None:
+    for number in range(2000):
+        (tmp_path / "store" / "leaf" / f"{number:04}{'x' * 200}").touch()
+
+    async def main() -> None:
+        folder = (await walk(operations, b"leaf")).st_ino
+        await operations.opendir(folder, CTX)
+        gc.collect()
+        tracemalloc.start()
+        try:
+            for _ in range(100):
+                await operations.opendir(folder, CTX)
+            gc.collect()
+            taken, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert taken < 2_000_000  # four times what a single list of the names takes
+        assert len({id(handle.listing) for handle in operations._handles.values()}) == 1
+
+    trio.run(main)
+
+
 def test_what_a_listing_added_before_it_failed_counts_as_looked_up(
     operations: Operations, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -223,18 +246,18 @@ def test_what_a_listing_added_before_it_failed_counts_as_looked_up(
     async def main() -> None:
         folder = await walk(operations, b"leaf")
         fh = await operations.opendir(folder.st_ino, CTX)
-        real, batches = operations._attributes_of, 0
+        real, batches = operations._entries, 0
 
-        def fails_at_the_second(nodes: Any) -> Any:
+        def fails_at_the_second(folder: Any, names: Any) -> Any:
             nonlocal batches
             batches += 1
             if batches > 1:
                 raise OSError(errno.ENOMEM, "on purpose")
-            return real(nodes)
+            return real(folder, names)
 
         monkeypatch.setattr("diffmergefs.serving.operations._READDIR_BATCH", 2)
         monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
-        monkeypatch.setattr(operations, "_attributes_of", fails_at_the_second)
+        monkeypatch.setattr(operations, "_entries", fails_at_the_second)
         await operations.readdir(fh, 0, CTX)
         assert len(added) == 2
         assert await errno_of(operations.readdir(fh, 2, CTX)) == errno.ENOMEM

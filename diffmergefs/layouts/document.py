@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import re
+import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -24,6 +26,7 @@ from diffmergefs.layouts.snapshot import (
 
 MAX_PATH = 4096  # PATH_MAX of Linux
 OUTSIDE = "; name the directory that it lies in with --allow-outside DIR if it belongs there"
+_FIELDS = ("memory", "vmstate", "parent_tag", "parent_content_hash", "volumes", "rootfs")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
@@ -37,7 +40,7 @@ def describe(root: Root, seen: Snapshot, paths: Collection[str]) -> Snapshot:
     tag = seen.tag
     path = f"{tag}/{DOCUMENT}"
     text, status = read_with_status(root, path, MAX_DOCUMENT)
-    document = parse_document(text, path)
+    document = _fields(text, path)
     seen = replace(seen, document_status=status)
     found = replace(seen, parent=_parent_if_stated(document, path))
     try:
@@ -50,6 +53,26 @@ def describe(root: Root, seen: Snapshot, paths: Collection[str]) -> Snapshot:
         return _describe_rest(root, paths, found, document)
     except BrokenChainError as error:
         return replace(found, problem=str(error))
+
+
+class Fields(dict[str, Any]):
+    """What is kept of a document: those of its fields that are known. Nobody changes it."""
+
+    __slots__ = ("__weakref__",)
+
+
+# By the sha256 of the text: equal documents, as hard links are and those of two successive looks,
+# are parsed and kept once, as long as a snapshot has them.
+_kept: weakref.WeakValueDictionary[bytes, Fields] = weakref.WeakValueDictionary()
+
+
+def _fields(text: bytes, path: str) -> Fields:
+    digest = hashlib.sha256(text).digest()
+    if (known := _kept.get(digest)) is not None:
+        return known
+    parsed = parse_document(text, path)
+    fields = Fields((name, parsed[name]) for name in _FIELDS if name in parsed)
+    return _kept.setdefault(digest, fields)
 
 
 def _parent_if_stated(document: Mapping[str, Any], path: str) -> str | None:

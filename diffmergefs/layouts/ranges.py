@@ -22,6 +22,7 @@ STATE = "state.json"
 MAX_STATE = 64 << 20
 
 _MAX_RANGES = 1 << 16
+_MAX_PARTS = _MAX_RANGES * 8  # a range takes five, and there is more beside the table
 _MAX_ADDRESS = 1 << 64
 _SHOWN = 4  # ranges of a table that stand in a message
 
@@ -50,7 +51,7 @@ def read_table(root: Root | None, memory: str, size: int) -> Table:
     to the size.
     """
     path = os.path.join(os.path.dirname(memory), STATE)
-    parts = _member(load_document(root, path, MAX_STATE), "snapshots", path)
+    parts = _member(load_document(root, path, MAX_STATE, _MAX_PARTS), "snapshots", path)
     state = _member(_member(parts, "memory-manager", path), "snapshot_data", path).get("state")
     if not isinstance(state, str):
         raise BrokenChainError(
@@ -58,7 +59,7 @@ def read_table(root: Root | None, memory: str, size: int) -> Table:
             " 40.0 cannot be read, take it again with a newer one"
         )
     within = f"{path}: the memory manager's state"
-    manager = parse_document(state.encode("utf-8", "surrogatepass"), within)
+    manager = parse_document(state.encode("utf-8", "surrogatepass"), within, _MAX_PARTS)
     listed = _member(manager, "memory_ranges", within).get("data")
     if not isinstance(listed, list) or not 0 < len(listed) <= _MAX_RANGES:
         raise BrokenChainError(f"{within}: has no table of 1 to {_MAX_RANGES} memory ranges")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,8 +20,11 @@ from diffmergefs.layouts.bitmap import PRESENCE_SUFFIX
 
 DOCUMENT = "snapshot.json"
 MAX_DOCUMENT = 1 << 20
+MAX_PARTS = 1 << 15
 _MAX_NESTING = 64
 _MAX_DIGITS = 1000
+# A string, whole or cut off, or what stands before or between values.
+_PART = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[{,]', re.DOTALL)
 _SHOWN = 64  # characters of a document that stand in a message
 _STAGING_SUFFIXES = (".tmp", ".part", ".partial", ".swp")
 
@@ -133,7 +138,7 @@ def _key_of(root: beneath.Root, path: str) -> FileKey | None:
 
 
 def load_document(
-    root: beneath.Root | None, path: str, limit: int = MAX_DOCUMENT
+    root: beneath.Root | None, path: str, limit: int = MAX_DOCUMENT, parts: int = MAX_PARTS
 ) -> dict[str, Any]:
     """The JSON object in the file `path` beneath `root`; writing it again gives valid JSON.
 
@@ -141,16 +146,22 @@ def load_document(
     `limit` bytes (1 MiB) or one that changes while it is read, and for all that `parse_document`
     refuses.
     """
-    return parse_document(read_small(root, path, limit), path)
+    return parse_document(read_small(root, path, limit), path, parts)
 
 
-def parse_document(text: bytes, path: str) -> dict[str, Any]:
+def parse_document(text: bytes, path: str, parts: int = MAX_PARTS) -> dict[str, Any]:
     """The JSON object in `text`; `path` stands in messages.
 
-    Raises BrokenChainError, in one line, for what is not UTF-8 or not JSON, for NaN and numbers
-    that do not fit (more than 1,000 digits, a float beyond its range), a duplicate key, half of a
-    surrogate pair, nesting of more than 64, and anything but an object.
+    `parts` bounds its strings, objects, arrays and the commas between them together: in memory
+    a value takes fifty times the room that it has in the text. Raises BrokenChainError, in one
+    line, for more, for what is not UTF-8 or not JSON, for NaN and numbers that do not fit (more
+    than 1,000 digits, a float beyond its range), a duplicate key, half of a surrogate pair, nesting
+    of more than 64, and anything but an object.
     """
+    if next(itertools.islice(_PART.finditer(text), parts, None), None) is not None:
+        raise BrokenChainError(
+            f"{path}: over {parts} strings, objects, arrays and commas; no snapshot has so many"
+        )
     try:
         document = json.loads(
             text.decode(),

@@ -25,6 +25,7 @@ from diffmergefs.layouts.snapshot import Snapshot
 from diffmergefs.once import Once
 from diffmergefs.serving import xattrs
 from diffmergefs.serving.dropbehind import DropBehind
+from diffmergefs.serving.listings import Listing, Listings
 from diffmergefs.serving.metrics import Metrics
 from diffmergefs.serving.openmetrics import exposition
 from diffmergefs.serving.openwatch import OpenWatch, Unwatched
@@ -98,18 +99,18 @@ def _fuse_error(metrics: Metrics, handler: str, error: Exception) -> FUSEError:
 class Handle:
     """An open file or directory: exactly one of the four is what it reads from."""
 
-    __slots__ = ("content", "entries", "fd", "passed", "shown", "supplied", "view")
+    __slots__ = ("content", "fd", "listing", "node", "shown", "supplied", "view")
 
     def __init__(
         self,
         shown: OpenImage | None = None,
         fd: int | None = None,
         content: bytes | None = None,
-        entries: list[tuple[bytes, Node]] | None = None,
-        passed: Passed | None = None,
+        listing: Listing | None = None,
+        node: Node | None = None,
     ) -> None:
-        self.shown, self.fd, self.content, self.entries = shown, fd, content, entries
-        self.passed = passed  # what `fd` is open of
+        self.shown, self.fd, self.content, self.listing = shown, fd, content, listing
+        self.node = node  # what `fd` or `listing` is of
         self.view = shown.image.view if shown else None
         self.supplied: dict[int, int] = {}
 
@@ -138,6 +139,7 @@ class Operations(pyfuse3.Operations):
         # open_by_handle_at(2) keep, must not open another image. The kernel has 32 bits for it.
         self._generation = 1 + secrets.randbelow(0xFFFFFFFF)
         self._handles: dict[int, Handle] = {}
+        self._listings = Listings()
         self._replies = Buffers()
         self._next_handle = 1
         self._lookups: Counter[int] = Counter()
@@ -152,7 +154,7 @@ class Operations(pyfuse3.Operations):
     @property
     def open_files(self) -> int:
         """How many files are open, mapped ones among them; directories do not count."""
-        return sum(1 for handle in self._handles.values() if handle.entries is None)
+        return sum(1 for handle in self._handles.values() if handle.listing is None)
 
     # Names and attributes
 
@@ -214,23 +216,24 @@ class Operations(pyfuse3.Operations):
         folder = self.tree.node(inode)
         if isinstance(folder, TagFolder):
             await self._try_to_open_image(folder.tag)
-        children = await self._in_thread(self.tree.children, folder)
-        entries = [(os.fsencode(name), node) for name, node in sorted(children.items())]
-        return self._register(Handle(entries=entries))
+        work = functools.partial(self.tree.names, folder)
+        names = cast(tuple[bytes, ...], await self._once(("names", folder), work))
+        return self._register(Handle(listing=self._listings.shared(folder, names), node=folder))
 
     @answering
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        entries = self._handles[fh].entries or []
+        listing, folder = self._handles[fh].listing, self._handles[fh].node
+        if listing is None or folder is None:
+            raise FUSEError(errno.ENOTDIR)
         added = 0
         try:
-            for first in range(start_id, len(entries), _READDIR_BATCH):
-                batch = entries[first : first + _READDIR_BATCH]
-                known = await self._in_thread(self._attributes_of, [node for _, node in batch])
-                for number, (name, node) in enumerate(batch, first + 1):
-                    attributes = known[number - first - 1]
-                    if attributes is None:
+            for first in range(start_id, len(listing.names), _READDIR_BATCH):
+                names = listing.names[first : first + _READDIR_BATCH]
+                entries = await self._in_thread(self._entries, folder, names)
+                for number, (name, entry) in enumerate(zip(names, entries, strict=True), first + 1):
+                    if entry is None:
                         continue
-                    if not self._add_entry(token, name, node, attributes, number):
+                    if not self._add_entry(token, name, *entry, number):
                         return
                     added += 1
         except Exception:
@@ -256,14 +259,19 @@ class Operations(pyfuse3.Operations):
             self.tree.forget(inode)
         return is_added
 
-    def _attributes_of(self, nodes: Sequence[Node]) -> list[Attributes | None]:
-        # None for an entry that went away since its directory was opened.
-        found: list[Attributes | None] = []
-        for node in nodes:
-            try:
-                found.append(self.tree.attributes(node))
-            except (OSError, DiffMergeError):
-                found.append(None)
+    def _entries(
+        self, folder: Node, names: Sequence[bytes]
+    ) -> list[tuple[Node, Attributes] | None]:
+        # None for an entry that went away since its directory was opened, or has no place in it.
+        texts = [os.fsdecode(name) for name in names]
+        children = self.tree.children(folder, texts)
+        found: list[tuple[Node, Attributes] | None] = []
+        for text in texts:
+            entry = None
+            if text in children:
+                with contextlib.suppress(OSError, DiffMergeError):
+                    entry = children[text], self.tree.attributes(children[text])
+            found.append(entry)
         return found
 
     @answering
@@ -293,7 +301,7 @@ class Operations(pyfuse3.Operations):
                 return pyfuse3.FileInfo(fh=self._register(Handle(content=content)))
             case Passed():
                 fd = await self._in_thread(self.tree.open_passed, node)
-                return pyfuse3.FileInfo(fh=self._register(Handle(fd=fd, passed=node)))
+                return pyfuse3.FileInfo(fh=self._register(Handle(fd=fd, node=node)))
             case StatusFile(name):
                 # What is read through one handle is of one moment, and no page cache keeps it.
                 content = await self._in_thread(_rendered, name, self._status())
@@ -435,7 +443,7 @@ class Operations(pyfuse3.Operations):
             return await self._in_thread(self.tree.attributes, node)
         except OSError:
             # What is open stays what it is, whatever stands at its path by now.
-            held = [h.fd for h in self._handles.values() if h.fd is not None and h.passed == node]
+            held = [h.fd for h in self._handles.values() if h.fd is not None and h.node == node]
             if not held or not isinstance(node, Passed):
                 raise
             return await self._in_thread(self.tree.attributes_of_open, node, held[0])

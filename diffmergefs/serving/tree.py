@@ -13,7 +13,7 @@ import stat
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -181,24 +181,43 @@ class Tree:
             if inode != ROOT_INODE and (node := self._nodes.pop(inode, None)):
                 self._inodes.pop(node, None)
 
-    def children(self, folder: Node) -> dict[str, Node]:
-        """The entries of a directory by name.
+    def names(self, folder: Node) -> tuple[bytes, ...]:
+        """The names in a directory, in order.
 
-        The memory file of a tag is among them only if its image is open: the caller sees to that
-        first, and a refused image has no entry. Raises OSError, ESTALE where another directory
+        Among them are some that `child` does not know: what is not passed through, and the memory
+        file of an image that is refused or not open. Raises OSError, ESTALE where another directory
         stands there by now.
         """
+        return tuple(sorted(os.fsencode(name) for name in self._names(folder)))
+
+    def _names(self, folder: Node) -> Iterable[str]:
         match folder:
             case Root():
-                return self._root_children()
-            case TagFolder():
-                return self._tag_children(folder)
-            case Passed(path, kind=stat.S_IFDIR):
+                if self.explicit:
+                    return [self.explicit.name]
+                return self.store.tags() if self.store else []
+            case TagFolder(tag):
+                snapshot = self._snapshot(tag)
+                found = {os.path.basename(snapshot.layer.path), *snapshot.files}
                 with self._held(folder) as fd:
-                    return dict(self._passed_children(fd, path))
+                    return found if snapshot.folder is None else found.union(_listed(fd))
+            case Passed(kind=stat.S_IFDIR):
+                with self._held(folder) as fd:
+                    return _listed(fd)
             case StatusFolder():
-                return {name: StatusFile(name) for name in (METRICS_FILE, STATUS_FILE)}
+                return METRICS_FILE, STATUS_FILE
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+    def children(self, folder: Node, names: Iterable[str] | None = None) -> dict[str, Node]:
+        """The entries of a directory by name, or those of them that `names` names.
+
+        A name that `child` does not know is left out. Raises OSError like `names`.
+        """
+        found: dict[str, Node] = {}
+        for name in map(os.fsdecode, self.names(folder)) if names is None else names:
+            with suppress(FileNotFoundError, DiffMergeError):
+                found[name] = self.child(folder, name)
+        return found
 
     def child(self, folder: Node, name: str) -> Node:
         """The entry `name` of a directory.
@@ -215,17 +234,20 @@ class Tree:
             case Passed(path, kind=stat.S_IFDIR):
                 with self._held(folder) as fd:
                     found = self._passed(fd, path, name)
+            case StatusFolder():
+                found = StatusFile(name) if name in (METRICS_FILE, STATUS_FILE) else None
             case _:
-                found = self.children(folder).get(name)
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if found is None:
             raise _missing(name)
         return found
 
     def _root_child(self, name: str) -> Node | None:
-        if self.store is None:
-            found = self._root_children().get(name)
-        else:
-            found = self._tag_folder(name) if self.store.chain(name) else None
+        found: Node | None = None
+        if self.explicit and name == self.explicit.name:
+            found = MemoryFile(self.explicit)
+        elif self.store and self.store.chain(name):
+            found = self._tag_folder(name)
         if found is None and name == STATUS_FOLDER:
             # Not among the children: neither cp -r nor a scan of the directory meets it.
             return StatusFolder()
@@ -276,37 +298,6 @@ class Tree:
         tag = self.store.tag_of(shown) if self.store else None
         return None if tag is None else os.path.join(self._mountpoint, tag, shown.name)
 
-    def _root_children(self) -> dict[str, Node]:
-        if self.explicit:
-            return {self.explicit.name: MemoryFile(self.explicit)}
-        found: dict[str, Node] = {}
-        for tag in self.store.tags() if self.store else ():
-            with suppress(OSError):  # it has gone since the last look
-                found[tag] = self._tag_folder(tag)
-        return found
-
-    def _tag_children(self, folder: TagFolder) -> dict[str, Node]:
-        snapshot = self._snapshot(folder.tag)
-        found: dict[str, Node] = {}
-        with self._held(folder) as fd:
-            if snapshot.folder is not None:
-                found.update(self._passed_children(fd, snapshot.folder))
-            for name in snapshot.files:
-                if node := self._passed_along(fd, snapshot, name):
-                    found[name] = node
-            if snapshot.document is not None:
-                found.pop(DOCUMENT, None)
-                if document := self._document(fd, snapshot):
-                    found[DOCUMENT] = document
-        found.pop(os.path.basename(snapshot.layer.path), None)
-        assert self.store is not None
-        try:
-            if shown := self.store.opened(folder.tag):
-                found[shown.name] = MemoryFile(shown)
-        except DiffMergeError:
-            pass  # refused, and the log said why: it has no entry
-        return found
-
     def _snapshot(self, tag: str) -> Snapshot:
         links = self.store.chain(tag) if self.store else None
         if links is None:
@@ -351,17 +342,6 @@ class Tree:
                 found = self._mirrored(path, node)
         size = len(node.content)
         return found._replace(size=size, blocks=-(-size // 512))
-
-    def _passed_children(self, fd: int, folder: str) -> Iterator[tuple[str, Node]]:
-        # Those in the directory `fd`, which is `folder` beneath the root.
-        listed = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
-        try:
-            names = os.listdir(listed)
-        finally:
-            os.close(listed)
-        for name in names:
-            if node := self._passed(fd, folder, name):
-                yield name, node
 
     def _passed(self, fd: int, folder: str, name: str) -> Passed | None:
         return None if is_left_out(name) else self._passed_if_fit(fd, os.path.join(folder, name))
@@ -521,6 +501,15 @@ class Tree:
 
 def _missing(name: str) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+
+
+def _listed(fd: int) -> list[str]:
+    # The names in the directory `fd`, which may be open with O_PATH only.
+    folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+    try:
+        return os.listdir(folder)
+    finally:
+        os.close(folder)
 
 
 def _mirror_folder(fd: int) -> Attributes:

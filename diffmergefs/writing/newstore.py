@@ -11,11 +11,19 @@ from dataclasses import dataclass
 from diffmergefs import beneath
 from diffmergefs.beneath import Root
 from diffmergefs.compare import require_equal
+from diffmergefs.errors import LayerChangedError
+from diffmergefs.filekey import FileKey
 from diffmergefs.integrity.bmap import SEAL_SUFFIX
 from diffmergefs.integrity.pins import content_hash
 from diffmergefs.layer import Layer
 from diffmergefs.layouts.catalog import Catalog
-from diffmergefs.layouts.snapshot import DOCUMENT, Snapshot
+from diffmergefs.layouts.snapshot import (
+    DOCUMENT,
+    MAX_DOCUMENT,
+    Snapshot,
+    parse_document,
+    read_with_status,
+)
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.view import MergedView
 from diffmergefs.writing.companions import Kept, copy_file, copy_folder, take_over
@@ -208,14 +216,18 @@ class StoreWriter:
 
     def _write_document(self, snapshot: Snapshot, folder: str) -> None:
         place = os.path.join(self._directory.final, snapshot.tag)
-        document = dict(snapshot.document or {})
+        path = f"{snapshot.tag}/{DOCUMENT}"
+        text, status = read_with_status(self._root, path, MAX_DOCUMENT)
+        read = snapshot.document_status
+        if read is None or FileKey.of(status) != FileKey.of(read):
+            raise LayerChangedError(f"{path}: changed since it was looked over; try again")
+        document = parse_document(text, path)
         document["memory"] = os.path.join(place, os.path.basename(snapshot.layer.path))
         if snapshot.vmstate is not None:
             document["vmstate"] = os.path.join(place, snapshot.vmstate)
         if snapshot.parent is not None:
             document["parent_content_hash"] = self._hashes[snapshot.parent]
         path = os.path.join(folder, DOCUMENT)
-        status = beneath.stat_beneath(self._root, f"{snapshot.tag}/{DOCUMENT}")
         with failures(path), open(path, "xb") as file:
             file.write(json.dumps(document, indent=2).encode() + b"\n")
             file.flush()
