@@ -43,8 +43,8 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (store / tag).mkdir(parents=True)
         write_layer(store / tag / "ram", SIZE, LAYERS[n])
         (store / tag / "disk").write_text(tag)
-        if parent:
-            (store / tag / "over").write_text(f"{parent}\n")
+        (store / tag / "cpu").write_text(tag)
+        (store / tag / "over").write_text(f"{parent or '-'}\n")
         age(*(store / tag).iterdir())
     return store
 
@@ -70,7 +70,7 @@ def test_its_tags_stand_in_the_tree_without_what_is_false_there(fleet: Path) -> 
         store.look()
         store.open("leaf")
         tree = Tree("/view", store)
-        assert sorted(tree.children(tree.child(Root(), "leaf"))) == ["disk", "ram"]
+        assert sorted(tree.children(tree.child(Root(), "leaf"))) == ["cpu", "disk", "ram"]
         (fleet / "work" / "over").write_text("nobody")
         store.look()
         assert sorted(store.tags()) == ["base"]
@@ -87,6 +87,7 @@ def test_its_tags_stand_in_the_tree_without_what_is_false_there(fleet: Path) -> 
         (lambda s: (s / "work/over").write_bytes(b"x" * 300), "over 255 bytes, too large"),
         (lambda s: (s / "work/over").write_bytes(b"gone"), "parent 'gone' of 'work' is missing"),
         (lambda s: (s / "work/over").write_bytes(b"work"), "cycle: work -> work"),
+        (lambda s: (s / "work/over").unlink(), "work/over is missing; write - to it"),
         (lambda s: os.truncate(s / "work/ram", SIZE + 4096), str(SIZE + 4096)),
         (lambda s: (s / "work/ram").unlink() or (s / "work/ram").mkdir(), "not a regular file"),
     ],
@@ -98,7 +99,7 @@ def test_what_does_not_fit_is_a_problem_of_that_snapshot(
     found = read_catalog(str(fleet))
     for tag in ("work", "leaf"):
         with pytest.raises(DiffMergeError, match=re.escape(expected)):
-            found.chain(tag)
+            open_image(fleet / tag)
     assert len(found.chain("base")) == 1
 
 

@@ -22,7 +22,8 @@ ROOT = PACKAGE.name
 LEVELS = [
     {
         "buffers", "descriptors", "errors", "extents", "filekey", "health", "health.finding",
-        "integrity", "isolated", "layouts", "logformat", "mountinfo", "once", "pictures",
+        "integrity", "isolated", "layouts", "logformat", "mountinfo", "names", "once",
+        "pictures",
         "pictures.cells",
         "pictures.curve", "pictures.legend", "serving", "serving.daemon", "serving.guard",
         "serving.holders", "serving.listings", "serving.metrics", "serving.mounttable",

@@ -360,14 +360,14 @@ def test_a_passed_file_is_read_in_full_though_the_system_gives_less_at_once(
     store = operations.tree.store
     assert store is not None
     content = bytes(range(256)) * 40
-    (Path(store.root) / "leaf" / "vmstate").write_bytes(content)
+    (Path(store.root) / "leaf" / "note").write_bytes(content)
     preadv, pread = os.preadv, os.pread
 
     def little(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
         return preadv(fd, [buffers[0][:1000]], offset, flags)
 
     async def main() -> None:
-        entry = await walk(operations, b"leaf", b"vmstate")
+        entry = await walk(operations, b"leaf", b"note")
         info = await operations.open(entry.st_ino, os.O_RDONLY, CTX)
         monkeypatch.setattr(os, "preadv", little)
         monkeypatch.setattr(os, "pread", lambda fd, n, offset: pread(fd, min(n, 1000), offset))

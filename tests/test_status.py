@@ -20,19 +20,24 @@ import trio
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from diffmergefs import __version__
-from diffmergefs.images import open_chain
+from diffmergefs.errors import BrokenChainError
+from diffmergefs.layouts.catalog import LAYOUTS, read_catalog
+from diffmergefs.names import STATUS_FOLDER
 from diffmergefs.serving.metrics import Metrics
 from diffmergefs.serving.openmetrics import exposition
 from diffmergefs.serving.operations import Operations
-from diffmergefs.serving.status import STATUS_FOLDER, Status, status_of
-from diffmergefs.serving.store import OpenImage, Store
+from diffmergefs.serving.status import Status, status_of
+from diffmergefs.serving.store import Store
 from diffmergefs.serving.tree import ROOT_INODE, Tree
 from diffmergefs.trust import TrustPolicy
+from tests.support.cloudhypervisor import write_snapshot
+from tests.support.commands import mistake
 from tests.support.counters import NOTHING
 from tests.support.images import PAGE, write_layer
 from tests.support.live import error_of, until
 from tests.support.mounts import mounted
 from tests.support.stores import SIZE, age, pages, write_chain, write_numbered, write_tag
+from tests.support.superserve import write_template
 
 CTX: Any = None
 COMMAND = [sys.executable, "-m", "diffmergefs"]
@@ -152,23 +157,33 @@ def test_no_tag_of_a_store_can_have_the_name_of_the_status_folder(tmp_path: Path
     trio.run(status_by, operations)
 
 
-def test_layers_that_have_the_name_of_the_status_folder_are_shown_in_its_place(
-    tmp_path: Path,
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_layout_has_a_tag_with_the_name_of_the_status_folder(
+    layout: str, tmp_path: Path
 ) -> None:
-    """Their names are free: a numbered step, and an explicit base."""
-    names = ["000-base.mem", f"001-{STATUS_FOLDER}.mem"]
-    numbered = operations_on(write_numbered(tmp_path / "numbered", names))
-    image = open_chain(write_layer(tmp_path / STATUS_FOLDER, SIZE, pages(0, [0])))
-    shown = OpenImage.of(image, STATUS_FOLDER, (0, 0, 0o400))
-    explicit = Operations(Tree("/somewhere", explicit=shown))
+    store = tmp_path / "store"
+    if layout == "forkd":
+        write_chain(store, ["base", STATUS_FOLDER])
+    elif layout == "numbered":
+        write_numbered(store, ["000-base.mem", f"001-{STATUS_FOLDER}.mem", "002-c.mem"])
+    elif layout == "superserve":
+        write_template(store, "base")
+        write_template(store, STATUS_FOLDER)
+    else:
+        write_snapshot(store, "base")
+        write_snapshot(store, STATUS_FOLDER, "base", layer=1)
+    operations = operations_on(store)
+    assert operations.tree.store is not None and operations.tree.store.tags() == ["base"]
+    trio.run(status_by, operations)
+    with pytest.raises(BrokenChainError, match=r"tag.*'\.diffmergefs'"):
+        read_catalog(str(store)).chain(STATUS_FOLDER)
 
-    async def main() -> None:
-        folder = os.fsencode(STATUS_FOLDER)
-        assert (await walk(numbered, folder, os.fsencode(names[1]))).st_size == SIZE
-        assert (await walk(explicit, folder)).st_size == SIZE
 
-    trio.run(main)
-    image.view.close()
+def test_no_explicit_image_is_mounted_by_the_name_of_the_status_folder(tmp_path: Path) -> None:
+    base = write_layer(tmp_path / STATUS_FOLDER, SIZE, pages(0, [0]))
+    (tmp_path / "mnt").mkdir()
+    text = mistake(11, "mount", "-f", "--base", base, tmp_path / "mnt")
+    assert f"{base}: in a mount '.diffmergefs' is its own directory" in text
 
 
 def test_a_mount_shows_its_status_to_its_owner_and_in_no_listing(

@@ -377,6 +377,8 @@ def test_a_node_is_never_what_has_come_to_stand_at_its_path(root: Path) -> None:
             require_stale(lambda node=node: tree.child(node, "note"))  # type: ignore[misc]
     assert tree.link_target(link) == "secret"
     assert set(tree.children(sub)) == {"note"}
+    assert tree.store is not None
+    tree.store.look()  # to put it back was a change too
     assert tree.attributes(file).size == len("state of work")
 
 
@@ -431,8 +433,8 @@ def test_no_moment_of_an_exchange_shows_a_private_directorys_file(
     root = write_chain(public_path / "store", ["secret"])
     bait = write_tag(public_path, "bait")
     for place, text in ((root / "secret", b"secret"), (bait, b"bait")):
-        (place / "vmstate").write_bytes(text)
-        (place / "vmstate").chmod(0o644)
+        (place / "note").write_bytes(text)
+        (place / "note").chmod(0o644)
     (root / "secret").chmod(0o700)
     tree = tree_of(root)
     swapped = Swapped(monkeypatch, root / "secret", bait)
@@ -443,7 +445,7 @@ def test_no_moment_of_an_exchange_shows_a_private_directorys_file(
         with swapped.during(at), suppress(OSError):
             folder = tree.child(Root(), "secret")
             closed = not tree.attributes(folder).mode & 0o001
-            node = tree.child(folder, "vmstate")
+            node = tree.child(folder, "note")
             assert isinstance(node, Passed)
             assert tree.attributes(node).mode & 0o004
             with open(tree.open_passed(node), "rb") as file:

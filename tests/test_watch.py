@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from diffmergefs.errors import BrokenChainError
+from diffmergefs.filekey import FileVersion
 from diffmergefs.layouts.catalog import Catalog, read_catalog
 from diffmergefs.layouts.snapshot import StoredFile
 from diffmergefs.layouts.watch import Watch
@@ -37,7 +39,7 @@ class Looks:
         self.now_ns = OLD_NS + 100 * SECOND_NS
         self.hashed: list[str] = []
         self.unsettled: set[str] = set()
-        self._watch = Watch(self._hash)
+        self.watch = Watch(self._hash)
         self._catalog: Catalog | None = None
 
     def _hash(self, file: StoredFile) -> str:
@@ -46,7 +48,7 @@ class Looks:
 
     def look(self) -> set[str]:
         self._catalog = read_catalog(str(self.store), allow_gaps=self._allow_gaps)
-        shown, self.unsettled = self._watch.judge(self._catalog, self.now_ns)
+        shown, self.unsettled = self.watch.judge(self._catalog, self.now_ns)
         self.now_ns += SECOND_NS // 2
         return set(shown)
 
@@ -106,12 +108,53 @@ def test_a_tag_that_changes_at_every_look_is_never_shown(looks: Looks) -> None:
     assert "leaf" in looks.look()
 
 
-def test_a_file_that_comes_to_a_new_tag_makes_it_settle_again(looks: Looks) -> None:
+def test_a_file_that_is_no_part_of_it_unsettles_no_tag(looks: Looks) -> None:
     looks.fresh(looks.store / "leaf" / "memory.bin")
     looks.look()
-    (looks.store / "leaf" / "more").touch()
-    assert "leaf" not in looks.look()
+    (looks.store / "leaf" / "log").touch()
     assert "leaf" in looks.look()
+
+
+def test_device_state_counts_as_what_the_look_saw_beside_the_memory(looks: Looks) -> None:
+    looks.look()
+    vmstate = looks.store / "leaf" / "vmstate"
+
+    def seen() -> object:
+        return looks.watch.device_state["leaf/vmstate"]
+
+    assert seen() == FileVersion.of(vmstate.stat())
+    vmstate.chmod(0o600)
+    assert "leaf" in looks.look() and seen() == FileVersion.of(vmstate.stat())
+    # Between a look and the next a VMM may replace either first, or both, new or of old dates.
+    for names in (["vmstate"], ["memory.bin"], ["memory.bin", "vmstate"]):
+        for mtime_ns in (OLD_NS, looks.now_ns):
+            for name in names:
+                new = looks.store / "leaf" / "new"
+                shutil.copy(looks.store / "leaf" / name, new)
+                age(new, mtime_ns=mtime_ns + len(names))
+                new.rename(looks.store / "leaf" / name)
+            looks.look()
+            assert seen() is None
+            assert "leaf" in looks.look()
+            assert seen() == FileVersion.of(vmstate.stat())
+
+
+def test_device_state_that_goes_is_not_believed_when_it_comes_back(looks: Looks) -> None:
+    looks.look()
+    (looks.store / "leaf" / "vmstate").rename(looks.store / "kept")
+    looks.look()
+    assert looks.watch.device_state["leaf/vmstate"] is None
+    (looks.store / "leaf" / "memory.bin").rename(looks.store / "leaf" / "away")
+    looks.look()
+    looks.look()
+    assert "leaf/vmstate" not in looks.watch.device_state
+
+
+def test_in_numbered_stores_every_file_of_the_number_is_device_state(tmp_path: Path) -> None:
+    beside = ["001-a.vmstate", "01-a.disk", "000-base.mem.bmap", "notes"]
+    looks = Looks(write_numbered(tmp_path, ["000-base.mem", "001-a.mem"], companions=beside))
+    looks.look()
+    assert set(looks.watch.device_state) == {"001-a.vmstate", "01-a.disk"}
 
 
 def test_mtimes_in_the_future_are_fresh_and_settle(looks: Looks) -> None:

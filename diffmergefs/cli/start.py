@@ -22,6 +22,7 @@ from diffmergefs.errors import (
 from diffmergefs.images import open_chain
 from diffmergefs.lease import Leases
 from diffmergefs.logformat import Lines, printable
+from diffmergefs.names import STATUS_FOLDER
 from diffmergefs.serving import daemon
 from diffmergefs.serving import mountpoint as mountpoints
 from diffmergefs.serving.access import view_access
@@ -148,6 +149,11 @@ def _working_sets(request: Request) -> WorkingSets | None:
 
 def _explicit_image(request: Request, leases: Leases) -> OpenImage:
     base, *diffs = request.layers
+    if os.path.basename(base) == STATUS_FOLDER:
+        raise MountFailedError(
+            f"{base}: in a mount {STATUS_FOLDER!r} is its own directory, and no image; give the"
+            " base, or a link to it, another name"
+        )
     image = open_chain(base, diffs, request.policy, leases)
     for line in image.overridden:
         log.warning("%s", line)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from diffmergefs import foreign
@@ -25,10 +26,19 @@ from diffmergefs.layouts.forkd import ForkdReader
 from diffmergefs.layouts.numbered import NumberedReader
 from diffmergefs.layouts.ranges import require_equal_ranges
 from diffmergefs.layouts.reader import Reader, Source, names_of, open_source
-from diffmergefs.layouts.snapshot import Snapshot, StoredFile, is_left_out, status_of
+from diffmergefs.layouts.snapshot import (
+    Snapshot,
+    StoredFile,
+    is_left_out,
+    status_of,
+)
 from diffmergefs.layouts.superserve import SuperserveReader
+from diffmergefs.names import STATUS_FOLDER
 from diffmergefs.view import require_equal_size
 
+_NAME_IS_TAKEN = (
+    f"no tag can be called {STATUS_FOLDER!r}, which in a mount is its own directory; rename it"
+)
 _RECORDS = (SEAL_SUFFIX, PRESENCE_SUFFIX)
 
 # A new layout is a line here. See docs/adding-a-store.md.
@@ -155,17 +165,42 @@ def read_catalog(
     fd = open_source(root, at)
     try:
         with os.scandir(fd) as entries:
-            listed = [(entry.name, status_of(entry)) for entry in entries]
-        statuses = {name: status for name, status in listed if status}
-        foreign.require_own_directory(statuses.keys(), root)
-        source = Source(root, Reach(fd, outside), statuses, suffix, allow_gaps)
+            statuses, refused = _statuses_of(entries)
+        foreign.require_own_directory(statuses.keys() | refused.keys(), root)
+        source = Source(root, Reach(fd, outside), statuses, suffix, allow_gaps, refused)
         reader = READERS[layout] if layout else _find_reader(source)
         snapshots = reader.read(source)
+        if named := snapshots.get(STATUS_FOLDER):
+            snapshots[STATUS_FOLDER] = replace(named, problem=_NAME_IS_TAKEN)
     except OSError as error:
         raise FileAccessError(f"{root}: {error.strerror} while it was looked over") from error
     finally:
         os.close(fd)
     return Catalog(root, reader.name, snapshots)
+
+
+def _statuses_of(
+    entries: Iterable[os.DirEntry[str]],
+) -> tuple[dict[str, os.stat_result], dict[str, tuple[int, str]]]:
+    # The lstat of each entry, and apart from them those that refuse it (somebody's FUSE mount).
+    statuses, refused = {}, {}
+    for entry in entries:
+        try:
+            if status := status_of(entry):
+                statuses[entry.name] = status
+        except OSError as error:
+            refused[entry.name] = _kind_of(entry), os.strerror(error.errno or 0)
+    return statuses, refused
+
+
+def _kind_of(entry: os.DirEntry[str]) -> int:
+    # As its directory has it; 0 where it does not say.
+    try:
+        if entry.is_dir(follow_symlinks=False):
+            return stat.S_IFDIR
+        return stat.S_IFREG if entry.is_file(follow_symlinks=False) else stat.S_IFLNK
+    except OSError:
+        return 0
 
 
 def _find_reader(source: Source) -> Reader:

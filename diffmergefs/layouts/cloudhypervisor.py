@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from diffmergefs.beneath import Root
 from diffmergefs.layouts.document import describe
-from diffmergefs.layouts.ranges import MEMORY, with_ranges
+from diffmergefs.layouts.ranges import MEMORY, STATE, with_ranges
 from diffmergefs.layouts.reader import FolderReader, Source, has_file
 from diffmergefs.layouts.snapshot import (
     DOCUMENT,
@@ -26,6 +26,8 @@ class CloudHypervisorReader(FolderReader):
     """Directories with a `memory-ranges`."""
 
     name = "cloud-hypervisor"
+    documents = (DOCUMENT,)
+    device_state = (STATE, "config.json")
 
     def is_tag(self, root: Root, name: str) -> bool:
         return has_file(root, f"{name}/{MEMORY}")

@@ -21,6 +21,7 @@ from diffmergefs.layouts.snapshot import (
     find_regular,
     parse_document,
     read_with_status,
+    version_of,
     with_records,
 )
 
@@ -33,9 +34,9 @@ _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 def describe(root: Root, seen: Snapshot, paths: Collection[str]) -> Snapshot:
     """The snapshot in the directory `seen.tag` beneath `root`, by the document in it.
 
-    `seen` is what its files' metadata tell, `paths` are the absolute paths of `root`. What is known
-    of a broken one stays known: its parent, and its layer, which is so nowhere passed through.
-    Raises BrokenChainError where nothing more is known.
+    `seen` is what is known without it, `paths` are the absolute paths of `root`. What is known of a
+    broken one stays known: its parent, and its layer, which is so nowhere passed through. Raises
+    BrokenChainError where nothing more is known.
     """
     tag = seen.tag
     path = f"{tag}/{DOCUMENT}"
@@ -49,7 +50,7 @@ def describe(root: Root, seen: Snapshot, paths: Collection[str]) -> Snapshot:
             raise BrokenChainError(f"{path}: 'memory' is missing")
         memory = _locate(root, tag, recorded, paths)
         memory = with_records(root, memory, is_diff=found.parent is not None)
-        found = replace(found, memory=memory, **_with_file(found, memory))
+        found = replace(found, memory=memory)
         return _describe_rest(root, paths, found, document)
     except BrokenChainError as error:
         return replace(found, problem=str(error))
@@ -98,7 +99,8 @@ def _describe_rest(
         vmstate = _locate(root, found.tag, state_path, paths)
         taken.append(os.path.basename(vmstate.path))
         files[taken[-1]] = vmstate.path
-        found = replace(found, **_with_file(found, vmstate))
+        version = version_of(root, vmstate.path)
+        found = replace(found, device_state={**found.device_state, vmstate.path: version})
     _require_distinct(path, taken)
     return replace(
         found,
@@ -118,15 +120,6 @@ def _require_distinct(path: str, names: list[str]) -> None:
             raise BrokenChainError(
                 f"{path}: {what[one]} and {what[other]} have one name, {names[one]!r}"
             )
-
-
-def _with_file(seen: Snapshot, file: StoredFile) -> dict[str, Any]:
-    # A file may lie outside the tag's directory: it belongs to what must stand still all the same.
-    records = {(file.path + suffix, key) for suffix, key in file.records}
-    return {
-        "newest_ns": max(seen.newest_ns, file.key.mtime_ns),
-        "state": seen.state | {(file.path, file.key)} | records,
-    }
 
 
 def _locate(root: Root, tag: str, recorded: str, paths: Collection[str]) -> StoredFile:

@@ -14,10 +14,12 @@ from diffmergefs.layouts.snapshot import (
     Snapshot,
     find_regular,
     undocumented,
+    version_of,
     with_records,
 )
 
 _MEMORY = "memory.bin"
+_VMSTATE = "vmstate"
 _LEGAL_TAG = re.compile(r"[A-Za-z0-9_-](?:[A-Za-z0-9_.+-]{0,62}[A-Za-z0-9_-])?")
 
 
@@ -30,11 +32,12 @@ class ForkdReader(FolderReader):
     """
 
     name = "forkd"
+    documents = (DOCUMENT,)
 
     def is_tag(self, root: Root, name: str) -> bool:
         if has_file(root, f"{name}/{DOCUMENT}"):
             return not has_file(root, f"{name}/{ranges.MEMORY}")
-        return has_file(root, f"{name}/{_MEMORY}") and has_file(root, f"{name}/vmstate")
+        return has_file(root, f"{name}/{_MEMORY}") and has_file(root, f"{name}/{_VMSTATE}")
 
     def describe(self, source: Source, tag: str, seen: Snapshot) -> Snapshot:
         if has_file(source.root, f"{tag}/{DOCUMENT}"):
@@ -42,13 +45,16 @@ class ForkdReader(FolderReader):
         else:
             memory = find_regular(source.root, f"{tag}/{_MEMORY}")
             layer = memory and with_records(source.root, memory, is_diff=False)
-            found = replace(seen, memory=layer, doubt=undocumented(tag, _MEMORY))
+            path = f"{tag}/{_VMSTATE}"
+            device_state = {path: version_of(source.root, path)}
+            doubt = undocumented(tag, _MEMORY)
+            found = replace(seen, memory=layer, device_state=device_state, doubt=doubt)
         return ranges.with_ranges(source.root, found)
 
     def read_folder(self, source: Source, path: str) -> Snapshot | None:
         """As every reader's, but for what forkd itself would not take as a tag."""
         found = super().read_folder(source, path)
-        if found is None or _LEGAL_TAG.fullmatch(path) or not found.state:
+        if found is None or _LEGAL_TAG.fullmatch(path) or found.folder is None:
             return found
         problem = f"{path!r} is no legal tag (1 to 64 of letters, digits, - and _, . and + inside)"
         return replace(found, problem=problem)

@@ -6,11 +6,12 @@ import os
 import re
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from diffmergefs.beneath import Root
 from diffmergefs.errors import BrokenChainError
-from diffmergefs.filekey import FileKey
+from diffmergefs.filekey import FileKey, FileVersion
 from diffmergefs.integrity.bmap import SEAL_SUFFIX
 from diffmergefs.layouts.bitmap import PRESENCE_SUFFIX
 from diffmergefs.layouts.reader import Source
@@ -78,44 +79,63 @@ class NumberedReader:
         layer that does not follow the number below it is broken, and the lowest, if that is not 0,
         is in doubt.
         """
-        statuses, kinds = source.statuses, source.kinds
-        layers = memory_files(kinds, source.suffix)
-        below: NumberedFile | None = None
-        companions: dict[int, dict[str, str]] = {f.number: {} for f in layers}
-        memory = {f.number: f.name for f in layers}
-        for file in _numbered(kinds):
-            layer_name = memory.get(file.number)
-            if layer_name is None or file.name == layer_name:
-                continue
-            if not _looks_like_memory(file, statuses[file.name], statuses[layer_name]):
-                companions[file.number][file.name] = file.name
+        layers = memory_files(source.kinds, source.suffix)
+        files: dict[int, list[NumberedFile]] = {layer.number: [] for layer in layers}
+        for file in _numbered(source.kinds):
+            if file.number in files:
+                files[file.number].append(file)
         snapshots: dict[str, Snapshot] = {}
-        parent = None
+        below: NumberedFile | None = None
         for layer in layers:
-            files = companions[layer.number]
-            seen = {name: FileKey.of(statuses[name]) for name in (layer.name, *files)}
-            problem = doubt = None
-            if kinds[layer.name] != stat.S_IFREG:
-                problem = f"{layer.name}: is not a regular file"
-            elif below is not None and not source.allow_gaps:
-                problem = _gap(below, layer)
-            elif below is None and not source.allow_gaps:
-                doubt = _doubt(layer.number)
-            suffixes = (SEAL_SUFFIX,) if parent is None else (SEAL_SUFFIX, PRESENCE_SUFFIX)
-            records = {(s, seen[layer.name + s]) for s in suffixes if layer.name + s in seen}
-            memory_file = StoredFile(layer.name, seen[layer.name], frozenset(records))
-            snapshots[layer.stem] = Snapshot(
-                layer.stem,
-                parent,
-                memory_file if kinds[layer.name] == stat.S_IFREG else None,
-                files=files,
-                problem=problem,
-                doubt=doubt,
-                newest_ns=max(key.mtime_ns for key in seen.values()),
-                state=frozenset(seen.items()),
-            )
-            parent, below = layer.stem, layer
+            snapshots[layer.stem] = _snapshot(source, layer, below, files[layer.number])
+            below = layer
         return snapshots
+
+
+def _snapshot(
+    source: Source, layer: NumberedFile, below: NumberedFile | None, files: list[NumberedFile]
+) -> Snapshot:
+    # `files` are those of its number, itself among them.
+    seen = {f.name: source.statuses[f.name] for f in files if f.name in source.statuses}
+    problem, doubt = _fault(source, layer, below, files)
+    found = Snapshot(layer.stem, below and below.stem, problem=problem, doubt=doubt)
+    if layer.name not in seen:
+        return found
+    beside = [f for f in files if f.name in seen and f != layer]
+    names = [f.name for f in beside if not _looks_like_memory(f, layer, seen)]
+    suffixes = (SEAL_SUFFIX,) if below is None else (SEAL_SUFFIX, PRESENCE_SUFFIX)
+    records = {
+        (suffix, FileKey.of(seen[layer.name + suffix]))
+        for suffix in suffixes
+        if layer.name + suffix in seen
+    }
+    memory = StoredFile(layer.name, FileKey.of(seen[layer.name]), frozenset(records))
+    sidecars = {layer.name + suffix for suffix in _RECORDS}
+    return replace(
+        found,
+        memory=memory if stat.S_ISREG(seen[layer.name].st_mode) else None,
+        files={name: name for name in names},
+        device_state={
+            name: FileVersion.of(seen[name])
+            for name in names
+            if name not in sidecars and not stat.S_ISDIR(seen[name].st_mode)
+        },
+    )
+
+
+def _fault(
+    source: Source, layer: NumberedFile, below: NumberedFile | None, files: list[NumberedFile]
+) -> tuple[str | None, str | None]:
+    # The problem, and the doubt whether it is a base.
+    for file in files:
+        kind, reason = source.refused.get(file.name, (stat.S_IFDIR, ""))
+        if kind != stat.S_IFDIR:
+            return f"{file.name}: {reason}", None
+    if source.kinds[layer.name] != stat.S_IFREG:
+        return f"{layer.name}: is not a regular file", None
+    if source.allow_gaps:
+        return None, None
+    return (None, _doubt(layer.number)) if below is None else (_gap(below, layer), None)
 
 
 def _numbered(kinds: Mapping[str, int]) -> list[NumberedFile]:
@@ -152,9 +172,11 @@ def _layers_are(number: int) -> str:
     return "1 layer is" if number == 1 else f"{number} layers are"
 
 
-def _looks_like_memory(file: NumberedFile, status: os.stat_result, layer: os.stat_result) -> bool:
+def _looks_like_memory(
+    file: NumberedFile, layer: NumberedFile, seen: Mapping[str, os.stat_result]
+) -> bool:
     # A diff under another of the suffixes, passed through, would read as an image full of zeros.
-    return file.suffix in SUFFIXES and status.st_size == layer.st_size
+    return file.suffix in SUFFIXES and seen[file.name].st_size == seen[layer.name].st_size
 
 
 def _refuse_pairs(files: list[NumberedFile], what: str) -> None:

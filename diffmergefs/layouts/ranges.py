@@ -15,7 +15,13 @@ from typing import Any
 
 from diffmergefs.beneath import Root
 from diffmergefs.errors import BrokenChainError, FileAccessError
-from diffmergefs.layouts.snapshot import DOCUMENT, Snapshot, load_document, parse_document
+from diffmergefs.layouts.snapshot import (
+    DOCUMENT,
+    Snapshot,
+    key_of,
+    load_document,
+    parse_document,
+)
 
 MEMORY = "memory-ranges"
 STATE = "state.json"
@@ -34,10 +40,14 @@ def with_ranges(root: Root, found: Snapshot) -> Snapshot:
 
     Where the table cannot be read or does not fit the image's size, that is its problem.
     """
-    if found.memory is None or os.path.basename(found.memory.path) != MEMORY:
+    memory = found.memory
+    if memory is None or os.path.basename(memory.path) != MEMORY:
         return found
     try:
-        table = read_table(root, found.memory.path, found.memory.key.size)
+        path = os.path.join(os.path.dirname(memory.path), STATE)
+        if path not in found.device_state and (key := key_of(root, path)):
+            found = replace(found, documents={**found.documents, path: key})
+        table = read_table(root, memory.path, memory.key.size)
     except BrokenChainError as error:
         return found if found.problem else replace(found, problem=str(error))
     return replace(found, ranges=table)

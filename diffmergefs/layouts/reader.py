@@ -8,17 +8,16 @@ from __future__ import annotations
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
 from diffmergefs import beneath, foreign
 from diffmergefs.beneath import Reach, Root
 from diffmergefs.errors import DiffMergeError, FileAccessError
-from diffmergefs.filekey import FileKey
-from diffmergefs.layouts.snapshot import Snapshot, is_left_out, status_of
+from diffmergefs.layouts.snapshot import Snapshot, is_left_out, key_of, version_of
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,10 @@ class Source:
     """A directory of snapshots, as a reader gets it.
 
     `path` is the directory as given, for messages; `root` leads to its files, all of which are
-    reached by it and the functions of `beneath`. `statuses` has the lstat of each name in it, and
-    `suffix` is the user's choice of one for memory files. With `allow_gaps` numbered layers may
-    leave numbers out.
+    reached by it and the functions of `beneath`. `statuses` has the lstat of each name in it, but
+    for those of `refused`, of which only the file type (0 if not even that) and the reason are
+    known. `suffix` is the user's choice of one for memory files. With `allow_gaps` numbered layers
+    may leave numbers out.
     """
 
     path: str
@@ -36,16 +36,18 @@ class Source:
     statuses: Mapping[str, os.stat_result]
     suffix: str | None = None
     allow_gaps: bool = False
+    refused: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
     @cached_property
     def kinds(self) -> dict[str, int]:
         """The file type of each name (`stat.S_IFDIR` and the like)."""
-        return {name: stat.S_IFMT(status.st_mode) for name, status in self.statuses.items()}
+        seen = {name: stat.S_IFMT(status.st_mode) for name, status in self.statuses.items()}
+        return seen | {name: kind for name, (kind, _) in self.refused.items()}
 
     @cached_property
     def folders(self) -> list[str]:
-        """The names that are directories."""
-        return [name for name, kind in self.kinds.items() if kind == stat.S_IFDIR]
+        """The names that are directories, or may be."""
+        return [name for name, kind in self.kinds.items() if kind in (stat.S_IFDIR, 0)]
 
     @cached_property
     def paths(self) -> frozenset[str]:
@@ -82,10 +84,14 @@ class Reader(Protocol):
 class FolderReader(ABC):
     """A reader of layouts with one directory a snapshot, named by its tag.
 
-    A subclass has a `name`, and says what is a tag and how to describe one.
+    A subclass has a `name`, and says what is a tag and how to describe one. In a tag's directory,
+    files of the names `documents` are what it is read from, and those of the names `device_state`
+    belong to the very memory beside them. Any others come and go as they like.
     """
 
     name: str
+    documents: tuple[str, ...] = ()
+    device_state: tuple[str, ...] = ()
 
     @abstractmethod
     def is_tag(self, root: Root, name: str) -> bool:
@@ -95,8 +101,9 @@ class FolderReader(ABC):
     def describe(self, source: Source, tag: str, seen: Snapshot) -> Snapshot:
         """The snapshot in the directory `tag`.
 
-        `seen` is what its files' metadata tell: to be returned with what is known besides
-        (`dataclasses.replace`). A DiffMergeError that is raised becomes the snapshot's problem.
+        `seen` has its folder, documents and device state: to be returned with what is known besides
+        (`dataclasses.replace`). A DiffMergeError or OSError that is raised becomes the snapshot's
+        problem.
         """
 
     def finds(self, source: Source) -> bool:
@@ -117,23 +124,26 @@ class FolderReader(ABC):
         if is_left_out(os.path.basename(path)):
             return None
         try:
-            if not self.is_tag(source.root, path):
-                return _declined(path, names_of(source.root, path))
-            files = files_of(source.root, path)
+            is_tag = self.is_tag(source.root, path)
+            names = listed_names(source.root, path) if is_tag else names_of(source.root, path)
         except OSError as error:
             return Snapshot(path, problem=f"{path}: {error.strerror}")
-        names = {os.path.basename(file) for file, _ in files}
-        return _declined(path, names) or self._read_tag(source, path, files)
+        declined = _declined(path, names)
+        return self._read_tag(source, path) if is_tag and declined is None else declined
 
-    def _read_tag(
-        self, source: Source, path: str, files: frozenset[tuple[str, FileKey]]
-    ) -> Snapshot:
-        newest = max((key.mtime_ns for _, key in files), default=0)
-        seen = Snapshot(path, folder=path, newest_ns=newest, state=files)
+    def _read_tag(self, source: Source, path: str) -> Snapshot:
+        seen = Snapshot(path, folder=path)
         try:
+            # Before they are read: what is written meanwhile shows as a change at the next look.
+            documents = {p: key_of(source.root, p) for p in _within(path, self.documents)}
+            states = {p: version_of(source.root, p) for p in _within(path, self.device_state)}
+            known = {p: key for p, key in documents.items() if key}
+            seen = replace(seen, documents=known, device_state=states)
             return self.describe(source, path, seen)
         except DiffMergeError as error:
             return replace(seen, problem=str(error))
+        except OSError as error:
+            return replace(seen, problem=f"{path}: {error.strerror}")
 
     def _is_surely_tag(self, root: Root, name: str) -> bool:
         # What cannot be looked into (somebody's lost+found) says nothing about the layout.
@@ -141,6 +151,10 @@ class FolderReader(ABC):
             return not is_left_out(name) and self.is_tag(root, name)
         except OSError:
             return False
+
+
+def _within(path: str, names: Iterable[str]) -> list[str]:
+    return [f"{path}/{name}" for name in names]
 
 
 def _declined(path: str, names: Collection[str]) -> Snapshot | None:
@@ -172,15 +186,10 @@ def require_own_path(path: str) -> None:
             os.close(fd)
 
 
-def files_of(root: Root, path: str) -> frozenset[tuple[str, FileKey]]:
-    """The entries of the directory `path` beneath `root`: paths beneath it, and which they are."""
-    return frozenset((f"{path}/{name}", FileKey.of(status)) for name, status in _listed(root, path))
-
-
 def names_of(root: Root, path: str) -> frozenset[str]:
     """The names in the directory `path` beneath `root`; none where it cannot be listed."""
     try:
-        return frozenset(name for name, _ in _listed(root, path))
+        return listed_names(root, path)
     except OSError:
         return frozenset()
 
@@ -198,12 +207,10 @@ def has_file(root: Root, path: str) -> bool:
     return True
 
 
-def _listed(root: Root, path: str) -> Iterator[tuple[str, os.stat_result]]:
+def listed_names(root: Root, path: str) -> frozenset[str]:
+    """The names in the directory `path` beneath `root`. Raises OSError."""
     fd = beneath.open_directory(root, path)
     try:
-        with os.scandir(fd) as entries:
-            for entry in entries:
-                if (status := status_of(entry)) is not None:
-                    yield entry.name, status
+        return frozenset(os.listdir(fd))
     finally:
         os.close(fd)

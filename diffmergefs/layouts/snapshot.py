@@ -10,11 +10,12 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from diffmergefs import beneath
 from diffmergefs.errors import BrokenChainError
-from diffmergefs.filekey import FileKey
+from diffmergefs.filekey import FileKey, FileVersion
 from diffmergefs.integrity.bmap import ABSENT, SEAL_SUFFIX
 from diffmergefs.layouts.bitmap import PRESENCE_SUFFIX
 
@@ -49,13 +50,14 @@ class Snapshot:
     `parent` is the parent's tag, None for a base. `memory` is its layer, None where it could not
     be found. `folder` is the directory, relative to the root, whose files go with it if it has
     one; `files` names further ones (name in the view -> path beneath the root), and `withheld` are
-    paths beneath the root that are not passed through. `document` is the parsed snapshot.json,
+    paths beneath the root that are not passed through. `device_state` are the files that belong to
+    the very memory beside them (path beneath the root -> the version that was seen, None if there
+    was none), `documents` those that it was read from. `document` is the parsed snapshot.json,
     `document_status` what fstat said of the file that was read, `parent_hash` the parent's sha256
     as recorded there. `ranges` says where in the guest's memory the image's bytes belong,
     (address, length) in the order of the file, where that is recorded. `problem` is the reason why
     it cannot be shown. `doubt` is what makes it doubtful that a snapshot without a parent is a
-    base, with the way out: then it is one only if its memory file has no hole. `newest_ns` is the
-    latest mtime among its files; two looks with the same `state` saw the same files.
+    base, with the way out: then it is one only if its memory file has no hole.
     """
 
     tag: str
@@ -71,8 +73,8 @@ class Snapshot:
     withheld: frozenset[str] = frozenset()
     problem: str | None = None
     doubt: str | None = None
-    newest_ns: int = 0
-    state: frozenset[tuple[str, FileKey]] = frozenset()
+    device_state: Mapping[str, FileVersion | None] = field(default_factory=dict)
+    documents: Mapping[str, FileKey] = field(default_factory=dict)
 
     @property
     def layer(self) -> StoredFile:
@@ -80,6 +82,20 @@ class Snapshot:
         if self.memory is None:
             raise BrokenChainError(self.problem or f"'{self.tag}' has no memory file")
         return self.memory
+
+    @cached_property
+    def state(self) -> frozenset[tuple[str, FileKey | FileVersion | None]]:
+        """All files that make it what it is: two looks with the same ones saw the same snapshot."""
+        files: dict[str, FileKey | FileVersion | None] = {**self.documents, **self.device_state}
+        if self.memory is not None:
+            files[self.memory.path] = self.memory.key
+            files |= {self.memory.path + suffix: key for suffix, key in self.memory.records}
+        return frozenset(files.items())
+
+    @cached_property
+    def newest_ns(self) -> int:
+        """The latest mtime among these files."""
+        return max((key.mtime_ns for _, key in self.state if key), default=0)
 
 
 def undocumented(tag: str, memory: str) -> str:
@@ -121,20 +137,30 @@ def find_regular(root: beneath.Root, path: str) -> StoredFile | None:
     raise BrokenChainError(f"{path}: is not a regular file; nothing else is followed or read")
 
 
-def with_records(root: beneath.Root, file: StoredFile, *, is_diff: bool) -> StoredFile:
-    """The layer `file` together with what stands in its records' places, whatever that is."""
-    suffixes = (SEAL_SUFFIX, PRESENCE_SUFFIX) if is_diff else (SEAL_SUFFIX,)
-    found = {(suffix, _key_of(root, file.path + suffix)) for suffix in suffixes}
-    return file._replace(records=frozenset((suffix, key) for suffix, key in found if key))
+def version_of(root: beneath.Root, path: str) -> FileVersion | None:
+    """The version of the file `path` beneath `root` that is there now, or None if there is none.
 
-
-def _key_of(root: beneath.Root, path: str) -> FileKey | None:
+    Raises BrokenChainError where that cannot be told.
+    """
     try:
-        return FileKey.of(beneath.stat_beneath(root, path))
+        return FileVersion.of(beneath.stat_beneath(root, path))
     except OSError as error:
         if error.errno in ABSENT:
             return None
         raise BrokenChainError(f"{path}: {error.strerror}") from error
+
+
+def key_of(root: beneath.Root, path: str) -> FileKey | None:
+    """As `version_of`, without what chmod and renaming move."""
+    found = version_of(root, path)
+    return None if found is None else FileKey(*found[:4])
+
+
+def with_records(root: beneath.Root, file: StoredFile, *, is_diff: bool) -> StoredFile:
+    """The layer `file` together with what stands in its records' places, whatever that is."""
+    suffixes = (SEAL_SUFFIX, PRESENCE_SUFFIX) if is_diff else (SEAL_SUFFIX,)
+    found = {(suffix, key_of(root, file.path + suffix)) for suffix in suffixes}
+    return file._replace(records=frozenset((suffix, key) for suffix, key in found if key))
 
 
 def load_document(

@@ -46,6 +46,8 @@ class SuperserveReader(FolderReader):
     """
 
     name = "superserve"
+    documents = (DIFF + BASE_SUFFIX,)
+    device_state = ("vmstate.snap",)
 
     def is_tag(self, root: Root, name: str) -> bool:
         if has_file(root, f"{name}/{DOCUMENT}"):
@@ -63,12 +65,8 @@ class SuperserveReader(FolderReader):
         for snapshot in read:
             if snapshot is not None:
                 tag = tag_of(snapshot.tag)
-                if tag in found:
-                    raise BrokenChainError(
-                        f"{source.path}: {found[tag].folder or tag} and {snapshot.tag} have one"
-                        f" tag, {tag!r}; rename one of them"
-                    )
-                found[tag] = replace(snapshot, tag=tag)
+                known = found.get(tag)
+                found[tag] = _two_of(tag, known, snapshot) if known else replace(snapshot, tag=tag)
         return _with_parents(source.root, found)
 
     def describe(self, source: Source, tag: str, seen: Snapshot) -> Snapshot:
@@ -89,7 +87,16 @@ class SuperserveReader(FolderReader):
             _require_presence(source.root, layer)
         except (BrokenChainError, PresenceError, FileAccessError) as error:
             found = replace(found, problem=str(error))
+        except OSError as error:  # of a base that lies elsewhere, among others
+            found = replace(found, problem=f"{tag}: {error.strerror}")
         return found
+
+
+def _two_of(tag: str, one: Snapshot, other: Snapshot) -> Snapshot:
+    # Neither can be shown, and neither's layer is passed through.
+    problem = f"{one.folder or tag} and {other.tag} have one tag, {tag!r}; rename one of them"
+    layers = {s.memory.path for s in (one, other) if s.memory}
+    return Snapshot(tag, problem=problem, withheld=one.withheld | other.withheld | layers)
 
 
 def tag_of(path: str) -> str:
@@ -118,13 +125,20 @@ def _folders(root: Root, path: str, depth: int = _DEPTH) -> Iterator[str]:
         fd = beneath.open_directory(root, path)
         try:
             with os.scandir(fd) as entries:
-                names = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+                names = sorted(entry.name for entry in entries if _may_be_folder(entry))
         finally:
             os.close(fd)
     except OSError:
         return
     for name in names:
         yield from _folders(root, f"{path}/{name}", depth - 1)
+
+
+def _may_be_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return True  # for who looks into it to say
 
 
 def _recorded_base(source: Source, diff: StoredFile) -> str:
@@ -186,8 +200,6 @@ def _lone_base(root: Root, path: str, tag: str) -> Snapshot:
         memory = find_regular(root, path)
         if memory is None or os.path.basename(path) == DIFF:
             raise BrokenChainError(f"{path}: a base that is no image by itself")
+        return Snapshot(tag, None, with_records(root, memory, is_diff=False))
     except BrokenChainError as error:
         return Snapshot(tag, problem=str(error))
-    layer = with_records(root, memory, is_diff=False)
-    state = frozenset({(path, memory.key)})
-    return Snapshot(tag, None, layer, newest_ns=memory.key.mtime_ns, state=state)

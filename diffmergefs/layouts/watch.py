@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from diffmergefs.errors import DiffMergeError
-from diffmergefs.filekey import FileKey
+from diffmergefs.filekey import FileKey, FileVersion
 from diffmergefs.layouts.catalog import Catalog
 from diffmergefs.layouts.snapshot import Snapshot, StoredFile
 
@@ -23,6 +23,19 @@ class _Pair(NamedTuple):
     content: FileKey
 
 
+class _Moment(NamedTuple):
+    # Which memory, with which device state. A chmod, or a link made, is another version of a file,
+    # but no other device state.
+    memory: FileKey | None
+    device_state: dict[str, FileKey | None]
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> _Moment:
+        seen = snapshot.device_state.items()
+        keys = {path: version and FileKey(*version[:4]) for path, version in seen}
+        return cls(snapshot.memory and snapshot.memory.key, keys)
+
+
 class Watch:
     """Judges successive looks at one directory of snapshots.
 
@@ -34,10 +47,15 @@ class Watch:
     def __init__(self, content_hash: Callable[[StoredFile], str | None]) -> None:
         self._content_hash = content_hash
         self._states: dict[str, object] = {}
+        self._moments: dict[str, _Moment] = {}
         self._shown: dict[str, list[FileKey]] = {}
         # Each tag with the parent that it was first seen with, both settled.
         self._pairs: dict[str, _Pair] = {}
         self._waiting: set[str] = set()
+        #: After a look: the version of each file of device state, by its path, that goes with its
+        #: tag's memory. None where none does: it was not there, two looks must first agree on it
+        #: and on the memory, or the tag is not shown.
+        self.device_state: Mapping[str, FileVersion | None] = {}
 
     def judge(self, catalog: Catalog, now_ns: int) -> tuple[dict[str, list[Snapshot]], set[str]]:
         """The chains that may be shown after this look, by tag, and the tags that must settle.
@@ -66,7 +84,9 @@ class Watch:
                 shown[tag] = links
             else:
                 unsettled.add(tag)
+        self.device_state = self._steady(catalog, shown, now_ns)
         self._states = {tag: s.state for tag, s in catalog.snapshots.items()}
+        self._moments = {tag: _Moment.of(s) for tag, s in catalog.snapshots.items()}
         self._shown = {tag: [link.layer.key for link in links] for tag, links in shown.items()}
         return shown, unsettled
 
@@ -74,6 +94,21 @@ class Watch:
         if link.tag in self._waiting:
             return False
         return link.newest_ns < now_ns - SETTLING_NS or self._states.get(link.tag) == link.state
+
+    def _steady(
+        self, catalog: Catalog, shown: Mapping[str, list[Snapshot]], now_ns: int
+    ) -> dict[str, FileVersion | None]:
+        # A VMM replaces memory and device state one after the other, and a look may come between.
+        # One that went may come back before the next look.
+        found = {path: None for path, seen in self.device_state.items() if seen}
+        found |= {path: None for s in catalog.snapshots.values() for path in s.device_state}
+        steady: dict[str, FileVersion | None] = {**found}
+        for links in shown.values():
+            own = links[-1]
+            before = self._moments.get(own.tag)
+            if self._is_settled(own, now_ns) if before is None else before == _Moment.of(own):
+                steady |= own.device_state
+        return steady
 
     def _judge_parent(self, catalog: Catalog, snapshot: Snapshot, now_ns: int) -> str | None:
         # The problem with its parent, if there is one.

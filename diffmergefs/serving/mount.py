@@ -46,6 +46,7 @@ from diffmergefs.workingsets.workingset import WorkingSets
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.6
+SLOW_SECONDS = 5.0  # how long a look may take before the log says so
 # How many may be under way at once. Those beyond wait in the kernel, also for what is not slow.
 _MAX_REQUESTS = 10_000
 _M_MMAP_THRESHOLD = -3
@@ -348,17 +349,42 @@ async def _watch_source(store: Store) -> None:
     while True:
         started = trio.current_time()
         await trio.sleep(LOOK_SECONDS)
-        try:
-            await in_thread(store.look)
-            said = ""
-        except DiffMergeError as error:
-            if str(error) != said:
-                log.warning("nothing is shown until this is mended: %s", error)
-            said = str(error)
-        except Exception:
-            log.exception("looking over the source failed: this is a bug")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_say_if_slow, store)
+            said = await _look(store, said)
+            nursery.cancel_scope.cancel()
         # A look at a very large directory must not keep a processor busy.
         await trio.sleep(max(0.0, trio.current_time() - started - 2 * LOOK_SECONDS))
+
+
+async def _look(store: Store, said: str) -> str:
+    # What was wrong with it, which is not said again.
+    try:
+        await in_thread(store.look)
+    except DiffMergeError as error:
+        if str(error) != said:
+            stays = "what was shown stays" if store.tags() else "nothing is shown"
+            log.warning("%s until this is mended: %s", stays, error)
+        return str(error)
+    except Exception:
+        log.exception("looking over the source failed: this is a bug")
+        return said
+    return ""
+
+
+async def _say_if_slow(store: Store) -> None:
+    started = trio.current_time()
+    await trio.sleep(SLOW_SECONDS)
+    log.warning(
+        "%s: looking over it takes longer than %g s; changes show when it is done; does some"
+        " storage in it hang?",
+        store.root,
+        SLOW_SECONDS,
+    )
+    try:
+        await trio.sleep_forever()
+    finally:
+        log.info("%s: looking over it took %.0f s", store.root, trio.current_time() - started)
 
 
 async def _watch_leases(

@@ -20,6 +20,7 @@ from pyfuse3 import FUSEError
 from diffmergefs import __version__, sparse
 from diffmergefs.buffers import Buffers
 from diffmergefs.errors import DiffMergeError
+from diffmergefs.filekey import FileKey
 from diffmergefs.layer import Layer
 from diffmergefs.layouts.snapshot import Snapshot
 from diffmergefs.once import Once
@@ -99,7 +100,7 @@ def _fuse_error(metrics: Metrics, handler: str, error: Exception) -> FUSEError:
 class Handle:
     """An open file or directory: exactly one of the four is what it reads from."""
 
-    __slots__ = ("content", "fd", "listing", "node", "shown", "supplied", "view")
+    __slots__ = ("content", "fd", "key", "listing", "node", "shown", "supplied", "view")
 
     def __init__(
         self,
@@ -108,9 +109,11 @@ class Handle:
         content: bytes | None = None,
         listing: Listing | None = None,
         node: Node | None = None,
+        key: FileKey | None = None,
     ) -> None:
         self.shown, self.fd, self.content, self.listing = shown, fd, content, listing
         self.node = node  # what `fd` or `listing` is of
+        self.key = key  # what `fd` must stay
         self.view = shown.image.view if shown else None
         self.supplied: dict[int, int] = {}
 
@@ -301,7 +304,10 @@ class Operations(pyfuse3.Operations):
                 return pyfuse3.FileInfo(fh=self._register(Handle(content=content)))
             case Passed():
                 fd = await self._in_thread(self.tree.open_passed, node)
-                return pyfuse3.FileInfo(fh=self._register(Handle(fd=fd, node=node)))
+                key = FileKey.of(os.fstat(fd)) if self.tree.is_device_state(node) else None
+                # It may have been overwritten since it was cached.
+                fh = self._register(Handle(fd=fd, node=node, key=key))
+                return pyfuse3.FileInfo(fh=fh, keep_cache=False)
             case StatusFile(name):
                 # What is read through one handle is of one moment, and no page cache keeps it.
                 content = await self._in_thread(_rendered, name, self._status())
@@ -355,7 +361,9 @@ class Operations(pyfuse3.Operations):
             return handle.content[off : off + size]
         if handle.fd is None:
             raise FUSEError(errno.EISDIR)
-        return await self._in_thread(_read_file, handle.fd, off, size, limiter=self._reading)
+        return await self._in_thread(
+            _read_file, handle.fd, off, size, handle.key, limiter=self._reading
+        )
 
     @answering
     async def release(self, fh: int) -> None:
@@ -492,10 +500,14 @@ class Operations(pyfuse3.Operations):
         return await in_thread(work, *args, limiter=limiter or self._opening)
 
 
-def _read_file(fd: int, off: int, size: int) -> bytes:
-    # Short only at the end of the file as it is now: it is passed through, and may shrink.
+def _read_file(fd: int, off: int, size: int, key: FileKey | None) -> bytes:
+    # Short only at the end of the file as it is now: it is passed through, and may shrink. With a
+    # `key` it must be what it was when it was opened.
     buffer = bytearray(size)
     count = sparse.read_into(fd, memoryview(buffer), off)
+    if key is not None and FileKey.of(os.fstat(fd)) != key:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        raise OSError(errno.EIO, "overwritten while it was open, as device state must not be", path)
     return bytes(buffer[:count])
 
 

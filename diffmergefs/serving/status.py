@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 
 from diffmergefs.serving.metrics import Metrics
 
-#: Where it stands beneath the mountpoint. No tag of a forkd store can be called so.
-STATUS_FOLDER = ".diffmergefs"
 METRICS_FILE = "metrics"
 STATUS_FILE = "status.json"
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from diffmergefs import beneath
@@ -19,7 +20,7 @@ from diffmergefs.errors import (
     WriterError,
     one_line,
 )
-from diffmergefs.filekey import FileKey
+from diffmergefs.filekey import FileKey, FileVersion
 from diffmergefs.images import Image, LayerPool, open_snapshot
 from diffmergefs.integrity.hashqueue import HashQueue
 from diffmergefs.integrity.pins import Hashes, require_pin
@@ -111,6 +112,7 @@ class Store:
         self._lock = threading.Lock()
         self._catalog = Catalog(self.root, layout or "forkd", {})
         self._shown: dict[str, list[Snapshot]] = {}
+        self._device_state: Mapping[str, FileVersion | None] = {}
         self._images: dict[str, tuple[Keys, OpenImage]] = {}
         self._refusals: dict[str, tuple[Keys, DiffMergeError]] = {}
         self._complaints: dict[str, tuple[Keys, str]] = {}
@@ -125,28 +127,25 @@ class Store:
         whose layers are tainted are forgotten, and so is a refusal that has passed (the writer has
         gone, or what made a hole look like data): the next `open` makes new ones. A directory that
         was renamed is followed, until another one stands at `root`. Raises DiffMergeError where the
-        directory as a whole cannot be read; then nothing is shown.
+        directory as a whole cannot be read; then what was shown stays, but nothing of a directory
+        that was deleted.
         """
-        try:
-            self._follow_root()
-            catalog = read_catalog(
-                self.root,
-                self._layout,
-                self._suffix,
-                self.fd,
-                self._policy.allow_outside,
-                allow_gaps=self._policy.allow_gaps,
-            )
-        except DiffMergeError:
-            with self._lock:
-                self._shown, self._images = {}, {}
-            raise
+        self._follow_root()
+        catalog = read_catalog(
+            self.root,
+            self._layout,
+            self._suffix,
+            self.fd,
+            self._policy.allow_outside,
+            allow_gaps=self._policy.allow_gaps,
+        )
         catalog.recall(self._catalog)
         shown, unsettled = self._watch.judge(catalog, self._clock())
         self._say_changes(catalog, shown, unsettled)
         named = self._named(shown)
         with self._lock:
             self._catalog, self._shown, self.named = catalog, shown, named
+            self._device_state = self._watch.device_state
             images = dict(self._images)
         self._forget_passed()
         current = {tag: self._renewed(tag, *known) for tag, known in images.items()}
@@ -181,6 +180,8 @@ class Store:
         here, there = _status(self.fd), _status(self.root)
         if there is None or not stat.S_ISDIR(there.st_mode):
             if here is not None and here.st_nlink == 0:
+                with self._lock:
+                    self._shown, self._images = {}, {}
                 raise FileAccessError(f"{self.root}: was deleted; it is shown when it is back")
             return
         if here is not None and os.path.samestat(here, there):
@@ -277,6 +278,25 @@ class Store:
         """Whether this is a layer's file, by whatever name: a link, or renamed since the look."""
         with self._lock:
             return (status.st_dev, status.st_ino) in self._catalog.layer_files
+
+    def is_device_state(self, path: str) -> bool:
+        """Whether the file `path` beneath the root belongs to the very memory beside it."""
+        with self._lock:
+            return path in self._device_state
+
+    def require_seen(self, path: str, status: os.stat_result) -> None:
+        """Raise OSError (EBUSY) for device state that may belong to another memory than is shown.
+
+        That is a file that is not the one which the last look saw, or that was replaced since the
+        look before. What belongs to no memory passes. `status` is of the file that was found at
+        `path` beneath the root.
+        """
+        with self._lock:
+            if path not in self._device_state:
+                return
+            seen = self._device_state[path]
+        if seen != FileVersion.of(status):
+            raise OSError(errno.EBUSY, "it changed since it was looked at; try again", path)
 
     def total_bytes(self) -> int:
         """The logical sizes of all images that are shown, added up."""

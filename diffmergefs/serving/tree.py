@@ -22,6 +22,7 @@ from diffmergefs import beneath
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.images import require_spare_descriptors
 from diffmergefs.layouts.snapshot import DOCUMENT, Snapshot, is_left_out
+from diffmergefs.names import STATUS_FOLDER
 from diffmergefs.serving.access import (
     LISTING,
     file_bits,
@@ -30,7 +31,7 @@ from diffmergefs.serving.access import (
     reachable,
     require_same,
 )
-from diffmergefs.serving.status import METRICS_FILE, STATUS_FILE, STATUS_FOLDER
+from diffmergefs.serving.status import METRICS_FILE, STATUS_FILE
 from diffmergefs.serving.store import OpenImage, Store
 
 ROOT_INODE = 1
@@ -211,11 +212,17 @@ class Tree:
     def children(self, folder: Node, names: Iterable[str] | None = None) -> dict[str, Node]:
         """The entries of a directory by name, or those of them that `names` names.
 
-        A name that `child` does not know is left out. Raises OSError like `names`.
+        A name that `child` does not know, or cannot look at, is left out: it hides no other. Raises
+        OSError like `names`.
         """
         found: dict[str, Node] = {}
-        for name in map(os.fsdecode, self.names(folder)) if names is None else names:
-            with suppress(FileNotFoundError, DiffMergeError):
+        if names is None:
+            names = map(os.fsdecode, self.names(folder))
+        elif isinstance(folder, TagFolder | Passed):
+            with self._held(folder):
+                pass  # an error of the directory itself
+        for name in names:
+            with suppress(OSError, DiffMergeError):
                 found[name] = self.child(folder, name)
         return found
 
@@ -469,7 +476,10 @@ class Tree:
         # The node's own file, opened by its name in the directory `folder` with O_PATH.
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
         try:
-            require_same(os.fstat(fd), node.device, node.inode, name)
+            status = os.fstat(fd)
+            require_same(status, node.device, node.inode, name)
+            if isinstance(node, Passed) and self.store is not None:
+                self.store.require_seen(node.path, status)
             yield fd
         finally:
             os.close(fd)
@@ -478,16 +488,23 @@ class Tree:
         """A read-only descriptor of a passed-through file. Raises OSError, FileAccessError.
 
         ESTALE where another file stands at its path by now: the kernel then looks it up again.
+        EBUSY for device state that may be of another memory than is shown (`Store.require_seen`).
         """
         assert self.store is not None
         fd = beneath.open_regular(self.store.reach, node.path)
         try:
             require_spare_descriptors(fd, node.path)
-            require_same(os.fstat(fd), node.device, node.inode, node.path)
+            status = os.fstat(fd)
+            require_same(status, node.device, node.inode, node.path)
+            self.store.require_seen(node.path, status)
         except OSError:
             os.close(fd)
             raise
         return fd
+
+    def is_device_state(self, node: Passed) -> bool:
+        """Whether the file belongs to the very memory beside it."""
+        return self.store is not None and self.store.is_device_state(node.path)
 
     def link_target(self, node: Passed) -> str:
         """Where a passed-through symlink points, as it is stored.
