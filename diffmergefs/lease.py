@@ -75,6 +75,19 @@ def writers(fd: int) -> Writers:
     return found
 
 
+def is_open_elsewhere(fd: int) -> bool:
+    """Whether anyone, this process included, has the file of `fd` open by another descriptor.
+
+    Asked by a write lease, of which holds what `writers` says of a read lease. False also where
+    that cannot be told.
+    """
+    with _guard:
+        found = _take(fd, fcntl.F_WRLCK)
+        if found is Writers.NONE:
+            _give_back(fd)
+    return found is Writers.SOME
+
+
 def require_no_writer(fd: int, path: str) -> None:
     """Raise WriterError if someone has the file of `fd` open for writing now (see `writers`).
 
@@ -177,12 +190,12 @@ def _is_kept(fd: int) -> bool:
     return fd >= 0 and fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK
 
 
-def _take(fd: int) -> Writers:
+def _take(fd: int, kind: int = fcntl.F_RDLCK) -> Writers:
     fcntl.fcntl(fd, fcntl.F_SETSIG, SIGNAL)
     # Otherwise it would be this thread that is told, and nobody once it has ended.
     fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
     try:
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, kind)
     except OSError as error:
         if error.errno == errno.EACCES:
             return Writers.NOT_OWNER

@@ -56,10 +56,10 @@ LEVELS = [
         "integrity.sealing", "layouts.catalog", "pictures.extents_picture", "pictures.map_picture",
         "pictures.picture", "workingsets.workingset",
     },
-    {"images", "layouts.watch", "writing.apply", "writing.flatten", "writing.newdiff"},
+    {"images", "layouts.watch", "writing.dependants", "writing.flatten", "writing.newdiff"},
     {
         "health.diagnosis", "info", "integrity.verify", "serving.store", "sides",
-        "writing.companions", "writing.rediff", "writing.squash",
+        "writing.apply", "writing.companions", "writing.rediff", "writing.squash",
     },
     {"health.doctor", "serving.openwatch", "serving.tree", "writing.newstore", ROOT},
     {

@@ -186,14 +186,19 @@ def test_apply_refuses_without_touching_the_base(store: Path, tmp_path: Path) ->
         assert "--trust-grain" in mistake(
             5, "apply", "--page-size=16384", store / "work" / "memory.bin", base
         )
-    assert succeed("apply", dense, base, "--dense") == f"{SIZE} bytes copied\n"
+        assert "--force=order" in mistake(8, "apply", dense, base, "--dense")
+    done = diffmergefs("apply", dense, base, "--dense", "--force=order")
+    assert (done.returncode, done.stdout) == (0, f"{SIZE} bytes copied\n")
+    assert done.stderr.startswith(f"diffmergefs: --force=order overrides: {base}: {dense} covers")
 
 
 def test_apply_to_what_a_user_may_not_write_is_one_line(store: Path) -> None:
     base, work = layers(store)[:2]
     base.chmod(0o644)
     with unchanged([base]):
-        done = diffmergefs_as_nobody("apply", work, base)
+        done = diffmergefs_as_nobody("apply", "--force=layer", work, base)
+        assert done.stderr.startswith("diffmergefs: --force=layer overrides: ")
+        done.stderr = done.stderr.partition("\n")[2]
         assert one_line(done, 14) == f"diffmergefs: {base}: Permission denied\n"
 
 

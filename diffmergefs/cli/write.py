@@ -9,6 +9,7 @@ from diffmergefs.cli.progress import progress
 from diffmergefs.cli.tables import new_table, print_table
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.writing.apply import apply_diff
+from diffmergefs.writing.dependants import REASONS
 from diffmergefs.writing.flatten import flatten as flatten_view
 
 
@@ -63,21 +64,41 @@ def flatten(
     )
 
 
+def _reasons(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> frozenset[str]:
+    names = frozenset(value.split(",")) if value is not None else frozenset()
+    if unknown := names - set(REASONS):
+        raise click.BadParameter(
+            f"{', '.join(sorted(unknown))!r} is not among {', '.join(REASONS)}"
+        )
+    return names
+
+
 @click.command()
 @click.argument("diff", type=PATH)
 @click.argument("base", type=PATH)
 @click.option("--sync", is_flag=True, help="fsync BASE at the end.")
+@click.option(
+    "--force",
+    callback=_reasons,
+    metavar="NAME[,NAME...]",
+    help="Overwrite BASE although it has a seal, which is removed (sealed), is a layer of a store"
+    " (layer), has further names (links), is open elsewhere (open), is shown by a mount (mounted),"
+    " or although DIFF covers nearly all of its data (order).",
+)
 @trust_options
-def apply(diff: str, base: str, sync: bool, policy: TrustPolicy) -> None:
+def apply(diff: str, base: str, sync: bool, force: frozenset[str], policy: TrustPolicy) -> None:
     """Copy the data extents of DIFF onto BASE, in place: the classic merge.
 
-    BASE must be a copy that you own: it is changed. Both must have the same size. An interrupted
-    apply can be repeated. Prints the bytes copied.
+    BASE must be a copy that you own: it is changed. It is refused where anything is seen to depend
+    on it, and where the two look swapped. Both must have the same size. An interrupted apply can
+    be repeated. Prints the bytes copied.
 
     \b
     Example:
       cp --reflink=auto mem_file whole.mem && diffmergefs apply mem_diff whole.mem
     """
     with progress("apply") as moved:
-        copied = apply_diff(diff, base, sync=sync, policy=policy, progress=moved)
+        copied = apply_diff(diff, base, sync=sync, policy=policy, force=force, progress=moved)
     click.echo(f"{copied} bytes copied")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 
 from diffmergefs import beneath, foreign
@@ -17,6 +17,7 @@ from diffmergefs.lease import require_no_writers
 from diffmergefs.trust import TrustPolicy, require_trust
 from diffmergefs.view import require_equal_size
 from diffmergefs.writing.copying import Target, copy_range, failures
+from diffmergefs.writing.dependants import require_free
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ def apply_diff(
     *,
     sync: bool = False,
     policy: TrustPolicy | None = None,
+    force: Collection[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> int:
     """Copy the data extents of `diff` onto the same ranges of `base`, in place.
@@ -37,73 +39,90 @@ def apply_diff(
     unless `sync`; a diff of holes leaves it untouched. The diff is fsynced, held to law 4 as
     `policy` says (what it overrides is logged as a warning), and compared with its fingerprint at
     the end; if it has a seal or a presence file, that one's extents are copied. It is refused while
-    someone has it open for writing, unless `policy.allow_writers`; `base` is not. The seal of
-    `base` (BASE.bmap) and its presence file are removed before the first byte is written. An apply
-    that failed or was interrupted leaves `base` between before and after, and can be repeated: the
-    outcome is the same. `progress` is called with the bytes copied so far.
+    someone has it open for writing, unless `policy.allow_writers`.
 
-    Raises, with `base` untouched, SizeMismatchError, OutputRefusedError (both are one file),
-    UntrustedExtentsError, DenseDiffError (no hole, and no `policy.dense`), WriterError;
-    LayerChangedError, NoSpaceError, and FileAccessError for every other failure of a file.
+    `base` is refused where something depends on it, or the two look swapped: for each of
+    `dependants.REASONS` that `force` does not name. What `force` overrides is logged as a warning;
+    then the seal of `base` (BASE.bmap) and its presence file are removed before the first byte is
+    written. An apply that failed or was interrupted leaves `base` between before and after, and can
+    be repeated: the outcome is the same. `progress` is called with the bytes copied so far.
+
+    Raises, with `base` untouched, SizeMismatchError, OutputRefusedError (both are one file, or
+    something depends on `base`), UntrustedExtentsError, DenseDiffError (no hole, and no
+    `policy.dense`), WriterError; LayerChangedError, NoSpaceError, and FileAccessError for every
+    other failure of a file.
     """
     policy = policy or TrustPolicy()
-    require_mergeable(os.fspath(base), [os.fspath(diff)])
+    base = os.fspath(base)
+    require_mergeable(base, [os.fspath(diff)])
     opened = Opener(policy).open(os.fspath(diff), is_diff=True)
-    with closing(opened) as layer, _opened(os.fspath(base)) as target:
-        _require_fit(layer, target)
+    with closing(opened) as layer, _readable(base) as readable:
+        _require_fit(layer, readable, base)
         _require_meant(layer, policy)
         if len(layer.extents):
-            remove_seal(target.path)
-        copied = _copy_extents(layer, target, progress)
-        with failures(layer.path):
-            layer.settle()
-        if sync:
-            with failures(target.path, target):
-                os.fsync(target.fd)
+            with failures(base):
+                overridden = require_free(readable, base, layer.extents, layer.path, force)
+            _tell(overridden)
+        with _writable(readable, base) as target:
+            if len(layer.extents):
+                remove_seal(target.path)
+            copied = _copy_extents(layer, target, progress)
+            with failures(layer.path):
+                layer.settle()
+            if sync:
+                with failures(target.path, target):
+                    os.fsync(target.fd)
     return copied
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[Target]:
+def _readable(path: str) -> Iterator[int]:
+    # Known to be a regular file before it is opened for writing, which on a device would act.
     with failures(path):
-        fd = _open_for_writing(path)
+        fd = beneath.open_regular(None, path)
+    try:
+        foreign.require_own_file(fd, path)
+        foreign.require_own_neighbours(path)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _writable(readable: int, path: str) -> Iterator[Target]:
+    with failures(path):
+        fd = os.open(f"/proc/self/fd/{readable}", os.O_RDWR | os.O_CLOEXEC)
     try:
         yield Target(fd, path)
     finally:
         os.close(fd)
 
 
-def _open_for_writing(path: str) -> int:
-    # Known to be a regular file before it is opened for writing, which on a device would act.
-    readable = beneath.open_regular(None, path)
-    try:
-        foreign.require_own_file(readable, path)
-        foreign.require_own_neighbours(path)
-        return os.open(f"/proc/self/fd/{readable}", os.O_RDWR | os.O_CLOEXEC)
-    finally:
-        os.close(readable)
-
-
-def _require_fit(layer: Layer, target: Target) -> None:
-    status = os.fstat(target.fd)
+def _require_fit(layer: Layer, readable: int, path: str) -> None:
+    status = os.fstat(readable)
     if os.path.samestat(status, layer.status):
         raise OutputRefusedError(
-            f"{target.path}: is the same file as the diff {layer.path}; give a copy of the base"
+            f"{path}: is the same file as the diff {layer.path}; give a copy of the base"
         )
-    require_equal_size(target.path, status.st_size, layer.path, layer.size)
+    require_equal_size(path, status.st_size, layer.path, layer.size)
 
 
 def _require_meant(layer: Layer, policy: TrustPolicy) -> None:
     dense = layer.extents.covers(layer.size)
     overridden = require_no_writers([layer], allowed=policy.allow_writers)
     overridden += require_trust(layer, policy, complete=dense and policy.dense)
-    for line in overridden:
-        log.warning("%s", line)
+    _tell(overridden)
     if dense and not policy.dense:
         raise DenseDiffError(
             f"{layer.path}: a diff without a hole in {layer.size} bytes: it would replace the whole"
-            " base; if it is a complete image, say so with --dense"
+            " base; is it the other way round? DIFF comes first, then BASE. If it is a complete"
+            " image, say so with --dense"
         )
+
+
+def _tell(overridden: list[str]) -> None:
+    for line in overridden:
+        log.warning("%s", line)
 
 
 def _copy_extents(layer: Layer, target: Target, progress: Callable[[int], None] | None) -> int:

@@ -1,0 +1,157 @@
+"""What depends on a file that is about to be overwritten in place.
+
+Nothing that may hang is asked: where something is mounted is told by the mount table.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+
+from diffmergefs import sparse
+from diffmergefs.errors import DiffMergeError, OutputRefusedError
+from diffmergefs.extents import ExtentList
+from diffmergefs.integrity.bmap import SEAL_SUFFIX
+from diffmergefs.layouts.bitmap import PRESENCE_SUFFIX
+from diffmergefs.layouts.catalog import LAYOUTS, Catalog, layout_of, read_catalog
+from diffmergefs.lease import is_open_elsewhere
+from diffmergefs.serving.mounttable import FILESYSTEM_TYPE, MountTable, mounts, resolved
+
+#: The reasons why a file is not overwritten, by the names under which each can be overridden.
+REASONS = ("sealed", "layer", "links", "open", "mounted", "order")
+
+# Filesystems on which a mere lstat waits for a server.
+_REMOTE = ("fuse", "nfs", "cifs", "smb", "9p", "ceph", "autofs")
+_MOST_COVERED = 0.9
+
+
+def require_free(
+    fd: int, path: str, diff: ExtentList, diff_path: str, force: Collection[str] = ()
+) -> list[str]:
+    """Raise OutputRefusedError if the file of `fd` should not be overwritten with a diff's extents.
+
+    `fd` is open for reading only, and `path` leads to its file. The message has every reason of
+    REASONS that `force` does not name; for each that it names and that holds there is a line in the
+    answer. What cannot be told (another user's file, a filesystem without leases, directories that
+    cannot be read) is no reason. Raises OSError.
+    """
+    found = {name: text for name in REASONS if (text := _CHECKS[name](fd, path, diff, diff_path))}
+    if refused := {name: text for name, text in found.items() if name not in force}:
+        listed = "; ".join(f"{text} ({name})" for name, text in refused.items())
+        raise OutputRefusedError(
+            f"{path}: not overwritten: {listed}; give a copy that is yours alone, or, if you are"
+            f" sure, override it with --force={','.join(refused)}"
+        )
+    return [f"--force={name} overrides: {path}: {text}" for name, text in found.items()]
+
+
+def _sealed(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
+    for place in dict.fromkeys((path, os.path.realpath(path))):
+        for suffix, what in ((SEAL_SUFFIX, "seal"), (PRESENCE_SUFFIX, "presence file")):
+            if os.path.lexists(place + suffix):
+                return f"it has a {what}, {place}{suffix}, which would be false"
+    return None
+
+
+def _links(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
+    count = os.fstat(fd).st_nlink
+    return f"it has {count} names (hard links), all of which would change" if count > 1 else None
+
+
+def _open(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
+    return "someone else has it open" if is_open_elsewhere(fd) else None
+
+
+def _order(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
+    held = ExtentList(sparse.data_extents(fd, os.fstat(fd).st_size))
+    covered = held.intersection(diff).data_bytes
+    if not covered or covered < held.data_bytes * _MOST_COVERED:
+        return None
+    return (
+        f"{diff_path} covers {covered} of its {held.data_bytes} bytes of data: is it the other way"
+        " round? DIFF comes first, then BASE"
+    )
+
+
+def _layer(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
+    real = os.path.realpath(path)
+    folder = os.path.dirname(real)
+    store = os.path.dirname(folder)
+    for root, layouts in (
+        (folder, {"numbered", "forkd"}),
+        (store, {"forkd", _layout(folder, real)}),
+    ):
+        if not _may_hang(root, real) and (tag := _tag_in(root, layouts, fd, real)):
+            return f"it is the layer of '{tag}' in {root}"
+    return None
+
+
+def _layout(folder: str, path: str) -> str:
+    # That of which the file's directory is by itself a snapshot, or forkd.
+    with suppress(DiffMergeError):
+        if not _may_hang(folder, path):
+            return layout_of(folder) or "forkd"
+    return "forkd"
+
+
+def _mounted(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
+    real, table = os.path.realpath(path), MountTable()
+    for entry in table.entries:
+        source = resolved(entry.source)
+        if entry.kind != FILESYSTEM_TYPE or table.is_ours(source):
+            continue
+        if _is_file(source, fd):
+            return f"it is the base of the mount on {entry.path}"
+        if tag := _tag_in(source, LAYOUTS, fd, real):
+            return f"the mount on {entry.path} shows it as the layer of '{tag}'"
+    return None
+
+
+_CHECKS: dict[str, Callable[[int, str, ExtentList, str], str | None]] = {
+    "sealed": _sealed,
+    "layer": _layer,
+    "links": _links,
+    "open": _open,
+    "mounted": _mounted,
+    "order": _order,
+}
+
+
+def _tag_in(root: str, layouts: Collection[str], fd: int, path: str) -> str | None:
+    # By the file itself: a copy of a layer that lies there, whatever its name, is none.
+    status = os.fstat(fd)
+    for catalog in _catalogs(root, layouts, path):
+        for tag, snapshot in catalog.snapshots.items():
+            if snapshot.memory and snapshot.memory.key[:2] == (status.st_dev, status.st_ino):
+                return tag
+    return None
+
+
+def _catalogs(root: str, layouts: Collection[str], path: str) -> Iterator[Catalog]:
+    # What --suffix, --allow-outside and --allow-gaps could bring in counts too.
+    suffix, outside = os.path.splitext(path)[1] or None, (os.path.dirname(path),)
+    for layout in layouts:
+        for chosen in (None, suffix) if layout == "numbered" else (None,):
+            with suppress(DiffMergeError):
+                yield read_catalog(root, layout, chosen, outside=outside, allow_gaps=True)
+
+
+def _may_hang(folder: str, path: str) -> bool:
+    # Whether a look at the entries of `folder` would ask a server for another one than `path`.
+    return any(
+        os.path.dirname(entry.path) == folder
+        and entry.kind.startswith(_REMOTE)
+        and not _is_beneath(path, entry.path)
+        for entry in mounts()
+    )
+
+
+def _is_beneath(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
+
+
+def _is_file(path: str, fd: int) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    return False

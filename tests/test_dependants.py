@@ -1,0 +1,335 @@
+"""`apply` overwrites nothing on which something depends, and nothing that looks swapped."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from diffmergefs import apply_diff, seal_layer
+from diffmergefs.errors import OutputRefusedError
+from diffmergefs.trust import TrustPolicy
+from diffmergefs.writing.dependants import REASONS
+from tests.support.cloudhypervisor import write_snapshot
+from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake
+from tests.support.images import PAGE, overlay_oracle, write_layer
+from tests.support.inputs import unchanged
+from tests.support.mounts import mounted
+from tests.support.stores import (
+    BASE_PAGES,
+    SIZE,
+    pages,
+    write_chain,
+    write_document,
+    write_numbered,
+    write_tag,
+)
+from tests.support.superserve import write_sandbox, write_template
+
+BASE = pages(0, BASE_PAGES)
+DIFF = pages(9, [9])
+MERGED = overlay_oracle(SIZE, [BASE, DIFF])
+
+
+@pytest.fixture
+def diff(public_path: Path) -> Path:
+    """A diff of one page, in a directory of its own."""
+    (public_path / "diffs").mkdir()
+    return write_layer(public_path / "diffs" / "mem_diff", SIZE, DIFF)
+
+
+def base_at(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_layer(path, SIZE, BASE)
+
+
+def refusal(diff: Path, base: Path, policy: TrustPolicy | None = None) -> str:
+    """Why `apply` leaves the base alone; it does."""
+    with unchanged([diff, base]), pytest.raises(OutputRefusedError) as caught:
+        apply_diff(diff, base, policy=policy)
+    return str(caught.value)
+
+
+def reasons(diff: Path, base: Path) -> list[str]:
+    """The names of the reasons why it does, or none: then it is applied."""
+    try:
+        with unchanged([diff]):
+            apply_diff(diff, base)
+    except OutputRefusedError as error:
+        return str(error).rpartition("--force=")[2].split(",")
+    return []
+
+
+def test_a_copy_of_ones_own_is_free(diff: Path, real_fs: Path) -> None:
+    base = base_at(real_fs / "whole.mem")
+    assert apply_diff(diff, base) == PAGE
+    assert base.read_bytes() == MERGED
+
+
+# Sealed
+
+
+@pytest.mark.parametrize("suffix", [".bmap", ".presence"])
+@pytest.mark.parametrize("place", ["whole.mem", "link"])
+def test_a_seal_or_a_presence_file(diff: Path, public_path: Path, suffix: str, place: str) -> None:
+    base, link = base_at(public_path / "whole.mem"), public_path / "link"
+    link.symlink_to(base)
+    record = public_path / f"{place}{suffix}"
+    record.write_text("of old")
+    assert f"{record}, which would be false (sealed)" in refusal(diff, link)
+    assert record.exists()
+    apply_diff(diff, link, force=["sealed"])
+    assert not record.exists() and base.read_bytes() == MERGED
+
+
+def test_swapped_files_leave_the_diff_and_its_seal(diff: Path, public_path: Path) -> None:
+    whole = base_at(public_path / "whole.mem")
+    seal = Path(seal_layer(diff).path)
+    text = refusal(whole, diff)
+    assert text.startswith(f"{diff}: not overwritten: ")
+    assert f"{whole} covers {PAGE} of its {PAGE} bytes of data: is it the other way round?" in text
+    assert text.endswith("--force=sealed,order")
+    assert seal.exists()
+
+
+# A layer of a store
+
+
+def forkd(root: Path) -> Path:
+    return write_chain(root, ["base", "work"]) / "base" / "memory.bin"
+
+
+def forkd_without_a_document(root: Path) -> Path:
+    (forkd(root).parent / "snapshot.json").unlink()
+    return root / "base" / "memory.bin"
+
+
+def forkd_beside_its_tags(root: Path) -> Path:
+    memory = root / "base.mem"
+    return recorded_elsewhere(root, memory)
+
+
+def forkd_a_level_deeper(root: Path) -> Path:
+    (root / "images").mkdir(parents=True)
+    return recorded_elsewhere(root, root / "images" / "base.mem")
+
+
+def recorded_elsewhere(root: Path, memory: Path) -> Path:
+    forkd(root).rename(memory)
+    write_document(root, "base", json.dumps({"memory": str(memory)}))
+    return memory
+
+
+def numbered(root: Path) -> Path:
+    return write_numbered(root, ["000-base.mem", "001-work.mem"]) / "000-base.mem"
+
+
+def numbered_with_a_suffix(root: Path) -> Path:
+    return write_numbered(root, ["000-base.raw", "001-work.raw"]) / "000-base.raw"
+
+
+def numbered_with_a_gap(root: Path) -> Path:
+    return write_numbered(root, ["000-base.mem", "007-work.mem"]) / "007-work.mem"
+
+
+def both_layouts(root: Path) -> Path:
+    forkd(root)
+    return numbered(root)
+
+
+def superserve(root: Path) -> Path:
+    memory = write_template(root)
+    write_sandbox(root, "box", memory)
+    return memory
+
+
+def cloud_hypervisor(root: Path) -> Path:
+    write_snapshot(root, "base")
+    write_snapshot(root, "work", "base", layer=1)
+    return root / "base" / "memory-ranges"
+
+
+STORES = [
+    forkd,
+    forkd_without_a_document,
+    forkd_beside_its_tags,
+    forkd_a_level_deeper,
+    numbered,
+    numbered_with_a_suffix,
+    numbered_with_a_gap,
+    both_layouts,
+    superserve,
+]
+
+
+@pytest.mark.parametrize("make", [*STORES, cloud_hypervisor])
+def test_a_layer_of_a_store_and_a_copy_beside_it(
+    diff: Path, public_path: Path, make: Callable[[Path], Path]
+) -> None:
+    layer = make(public_path / "store")
+    if make is cloud_hypervisor:
+        write_snapshot(public_path / "other", "parent")
+        write_snapshot(public_path / "other", "new", "parent", layer=9, numbers=[9])
+        diff = public_path / "other" / "new" / "memory-ranges"
+    (public_path / "link").symlink_to(layer)
+    for path in (layer, public_path / "link"):
+        assert "layer" in reasons(diff, path)
+    if make is not cloud_hypervisor:  # whose files have one name only
+        copy = base_at(layer.parent / "copy.mem")
+        assert reasons(diff, copy) == []
+
+
+def test_the_tag_and_the_store_are_named(diff: Path, public_path: Path) -> None:
+    store = public_path / "store"
+    text = refusal(diff, forkd(store))
+    assert f"it is the layer of 'base' in {store} (layer)" in text
+
+
+# Links, and who has it open
+
+
+def test_further_names(diff: Path, public_path: Path) -> None:
+    base = base_at(public_path / "whole.mem")
+    os.link(base, public_path / "other")
+    assert "it has 2 names (hard links)" in refusal(diff, base)
+    assert reasons(diff, base) == ["links"]
+
+
+@pytest.mark.parametrize("how", ["r", "r+", "mapped"])
+def test_whoever_has_it_open(diff: Path, real_fs: Path, how: str) -> None:
+    base = base_at(real_fs / "whole.mem")
+    with ExitStack() as stack:
+        file = stack.enter_context(base.open("r+b" if how == "r+" else "rb", buffering=0))
+        if how == "mapped":
+            stack.enter_context(mmap.mmap(file.fileno(), SIZE, prot=mmap.PROT_READ))
+            file.close()
+        assert "someone else has it open" in refusal(diff, base)
+        assert reasons(diff, base) == ["open"]
+    assert reasons(diff, base) == []
+
+
+def test_what_is_another_users_cannot_be_told(diff: Path, public_path: Path) -> None:
+    """Only the owner may ask for a lease."""
+    base = base_at(public_path / "whole.mem")
+    base.chmod(0o666)
+    with base.open("rb"):
+        done = diffmergefs_as_nobody("apply", diff, base)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# A layer of what is mounted
+
+
+def test_a_layer_of_a_mounts_source(diff: Path, public_path: Path, mountpoint: Path) -> None:
+    """Also one that lies outside of it, which nothing but the source's documents tell."""
+    store, pool = public_path / "store", public_path / "pool"
+    write_tag(store, "base")
+    outside = base_at(pool / "far" / "away.mem")
+    write_document(store, "base", json.dumps({"memory": str(outside)}))
+    (store / "base" / "memory.bin").unlink()
+    free = base_at(public_path / "own" / "whole.mem")
+    assert reasons(diff, outside) == []
+    with mounted(store, mountpoint, f"--allow-outside={pool}"):
+        text = refusal(diff, outside)
+        assert f"the mount on {mountpoint} shows it as the layer of 'base' (mounted)" in text
+        assert reasons(diff, free) == []
+
+
+def test_an_explicit_base_that_is_mounted(diff: Path, public_path: Path, mountpoint: Path) -> None:
+    base = base_at(public_path / "mem,file")
+    with mounted(None, mountpoint, "--base", str(base)):
+        assert reasons(diff, base) == ["open", "mounted"]
+    assert reasons(diff, base) == []
+
+
+def test_a_mount_that_hangs_is_not_asked(diff: Path, public_path: Path, mountpoint: Path) -> None:
+    """Neither where it is mounted beside the file, nor where another's source lies in it."""
+    store = write_chain(public_path / "store", ["base", "work"])
+    beside = base_at(public_path / "whole.mem")
+    deeper = base_at(public_path / "own" / "whole.mem")
+    (public_path / "inner").mkdir()
+    with ExitStack() as stack:
+        outer = stack.enter_context(mounted(store, mountpoint))
+        image = mountpoint / "work" / "memory.bin"
+        stack.enter_context(mounted(None, public_path / "inner", f"--base={image}"))
+        os.kill(outer.pid, signal.SIGSTOP)
+        stack.callback(os.kill, outer.pid, signal.SIGCONT)
+        for base in (beside, deeper, store / "base" / "memory.bin"):
+            done = diffmergefs("apply", diff, base)
+            assert done.returncode == (8 if "store" in str(base) else 0), done
+    assert done.stderr.endswith("--force=layer,open,mounted\n")
+
+
+# The other way round
+
+
+@pytest.mark.parametrize(
+    ("numbers", "covered", "expected"),
+    [
+        (range(10), range(10), ["order"]),
+        (range(10), range(9), ["order"]),
+        (range(10), range(8), []),
+        (range(10), [*range(8), *range(10, 16)], []),
+        ([], range(8), []),
+    ],
+)
+def test_a_diff_that_covers_the_base(
+    tmp_path: Path, numbers: list[int], covered: list[int], expected: list[str]
+) -> None:
+    base = write_layer(tmp_path / "base", SIZE, pages(0, numbers))
+    diff = write_layer(tmp_path / "diff", SIZE, pages(1, covered))
+    assert reasons(diff, base) == expected
+
+
+# All at once, and --force
+
+
+def test_all_reasons_at_once_and_each_overridden_by_its_name(
+    public_path: Path, mountpoint: Path
+) -> None:
+    store = write_chain(public_path / "store", ["base", "work"])
+    base = store / "base" / "memory.bin"
+    diff = write_layer(public_path / "diff", SIZE, pages(1, range(14)))
+    os.link(base, public_path / "other")
+    seal_layer(base)
+    with mounted(store, mountpoint, expect_log=("opened for writing",)), base.open("rb"):
+        with unchanged([base]):
+            line = mistake(8, "apply", diff, base)
+            assert line.endswith(f"--force={','.join(REASONS)}\n")
+            assert all(f" ({name})" in line for name in REASONS)
+            line = mistake(8, "apply", diff, base, "--force=links,sealed,mounted")
+            assert line.endswith("--force=layer,open,order\n")
+        done = diffmergefs("apply", diff, base, f"--force={','.join(REASONS)}")
+        assert (done.returncode, done.stdout) == (0, f"{14 * PAGE} bytes copied\n")
+    lines = done.stderr.splitlines()
+    assert [line.partition(" overrides: ")[0] for line in lines] == [
+        f"diffmergefs: --force={name}" for name in REASONS
+    ]
+    assert base.read_bytes() == overlay_oracle(SIZE, [BASE, pages(1, range(14))])
+
+
+def test_an_override_that_is_not_needed_says_nothing(diff: Path, public_path: Path) -> None:
+    base = base_at(public_path / "whole.mem")
+    done = diffmergefs("apply", "--force=links,open", diff, base)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("names", ["", "all", "links,opened", "links, open"])
+def test_a_name_that_is_none_is_bad_usage(diff: Path, public_path: Path, names: str) -> None:
+    base = base_at(public_path / "whole.mem")
+    with unchanged([base]):
+        done = diffmergefs("apply", f"--force={names}", diff, base)
+    assert done.returncode == 2 and ", ".join(REASONS) in done.stderr
+
+
+def test_the_same_file_and_another_size_are_never_overridden(diff: Path, public_path: Path) -> None:
+    longer = write_layer(public_path / "longer", SIZE + PAGE, pages(1, [1]))
+    with unchanged([diff, longer]):
+        assert "same file" in mistake(8, "apply", f"--force={','.join(REASONS)}", diff, diff)
+        mistake(4, "apply", f"--force={','.join(REASONS)}", diff, longer)
