@@ -21,6 +21,8 @@ import pyfuse3
 import trio
 from trio.lowlevel import Abort, Task
 
+from diffmergefs.serving.readalarm import ALWAYS_SECONDS, ReadAlarm
+
 log = logging.getLogger(__name__)
 
 #: For how long a request is looked for before trio waits for one, if they come that fast. A client
@@ -33,23 +35,27 @@ TURN_NS = 1_000_000
 
 @contextmanager
 def few_switches() -> Iterator[None]:
-    """Inside, `pyfuse3.main` waits for requests as this module has it.
+    """Inside, `pyfuse3.main` waits for requests as this module has it. For the main thread.
 
     `pyfuse3.init` belongs inside too: pyfuse3 3.2.1 makes its lock there. Nothing else that uses
-    trio is touched. A pyfuse3 that was told to use something else than trio is left as it is.
+    trio is touched. A pyfuse3 that was told to use something else than trio is left as it is, but
+    for the alarm (`readalarm`), which then rings all the time.
     """
     original = getattr(pyfuse3, "trio", None)
     if original is not trio:
         log.debug("pyfuse3 does not use trio as it is known: it waits for requests in its own way")
-        yield
+        with ReadAlarm(ALWAYS_SECONDS) as alarm:
+            alarm.expect()
+            yield
         return
-    lowlevel = _Module(trio.lowlevel, wait_readable=RequestWait())
-    # pyfuse3 looks names up in this module each time; its asyncio support replaces it likewise.
-    pyfuse3.trio = _Module(trio, Lock=ReadLock, lowlevel=lowlevel)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        pyfuse3.trio = original  # type: ignore[attr-defined]
+    with ReadAlarm() as alarm:
+        lowlevel = _Module(trio.lowlevel, wait_readable=RequestWait(alarm))
+        # pyfuse3 looks names up in this module each time; its asyncio support replaces it likewise.
+        pyfuse3.trio = _Module(trio, Lock=ReadLock, lowlevel=lowlevel)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            pyfuse3.trio = original  # type: ignore[attr-defined]
 
 
 class _Module:
@@ -125,16 +131,19 @@ class RequestWait:
     One that is there already is found without trio; one that comes within SPIN_NS too, if the last
     that trio waited for came fast. Meanwhile the processor is offered to others (sched_yield(2)).
     Other tasks have their turn once in TURN_NS, and the cancellation of this one is seen then.
+    From its end until it begins anew the `alarm` is expected to end a read that finds nothing.
     Raises what wait_readable raises.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alarm: ReadAlarm | None = None) -> None:
+        self._alarm = alarm or ReadAlarm()
         self._poll = select.poll()
         self._fd: int | None = None
         self._spin_ns = SPIN_NS
         self._turn_began = 0
 
     def __call__(self, fd: int) -> Awaitable[None]:
+        self._alarm.is_expected = False
         if fd != self._fd:
             self._poll, self._fd = select.poll(), fd
             self._poll.register(fd, select.POLLIN)
@@ -144,6 +153,7 @@ class RequestWait:
                 if perf_counter_ns() - began >= self._spin_ns:
                     return self._wait(fd, began)
                 os.sched_yield()
+            self._alarm.expect()
             return _AT_ONCE
         return self._wait(fd, began)
 
@@ -152,3 +162,4 @@ class RequestWait:
         self._turn_began = perf_counter_ns()
         # As KVM's halt polling: worth it as long as it would not have to be much longer.
         self._spin_ns = SPIN_NS if self._turn_began - began < 2 * SPIN_NS else 0
+        self._alarm.expect()
