@@ -24,10 +24,19 @@ class DiffMergeError(Exception):
 
     `exit_code` is what the command line ends with and `errno` what a mounted view answers. Each
     class that a user can meet has an exit code of its own (docs/exit-codes.md lists them all).
+    `check` is a word for what was looked at, for programs.
     """
 
     exit_code: ClassVar[int] = 3
     errno: ClassVar[int] = errno.EIO
+    check: str = ""
+    _USUAL_REMEDY: ClassVar[str] = "see docs/exit-codes.md for what its exit code means"
+
+    @property
+    def remedy(self) -> str:
+        """The next step: what its line ends with, or, where that has none, what usually helps."""
+        _, _, step = str(self).partition("; ")
+        return step or self._USUAL_REMEDY
 
     @property
     def is_passing(self) -> bool:
@@ -51,12 +60,18 @@ class BrokenChainError(DiffMergeError):
     """A snapshot whose chain cannot be resolved: missing parent, cycle, too deep, bad metadata."""
 
     exit_code = 3
+    check = "chain"
+    _USUAL_REMEDY = (
+        "bring back what is missing, mend the snapshot's record, or take the snapshot again"
+    )
 
 
 class SizeMismatchError(DiffMergeError):
     """Layers of one chain differ in their logical size, or a layer is empty (law 3)."""
 
     exit_code = 4
+    check = "size"
+    _USUAL_REMEDY = "take the diff again from the base that stands here"
 
 
 class UntrustedExtentsError(DiffMergeError):
@@ -82,12 +97,15 @@ class DenseDiffError(DiffMergeError):
     """A diff without a hole, where nothing shows that it was meant as a complete image."""
 
     exit_code = 6
+    check = "dense"
 
 
 class LayerChangedError(DiffMergeError):
     """A layer changed under a view (law 6)."""
 
     exit_code = 7
+    check = "changed"
+    _USUAL_REMEDY = "try again once nothing writes to it"
 
 
 class OutputRefusedError(DiffMergeError):
@@ -135,6 +153,8 @@ class FileAccessError(DiffMergeError):
     """The operating system refused a file: not found, no permission, a read error."""
 
     exit_code = 14
+    check = "access"
+    _USUAL_REMEDY = "see that this user can read it, and that its storage is well"
 
 
 class BusyError(DiffMergeError):
@@ -154,6 +174,8 @@ class SealError(DiffMergeError):
     """A seal that is malformed, does not fit its file, or whose checksums do not."""
 
     exit_code = 17
+    check = "seal"
+    _USUAL_REMEDY = "bring back the file that was sealed, or take the diff again"
 
 
 class WriterError(DiffMergeError):
@@ -161,6 +183,8 @@ class WriterError(DiffMergeError):
 
     exit_code = 18
     errno = errno.EBUSY
+    check = "writers"
+    _USUAL_REMEDY = "wait until its VMM has closed it"
 
     @property
     def is_passing(self) -> bool:
@@ -171,6 +195,8 @@ class PinError(DiffMergeError):
     """A parent whose content is not the one that a snapshot records (`parent_content_hash`)."""
 
     exit_code = 19
+    check = "pin"
+    _USUAL_REMEDY = "bring back the parent that was recorded, or take the snapshot again"
 
 
 class MissingExtraError(DiffMergeError):
@@ -184,12 +210,15 @@ class PresenceError(DiffMergeError):
     """A presence file (FILE.presence) that is torn, malformed, or does not fit its diff."""
 
     exit_code = 21
+    check = "presence"
+    _USUAL_REMEDY = "bring back both files of that save, or save the snapshot again"
 
 
 class ForeignFormatError(DiffMergeError):
     """A file or directory in a format of others that cannot be merged by its holes."""
 
     exit_code = 22
+    check = "format"
 
 
 class MountAbortedError(DiffMergeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,10 @@ from tests.support.stores import (
     write_tag,
 )
 
-LIST_FIELDS = {"tag", "parent", "depth", "size", "dirty_bytes", "state", "pinned", "reason"}
+LIST_FIELDS = {
+    *("tag", "parent", "depth", "size", "dirty_bytes", "state", "pinned"),
+    *("reason", "check", "remedy"),
+}
 
 
 @pytest.fixture
@@ -80,6 +84,8 @@ def test_list_as_json_has_the_same_facts(store: Path) -> None:
         "state": "complete",
         "pinned": False,
         "reason": None,
+        "check": None,
+        "remedy": None,
     }
     assert (found["base"]["parent"], found["base"]["pinned"]) == (None, None)
     assert (found["orphan"]["depth"], found["orphan"]["dirty_bytes"]) == (None, None)
@@ -101,6 +107,44 @@ def test_list_tells_who_records_the_hash_of_its_parent(tmp_path: Path) -> None:
 def test_list_accepts_a_filled_diff_with_dense(store: Path) -> None:
     assert listed(store)["holes-filled"]["state"] == "broken"
     assert listed("--dense", store)["holes-filled"]["state"] == "dense"
+
+
+def test_why_names_of_each_broken_tag_the_check_and_the_remedy(store: Path) -> None:
+    table = succeed("list", store)
+    text = succeed("list", "--why", store)
+    assert text.startswith(table)
+    blocks = [block.splitlines() for block in text.removeprefix(table).strip().split("\n\n")]
+    found = {tag: [line.split(None, 1) for line in lines] for tag, *lines in blocks}
+    known = listed(store)
+    assert set(found) == {tag for tag, row in known.items() if row["state"] == "broken"}
+    for tag, lines in found.items():
+        assert [name for name, _ in lines] == ["check", "found", "remedy"]
+        (_, check), (_, what), (_, remedy) = lines
+        assert (check, remedy) == (known[tag]["check"], known[tag]["remedy"])
+        assert known[tag]["reason"] in (what, f"{what}; {remedy}")
+    assert {tag: row["check"] for tag, row in known.items() if row["check"]} == {
+        "holes-filled": "dense",
+        "orphan": "chain",
+        "invalid": "chain",
+    }
+
+
+def test_why_names_what_is_refused_by_its_filesystem(filesystem: Callable[[str], Path]) -> None:
+    place = filesystem("tmpfs_advise")
+    write_chain(place, ["base", "work", "leaf"])
+    rows = listed(place)
+    assert [rows[tag]["state"] for tag in ("base", "work", "leaf")] == [
+        "complete",
+        "broken",
+        "broken",
+    ]
+    assert rows["work"]["check"] == "filesystem"
+    assert "--trust-grain=filesystem" in str(rows["work"]["remedy"])
+    text = succeed("list", "--why", place)
+    assert "\n\nwork\n  check    filesystem\n" in text
+    done = diffmergefs("list", "--trust-grain=filesystem", "--why", place)
+    assert (done.returncode, done.stderr.count("check of filesystem")) == (0, 3)
+    assert "broken" not in done.stdout
 
 
 def test_list_tells_what_trust_grain_overrides(tmp_path: Path) -> None:

@@ -292,6 +292,18 @@ def test_a_copy_up_is_a_warning_where_the_parent_is_not_known(overlay_fs: loopfs
     assert of(examine_path(str(diff)), diff) == [("copy-up", "warning")]
 
 
+@pytest.mark.parametrize("kind", ["squashfs", "erofs"])
+def test_a_filesystem_that_is_not_on_the_list_is_wrong_for_diffs_only(
+    kind: str, tmp_path: Path, filesystem: Callable[[str], Path]
+) -> None:
+    store = write_chain(tmp_path / "store", ["base", "work"])
+    with loopfs.packed(kind, store, filesystem("ext4")) as root:
+        found = list(examine_path(str(root)))
+        assert ("filesystem", "wrong") in of(found, root)
+        assert of(found, memory(root, "base")) == [("base", "fine")]
+        assert ("filesystem", "wrong") in of(found, memory(root, "work"))
+
+
 def test_layers_outside(store: Path, tmp_path: Path) -> None:
     (tmp_path / "pool").mkdir()
     outside = tmp_path / "pool" / "memory.bin"

@@ -73,9 +73,10 @@ def helper(
     arguments += [*_explicit(source, layers), "--"] if layers else ["--", source]
     arguments.append(mountpoint)
     if fake:
-        mount.make_context(NAME, arguments).close()
+        mount.make_context(NAME, arguments, **helper.context_settings).close()
         return 0
-    return int(mount.main(arguments, prog_name=NAME, standalone_mode=False))
+    settings = {"prog_name": NAME, "standalone_mode": False, **helper.context_settings}
+    return int(mount.main(arguments, **settings))
 
 
 def _sorted(options: Iterable[str], *, sloppy: bool) -> tuple[list[str], list[tuple[str, str]]]:

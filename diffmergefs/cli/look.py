@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import click
@@ -22,7 +23,7 @@ from diffmergefs.cli.common import (
 from diffmergefs.cli.picture import draw_extents, picture_path
 from diffmergefs.cli.progress import progress
 from diffmergefs.cli.tables import new_table, print_table
-from diffmergefs.errors import DiffMergeError
+from diffmergefs.errors import DiffMergeError, FileAccessError
 from diffmergefs.images import LayerPool, open_snapshot
 from diffmergefs.integrity.pins import is_pinned
 from diffmergefs.layer import Layer
@@ -35,7 +36,8 @@ from diffmergefs.trust import TrustPolicy
 class Row:
     """One snapshot as `list` shows it; what could not be found out is None. Sizes in bytes.
 
-    `pinned` says whether it records its parent's hash, and is None for a base.
+    `pinned` says whether it records its parent's hash, and is None for a base. Of one that is
+    refused `reason` is the whole line, `check` what was looked at, and `remedy` what helps.
     """
 
     tag: str
@@ -46,12 +48,15 @@ class Row:
     state: str
     pinned: bool | None
     reason: str | None = None
+    check: str | None = None
+    remedy: str | None = None
 
 
 @click.command("list")
 @click.argument("source", type=PATH)
 @click.option("--layout", type=click.Choice(LAYOUTS), help="What SOURCE holds, if it is unclear.")
 @click.option("--suffix", help="The suffix of numbered memory files (.mem).")
+@click.option("--why", is_flag=True, help="Say of each that is broken which check, and what helps.")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 @trust_options
 @store_options
@@ -59,6 +64,7 @@ def list_(
     source: str,
     layout: str | None,
     suffix: str | None,
+    why: bool,
     as_json: bool,
     policy: TrustPolicy,
 ) -> None:
@@ -72,6 +78,7 @@ def list_(
     \b
     Examples:
       diffmergefs list /srv/snapshots
+      diffmergefs list --why /srv/snapshots
       diffmergefs list --json /srv/snapshots | jq '.[] | select(.state == "broken")'
     """
     catalog = read_catalog(
@@ -104,6 +111,17 @@ def list_(
             printable(state),
         )
     print_table(table)
+    if why:
+        _print_refusals(rows)
+
+
+def _print_refusals(rows: Iterable[Row]) -> None:
+    for row in rows:
+        if row.reason is not None:
+            print(f"\n{printable(row.tag)}")
+            found = row.reason.removesuffix(f"; {row.remedy}")
+            for name, text in (("check", row.check), ("found", found), ("remedy", row.remedy)):
+                print(f"  {name:8} {printable(text or '-')}")
 
 
 def _row(
@@ -112,12 +130,18 @@ def _row(
     snapshot = catalog.snapshots[tag]
     size = snapshot.memory.key.size if snapshot.memory else None
     pinned = is_pinned(snapshot)
+
+    def refused(error: DiffMergeError) -> Row:
+        texts = (" ".join(text.split()) for text in (str(error), error.check, error.remedy))
+        return Row(tag, snapshot.parent, None, size, None, "broken", pinned, *texts)
+
     try:
         links = catalog.chain(tag)
         image = open_snapshot(links, pool, policy)
-    except (DiffMergeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        return Row(tag, snapshot.parent, None, size, None, "broken", pinned, reason)
+    except OSError as error:
+        return refused(FileAccessError(f"{error.filename or tag}: {error.strerror}"))
+    except DiffMergeError as error:
+        return refused(error)
     for line in image.overridden:
         talk(line)
     held.extend(image.view.layers)
