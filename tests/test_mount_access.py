@@ -325,21 +325,48 @@ def test_what_stands_at_its_path_by_now_opens_no_passed_node(
             os.close(fd)
 
 
+def test_an_image_whose_layers_were_closed_to_others_is_not_opened_anew(
+    public_path: Path, mountpoint: Path
+) -> None:
+    skips.require_root()
+    store = write_numbered(public_path / "store", ["000-base.mem", "001-one.mem"])
+    view = mountpoint / "one" / "001-one.mem"
+    command = ["/bin/cat", "/proc/self/fd/{}"]
+    with mounted(store, mountpoint, "--allow-other"), view.open("rb") as held:
+        fd = os.open(view, os.O_PATH)
+        try:
+            command[1] = command[1].format(fd)
+            assert run_as(STRANGER, STRANGER, command, pass_fds=[fd]).stdout == MEMORY
+            (store / "000-base.mem").chmod(0o600)
+            deadline = time.monotonic() + 10
+            while can_read("other", view):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            # It is the old file still, with the old mode, and served on.
+            assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o444
+            assert held.read() == MEMORY
+            done = run_as(STRANGER, STRANGER, command, pass_fds=[fd])
+            assert done.returncode != 0 and done.stdout == b""
+        finally:
+            os.close(fd)
+
+
 def test_an_open_passed_file_has_attributes_though_another_stands_at_its_path(
     public_path: Path, mountpoint: Path
 ) -> None:
     store = public_path / "store"
-    state = write_tag(store, "base") / "vmstate"
-    (store / "base" / "next").write_bytes(b"another, longer state of base")
-    with mounted(store, mountpoint), (mountpoint / "base" / "vmstate").open("rb") as file:
+    log = write_tag(store, "base") / "log"
+    log.write_bytes(b"log of base")
+    (store / "base" / "next").write_bytes(b"another, longer log of base")
+    with mounted(store, mountpoint), (mountpoint / "base" / "log").open("rb") as file:
         known = os.fstat(file.fileno())
-        (store / "base" / "next").rename(state)
+        (store / "base" / "next").rename(log)
         deadline = time.monotonic() + 10
-        while (mountpoint / "base" / "vmstate").stat().st_ino == known.st_ino:
+        while (mountpoint / "base" / "log").stat().st_ino == known.st_ino:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert os.fstat(file.fileno()).st_size == known.st_size
-        assert file.read() == b"state of base"
+        assert file.read() == b"log of base"
 
 
 def test_the_directories_between_count_for_a_tag_of_several_components(

@@ -293,6 +293,8 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EROFS)
         match node:
             case MemoryFile(shown):
+                if not self.tree.is_shown(shown):
+                    await self._in_thread(self.tree.require_same_access, shown)
                 # With direct_io the kernel refuses MAP_SHARED, through which a store would reach
                 # every reader's page cache; MAP_PRIVATE, which a VMM uses, it lets through.
                 handle = self._register(Handle(shown=shown))

@@ -30,6 +30,7 @@ from diffmergefs.serving.access import (
     lineage,
     reachable,
     require_same,
+    view_access,
 )
 from diffmergefs.serving.status import METRICS_FILE, STATUS_FILE
 from diffmergefs.serving.store import OpenImage, Store
@@ -304,6 +305,24 @@ class Tree:
             return os.path.join(self._mountpoint, shown.name)
         tag = self.store.tag_of(shown) if self.store else None
         return None if tag is None else os.path.join(self._mountpoint, tag, shown.name)
+
+    def is_shown(self, shown: OpenImage) -> bool:
+        """Whether this very image is the one that is shown now. Never blocks."""
+        if self.store is None:
+            return shown is self.explicit
+        with suppress(DiffMergeError):
+            return self.store.opened(shown.tag) is shown
+        return False
+
+    def require_same_access(self, shown: OpenImage) -> None:
+        """Raise OSError (ESTALE) if whoever may read the image by its mode may not read its layers.
+
+        That is asked of one that is not shown any more, and that somebody opens anew by a handle
+        or a link in /proc: its mode is that of the day when it was shown.
+        """
+        now = view_access(shown.image.view.layers)
+        if now[:2] != shown.access[:2] or shown.access.mode & ~now.mode:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), shown.name)
 
     def _snapshot(self, tag: str) -> Snapshot:
         links = self.store.chain(tag) if self.store else None
