@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from diffmergefs import beneath, sparse
@@ -118,15 +119,40 @@ def _is_kernels_own(fd: int) -> bool:
 def _below_overlay(fd: int, mount: Mount) -> str | None:
     # What stores the file: found by its path in the overlay's own directories, or else, where they
     # are out of reach (in a container), told by what the overlay passes through.
-    for layer in overlay_directories(mount.options):
-        if (stored := _stored_in(layer, fd, mount)) is None:
-            continue
-        try:
-            reason = untrusted_filesystem(stored)
-        finally:
-            os.close(stored)
+    with _found_below(fd, mount) as found:
+        if found is None:
+            return _passed_through(fd)
+        layer, stored = found
+        reason = untrusted_filesystem(stored)
         return f"{layer} stores the file, and {reason}" if reason else None
-    return _passed_through(fd)
+
+
+@contextmanager
+def _found_below(fd: int, mount: Mount) -> Iterator[tuple[str, int] | None]:
+    # The directory of the overlay that stores the file, and the file in it.
+    for layer in overlay_directories(mount.options):
+        if (stored := _stored_in(layer, fd, mount)) is not None:
+            try:
+                yield layer, stored
+            finally:
+                os.close(stored)
+            return
+    yield None
+
+
+def is_filled_by_readers(fd: int) -> bool:
+    """Whether a hole of the regular file `fd` becomes data when a process maps and reads it.
+
+    So it is on tmpfs, and on an overlayfs that stores the file there, where that can be found out.
+    Raises OSError as fstatfs does.
+    """
+    magic = sparse.filesystem_magic(fd)
+    if magic != sparse.OVERLAYFS_MAGIC:
+        return magic == sparse.TMPFS_MAGIC
+    if (mount := mount_of(fd)) is None:
+        return False
+    with _found_below(fd, mount) as found:
+        return found is not None and is_filled_by_readers(found[1])
 
 
 def overlay_directories(options: tuple[str, ...]) -> list[str]:

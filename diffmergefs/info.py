@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from diffmergefs.extents import ExtentList
+from diffmergefs.filesystems import is_filled_by_readers
 from diffmergefs.images import Image
 from diffmergefs.integrity.bmap import SEAL_SUFFIX
 from diffmergefs.layer import Layer
@@ -76,6 +77,24 @@ def describe(image: Image) -> ChainInfo:
     ]
     segments = sum(segment.layer is not None for segment in view.segments())
     return ChainInfo(view.size, tuple(layers), view.size - sum(visible), segments, image.dense)
+
+
+def notices(image: Image) -> list[str]:
+    """What may become of the image's diffs where they lie: a line for each filesystem.
+
+    Of those that a seal or another record keeps right nothing is said. Raises OSError as fstat
+    and fstatfs do.
+    """
+    found: dict[int, str] = {}
+    for layer in image.view.layers[1:]:
+        has_holes = not layer.extents.covers(layer.size)
+        if has_holes and not layer.records and is_filled_by_readers(layer.fd):
+            found.setdefault(layer.status.st_dev, layer.path)
+    return [
+        f"{path}: a diff without a seal on tmpfs: whoever maps it and reads a hole makes that zeros"
+        f" of the diff; diffmergefs seal {path} keeps it right"
+        for path in found.values()
+    ]
 
 
 def run_lengths(extents: ExtentList, page: int) -> list[int]:

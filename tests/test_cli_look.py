@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import loopfs
 from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, succeed
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.inputs import unchanged
@@ -181,7 +182,7 @@ def test_list_through_a_symlink(tmp_path: Path) -> None:
 
 
 def test_info_tells_each_layers_share_of_the_view(store: Path) -> None:
-    table, total = succeed("info", store / "work").rsplit("\n", 2)[:2]
+    table, total = diffmergefs("info", store / "work").stdout.rsplit("\n", 2)[:2]
     header, *rows = cells(table)
     assert header == ["#", "LAYER", "DATA", "EXTENTS", "VISIBLE", "SHADOWED", "GRAIN", "TRUST"]
     grain = str(store.stat().st_blksize)
@@ -193,7 +194,7 @@ def test_info_tells_each_layers_share_of_the_view(store: Path) -> None:
 
 
 def test_info_as_json_has_the_same_facts(store: Path) -> None:
-    found = json.loads(succeed("info", "--json", store / "full"))
+    found = json.loads(diffmergefs("info", "--json", store / "full").stdout)
     assert {key: found[key] for key in found if key != "layers"} == {
         "size": SIZE,
         "holes": 0,
@@ -211,7 +212,7 @@ def test_info_as_json_has_the_same_facts(store: Path) -> None:
         "grain",
         "trust",
     }
-    assert ", dense" in succeed("info", store / "full")
+    assert ", dense" in diffmergefs("info", store / "full").stdout
 
 
 def test_info_of_explicit_and_of_numbered_layers(tmp_path: Path) -> None:
@@ -250,6 +251,24 @@ def test_info_says_which_check_was_overridden(tmp_path: Path) -> None:
     done = diffmergefs("info", "--page-size=16384", "--trust-grain", tmp_path / "work")
     assert done.returncode == 0
     assert cells(done.stdout)[2][-1] == "overridden: alignment"
+
+
+def test_info_says_once_a_filesystem_that_readers_can_change_unsealed_diffs_on_tmpfs(
+    filesystem: Callable[[str], Path], tmp_path: Path
+) -> None:
+    store = filesystem("tmpfs")
+    write_chain(store, ["base", "work", "leaf"])
+    (line,) = diffmergefs("info", "--json", store / "leaf").stderr.splitlines()
+    sentence = "a diff without a seal on tmpfs: whoever maps it and reads a hole makes that zeros"
+    assert f"work/memory.bin: {sentence}" in line
+    with loopfs.overlay(filesystem("tmpfs")) as layers:
+        write_chain(layers.merged, ["base", "work"])
+        assert sentence in diffmergefs("info", layers.merged / "work").stderr
+    for tag in ("work", "leaf"):
+        assert diffmergefs("seal", store / tag / "memory.bin").returncode == 0
+    assert diffmergefs("info", store / "leaf").stderr == ""
+    write_chain(tmp_path, ["base", "work"])
+    assert diffmergefs("info", tmp_path / "work").stderr == ""
 
 
 def test_a_filesystem_with_big_blocks_is_refused_with_its_grain(filesystem: object) -> None:

@@ -34,7 +34,9 @@ from tests.support.stores import (
 )
 
 MIB = 1 << 20
-OF_FILESYSTEMS = {"filesystem", "grain", "zeros", "reflink", "lease", "probe", "snapshots"}
+OF_FILESYSTEMS = {
+    *("filesystem", "grain", "zeros", "mappings", "reflink", "lease", "probe", "snapshots"),
+}
 
 
 def examined(path: Path, **options: Any) -> list[Finding]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,14 +14,14 @@ from typing import Any
 import pytest
 
 from diffmergefs import sparse
-from diffmergefs.extents import Extent
+from diffmergefs.extents import Extent, ExtentList
 from diffmergefs.health import probe
 from diffmergefs.health.finding import Finding
 from tests.support import loopfs
-from tests.support.commands import as_user
+from tests.support.commands import as_user, diffmergefs
 from tests.support.users import NOBODY
 
-CHECKS = ["filesystem", "grain", "zeros", "reflink", "lease"]
+CHECKS = ["filesystem", "grain", "zeros", "mappings", "reflink", "lease"]
 
 
 def examined(folder: Path, page: int = 4096) -> dict[str, Finding]:
@@ -32,9 +34,11 @@ def examined(folder: Path, page: int = 4096) -> dict[str, Finding]:
 
 def test_filesystems_for_snapshots_are_fine(real_fs: Path) -> None:
     found = examined(real_fs)
+    kind = real_fs.parent.name
+    if kind == "tmpfs":
+        assert found.pop("readers").severity == "warning"
     assert list(found) == CHECKS
     assert {f.severity for f in found.values()} == {"fine"}
-    kind = real_fs.parent.name
     assert found["filesystem"].finding == f"a filesystem of type {kind}"
     assert ("shares blocks" in found["reflink"].finding) == (kind in ("xfs", "btrfs"))
     assert list(real_fs.iterdir()) == []
@@ -103,6 +107,64 @@ def test_of_an_overlay_the_directory_counts_in_which_new_files_lie(
     with loopfs.overlay(filesystem(upper), lower) as layers:
         assert examined(layers.merged)["filesystem"].severity == severity
         assert examined(layers.merged / "folder")["filesystem"].severity == severity
+
+
+def store_through_a_mapping(folder: Path) -> int:
+    """How many bytes become data by a store of a page into a file that was read before."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        fd = file.fileno()
+        os.ftruncate(fd, 16 << 20)
+        for offset in range(0, 16 << 20, 1 << 20):
+            os.pread(fd, 1 << 20, offset)
+        with mmap.mmap(fd, 16 << 20) as memory:
+            memory[12 << 20] = 1
+        os.fsync(fd)
+        return ExtentList(sparse.data_extents(fd, 16 << 20)).data_bytes
+
+
+def test_what_stores_through_mappings_make_data_is_said_and_is_no_failure(real_fs: Path) -> None:
+    found = examined(real_fs)["mappings"]
+    stored = store_through_a_mapping(real_fs)
+    if real_fs.parent.name == "xfs":
+        assert stored > 4096
+    assert found.severity == "fine"
+    if stored == 4096:
+        assert found.finding == "exact with write(2), and through mappings"
+    else:
+        assert found.finding.startswith("exact with write(2), not through mappings: ")
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "overlay on tmpfs"])
+def test_readers_that_make_data_of_holes_are_a_warning(
+    kind: str, filesystem: Callable[[str], Path]
+) -> None:
+    folder = filesystem("tmpfs")
+    if kind == "tmpfs":
+        found = examined(folder)["readers"]
+    else:
+        with loopfs.overlay(folder) as layers:
+            found = examined(layers.merged)["readers"]
+    assert found.severity == "warning" and "diffmergefs seal" in found.remedy
+
+
+def test_a_filesystem_without_mappings_is_tried_out_but_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    assert list(examined(tmp_path)) == [check for check in CHECKS if check != "mappings"]
+
+
+def test_a_full_filesystem_ends_nothing(tmp_path: Path) -> None:
+    """A store through a mapping that finds no room is SIGBUS, but not here."""
+    with loopfs.made("xfs", tmp_path) as folder:
+        with (folder / "all").open("wb") as file:
+            left = os.fstatvfs(file.fileno())
+            os.posix_fallocate(file.fileno(), 0, (left.f_bavail - 40) * left.f_bsize)
+        done = diffmergefs("doctor", folder)
+    assert done.returncode in (0, 1) and str(folder) in done.stdout
 
 
 def test_no_leases_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,8 @@ def info(
         require_matplotlib()
     with (found := opened(image, base, diffs, policy)).view as view:
         facts = infos.describe(found)
+        for line in infos.notices(found):
+            talk(line)
         if plot is not None:
             title = printable(image or os.path.basename(base or ""))
             draw_extents(view, title, policy.page_size, plot, force=force)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import BinaryIO
 
@@ -21,6 +23,10 @@ from diffmergefs.writing.copying import Target, clone_file
 
 _SIZE = 16 << 20
 _MIDDLE = 8 << 20  # on a border of any page, huge ones too
+_STORED = 12 << 20
+_READ = 1 << 20
+_MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
 
 _COARSE = (
     "clean memory beside a written page would count as written: a view, and flatten, would show old"
@@ -34,7 +40,9 @@ def examine_filesystem(folder: str, page: int = PAGE) -> Iterator[Finding]:
 
     Tried out on a temporary file there: 16 MiB long, one page of it written, without a name (on
     filesystems that have none such, it has one for a moment). Is that page alone found as data, is
-    a page of written zeros data too, can a file share another's blocks, does a lease tell writers.
+    a page of written zeros data too, is a page that is stored through a mapping, does one that is
+    read through a mapping stay a hole, can a file share another's blocks, does a lease tell
+    writers.
     Where nothing can be written, only what metadata tell is said. Raises OSError where `folder`
     cannot be opened.
     """
@@ -90,6 +98,8 @@ def _tried(folder: str, file: BinaryIO, page: int) -> Iterator[Finding]:
         )
         yield finding("grain", "wrong", text, _COARSE, _ELSEWHERE)
     yield _zeros(folder, fd, page, written)
+    if written.data_bytes == page:
+        yield from _mappings(folder, fd, page)
     yield _reflink(folder, fd)
     yield _leases(folder, file)
 
@@ -110,6 +120,44 @@ def _zeros(folder: str, fd: int, page: int, before: ExtentList) -> Finding:
         "a page of written zeros becomes a hole",
         "memory that a guest has cleared would show its parent's old bytes",
         _ELSEWHERE,
+    )
+
+
+def _mappings(folder: str, fd: int, page: int) -> Iterator[Finding]:
+    # The kernel does the stores and loads itself, so that a full filesystem is an error here and
+    # not a SIGBUS. Before Linux 5.14 it does not know how.
+    unit = max(page, mmap.PAGESIZE)
+    for offset in range(0, _SIZE, _READ):
+        os.pread(fd, _READ, offset)
+    with suppress(OSError), mmap.mmap(fd, _SIZE) as memory:
+        before = _extents(fd).data_bytes
+        memory.madvise(_MADV_POPULATE_WRITE, _STORED, unit)
+        stored = _extents(fd).data_bytes - before
+        memory.madvise(_MADV_POPULATE_READ, _SIZE - unit, unit)
+        loaded = _extents(fd).data_bytes - before - stored
+        yield Finding(folder, "mappings", "fine", _exactness(unit, stored))
+        if loaded:
+            yield _filled_by_readers(folder)
+
+
+def _exactness(unit: int, stored: int) -> str:
+    # What is cached of a file lies in larger units, and a store may make data of such a whole one.
+    if stored == unit:
+        return "exact with write(2), and through mappings"
+    return (
+        f"exact with write(2), not through mappings: a store of {unit} bytes into a file that was"
+        f" read before makes {stored} bytes data, so VMMs should use write(2) for diffs"
+    )
+
+
+def _filled_by_readers(folder: str) -> Finding:
+    return Finding(
+        folder,
+        "readers",
+        "warning",
+        "a process that maps a diff and reads a hole makes that written zeros",
+        "whoever only looks at a diff without a seal hides what its parent has there",
+        "diffmergefs seal FILE, as the last step of taking a diff",
     )
 
 
