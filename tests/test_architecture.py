@@ -22,18 +22,17 @@ ROOT = PACKAGE.name
 LEVELS = [
     {
         "buffers", "descriptors", "errors", "extents", "filekey", "health", "health.finding",
-        "integrity", "isolated", "layouts", "logformat", "mountinfo", "names", "once",
-        "pictures",
-        "pictures.cells",
-        "pictures.curve", "pictures.legend", "serving", "serving.daemon", "serving.guard",
-        "serving.holders", "serving.listings", "serving.metrics", "serving.mounttable",
-        "serving.notify", "serving.readalarm",
-        "serving.tuning", "workers", "workingsets", "workingsets.advise", "writing",
+        "integrity", "isolated", "layouts", "logformat", "logqueue", "mountinfo", "names", "once",
+        "pictures", "pictures.cells", "pictures.curve", "pictures.legend", "serving",
+        "serving.guard", "serving.holders", "serving.listings", "serving.metrics",
+        "serving.mounttable", "serving.notify", "serving.readalarm", "serving.tuning", "workers",
+        "workingsets", "workingsets.advise", "writing",
     },
     {
         "beneath", "foreign", "integrity.bmap", "integrity.state", "integrity.verdict",
         "layouts.bitmap", "layouts.chain", "pictures.canvas", "pictures.raster",
-        "serving.asking", "serving.connection", "serving.nextrequest", "serving.status",
+        "serving.asking", "serving.connection", "serving.daemon", "serving.nextrequest",
+        "serving.status",
         "serving.threads", "sparse", "workingsets.touches",
     },
     {

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -518,3 +519,73 @@ def test_a_failure_at_the_start_is_one_line_whatever_names_are_in_it(
     assert done.stderr.removesuffix("\n").split("\n") == [
         f"diffmergefs: {public_path}/none\\n2\\x85\\u2028: No such file or directory"
     ]
+
+
+def start_with(
+    fd: int, *arguments: object, before: str = "", **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """A mount by a caller that has left the descriptor open, as number 3."""
+    command = [sys.executable, "-m", "diffmergefs", "mount", *map(str, arguments)]
+    return subprocess.run(
+        ["/bin/bash", "-c", f'{before} exec "$@" 3<&{fd}', "bash", *command],
+        pass_fds=(fd,),
+        capture_output=True,
+        text=True,
+        timeout=90,
+        cwd="/",
+        **options,
+    )
+
+
+def files_of(mountpoint: Path) -> list[str]:
+    (pid,) = daemons_of(mountpoint)
+    return [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+
+
+def test_what_its_caller_left_open_is_closed(
+    store: Path, mountpoint: Path, tmp_path: Path
+) -> None:
+    """flock(1) holds its lock by such a descriptor."""
+    lock = tmp_path / "lock"
+    with lock.open("w") as file:
+        done = start_with(file.fileno(), "--log", tmp_path / "log", store, mountpoint)
+        assert done.returncode == 0, done
+    try:
+        assert str(lock) not in files_of(mountpoint)
+        assert str(tmp_path / "log") in files_of(mountpoint)
+        assert (mountpoint / "leaf" / "memory.bin").read_bytes()
+    finally:
+        end(mountpoint)
+    assert "ready" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("path", ["/dev/fd/3", "/proc/self/fd/3"])
+def test_a_descriptor_that_an_argument_names_stays(
+    path: str, store: Path, mountpoint: Path
+) -> None:
+    layer = store / "leaf" / "memory.bin"
+    with layer.open("rb") as file:
+        base = store / "base" / "memory.bin"
+        done = start_with(file.fileno(), "--base", base, "-o", f"diff={path}", mountpoint)
+        assert done.returncode == 0, done
+    try:
+        view = (mountpoint / "memory.bin").read_bytes()
+        assert view[PAGE : 2 * PAGE] == signed(1, PAGE, PAGE)
+    finally:
+        end(mountpoint)
+
+
+@pytest.mark.parametrize("is_meant", [True, False])
+def test_a_service_managers_descriptors_stay(
+    is_meant: bool, store: Path, mountpoint: Path, tmp_path: Path
+) -> None:
+    handed = tmp_path / "handed"
+    number = "$$" if is_meant else "1"
+    before = f"export LISTEN_PID={number} LISTEN_FDS=1 LISTEN_FDNAMES=x;"
+    with handed.open("w") as file:
+        done = start_with(file.fileno(), store, mountpoint, before=before)
+        assert done.returncode == 0, done
+    try:
+        assert (str(handed) in files_of(mountpoint)) == is_meant
+    finally:
+        end(mountpoint)

@@ -30,9 +30,10 @@ _OF_TERMINALS = {
     *("TERM", "COLORTERM", "NO_COLOR", "COLUMNS", "LINES", "LANG", "LANGUAGE"),
     *("_DIFFMERGEFS_COMPLETE", "COMP_WORDS", "COMP_CWORD"),
 }
-# A service manager's, for `mount` alone, which takes them out: whom to tell that it is ready, and
-# which stream is the journal. Whoever names a socket to root gets two counts.
-_OF_SERVICES = {ADDRESS, JOURNAL}
+# A service manager's, for `mount` alone, which takes them out: whom to tell that it is ready, which
+# stream is the journal, and which descriptors stay open. Whoever names a socket to root gets two
+# counts.
+_OF_SERVICES = {ADDRESS, JOURNAL, "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"}
 
 
 @click.group(

@@ -5,9 +5,14 @@ from __future__ import annotations
 import logging
 import logging.handlers
 import os
+import sys
+from typing import TypeVar
 
 from diffmergefs.errors import FileAccessError
 from diffmergefs.logformat import Json, Lines, Prioritized
+from diffmergefs.logqueue import QueuedHandler
+
+H = TypeVar("H", bound=logging.Handler)
 
 #: The values of --log-format.
 FORMATS = ["auto", "plain", "journald", "json"]
@@ -25,20 +30,38 @@ class _SysLogHandler(logging.handlers.SysLogHandler):
         self.socket.setblocking(False)  # type: ignore[attr-defined]
 
 
-def stderr_handler(log_format: str, *, to_journal: bool = False) -> logging.Handler:
-    """To stderr, which is `to_journal` or not: that is what the format `auto` asks."""
+def caller_handler() -> logging.Handler:
+    """To stderr, where the caller of a command waits for what it says."""
+    return _formatted(logging.StreamHandler(), "plain")
+
+
+def stderr_handler(log_format: str, *, to_journal: bool = False) -> QueuedHandler:
+    """To stderr, which is `to_journal` or not: that is what the format `auto` asks.
+
+    Nobody waits for it to be written, nor for a file.
+    """
     if log_format == "auto" and to_journal:
         log_format = "journald"
-    return _formatted(logging.StreamHandler(), log_format)
+    return _formatted(QueuedHandler(2, sys.stderr.encoding), log_format)
 
 
-def file_handler(path: str, log_format: str) -> logging.Handler:
+def file_handler(path: str, log_format: str) -> QueuedHandler:
     """To the end of a file. Raises FileAccessError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY | os.O_CLOEXEC
     try:
-        handler = logging.FileHandler(path, errors="backslashreplace")
+        fd = os.open(path, flags, 0o666)
     except OSError as error:
         raise FileAccessError(f"{path}: cannot log there: {error.strerror}") from error
-    return _formatted(handler, log_format)
+    return _formatted(QueuedHandler(fd), log_format)
+
+
+def descriptors_of(handler: logging.Handler) -> set[int]:
+    """Those that it writes to."""
+    if isinstance(handler, QueuedHandler):
+        return {handler.fd}
+    if isinstance(handler, _SysLogHandler):
+        return {handler.socket.fileno()}  # type: ignore[attr-defined]
+    return set()
 
 
 def syslog_handler(log_format: str) -> logging.Handler | None:
@@ -53,7 +76,7 @@ def syslog_handler(log_format: str) -> logging.Handler | None:
     return handler
 
 
-def _formatted(handler: logging.Handler, log_format: str) -> logging.Handler:
+def _formatted(handler: H, log_format: str) -> H:
     formats = {"json": Json(), "journald": Prioritized(Lines(_JOURNALD))}
     handler.setFormatter(formats.get(log_format, Lines(_PLAIN)))
     return handler

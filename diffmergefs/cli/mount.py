@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from dataclasses import replace
 
 import click
@@ -22,6 +23,7 @@ from diffmergefs.cli.common import (
 from diffmergefs.cli.mountoptions import MountCommand, complete_options
 from diffmergefs.cli.optionalvalue import OptionalValue
 from diffmergefs.cli.start import Request, serve_in_background, serve_in_front
+from diffmergefs.descriptors import handed_over, named_in
 from diffmergefs.layouts.catalog import LAYOUTS
 from diffmergefs.serving.mountpoint import require_answer
 from diffmergefs.serving.notify import JOURNAL, Notifier, is_journal
@@ -187,14 +189,17 @@ def mount(
     level = logging.DEBUG if verbose else logging.INFO
     notifier = Notifier.from_environment(os.environ)
     stream = os.environ.pop(JOURNAL, None)
+    handed = handed_over(os.environ)
     if foreground:
         if log_file:
-            handler = logs.file_handler(log_file, log_format)
+            queued = logs.file_handler(log_file, log_format)
         else:
-            handler = logs.stderr_handler(log_format, to_journal=is_journal(2, stream))
-        return serve_in_front(request, handler, level, notifier)
-    logs.log_to(logs.stderr_handler("plain"), level)
-    return serve_in_background(request, _background_handler(log_file, log_format), level, timeout)
+            queued = logs.stderr_handler(log_format, to_journal=is_journal(2, stream))
+        return serve_in_front(request, queued, level, notifier)
+    logs.log_to(logs.caller_handler(), level)
+    handler = _background_handler(log_file, log_format)
+    kept = handed | named_in(sys.argv) | logs.descriptors_of(handler)
+    return serve_in_background(request, handler, level, timeout, kept)
 
 
 def _background_handler(log_file: str | None, log_format: str) -> logging.Handler:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from diffmergefs.errors import (
 from diffmergefs.images import open_chain
 from diffmergefs.lease import Leases
 from diffmergefs.logformat import Lines, printable
+from diffmergefs.logqueue import QueuedHandler
 from diffmergefs.names import STATUS_FOLDER
 from diffmergefs.serving import daemon
 from diffmergefs.serving import mountpoint as mountpoints
@@ -34,6 +36,8 @@ from diffmergefs.trust import TrustPolicy
 from diffmergefs.workingsets.workingset import WorkingSets
 
 log = logging.getLogger("diffmergefs")
+
+_STDERR = 2
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Request:
 
 
 def serve_in_front(
-    request: Request, handler: logging.Handler, level: int, notifier: Notifier
+    request: Request, handler: QueuedHandler, level: int, notifier: Notifier
 ) -> int:
     """Mount, and serve until the end, in this process; the exit code.
 
@@ -70,16 +74,17 @@ def serve_in_front(
     it is for what ends a mount that was up.
     """
     logs.log_to(handler, level)
-    try:
-        _serve(request, functools.partial(notifier.tell, "READY=1"), notifier)
-    except MountAbortedError as error:
-        return error.exit_code  # the log has it
-    except DiffMergeError as error:
-        if isinstance(handler, logging.FileHandler) or isinstance(handler.formatter, Lines):
-            raise
-        # Whoever reads stderr by priorities or as JSON finds it there.
-        log.error("%s", error)
-        return error.exit_code
+    with contextlib.closing(handler):
+        try:
+            _serve(request, functools.partial(notifier.tell, "READY=1"), notifier)
+        except MountAbortedError as error:
+            return error.exit_code  # the log has it
+        except DiffMergeError as error:
+            if handler.fd != _STDERR or isinstance(handler.formatter, Lines):
+                raise
+            # Whoever reads stderr by priorities or as JSON finds it there.
+            log.error("%s", error)
+            return error.exit_code
     return 0
 
 
@@ -167,9 +172,11 @@ def _explicit_image(request: Request, leases: Leases) -> OpenImage:
 
 
 def serve_in_background(
-    request: Request, handler: logging.Handler, level: int, timeout: float
+    request: Request, handler: logging.Handler, level: int, timeout: float, kept: Collection[int]
 ) -> int:
     """Mount, and leave a daemon that serves and logs to `handler`; the exit code.
+
+    Of the descriptors above 2 it goes on with those that are `kept`.
 
     Returns when the mount answers, or when the daemon has ended without, for which it tells the
     reason. Raises MountTimeoutError if neither happens within `timeout` seconds; then nothing is
@@ -179,7 +186,11 @@ def serve_in_background(
     def child(ready: Callable[[], None]) -> int:
         logging.raiseExceptions = False  # a log that cannot be written is no reason to complain
         # Warnings at the start are for the caller's terminal, everything is for the log.
-        logs.log_to(logs.stderr_handler("plain"), logging.WARNING, handler, level)
+        logs.log_to(logs.caller_handler(), logging.WARNING, handler, level)
+        with contextlib.closing(handler):
+            return serve(ready)
+
+    def serve(ready: Callable[[], None]) -> int:
         try:
             _serve(request, ready)
         except MountAbortedError as error:
@@ -195,7 +206,7 @@ def serve_in_background(
 
     before = _mounted_at(request)
     try:
-        outcome = daemon.start(child, timeout)
+        outcome = daemon.start(child, timeout, kept)
     except BaseException:
         _remove_leftover(request, before)
         raise

@@ -8,8 +8,10 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple, NoReturn
+
+from diffmergefs.descriptors import close_all_but
 
 _READY = b"ready"
 _FAILED = 70
@@ -26,14 +28,17 @@ class Outcome(NamedTuple):
     text: str
 
 
-def start(serve: Callable[[Callable[[], None]], int], timeout: float) -> Outcome:
+def start(
+    serve: Callable[[Callable[[], None]], int], timeout: float, kept: Collection[int] = ()
+) -> Outcome:
     """Run `serve(ready)` in a child in a session of its own; returns when it has called `ready`.
 
     `serve` gives the child's exit status. The child's standard streams are /dev/null, but until it
-    is ready its stderr comes back in the outcome. A child that is not ready after `timeout`
-    seconds, or when the wait is interrupted, is ended with SIGTERM, and with SIGKILL two seconds
-    later; one that finds its caller gone when it is ready sends SIGTERM to itself. Call it before
-    any thread was started.
+    is ready its stderr comes back in the outcome. Of the other descriptors it has those that are
+    `kept`; the rest, which whoever called us may have left open, it would hold for ever. A child
+    that is not ready after `timeout` seconds, or when the wait is interrupted, is ended with
+    SIGTERM, and with SIGKILL two seconds later; one that finds its caller gone when it is ready
+    sends SIGTERM to itself. Call it before any thread was started.
     """
     words_read, words_write = os.pipe()
     ready_read, ready_write = os.pipe()
@@ -43,7 +48,7 @@ def start(serve: Callable[[Callable[[], None]], int], timeout: float) -> Outcome
     if child == 0:
         os.close(words_read)
         os.close(ready_read)
-        _become_daemon(serve, words_write, ready_write)
+        _become_daemon(serve, words_write, ready_write, kept)
     os.close(words_write)
     os.close(ready_write)
     try:
@@ -57,7 +62,7 @@ def start(serve: Callable[[Callable[[], None]], int], timeout: float) -> Outcome
 
 
 def _become_daemon(
-    serve: Callable[[Callable[[], None]], int], words: int, ready_write: int
+    serve: Callable[[Callable[[], None]], int], words: int, ready_write: int, kept: Collection[int]
 ) -> NoReturn:
     status = _FAILED
     try:
@@ -67,7 +72,7 @@ def _become_daemon(
         os.dup2(null, 0)
         os.dup2(null, 1)
         os.dup2(words, 2)
-        os.close(words)
+        close_all_but({null, ready_write, *kept})
 
         def ready() -> None:
             sys.stderr.flush()
