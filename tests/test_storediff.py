@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from diffmergefs.errors import (
     BrokenChainError,
     DenseDiffError,
+    DiffMergeError,
     FileAccessError,
     LayerChangedError,
     OutputRefusedError,
@@ -40,6 +43,7 @@ from tests.support.stores import (
     write_numbered,
     write_tag,
 )
+from tests.support.swaps import Swapped
 from tests.support.users import NOBODY
 
 #: What each tag's image is: layers laid one after another.
@@ -380,3 +384,32 @@ def test_a_failure_in_the_middle_leaves_nothing(
     ):
         opened.write(public_path / "new", verify=True)
     assert sorted(os.listdir(public_path)) == ["store"]
+
+
+def test_no_moment_of_an_exchange_copies_private_files_into_a_public_directory(
+    public_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = write_chain(public_path / "store", ["secret"])
+    bait = write_tag(public_path, "bait")
+    for folder in (store / "secret", bait):
+        (folder / "sub").mkdir()
+        (folder / "sub" / "note").write_bytes(os.fsencode(folder.name))
+        (folder / "vmstate").write_bytes(os.fsencode(folder.name))
+        age(folder / "vmstate")
+    (store / "secret").chmod(0o700)
+    swapped = Swapped(monkeypatch, store / "secret", bait)
+    new = public_path / "new"
+    seen = set()
+
+    def copied(at: tuple[int, ...]) -> None:
+        with swapped.during(at), suppress(DiffMergeError):
+            convert(store, new)
+        if new.exists():
+            found = {(new / "secret" / name).read_bytes() for name in ("vmstate", "sub/note")}
+            seen.update(found)
+            assert b"secret" not in found or stat.S_IMODE((new / "secret").stat().st_mode) == 0o700
+            shutil.rmtree(new)
+
+    for at in swapped.moments(lambda: copied(()), apart=3):
+        copied(at)
+    assert b"secret" in seen

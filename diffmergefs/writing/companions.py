@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Collection, Iterator
@@ -19,39 +20,46 @@ from diffmergefs.writing.outputdir import sync_directory
 
 
 class Kept(NamedTuple):
-    """What is not copied: files by their path beneath the root, and by device and inode."""
+    """What is not copied: files by their path as messages have it, and by device and inode."""
 
     paths: Collection[str]
     inodes: Collection[tuple[int, int]]
 
+    def has(self, status: os.stat_result) -> bool:
+        """Whether the file of `status` is among them, by whatever name."""
+        return (status.st_dev, status.st_ino) in self.inodes
 
-def copy_folder(root: Root, folder: str, target: str, kept: Kept) -> None:
-    """Copy what is in `folder`, beneath `root`, into the existing directory `target`.
 
-    Files (sparse, reflinked where possible), directories and symlinks (as they are, never
-    followed) with their modes, by root with their owners, and files with their mtime; all is synced
-    but `target` itself. Left out: what is `kept`, staging names, FIFOs, sockets, devices. ACLs and
-    other extended attributes are not taken. Raises DiffMergeError.
+def copy_folder(fd: int, folder: str, target: str, kept: Kept) -> None:
+    """Copy what is in the directory `fd`, open or with O_PATH, into the existing one `target`.
+
+    `folder` is what messages and `kept` call it. Files (sparse, reflinked where possible),
+    directories and symlinks (as they are, never followed) with their modes, by root with their
+    owners, and files with their mtime; all is synced but `target` itself. Left out: what is `kept`,
+    staging names, FIFOs, sockets, devices. ACLs and other extended attributes are not taken. Raises
+    DiffMergeError, also where another directory has come to stand in the place of one within.
     """
-    waiting = [(folder, target)]
+    waiting = [("", target, os.fstat(fd))]
     finished = []
     while waiting:
-        source, into = waiting.pop()
-        with failures(source):
-            entries = list(_entries(root, source))
-        for name, status in entries:
-            path, place = f"{source}/{name}", os.path.join(into, name)
-            if is_left_out(name) or path in kept.paths:
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                with failures(place):
-                    os.mkdir(place, 0o700)
-                waiting.append((path, place))
-                finished.append((place, status))
-            elif stat.S_ISLNK(status.st_mode):
-                _copy_symlink(root, path, place, status)
-            elif stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) not in kept.inodes:
-                copy_file(root, path, place)
+        source, into, known = waiting.pop()
+        with failures(os.path.join(folder, source)), beneath.passing(fd, source) as here:
+            if not os.path.samestat(os.fstat(here), known):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            for name, status in list(_entries(here)):
+                path, place = os.path.join(source, name), os.path.join(into, name)
+                called = os.path.join(folder, path)
+                if is_left_out(name) or called in kept.paths:
+                    continue
+                if stat.S_ISDIR(status.st_mode):
+                    with failures(place):
+                        os.mkdir(place, 0o700)
+                    waiting.append((path, place, status))
+                    finished.append((place, status))
+                elif stat.S_ISLNK(status.st_mode):
+                    _copy_symlink(here, name, place, status, called)
+                elif stat.S_ISREG(status.st_mode) and not kept.has(status):
+                    copy_file(here, name, place, called)
     # The innermost last opened first: a directory may come to forbid its owner to write in it.
     for place, status in reversed(finished):
         take_over(place, status)
@@ -59,9 +67,12 @@ def copy_folder(root: Root, folder: str, target: str, kept: Kept) -> None:
             sync_directory(place)
 
 
-def copy_file(root: Root, path: str, target: str) -> None:
-    """Copy the regular file `path`, beneath `root`, to `target`, as `copy_folder` does."""
-    with failures(path):
+def copy_file(root: Root, path: str, target: str, called: str | None = None) -> None:
+    """Copy the regular file `path`, beneath `root`, to `target`, as `copy_folder` does.
+
+    Messages call it `called`, by default `path`.
+    """
+    with failures(called or path):
         fd = beneath.open_regular(root, path)
         try:
             status = os.fstat(fd)
@@ -71,7 +82,7 @@ def copy_file(root: Root, path: str, target: str) -> None:
         with failures(target):
             os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     else:
-        with closing(Layer.open(path, root)) as layer:
+        with closing(Layer.open(path, root, called)) as layer:
             status = layer.status
             flatten(MergedView([layer]), target)
     take_over(target, status)
@@ -91,8 +102,8 @@ def take_over(path: str, status: os.stat_result, bits: int = 0o7777) -> None:
             os.chmod(path, status.st_mode & bits)
 
 
-def _entries(root: Root, folder: str) -> Iterator[tuple[str, os.stat_result]]:
-    fd = beneath.open_directory(root, folder)
+def _entries(folder: int) -> Iterator[tuple[str, os.stat_result]]:
+    fd = beneath.open_directory(folder)
     try:
         with os.scandir(fd) as entries:
             # In order: a copy removes a seal of its own name, and this puts it there afterwards.
@@ -103,9 +114,11 @@ def _entries(root: Root, folder: str) -> Iterator[tuple[str, os.stat_result]]:
         os.close(fd)
 
 
-def _copy_symlink(root: Root, path: str, target: str, status: os.stat_result) -> None:
-    with failures(path):
-        handle = beneath.open_handle(root, path)
+def _copy_symlink(
+    folder: int, name: str, target: str, status: os.stat_result, called: str
+) -> None:
+    with failures(called):
+        handle = beneath.open_handle(folder, name)
         try:
             # Of the symlink itself, which O_PATH with O_NOFOLLOW opens (readlinkat(2)).
             leads_to = os.readlink("", dir_fd=handle)

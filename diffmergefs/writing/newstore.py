@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 from diffmergefs import beneath
@@ -162,12 +162,17 @@ class StoreWriter:
         if link.tag in self._parents:
             with closing(Layer.open(path)) as layer, failures(path):
                 self._hashes[link.tag] = content_hash(layer, self._tally.add)
-        self._copy_companions(link.snapshot, folder)
-        if link.snapshot.document is not None:
-            self._write_document(link.snapshot, folder)
+        # All of it from the directory that was judged, whose mode the new one takes: one that comes
+        # to stand at its path meanwhile may let in others.
+        with failures(link.tag), beneath.passing(self._root, link.tag) as source:
+            status = os.fstat(source)
+            self._copy_companions(source, link.snapshot, folder)
+            if link.snapshot.document is not None:
+                self._write_document(source, link.snapshot, folder)
+            if os.path.dirname(link.snapshot.layer.path) == link.tag:
+                _require_there(source, link.snapshot.layer.path, link.layer.status)
+        take_over(folder, status)
         with failures(folder):
-            status = beneath.stat_beneath(self._root, link.tag)
-            take_over(folder, status)
             sync_directory(folder)
         return done
 
@@ -207,17 +212,18 @@ class StoreWriter:
             data_bytes=data,
         )
 
-    def _copy_companions(self, snapshot: Snapshot, folder: str) -> None:
+    def _copy_companions(self, source: int, snapshot: Snapshot, folder: str) -> None:
         hidden = self._catalog.hidden | {f"{snapshot.tag}/{DOCUMENT}"}
-        copy_folder(self._root, snapshot.tag, folder, Kept(hidden, self._catalog.layer_files))
+        copy_folder(source, snapshot.tag, folder, Kept(hidden, self._catalog.layer_files))
         for name, path in snapshot.files.items():
             if path != f"{snapshot.tag}/{name}":  # it lies in another directory
                 copy_file(self._root, path, os.path.join(folder, name))
 
-    def _write_document(self, snapshot: Snapshot, folder: str) -> None:
+    def _write_document(self, source: int, snapshot: Snapshot, folder: str) -> None:
         place = os.path.join(self._directory.final, snapshot.tag)
         path = f"{snapshot.tag}/{DOCUMENT}"
         text, status = read_with_status(self._root, path, MAX_DOCUMENT)
+        _require_there(source, path, status)
         read = snapshot.document_status
         if read is None or FileKey.of(status) != FileKey.of(read):
             raise LayerChangedError(f"{path}: changed since it was looked over; try again")
@@ -233,6 +239,15 @@ class StoreWriter:
             file.flush()
             os.fsync(file.fileno())
         take_over(path, status)
+
+
+def _require_there(folder: int, path: str, status: os.stat_result) -> None:
+    # Raises LayerChangedError unless the file of `status` lies in the directory, by its name.
+    with suppress(FileNotFoundError):
+        found = os.stat(os.path.basename(path), dir_fd=folder, follow_symlinks=False)
+        if os.path.samestat(found, status):
+            return
+    raise LayerChangedError(f"{path}: another file stands there by now; try again")
 
 
 def _copy_diff(

@@ -26,13 +26,15 @@ class Swapped:
         for name in ("open", "stat", "readlink"):
             monkeypatch.setattr(os, name, self._counting(getattr(os, name)))
 
-    def moments(self, run: Callable[[], object]) -> Iterator[tuple[int, ...]]:
+    def moments(
+        self, run: Callable[[], object], apart: int = _APART
+    ) -> Iterator[tuple[int, ...]]:
         """For `during`: each call that `run` makes, and each with one of those soon after it."""
         self._calls = 0
         run()
         for first in range(calls := self._calls):
             yield (first,)
-            for later in range(first + 1, min(first + _APART, calls)):
+            for later in range(first + 1, min(first + apart, calls)):
                 yield first, later
 
     @contextmanager
