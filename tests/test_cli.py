@@ -22,8 +22,8 @@ from tests.support.commands import (
     one_line,
     succeed,
 )
-from tests.support.images import PAGE
-from tests.support.stores import SIZE, write_chain, write_numbered, write_tag
+from tests.support.images import PAGE, write_layer
+from tests.support.stores import BASE_PAGES, SIZE, pages, write_chain, write_numbered, write_tag
 
 ACCESS = errors.FileAccessError.exit_code
 ROOMS = [path for path in Path(cli.__file__).parent.glob("*.py") if path.stem != "__init__"]
@@ -269,31 +269,90 @@ def test_a_name_that_the_outputs_encoding_lacks_is_escaped(tmp_path: Path) -> No
     assert done.stdout.splitlines()[1].startswith("\\xe9 ")
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["--help"]], ids=" ".join)
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_goes_away_is_no_error_message(
-    store: Path, arguments: list[str], unbuffered: str
-) -> None:
-    read_end, write_end = os.pipe()
-    os.close(read_end)
-    source = [] if arguments == ["--help"] else [str(store)]
-    done = subprocess.run(
-        [sys.executable, "-m", "diffmergefs", *arguments, *source],
-        stdout=write_end,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+#: Each verb that prints what it found or did, and the options that print by themselves.
+PRINTING = {
+    "apply": "apply {store}/work/memory.bin {own}",
+    "compare": "compare {store}/base {store}/work",
+    "completion": "completion bash",
+    "doctor": "doctor {store}",
+    "flatten": "flatten {store}/work -o {new}",
+    "info": "info {store}/work",
+    "info --json": "info --json {store}/work",
+    "list": "list {store}",
+    "list --json": "list --json {store}",
+    "map": "map {store}/work",
+    "prefetch": "prefetch --json --show {store}/work",
+    "rediff": "rediff {store}/base {store}/work -o {new}",
+    "seal": "seal {store}/work/memory.bin",
+    "squash": "squash {store}/work -o {new}",
+    "verify": "verify {store}/work",
+    "--help": "--help",
+    "--version": "--version",
+    "list --help": "list --help",
+}
+#: These print nothing, or need a mount.
+SILENT = {"mount", "umount", "demo", "status"}
+
+
+def said_badly(
+    words: str, store: Path, stdout: int | None, stderr: int | None, unbuffered: str
+) -> subprocess.CompletedProcess[str]:
+    """A command whose streams take nothing; whatever is None is read."""
+    own = write_layer(store.parent / "own.mem", SIZE, pages(0, BASE_PAGES))
+    named = words.format(store=store, own=own, new=store.parent / "new")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    return subprocess.run(
+        [sys.executable, "-m", "diffmergefs", *named.split()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if stdout is None else stdout,
+        stderr=subprocess.PIPE if stderr is None else stderr,
+        text=True,
+        env=kept | {"PYTHONUNBUFFERED": unbuffered},
+        timeout=60,
         check=False,
     )
-    os.close(write_end)
-    assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_a_full_disk_under_stdout_is_one_line(store: Path) -> None:
+def test_each_verb_prints_or_is_silent() -> None:
+    assert {words.split()[0] for words in PRINTING if words[0] != "-"} | SILENT == set(NAMES)
+
+
+@pytest.mark.parametrize("words", PRINTING)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_under_stdout_is_one_line(store: Path, words: str, unbuffered: str) -> None:
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "diffmergefs", "list", str(store)]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = said_badly(PRINTING[words], store, full.fileno(), None, unbuffered)
     assert done.returncode == ACCESS
-    assert done.stderr == "diffmergefs: output: No space left on device\n"
+    assert done.stderr.endswith("diffmergefs: output: No space left on device\n")
+    assert "Traceback" not in done.stderr and "ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("words", PRINTING)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_of_stdout_that_went_away(store: Path, words: str, unbuffered: str) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = said_badly(PRINTING[words], store, write_end, None, unbuffered)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("words", ["list {store}/none", "list --none", "info {store}/work"])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_stderr_that_takes_nothing_changes_no_exit_code(
+    store: Path, words: str, both: bool, unbuffered: str
+) -> None:
+    expected = ACCESS if "work" not in words or both else 0
+    with open("/dev/full", "w") as full:
+        stdout = full.fileno() if both else None
+        done = said_badly(words, store, stdout, full.fileno(), unbuffered)
+    assert done.returncode == (2 if "--none" in words else expected)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = said_badly(words, store, None, write_end, unbuffered)
+    os.close(write_end)
+    assert done.returncode == (2 if "--none" in words else ACCESS if "none" in words else 0)
 
 
 def test_a_closed_stdout_is_no_error(store: Path) -> None:
@@ -305,7 +364,7 @@ def test_a_closed_stdout_is_no_error(store: Path) -> None:
 PROGRESS = {
     "list": (["list", "{store}"], "2/2 snapshots"),
     "info": (["info", "{store}/work"], "open"),
-    "apply": (["apply", "{store}/work/memory.bin", "{store}/base/memory.bin"], "/? "),
+    "apply": (["apply", "{store}/work/memory.bin", "{store}/../own.mem"], "/? "),
     "flatten": (["flatten", "{store}/work", "-o", "{store}/new"], "flatten"),
     "rediff": (["rediff", "{store}/base", "{store}/work", "-o", "{store}/new"], "rediff"),
     "rediff --store": (["rediff", "--store", "{store}", "-o", "{store}.new"], "rediff"),
@@ -318,6 +377,7 @@ PROGRESS = {
 def test_a_terminal_gets_a_progress_bar(verb: str, store: Path) -> None:
     """On stderr, and only where that is a terminal: whatever total is known."""
     arguments, text = PROGRESS[verb]
+    write_layer(store.parent / "own.mem", SIZE, pages(0, BASE_PAGES))
     command = [sys.executable, "-m", "diffmergefs", *(a.format(store=store) for a in arguments)]
     ours, theirs = os.openpty()
     try:

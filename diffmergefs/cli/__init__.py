@@ -9,8 +9,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TextIO
 
 import click
 
@@ -74,18 +75,35 @@ def main(
     _end_on_signals()
     _make_stdout_take_all()
     raise_descriptor_limit()
-    with _warnings_told():
-        return _run(arguments, command, name)
+    streams = sys.stdout, sys.stderr
+    try:
+        with _warnings_told():
+            return _run(arguments, command, name)
+    finally:
+        for stream in streams:
+            _settle(stream)
+
+
+def _settle(stream: TextIO) -> None:
+    # What a stream did not take (a full disk, a reader that went away) was told of or cannot be.
+    # Kept in its buffer, the interpreter would try it again at its end: exit 120, and a traceback.
+    try:
+        stream.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+        stream.flush()
 
 
 def _run(arguments: list[str] | None, command: click.Command, name: str) -> int:
-    stdout = sys.stdout
     try:
         answer = command.main(arguments, prog_name=name, standalone_mode=False)
         sys.stdout.flush()
         return answer if isinstance(answer, int) else 0
     except click.ClickException as error:
-        error.show()
+        with suppress(OSError):
+            error.show()
         return USAGE
     except (click.Abort, KeyboardInterrupt):
         talk("interrupted")
@@ -95,18 +113,18 @@ def _run(arguments: list[str] | None, command: click.Command, name: str) -> int:
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output went away; nothing more can be said there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except SystemExit:
-        # click wraps stdout when its reader went away, and ends with 1, which says 'no' here.
-        if sys.stdout is stdout:
+    except SystemExit as error:
+        # When the reader of stdout went away click and rich end with 1, which says 'no' here.
+        if error.code != 1:
             raise
         return 128 + signal.SIGPIPE
     except OSError as error:
         talk(f"{error.filename or 'output'}: {error.strerror or error}")
         return FileAccessError.exit_code
     except Exception:
-        traceback.print_exc()
+        with suppress(OSError):
+            traceback.print_exc()
         talk("this is a bug in diffmergefs; please report it with the lines above")
         return BUG
 

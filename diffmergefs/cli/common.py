@@ -57,9 +57,10 @@ MOUNTPOINT = _Path()
 
 
 def talk(text: str) -> None:
-    """One line on stderr."""
+    """One line on stderr; nowhere if that takes none, which is no reason to end otherwise."""
     line = " ".join(printable(text).split())
-    print(f"diffmergefs: {line}", file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(f"diffmergefs: {line}", file=sys.stderr, flush=True)
 
 
 def count(number: int, what: str) -> str:
