@@ -28,7 +28,7 @@ _YOURS_TO_JUDGE = {"f2fs", "bcachefs", "ocfs2", "gfs2", "virtiofs", "fuse", "fus
 _REASONS = {
     "zfs": "it stores blocks of zeros as holes",
     "squashfs": "it reports holes in its own blocks and stores blocks of zeros as holes",
-    "erofs": "it reports whole files as data, and stores chunks of zeros as holes",
+    "erofs": "it reports whole files as data",
     "ceph": "it reports whole files as data",
     "cifs": "what it reports depends on the server",
     "smb3": "what it reports depends on the server",

@@ -132,14 +132,23 @@ def problems(layer: Layer, page: int, *, complete: bool = False) -> Iterator[Pro
     return _problems_of_walk(layer, page, complete)
 
 
+_INSTEAD = {
+    "filesystem": "take the diff again on ext4, xfs, btrfs or tmpfs without huge pages",
+    "grain": "take the diff again where blocks are no larger than the guest's page, which"
+    " --page-size names",
+    "alignment": "name the guest's page with --page-size if it is another, take the diff again",
+    "unwritten": "take the diff again without preallocating it",
+    "map": "take the diff again",
+}
+
+
 def _problem(layer: Layer, check: str, text: str) -> Problem:
     if check == "blocks":
         way_out = "store the diff on a filesystem that reports holes, or put its seal beside it"
     else:
         way_out = (
-            "take the diff again on ext4, xfs, btrfs or tmpfs without huge pages, put its seal"
-            f" beside it if it has one, or vouch for it with --trust-grain={check} (wrong bytes if"
-            " it is not so)"
+            f"{_INSTEAD[check]}, put its seal beside it if it has one, or vouch for it with"
+            f" --trust-grain={check} (wrong bytes if it is not so)"
         )
     return Problem(layer.path, check, text, way_out)
 

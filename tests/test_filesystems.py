@@ -14,7 +14,9 @@ from diffmergefs import filesystems, sparse
 from diffmergefs.filesystems import overlay_directories, untrusted_filesystem
 from diffmergefs.mountinfo import Mount
 from tests.support import loopfs, mounttable
+from tests.support.commands import as_user
 from tests.support.images import PAGE, write_layer
+from tests.support.users import NOBODY
 
 FINE = None
 
@@ -242,6 +244,38 @@ def test_a_part_of_an_overlay_that_is_mounted_elsewhere(
             assert reason(part / "file") is FINE
         finally:
             mounttable.unmount(str(part))
+
+
+@pytest.mark.parametrize(("kind", "status"), [("ext4", 0), ("tmpfs", 5)])
+def test_who_may_not_search_the_directories_goes_by_what_the_overlay_passes_through(
+    kind: str, status: int, filesystem: Callable[[str], Path], public_path: Path
+) -> None:
+    secret, shown = filesystem(kind), public_path / "shown"
+    shown.mkdir()
+    with loopfs.overlay(secret) as layers:
+        write_layer(layers.merged / "base", 4 * PAGE, [])
+        page(layers.merged)
+        secret.chmod(0o700)
+        subprocess.run(["mount", "--bind", layers.merged, shown], check=True)
+        try:
+            command = ["info", "--base", shown / "base", "--diff", shown / "file"]
+            assert as_user(os.geteuid(), 0, command).returncode == 0
+            assert as_user(NOBODY, NOBODY, command).returncode == status
+        finally:
+            mounttable.unmount(str(shown))
+
+
+@pytest.mark.parametrize(("kind", "trusted"), [("tmpfs", True), ("tmpfs_advise", False)])
+def test_a_bind_mount_is_what_it_shows(
+    kind: str, trusted: bool, filesystem: Callable[[str], Path], public_path: Path
+) -> None:
+    path, shown = page(filesystem(kind)), public_path / "shown"
+    shown.touch()
+    subprocess.run(["mount", "--bind", path, shown], check=True)
+    try:
+        assert (reason(shown) is FINE) == trusted
+    finally:
+        mounttable.unmount(str(shown))
 
 
 def test_the_directory_that_stores_the_file_is_named(filesystem: Callable[[str], Path]) -> None:

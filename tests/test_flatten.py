@@ -813,6 +813,22 @@ def test_asks_for_space_for_what_is_copied(
     assert no_litter(out)
 
 
+@pytest.mark.parametrize("kind", ["tmpfs", "btrfs"])
+def test_writes_to_a_filesystem_that_cannot_be_asked_for_its_space(
+    kind: str, filesystem: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a FUSE server without statfs(2)."""
+    directory = filesystem(kind)
+
+    def not_known(fd: int) -> None:
+        raise os_error(errno.ENOSYS)
+
+    with open_view(write_chain(directory)) as view:
+        monkeypatch.setattr(os, "fstatvfs", not_known)
+        flatten(view, directory / "whole")
+        assert (directory / "whole").read_bytes() == view.read(0, view.size)
+
+
 def test_needs_no_space_for_what_is_shared(
     filesystem: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from diffmergefs.health.finding import Finding
 from tests.support import loopfs
 from tests.support.commands import as_user, diffmergefs
 from tests.support.users import NOBODY
+from tests.wrong_bytes import places
 
 CHECKS = ["filesystem", "grain", "zeros", "mappings", "reflink", "lease"]
 
@@ -165,6 +166,15 @@ def test_a_full_filesystem_ends_nothing(tmp_path: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, (left.f_bavail - 40) * left.f_bsize)
         done = diffmergefs("doctor", folder)
     assert done.returncode in (0, 1) and str(folder) in done.stdout
+
+
+def test_an_overlay_whose_directories_are_out_of_reach_is_judged_by_a_new_file(
+    filesystem: Callable[[str], Path],
+) -> None:
+    for kind, severity in (("ext4", "fine"), ("tmpfs", "wrong")):
+        place = places.in_a_container(places.upper(kind))
+        with place.filled(filesystem, lambda _: None) as folder:
+            assert examined(folder)["filesystem"].severity == severity
 
 
 def test_no_leases_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,6 @@ _TMPFS = {
 _PACK = {
     "squashfs": lambda image, source: ["mksquashfs", source, image, "-quiet", "-no-progress"],
     "erofs": lambda image, source: ["mkfs.erofs", image, source],
-    "erofs_chunks": lambda image, source: ["mkfs.erofs", "--chunksize=4096", image, source],
 }
 #: A kind whose mount an older kernel refuses, and the reason to skip then.
 _MAY_BE_REFUSED = {"xfs16k": skips.NO_BIG_BLOCKS} | dict.fromkeys(
@@ -101,7 +100,7 @@ def made(kind: str, under: Path, size: int = SIZE) -> Iterator[Path]:
 
 @contextmanager
 def packed(kind: str, source: Path, under: Path) -> Iterator[Path]:
-    """A read-only file system of the kind (squashfs, erofs, erofs_chunks) with `source`'s files.
+    """A read-only file system of the kind (squashfs, erofs) with `source`'s files.
 
     Its image and its mountpoint are new ones in the directory `under`. Yields its root.
     """
@@ -111,8 +110,7 @@ def packed(kind: str, source: Path, under: Path) -> Iterator[Path]:
     try:
         _run(_PACK[kind](str(image), str(source)))
         _ensure_loop_node()
-        options = ["-t", kind.partition("_")[0], "-o", "loop,ro"]
-        _mount(kind.partition("_")[0], ["mount", *options, str(image), str(root)])
+        _mount(kind, ["mount", "-t", kind, "-o", "loop,ro", str(image), str(root)])
         yield root
     finally:
         mounttable.unmount_below(os.path.realpath(root))
