@@ -24,7 +24,7 @@ LEVELS = [
         "buffers", "descriptors", "errors", "extents", "filekey", "health", "health.finding",
         "integrity", "isolated", "layouts", "logformat", "logqueue", "mountinfo", "names", "once",
         "pictures", "pictures.cells", "pictures.curve", "pictures.legend", "serving",
-        "serving.guard", "serving.holders", "serving.listings", "serving.metrics",
+        "serving.contents", "serving.guard", "serving.holders", "serving.metrics",
         "serving.mounttable", "serving.notify", "serving.readalarm", "serving.tuning", "workers",
         "workingsets", "workingsets.advise", "writing",
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import logging
 import os
 import tracemalloc
@@ -228,7 +229,42 @@ def test_many_open_directories_keep_one_listing(operations: Operations, tmp_path
         finally:
             tracemalloc.stop()
         assert taken < 2_000_000  # four times what a single list of the names takes
-        assert len({id(handle.listing) for handle in operations._handles.values()}) == 1
+        assert len({id(handle.names) for handle in operations._handles.values()}) == 1
+
+    trio.run(main)
+
+
+def test_documents_of_many_tags_and_their_handles_take_the_room_of_one(
+    operations: Operations, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    document = {"memory": "memory.bin", "rootfs": "x" * 900_000}
+    (store / "base" / "snapshot.json").write_text(json.dumps(document))
+    tags = [f"link-{number}" for number in range(20)]
+    for tag in tags:
+        folder = store / tag
+        folder.mkdir()
+        write_layer(folder / "memory.bin", SIZE, [])
+        os.link(store / "base" / "snapshot.json", folder / "snapshot.json")
+    age(*store.rglob("*"))
+
+    async def main() -> None:
+        tracemalloc.start()
+        try:
+            assert operations.tree.store is not None
+            operations.tree.store.look()
+            operations.tree.store.look()
+            found = [await walk(operations, os.fsencode(t), b"snapshot.json") for t in tags]
+            inode = found[0].st_ino
+            handles = [(await operations.open(inode, os.O_RDONLY, CTX)).fh for _ in tags]
+            gc.collect()
+            taken, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert taken < 4_000_000, taken
+        read = await operations.read(handles[-1], 0, 2_000_000)
+        assert json.loads(bytes(read))["rootfs"] == "x" * 900_000
+        assert len(read) == found[0].st_size
 
     trio.run(main)
 

@@ -25,8 +25,8 @@ from diffmergefs.layer import Layer
 from diffmergefs.layouts.snapshot import Snapshot
 from diffmergefs.once import Once
 from diffmergefs.serving import xattrs
+from diffmergefs.serving.contents import Content, Contents
 from diffmergefs.serving.dropbehind import DropBehind
-from diffmergefs.serving.listings import Listing, Listings
 from diffmergefs.serving.metrics import Metrics
 from diffmergefs.serving.openmetrics import exposition
 from diffmergefs.serving.openwatch import OpenWatch, Unwatched
@@ -100,19 +100,19 @@ def _fuse_error(metrics: Metrics, handler: str, error: Exception) -> FUSEError:
 class Handle:
     """An open file or directory: exactly one of the four is what it reads from."""
 
-    __slots__ = ("content", "fd", "key", "listing", "node", "shown", "supplied", "view")
+    __slots__ = ("fd", "key", "names", "node", "shown", "supplied", "text", "view")
 
     def __init__(
         self,
         shown: OpenImage | None = None,
         fd: int | None = None,
-        content: bytes | None = None,
-        listing: Listing | None = None,
+        text: Content | None = None,
+        names: Content | None = None,
         node: Node | None = None,
         key: FileKey | None = None,
     ) -> None:
-        self.shown, self.fd, self.content, self.listing = shown, fd, content, listing
-        self.node = node  # what `fd` or `listing` is of
+        self.shown, self.fd, self.text, self.names = shown, fd, text, names
+        self.node = node  # what `fd` or `names` are of
         self.key = key  # what `fd` must stay
         self.view = shown.image.view if shown else None
         self.supplied: dict[int, int] = {}
@@ -142,7 +142,7 @@ class Operations(pyfuse3.Operations):
         # open_by_handle_at(2) keep, must not open another image. The kernel has 32 bits for it.
         self._generation = 1 + secrets.randbelow(0xFFFFFFFF)
         self._handles: dict[int, Handle] = {}
-        self._listings = Listings()
+        self._contents = Contents()
         self._replies = Buffers()
         self._next_handle = 1
         self._lookups: Counter[int] = Counter()
@@ -157,7 +157,7 @@ class Operations(pyfuse3.Operations):
     @property
     def open_files(self) -> int:
         """How many files are open, mapped ones among them; directories do not count."""
-        return sum(1 for handle in self._handles.values() if handle.listing is None)
+        return sum(1 for handle in self._handles.values() if handle.names is None)
 
     # Names and attributes
 
@@ -221,17 +221,17 @@ class Operations(pyfuse3.Operations):
             await self._try_to_open_image(folder.tag)
         work = functools.partial(self.tree.names, folder)
         names = cast(tuple[bytes, ...], await self._once(("names", folder), work))
-        return self._register(Handle(listing=self._listings.shared(folder, names), node=folder))
+        return self._register(Handle(names=self._contents.shared(folder, *names), node=folder))
 
     @answering
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        listing, folder = self._handles[fh].listing, self._handles[fh].node
+        listing, folder = self._handles[fh].names, self._handles[fh].node
         if listing is None or folder is None:
             raise FUSEError(errno.ENOTDIR)
         added = 0
         try:
-            for first in range(start_id, len(listing.names), _READDIR_BATCH):
-                names = listing.names[first : first + _READDIR_BATCH]
+            for first in range(start_id, len(listing.parts), _READDIR_BATCH):
+                names = listing.parts[first : first + _READDIR_BATCH]
                 entries = await self._in_thread(self._entries, folder, names)
                 for number, (name, entry) in enumerate(zip(names, entries, strict=True), first + 1):
                     if entry is None:
@@ -302,8 +302,10 @@ class Operations(pyfuse3.Operations):
                 keep = self.watch.opened(handle, inode, shown, ctx, writing=writing)
                 keep = keep and not writing
                 return pyfuse3.FileInfo(fh=handle, keep_cache=keep, direct_io=writing)
-            case Document(_, content):
-                return pyfuse3.FileInfo(fh=self._register(Handle(content=content)))
+            case Document():
+                content = await self._in_thread(self.tree.content, node)
+                text = self._contents.shared(node, content)
+                return pyfuse3.FileInfo(fh=self._register(Handle(text=text)))
             case Passed():
                 fd = await self._in_thread(self.tree.open_passed, node)
                 key = FileKey.of(os.fstat(fd)) if self.tree.is_device_state(node) else None
@@ -313,7 +315,8 @@ class Operations(pyfuse3.Operations):
             case StatusFile(name):
                 # What is read through one handle is of one moment, and no page cache keeps it.
                 content = await self._in_thread(_rendered, name, self._status())
-                handle = self._register(Handle(content=content))
+                text = self._contents.shared(node, content)
+                handle = self._register(Handle(text=text))
                 return pyfuse3.FileInfo(fh=handle, direct_io=True, keep_cache=False)
         raise FUSEError(errno.EISDIR)
 
@@ -359,8 +362,8 @@ class Operations(pyfuse3.Operations):
         return buffer
 
     async def _read_other(self, handle: Handle, off: int, size: int) -> bytes:
-        if handle.content is not None:
-            return handle.content[off : off + size]
+        if handle.text is not None:
+            return handle.text.parts[0][off : off + size]
         if handle.fd is None:
             raise FUSEError(errno.EISDIR)
         return await self._in_thread(

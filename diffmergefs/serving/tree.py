@@ -6,6 +6,7 @@ Everything that touches files blocks; the adapter calls it in worker threads.
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -62,13 +63,14 @@ class MemoryFile:
 
 @dataclass(frozen=True)
 class Document:
-    """A tag's rewritten snapshot.json, and the file that was read for it.
+    """A tag's rewritten snapshot.json: its size and sha256, and which file was read for it.
 
     One that is `replaced` does not stand in the tag's directory any more.
     """
 
     tag: str
-    content: bytes
+    size: int
+    digest: bytes
     device: int
     inode: int
     replaced: bool = False
@@ -352,7 +354,20 @@ class Tree:
             found = os.stat(DOCUMENT, dir_fd=fd, follow_symlinks=False)
             replaced = not os.path.samestat(found, read)
         content = self._rewritten(snapshot)
-        return Document(snapshot.tag, content, read.st_dev, read.st_ino, replaced)
+        digest = hashlib.sha256(content).digest()
+        device, inode = read.st_dev, read.st_ino
+        return Document(snapshot.tag, len(content), digest, device, inode, replaced)
+
+    def content(self, node: Document) -> bytes:
+        """The text of a tag's document. Raises OSError, ESTALE if it is another one by now."""
+        # Made anew each time: the kernel remembers nodes for days.
+        snapshot = self._snapshot(node.tag)
+        content = self._rewritten(snapshot)
+        read = snapshot.document_status
+        is_same = read is not None and (read.st_dev, read.st_ino) == (node.device, node.inode)
+        if not is_same or hashlib.sha256(content).digest() != node.digest:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), node.tag)
+        return content
 
     def _document_attributes(self, node: Document) -> Attributes:
         snapshot = self._snapshot(node.tag)
@@ -366,8 +381,7 @@ class Tree:
         if not node.replaced:
             with suppress(OSError):
                 found = self._mirrored(path, node)
-        size = len(node.content)
-        return found._replace(size=size, blocks=-(-size // 512))
+        return found._replace(size=node.size, blocks=-(-node.size // 512))
 
     def _passed(self, fd: int, folder: str, name: str) -> Passed | None:
         return None if is_left_out(name) else self._passed_if_fit(fd, os.path.join(folder, name))

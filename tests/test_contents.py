@@ -1,0 +1,40 @@
+"""What open directories and documents are read from is kept once, and bounded."""
+
+from __future__ import annotations
+
+import errno
+import gc
+
+import pytest
+
+from diffmergefs.serving.contents import Contents
+
+NAMES = (b"a" * 100, b"b" * 100)
+SIZE = 2 * 148
+
+
+def test_who_opens_the_same_directory_shares_what_is_read() -> None:
+    contents = Contents(SIZE)
+    first = contents.shared("folder", *NAMES)
+    assert first.parts == NAMES
+    again = [contents.shared("folder", *tuple(bytes(name) for name in NAMES)) for _ in range(1000)]
+    assert all(content is first for content in again)
+
+
+def test_all_of_them_together_have_a_limit_and_a_first_one_none() -> None:
+    contents = Contents(SIZE)
+    held = contents.shared("folder", *NAMES * 100)
+    for folder, names in (("other", NAMES), ("folder", NAMES)):
+        with pytest.raises(OSError) as caught:
+            contents.shared(folder, *names)
+        assert caught.value.errno == errno.ENFILE
+    assert contents.shared("folder", *NAMES * 100) is held
+    del held, caught
+    gc.collect()
+    held = contents.shared("folder", *NAMES[:1])
+    more = contents.shared("folder", *NAMES[1:])  # it changed while it is read
+    with pytest.raises(OSError) as again:
+        contents.shared("folder", *NAMES[:1])
+    del held, again
+    gc.collect()
+    assert contents.shared("folder", *NAMES[:1]).parts == NAMES[:1] != more.parts
