@@ -78,8 +78,8 @@ class UntrustedExtentsError(DiffMergeError):
     """A diff's data extents cannot be trusted where it is stored (law 4).
 
     `check` names the failed check: 'filesystem', 'grain', 'alignment', 'unwritten', 'map',
-    'copy-up' or 'blocks'. `--trust-grain` may override all of them but 'blocks'. One of 'map'
-    depends on what is in the page cache.
+    'copy-up', 'blocks' or 'filled' (with `--strict`). `--trust-grain` may override all of them but
+    the last two. One of 'map' depends on what is in the page cache.
     """
 
     exit_code = 5

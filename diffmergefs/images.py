@@ -9,10 +9,12 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from diffmergefs import beneath, sparse
 from diffmergefs.beneath import Reach, Root
-from diffmergefs.content import Verdicts, require_exact, require_meant
+from diffmergefs.contentchecks import Hint, hints, require_exact, require_meant
+from diffmergefs.contentverdicts import Parents, Verdicts
 from diffmergefs.errors import (
     BrokenChainError,
     DiffMergeError,
@@ -52,13 +54,15 @@ class Image:
     `tags` are those of its layers, base first, where they lie in a directory of snapshots. `dense`
     says that the newest layer is a complete image in spite of its parent; `overridden` has
     a line for each check that failed and that the policy overrode: those of law 4, and whether
-    someone has a layer open for writing.
+    someone has a layer open for writing. `hints` are about layers that may be harmed though nothing
+    proves it, one for each at most.
     """
 
     view: MergedView
     dense: bool = False
     overridden: list[str] = field(default_factory=list)
     tags: tuple[str, ...] = ()
+    hints: tuple[Hint, ...] = ()
 
 
 def raise_descriptor_limit() -> None:
@@ -316,11 +320,14 @@ def _judge(
     # First of all: what is still being written may well look odd.
     overridden = require_no_writers(layers, allowed=policy.allow_writers, leases=leases)
     overridden += [line for layer in layers for line in _unchecked(layer)]
-    dense = False
-    for n, layer in enumerate(layers[1:], 1):
-        dense, lines = judge_diff(layers[:n], layer, policy, verdicts, in_store=in_store)
-        overridden += lines
-    return Image(MergedView(layers), dense, overridden)
+    parents, found = Parents(layers[:1]), Judgement()
+    hinted: list[Hint] = []
+    for layer in layers[1:]:
+        found = judge_diff(parents, layer, policy, verdicts, in_store=in_store)
+        overridden += found.overridden
+        hinted += found.hints
+        parents.add(layer)
+    return Image(MergedView(layers), found.dense, overridden, hints=tuple(hinted))
 
 
 def _unchecked(layer: Layer) -> Iterator[str]:
@@ -332,26 +339,36 @@ def _unchecked(layer: Layer) -> Iterator[str]:
             )
 
 
+class Judgement(NamedTuple):
+    """Whether a diff is dense, the checks that the policy overrode, and the hints at harm."""
+
+    dense: bool = False
+    overridden: Sequence[str] = ()
+    hints: Sequence[Hint] = ()
+
+
 def judge_diff(
-    parents: Sequence[Layer],
+    parents: Parents,
     layer: Layer,
     policy: TrustPolicy,
     verdicts: Verdicts,
     *,
     in_store: bool,
-) -> tuple[bool, list[str]]:
-    """Whether the diff `layer` over `parents` is dense, and the checks that the policy overrode.
+) -> Judgement:
+    """Judge the diff `layer` over `parents`, of which there is one at least.
 
     `in_store` says that it is a link of a directory of snapshots, which may be dense if a check
     supports it; an explicit diff may only with `policy.dense`. Pages are read where only they can
     tell, and what they told is kept in `verdicts`. Raises DiffMergeError if it cannot be trusted
-    (law 4), is of another size, or looks like a diff whose holes were filled.
+    (law 4), is of another size, or looks like a diff whose holes were filled: with a hole, only if
+    the policy is `strict`.
     """
-    require_equal_size(parents[0].path, parents[0].size, layer.path, layer.size)
+    base = parents.layers[0]
+    require_equal_size(base.path, base.size, layer.path, layer.size)
     dense = layer.extents.covers(layer.size)
     complete = dense and (in_store or policy.dense)
     overridden = require_trust(layer, policy, complete=complete)
     overridden += require_exact(parents, layer, policy, verdicts)
     if dense and not policy.dense:
         require_meant(parents, layer, verdicts, in_store=in_store)
-    return dense, overridden
+    return Judgement(dense, overridden, hints(parents, layer, policy, verdicts))

@@ -42,7 +42,8 @@ class ChainInfo:
     """An image: `size` bytes, of which `holes` are in no layer, and its layers, base first.
 
     `segments` counts the pieces that one layer supplies, holes not among them. `dense` says that
-    the newest layer is a complete image in spite of its parent.
+    the newest layer is a complete image in spite of its parent. `hints` are lines about layers that
+    may be harmed though nothing proves it.
     """
 
     size: int
@@ -50,10 +51,12 @@ class ChainInfo:
     holes: int
     segments: int
     dense: bool
+    hints: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The same as nested dictionaries and lists, ready for JSON."""
-        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers]}
+        layers = [asdict(layer) for layer in self.layers]
+        return {**asdict(self), "layers": layers, "hints": list(self.hints)}
 
 
 def describe(image: Image) -> ChainInfo:
@@ -76,7 +79,9 @@ def describe(image: Image) -> ChainInfo:
         for number, (layer, shown) in enumerate(zip(view.layers, visible, strict=True))
     ]
     segments = sum(segment.layer is not None for segment in view.segments())
-    return ChainInfo(view.size, tuple(layers), view.size - sum(visible), segments, image.dense)
+    hints = tuple(map(str, image.hints))
+    holes = view.size - sum(visible)
+    return ChainInfo(view.size, tuple(layers), holes, segments, image.dense, hints)
 
 
 def notices(image: Image) -> list[str]:

@@ -32,8 +32,9 @@ class TrustPolicy:
     layers that someone has open for writing. `allow_gaps` accepts numbered layers that leave
     numbers out, and the lowest of them as the base. `allow_outside` are directories beside SOURCE
     in which its layers may lie. `state_dir` is where verified checksums are remembered, by default
-    the user's state directory. Raises ValueError for a page size, a `verify` or a name of a check
-    that makes no sense.
+    the user's state directory. `strict` refuses a diff whose holes look filled, of which there is
+    no more than a hint. Raises ValueError for a page size, a `verify` or a name of a check that
+    makes no sense.
     """
 
     page_size: int = PAGE
@@ -45,6 +46,7 @@ class TrustPolicy:
     allow_gaps: bool = False
     allow_outside: tuple[str, ...] = ()
     state_dir: str | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if self.verify not in ("no", "pins", "full"):

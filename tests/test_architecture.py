@@ -40,15 +40,15 @@ LEVELS = [
         "serving.mountpoint", "serving.openmetrics",
     },
     {
-        "layouts.document", "layouts.presence", "layouts.ranges", "layouts.reader",
-        "serving.access", "serving.host", "serving.ownmount", "serving.xattrs", "trust", "view",
-        "writing.copying",
+        "content", "contentverdicts", "layouts.document", "layouts.presence", "layouts.ranges",
+        "layouts.reader", "serving.access", "serving.host", "serving.ownmount", "serving.xattrs",
+        "trust", "view", "writing.copying",
     },
     {
-        "compare", "content", "explicit", "health.probe", "integrity.hashqueue", "integrity.pins",
-        "integrity.seal", "layouts.cloudhypervisor", "layouts.forkd", "layouts.numbered",
-        "layouts.superserve", "serving.dropbehind", "writing.output", "writing.outputdir",
-        "writing.writebehind", "zeros",
+        "compare", "contentchecks", "explicit", "health.probe", "integrity.hashqueue",
+        "integrity.pins", "integrity.seal", "layouts.cloudhypervisor", "layouts.forkd",
+        "layouts.numbered", "layouts.superserve", "serving.dropbehind", "writing.output",
+        "writing.outputdir", "writing.writebehind", "zeros",
     },
     {
         "integrity.sealing", "layouts.catalog", "pictures.extents_picture", "pictures.map_picture",

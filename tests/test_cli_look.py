@@ -26,7 +26,7 @@ from tests.support.stores import (
 
 LIST_FIELDS = {
     *("tag", "parent", "depth", "size", "dirty_bytes", "state", "pinned"),
-    *("reason", "check", "remedy"),
+    *("reason", "check", "remedy", "hints"),
 }
 
 
@@ -87,6 +87,7 @@ def test_list_as_json_has_the_same_facts(store: Path) -> None:
         "reason": None,
         "check": None,
         "remedy": None,
+        "hints": [],
     }
     assert (found["base"]["parent"], found["base"]["pinned"]) == (None, None)
     assert (found["orphan"]["depth"], found["orphan"]["dirty_bytes"]) == (None, None)
@@ -200,6 +201,7 @@ def test_info_as_json_has_the_same_facts(store: Path) -> None:
         "holes": 0,
         "segments": 1,
         "dense": True,
+        "hints": [],
     }
     assert [layer["visible_bytes"] for layer in found["layers"]] == [0, 0, SIZE]
     assert [layer["shadowed_bytes"] for layer in found["layers"]] == [15 * PAGE, PAGE, 0]

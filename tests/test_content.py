@@ -11,7 +11,8 @@ import pytest
 
 from diffmergefs import content, sparse
 from diffmergefs.content import Pages, compare_pages
-from diffmergefs.errors import UntrustedExtentsError
+from diffmergefs.errors import DenseDiffError, UntrustedExtentsError
+from diffmergefs.extents import ExtentList
 from diffmergefs.images import LayerPool, open_chain, open_snapshot
 from diffmergefs.layer import Layer
 from diffmergefs.layouts.catalog import read_catalog
@@ -32,7 +33,7 @@ def test_pages_are_zero_equal_other_or_new(tmp_path: Path) -> None:
     base = Layer.open(str(write_layer(tmp_path / "base", size, pages(0, range(1, 4)))))
     held = [(0, bytes(size)), *pages(0, [1]), *pages(1, [0, 3]), (5 * PAGE, b"end" * 10)]
     layer = Layer.open(str(write_layer(tmp_path / "diff", size, held)))
-    found = compare_pages(MergedView([base]), layer, 0, size)
+    found = compare_pages(MergedView([base]).read, layer, 0, size)
     assert found == Pages(zero=1, equal=1, other=1, new=2)
     assert (found.over, found.written) == (3, 4)
     assert compare_pages(None, layer, 0, size) == Pages(zero=2, equal=0, other=4, new=0)
@@ -171,9 +172,9 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     real = content.sample
 
-    def counted(parents: MergedView, layer: Layer) -> Pages:
+    def counted(parents: content.Read, below: ExtentList, layer: Layer) -> Pages:
         found.append(layer.path)
-        return real(parents, layer)
+        return real(parents, below, layer)
 
     monkeypatch.setattr(content, "sample", counted)
     return found
@@ -240,7 +241,7 @@ def test_a_refusal_is_found_once_for_all_descendants(tmp_path: Path, looks: list
     root = os.open(store, os.O_RDONLY | os.O_DIRECTORY)
     pool = LayerPool(root, TrustPolicy())
     for tag in tags:
-        with pytest.raises(content.DenseDiffError):
+        with pytest.raises(DenseDiffError):
             open_snapshot(catalog.chain(tag), pool, TrustPolicy())
     os.close(root)
     assert looks == ["t000/memory.bin"]
@@ -263,6 +264,6 @@ def test_reading_a_sample_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
         held = [(0, bytes(size)), *pages(0, range(0, 1000, 1000 // max(written, 1))[:written])]
         base = Layer.open(str(write_layer(tmp_path / "base", size, held)))
         asked.clear()
-        content.sample(MergedView([base]), base)
+        content.sample(MergedView([base]).read, base.extents, base)
         pages_read = len(asked) // 2
         assert pages_read == reads if reads else 100 <= pages_read < 200

@@ -36,7 +36,7 @@ import click
 import pytest
 
 import diffmergefs
-from diffmergefs import cli, content, errors, trust
+from diffmergefs import cli, contentchecks, errors, trust
 from diffmergefs.cli import helper
 from diffmergefs.cli.verbs import NAMES, load
 from diffmergefs.serving.mount import _REFUSED_OPTIONS
@@ -594,7 +594,7 @@ def test_the_exit_status_of_a_page_is_in_the_table(name: str) -> None:
 
 
 def test_the_contract_has_each_check_of_a_diff() -> None:
-    source = ast.parse(inspect.getsource(trust) + inspect.getsource(content))
+    source = ast.parse(inspect.getsource(trust) + inspect.getsource(contentchecks))
     checks = {
         argument.value
         for call in ast.walk(source)

@@ -121,7 +121,7 @@ def test_a_sample_is_of_4096_pages_spread_over_the_whole_image(tmp_path: Path) -
     # Only the first half is kept: a sample of the first 4,096 pages would miss what was filled.
     kept = [(0, signed(1, 0, size // 2)), (size // 2, bytes(size // 2))]
     layer = Layer.open(str(write_layer(tmp_path / "full", size, kept)))
-    found = sample(MergedView([base]), layer)
+    found = sample(MergedView([base]).read, base.extents, layer)
     assert found.over == 4096
     assert abs(found.zero - 2048) < 40
 

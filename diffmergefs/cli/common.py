@@ -155,6 +155,12 @@ working_set_dir_option = click.option(
     metavar="DIR",
     help="Where records of working sets are kept, not in the user's state directory.",
 )
+strict_option = click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse diffs whose holes look filled, of which there is otherwise only a hint: guests"
+    " wipe pages too.",
+)
 _VOUCHING = (
     click.option(
         "--trust-grain",
@@ -238,15 +244,15 @@ def image_options(command: F) -> F:
 def opened(
     image: str | None, base: str | None, diffs: tuple[str, ...], policy: TrustPolicy
 ) -> Image:
-    """The image that the arguments name; overridden checks are told on stderr."""
+    """The image that the arguments name; overridden checks and hints are told on stderr."""
     require_one_source(image, base, diffs, "IMAGE", policy)
     with progress("open", unit=""):
         if base is not None:
             found = open_chain(base, diffs, policy)
         else:
             found = open_image(image or "", policy)
-    for line in found.overridden:
-        talk(line)
+    for line in (*found.overridden, *found.hints):
+        talk(str(line))
     return found
 
 

@@ -17,6 +17,7 @@ from diffmergefs.cli.common import (
     print_json,
     printable,
     store_options,
+    strict_option,
     talk,
     trust_options,
 )
@@ -38,6 +39,7 @@ class Row:
 
     `pinned` says whether it records its parent's hash, and is None for a base. Of one that is
     refused `reason` is the whole line, `check` what was looked at, and `remedy` what helps.
+    `hints` are about its own layer.
     """
 
     tag: str
@@ -50,6 +52,7 @@ class Row:
     reason: str | None = None
     check: str | None = None
     remedy: str | None = None
+    hints: tuple[str, ...] = ()
 
 
 @click.command("list")
@@ -59,6 +62,7 @@ class Row:
 @click.option("--why", is_flag=True, help="Say of each that is broken which check, and what helps.")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 @trust_options
+@strict_option
 @store_options
 def list_(
     source: str,
@@ -73,7 +77,7 @@ def list_(
     The state is 'complete', 'dense' (a complete image in spite of its parent) or 'broken' with
     the reason. 'unpinned' is one that records no hash of its parent, so that nothing can tell
     whether the parent is still the same. The extents of every layer are walked. Hashes are not
-    compared: `diffmergefs verify` does that.
+    compared: `diffmergefs verify` does that. A diff whose holes look filled has a hint on stderr.
 
     \b
     Examples:
@@ -132,8 +136,9 @@ def _row(
     pinned = is_pinned(snapshot)
 
     def refused(error: DiffMergeError) -> Row:
-        texts = (" ".join(text.split()) for text in (str(error), error.check, error.remedy))
-        return Row(tag, snapshot.parent, None, size, None, "broken", pinned, *texts)
+        reason, remedy = (" ".join(text.split()) for text in (str(error), error.remedy))
+        state = ("broken", pinned, reason, error.check, remedy)
+        return Row(tag, snapshot.parent, None, size, None, *state)
 
     try:
         links = catalog.chain(tag)
@@ -142,16 +147,19 @@ def _row(
         return refused(FileAccessError(f"{error.filename or tag}: {error.strerror}"))
     except DiffMergeError as error:
         return refused(error)
-    for line in image.overridden:
+    own = image.view.layers[-1]
+    hints = tuple(str(hint) for hint in image.hints if hint.path == own.path)
+    for line in (*image.overridden, *hints):
         talk(line)
     held.extend(image.view.layers)
-    dirty = image.view.layers[-1].extents.data_bytes
+    dirty = own.extents.data_bytes
     state = "dense" if image.dense else "complete"
-    return Row(tag, snapshot.parent, len(links), size, dirty, state, pinned)
+    return Row(tag, snapshot.parent, len(links), size, dirty, state, pinned, hints=hints)
 
 
 @click.command()
 @image_options
+@strict_option
 @click.option(
     "--plot",
     type=PATH,

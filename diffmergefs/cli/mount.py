@@ -16,6 +16,7 @@ from diffmergefs.cli.common import (
     layer_options,
     require_one_source,
     store_options,
+    strict_option,
     talk,
     trust_options,
     working_set_dir_option,
@@ -120,6 +121,7 @@ from diffmergefs.trust import TrustPolicy
     f" {MAX_BACKGROUND}.",
 )
 @trust_options
+@strict_option
 @store_options
 def mount(
     operands: tuple[str, ...],

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import click
 
-from diffmergefs.cli.common import PATH, print_json, printable, talk, vouching_options
+from diffmergefs.cli.common import (
+    PATH,
+    layer_options,
+    print_json,
+    printable,
+    strict_option,
+    talk,
+    vouching_options,
+)
 from diffmergefs.cli.progress import progress
 from diffmergefs.cli.tables import new_table, print_table
 from diffmergefs.errors import DiffMergeError
+from diffmergefs.images import open_chain
 from diffmergefs.integrity.sealing import SealResult, seal_layer
 from diffmergefs.trust import TrustPolicy
 
 
 @click.command()
-@click.argument("layers", metavar="LAYER...", nargs=-1, required=True, type=PATH)
+@click.argument("layers", metavar="[LAYER...]", nargs=-1, type=PATH)
+@layer_options
 @click.option(
     "--force",
     is_flag=True,
@@ -25,13 +36,25 @@ from diffmergefs.trust import TrustPolicy
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 @vouching_options
-def seal(layers: tuple[str, ...], force: bool, as_json: bool, policy: TrustPolicy) -> int:
+@strict_option
+def seal(
+    layers: tuple[str, ...],
+    base: str | None,
+    diffs: tuple[str, ...],
+    force: bool,
+    as_json: bool,
+    policy: TrustPolicy,
+) -> int:
     """Write the seal of each LAYER, LAYER.bmap beside it: where its data are, with checksums.
 
     A diff's holes are its meaning, and ordinary copies (cp, cat, tar) destroy them without a word.
     With its seal beside it a copy merges right all the same: every command takes the extents from
     the seal, once its checksums were compared with the bytes. Seal a diff as soon as its VMM has
     closed it, where it was taken.
+
+    What lies below is named with --base and --diff, oldest first: then each LAYER, or without one
+    each --diff, is held against the layers before it. A hint says if its holes look filled, which
+    a seal would make last; --strict refuses it.
 
     The format is bmap 2.0, which bmaptool(1) reads and writes too. A seal that is there is
     never replaced if it says anything else than what is found now, unless with --force. All layers
@@ -40,13 +63,20 @@ def seal(layers: tuple[str, ...], force: bool, as_json: bool, policy: TrustPolic
     \b
     Examples:
       diffmergefs seal mem_diff
+      diffmergefs seal --strict --base mem_file mem_diff
       diffmergefs seal /srv/layers/*.mem --dense
     """
+    if not (layers or diffs):
+        raise click.UsageError("name the layers to seal")
+    if base is None and (diffs or policy.strict):
+        raise click.UsageError("--diff and --strict need --base: what lies below the layers")
     done: list[SealResult] = []
     failed = 0
-    for layer in layers:
+    chain = (base, *diffs, *layers)
+    for number in range(1 if not layers else 1 + len(diffs), len(chain)):
+        below = [path for path in chain[:number] if path]
         try:
-            done.append(_seal(layer, force, policy))
+            done.append(_seal(str(chain[number]), below if base else [], force, policy))
         except DiffMergeError as error:
             talk(str(error))
             failed = failed or error.exit_code
@@ -61,9 +91,11 @@ def seal(layers: tuple[str, ...], force: bool, as_json: bool, policy: TrustPolic
     return failed
 
 
-def _seal(layer: str, force: bool, policy: TrustPolicy) -> SealResult:
-    with progress(f"seal {os.path.basename(layer)}") as moved:
-        result = seal_layer(layer, force=force, policy=policy, progress=moved)
+def _seal(layer: str, below: list[str], force: bool, policy: TrustPolicy) -> SealResult:
+    known = open_chain(below[0], below[1:], policy).view if below else None
+    with known or nullcontext(), progress(f"seal {os.path.basename(layer)}") as moved:
+        parents = known.layers if known else ()
+        result = seal_layer(layer, force=force, policy=policy, parents=parents, progress=moved)
     for line in (*result.overridden, *result.hints):
         talk(line)
     return result

@@ -44,10 +44,10 @@ jobs_option = click.option(
 def opened_side(
     path: str, diffs: tuple[str, ...], policy: TrustPolicy, plain: bool
 ) -> Iterator[MergedView]:
-    """The view of one of two images; overridden checks are told on stderr."""
+    """The view of one of two images; overridden checks and hints are told on stderr."""
     with progress("open", unit=""):
         found = open_side(path, diffs, policy, plain=plain)
-    for line in found.overridden:
-        talk(line)
+    for line in (*found.overridden, *found.hints):
+        talk(str(line))
     with found.view as view:
         yield view

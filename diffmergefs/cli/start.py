@@ -160,7 +160,7 @@ def _explicit_image(request: Request, leases: Leases) -> OpenImage:
             " base, or a link to it, another name"
         )
     image = open_chain(base, diffs, request.policy, leases)
-    for line in image.overridden:
+    for line in (*image.overridden, *image.hints):
         log.warning("%s", line)
     try:
         access = view_access(image.view.layers)

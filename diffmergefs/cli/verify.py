@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import click
 
-from diffmergefs.cli.common import image_options, print_json, printable, require_one_source, talk
+from diffmergefs.cli.common import (
+    image_options,
+    print_json,
+    printable,
+    require_one_source,
+    strict_option,
+    talk,
+)
 from diffmergefs.cli.progress import progress
 from diffmergefs.integrity import verify as verification
 from diffmergefs.integrity.verdict import Verdict
@@ -15,6 +22,7 @@ _NAMED = 8  # unpinned parents that stand in the summary
 
 @click.command()
 @image_options
+@strict_option
 @click.option(
     "--jobs",
     type=click.IntRange(1, 256),

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import click
 
-from diffmergefs.cli.common import PATH, image_options, opened, print_json, printable, trust_options
+from diffmergefs.cli.common import (
+    PATH,
+    image_options,
+    opened,
+    print_json,
+    printable,
+    strict_option,
+    trust_options,
+)
 from diffmergefs.cli.progress import progress
 from diffmergefs.cli.tables import new_table, print_table
 from diffmergefs.trust import TrustPolicy
@@ -15,6 +23,7 @@ from diffmergefs.writing.flatten import flatten as flatten_view
 
 @click.command()
 @image_options
+@strict_option
 @click.option("-o", "--output", required=True, type=PATH, help="The new image file.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists, in one step.")
 @click.option("--verify", is_flag=True, help="Read both back and compare before it is published.")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from diffmergefs.beneath import Reach
-from diffmergefs.content import Verdicts, copied_up, is_complete, sampled
+from diffmergefs.contentchecks import copied_up, hint_of_filled, is_complete, sampled
+from diffmergefs.contentverdicts import Parents, Verdicts
 from diffmergefs.errors import DiffMergeError, FileAccessError
 from diffmergefs.health.finding import Finding, Severity
 from diffmergefs.integrity import seal
@@ -33,6 +34,8 @@ _REMEDY = {
     " depends on it",
     "access": "see that this user can read it, that nobody writes to it, and that its storage is"
     " well",
+    "filled": "if the guest does not wipe its memory, take the diff again with write(2), and have"
+    " it sealed as the last step; --strict refuses such a layer",
     "seal": "bring back the file that was sealed, or take the diff again; only one whose holes are"
     " known to be right can be sealed anew, with `diffmergefs seal --force`",
 }
@@ -45,7 +48,7 @@ def wrong(subject: str, check: str, error: DiffMergeError) -> Finding:
 
 def examine_layer(
     layer: Layer,
-    parents: Sequence[Layer] | None,
+    parents: Parents | None,
     policy: TrustPolicy,
     verdicts: Verdicts,
     root: Reach | None = None,
@@ -65,7 +68,7 @@ def examine_layer(
             has_seal = True
             yield finding
         yield from _examine_writers(layer)
-        if parents == []:
+        if parents is not None and not parents.layers:
             yield Finding(layer.path, "base", "fine", "a base: its holes are zeros")
             return
         found = list(_examine_extents(layer, parents, policy, verdicts))
@@ -145,12 +148,12 @@ def _examine_seal(
 
 
 def _examine_extents(
-    layer: Layer, parents: Sequence[Layer] | None, policy: TrustPolicy, verdicts: Verdicts
+    layer: Layer, parents: Parents | None, policy: TrustPolicy, verdicts: Verdicts
 ) -> Iterator[Finding]:
     dense = layer.extents.covers(layer.size)
     failed = list(problems(layer, policy.page_size, complete=dense and parents is not None))
     # One of another size is the chain's fault, and said there.
-    fit = parents is None or parents[0].size == layer.size
+    fit = parents is None or parents.layers[0].size == layer.size
     if fit and (problem := copied_up(parents, layer, policy, verdicts)):
         failed.append(problem)
     for problem in failed:
@@ -160,13 +163,16 @@ def _examine_extents(
         yield Finding(layer.path, problem.check, severity, problem.text, why, problem.remedy)
     if dense:
         yield from _examine_dense(layer, parents, verdicts) if fit else ()
+    elif parents and fit and (hint := hint_of_filled(parents, layer, policy, verdicts)):
+        why = "a store through a mapping, or a reader of a tmpfs, fills holes with zeros"
+        yield Finding(layer.path, "filled", "warning", hint.text, why, _REMEDY["filled"])
     elif not failed:
         text = f"{layer.extents.data_bytes} bytes in {len(layer.extents)} extents can be trusted"
         yield Finding(layer.path, "extents", "fine", text)
 
 
 def _examine_dense(
-    layer: Layer, parents: Sequence[Layer] | None, verdicts: Verdicts
+    layer: Layer, parents: Parents | None, verdicts: Verdicts
 ) -> Iterator[Finding]:
     why = "as a diff it hides all layers below; one whose holes a copy has filled looks so too"
     if parents is None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from diffmergefs.beneath import Reach
-from diffmergefs.content import Verdicts
+from diffmergefs.contentverdicts import Parents, Verdicts
 from diffmergefs.errors import DiffMergeError, FileAccessError, ForeignFormatError
 from diffmergefs.health.diagnosis import examine_layer, wrong
 from diffmergefs.health.finding import Finding
@@ -97,8 +97,8 @@ def _examine_snapshots(
                 continue
             below = [layers.get(link.tag) for link in catalog.reachable(tag)[:-1]]
             known = [each for each in below if each is not None]
-            parents = known if len(known) == len(below) else None
-            if snapshot.parent is not None and not parents:
+            parents = Parents(known) if len(known) == len(below) else None
+            if snapshot.parent is not None and not known:
                 parents = None
             path = snapshot.layer.path
             yield from examine_layer(layer, parents, policy, pool.verdicts, reach, path)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
 from diffmergefs.buffers import page_aligned
-from diffmergefs.content import Verdicts, hints_of_copy_up
+from diffmergefs.contentchecks import Hint, hints, require_exact
+from diffmergefs.contentverdicts import Parents, Verdicts
 from diffmergefs.errors import DenseDiffError, SealError
 from diffmergefs.extents import ExtentList
 from diffmergefs.integrity import bmap, seal
@@ -19,6 +20,7 @@ from diffmergefs.layer import Layer
 from diffmergefs.layouts.bitmap import PRESENCE_SUFFIX
 from diffmergefs.lease import require_no_writers
 from diffmergefs.trust import PAGE, TrustPolicy, require_trust
+from diffmergefs.view import require_equal_size
 from diffmergefs.writing.copying import failures
 from diffmergefs.writing.output import OutputFile
 
@@ -31,8 +33,8 @@ class SealResult:
     """What `seal_layer` did: the seal at `path` was 'written', 'rewritten' or is 'unchanged'.
 
     It has `ranges` of `data_bytes` bytes in all, in units of `block` bytes. `overridden` has a line
-    for each check that failed and that the policy overrode, `hints` for what only the layers below
-    could decide.
+    for each check that failed and that the policy overrode, `hints` for what may be wrong with
+    the layer though nothing proves it.
     """
 
     path: str
@@ -49,26 +51,30 @@ def seal_layer(
     *,
     force: bool = False,
     policy: TrustPolicy | None = None,
+    parents: Sequence[Layer] = (),
     progress: Callable[[int], None] = lambda done: None,
 ) -> SealResult:
     """Write the seal of a layer whose extents are known to be right: `FILE.bmap` beside it.
 
     First the layer is held to law 4 as a diff, whatever it is, and to having no writer; one without
-    a hole needs `policy.dense`. With a presence file beside it, that one's extents are sealed. The
+    a hole needs `policy.dense`. With the open layers below it, base first, as `parents`, its pages
+    are held against theirs too. With a presence file beside it, that one's extents are sealed. The
     seal is written atomically, with the layer's mode and, by root, its owner. One that is there is
     replaced if it has the same extents and its checksums are right; if it says anything else, only
     with `force`: it may be the only record of a diff that a copy has harmed. The layer is synced
     and read, never written. `progress` gets the bytes done so far.
 
     Raises UntrustedExtentsError, DenseDiffError, WriterError, SealError (another seal is there),
-    LayerChangedError, NoSpaceError, and FileAccessError for every other failure of a file.
+    SizeMismatchError, LayerChangedError, NoSpaceError, and FileAccessError for every other failure
+    of a file.
     """
     policy = policy or TrustPolicy()
     opener = seal.Opener(replace(policy, no_seal=True))
     opened = opener.open(os.fspath(path), is_diff=True)
     with closing(opened) as layer, failures(os.fspath(path)):
         overridden = _require_known(layer, policy)
-        hints = hints_of_copy_up(layer, policy, Verdicts(Remembered(policy.state_dir)))
+        below = Parents(parents) if parents else None
+        hinted = _require_exact(below, layer, policy, overridden)
         known = None if force else _known(layer)
         made = _map_of(layer, layer.extents, policy.page_size, progress)
         document = bmap.dump(made)
@@ -80,7 +86,7 @@ def seal_layer(
             _publish(where, document, layer, force=force or known is not None)
     data = sum(made.stops) - sum(made.starts)
     numbers = len(made), data, made.block
-    return SealResult(where, outcome, *numbers, tuple(overridden), tuple(hints))
+    return SealResult(where, outcome, *numbers, tuple(overridden), tuple(map(str, hinted)))
 
 
 def write_seal(path: str, extents: ExtentList, page_size: int = PAGE) -> None:
@@ -131,6 +137,17 @@ def _require_known(layer: Layer, policy: TrustPolicy) -> list[str]:
             " looks like that; if it is a base or another complete image, say so with --dense"
         )
     return overridden
+
+
+def _require_exact(
+    parents: Parents | None, layer: Layer, policy: TrustPolicy, overridden: list[str]
+) -> list[Hint]:
+    verdicts = Verdicts(Remembered(policy.state_dir))
+    if parents:
+        base = parents.layers[0]
+        require_equal_size(base.path, base.size, layer.path, layer.size)
+        overridden += require_exact(parents, layer, policy, verdicts)
+    return hints(parents, layer, policy, verdicts)
 
 
 def _known(layer: Layer) -> seal.StoredSeal | None:

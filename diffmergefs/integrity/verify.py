@@ -11,7 +11,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 from diffmergefs.beneath import Reach
-from diffmergefs.content import Verdicts, hints_of_copy_up
+from diffmergefs.contentchecks import Hint, hints
+from diffmergefs.contentverdicts import Parents, Verdicts
 from diffmergefs.errors import BrokenChainError, PinError
 from diffmergefs.explicit import require_distinct, warn_of_order
 from diffmergefs.images import LayerPool, find_image, judge_diff, require_known_base
@@ -108,7 +109,7 @@ class Verification:
                 tally.stop()
         verdicts = tuple(item.verdict() for item in self._items)
         found_all = (*self._faults, *faults)
-        return Verdict(verdicts, found_all, tuple(self._overridden), tuple(self._hints))
+        return Verdict(verdicts, found_all, tuple(self._overridden), tuple(map(str, self._hints)))
 
 
 class _Stopped(Exception):
@@ -226,12 +227,12 @@ def open_layers(base: str, diffs: Sequence[str], policy: TrustPolicy) -> Verific
 
 def _judge(
     items: Sequence[_Item], faults: Faults, policy: TrustPolicy, verdicts: Verdicts
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[str], list[Hint]]:
     # Writers, sizes and law 4. A diff is judged over its parents as long as none of them is at
     # fault, and by itself above that. Gives what was overridden, and the hints.
     overridden: list[str] = []
-    hints: list[str] = []
-    fit: list[Layer] = []
+    hinted: list[Hint] = []
+    fit = Parents()
     for number, item in enumerate(items):
         layer = item.layer
         if layer is None:
@@ -241,17 +242,19 @@ def _judge(
         with faults.noted(item.path):
             if item.link is not None and not item.has_parent:
                 overridden += require_known_base(layer, item.link.doubt, policy)
-            if fit:
-                require_equal_size(fit[0].path, fit[0].size, layer.path, layer.size)
-            if item.has_parent and len(fit) == number > 0:
+            for base in fit.layers[:1]:
+                require_equal_size(base.path, base.size, layer.path, layer.size)
+            if item.has_parent and len(fit.layers) == number > 0:
                 in_store = item.link is not None
-                overridden += judge_diff(fit, layer, policy, verdicts, in_store=in_store)[1]
+                found = judge_diff(fit, layer, policy, verdicts, in_store=in_store)
+                overridden += found.overridden
+                hinted += found.hints
             elif item.has_parent:
                 complete = layer.extents.covers(layer.size)
                 overridden += require_trust(layer, policy, complete=complete)
-                hints += hints_of_copy_up(layer, policy, verdicts)
-            fit.append(layer)
-    return overridden, hints
+                hinted += hints(None, layer, policy, verdicts)
+            fit.add(layer)
+    return overridden, hinted
 
 
 def _seal_checks(items: Sequence[_Item], memory: Remembered) -> Iterator[_Check]:

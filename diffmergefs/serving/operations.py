@@ -475,17 +475,30 @@ class Operations(pyfuse3.Operations):
         # Layer by layer, so that each is waited for in the event loop and not in a thread: many
         # clients of one slow layer must not use up the threads that others need. The layers are
         # held here until the image holds them. One that cannot be opened is judged by store.open.
-        layers = []
-        for link in store.chain(tag) or []:
+        layers: list[Layer] = []
+        links = store.chain(tag) or []
+        for link in links:
             with contextlib.suppress(DiffMergeError, OSError):
                 work = functools.partial(store.open_layer, link.layer)
                 # To compare a record takes a processor, as to hash a parent does.
                 limiter = self._hashing if link.layer.records else None
-                layers.append(await self._once((link.layer.key, link.layer.records), work, limiter))
+                key = link.layer.key, link.layer.records
+                layers.append(cast(Layer, await self._once(key, work, limiter)))
+        if len(layers) == len(links):
+            await self._read_layers(store, layers)
         async with trio.open_nursery() as nursery:
             for parent, link in store.pins(tag):
                 nursery.start_soon(self._hash_parent, store, parent, link)
         return cast(OpenImage, await self._once(tag, functools.partial(store.open, tag)))
+
+    async def _read_layers(self, store: Store, layers: Sequence[Layer]) -> None:
+        # To look into a layer takes a processor too, and slow storage its time: not in the threads
+        # in which others open theirs. store.open has the verdict.
+        for number in await self._in_thread(store.unread, layers):
+            with contextlib.suppress(DiffMergeError, OSError):
+                work = functools.partial(store.read, layers[: number + 1])
+                key = "pages", *(layer.key for layer in layers[: number + 1])
+                await self._once(key, work, self._hashing)
 
     async def _hash_parent(self, store: Store, parent: Snapshot, link: Snapshot) -> None:
         # A hash takes a processor for a second a gigabyte: never more at a time than there are,

@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from diffmergefs import beneath
+from diffmergefs.contentchecks import Hint, must_read
+from diffmergefs.contentchecks import read as read_pages
+from diffmergefs.contentverdicts import Parents
 from diffmergefs.errors import (
     DiffMergeError,
     FileAccessError,
@@ -25,6 +28,7 @@ from diffmergefs.images import Image, LayerPool, open_snapshot
 from diffmergefs.integrity.hashqueue import HashQueue
 from diffmergefs.integrity.pins import Hashes, require_pin
 from diffmergefs.integrity.state import Remembered
+from diffmergefs.layer import Layer
 from diffmergefs.layouts.catalog import Catalog, read_catalog
 from diffmergefs.layouts.reader import open_source
 from diffmergefs.layouts.snapshot import Snapshot, StoredFile
@@ -117,6 +121,7 @@ class Store:
         self._refusals: dict[str, tuple[Keys, DiffMergeError]] = {}
         self._complaints: dict[str, tuple[Keys, str]] = {}
         self._said: dict[str, str] = {}
+        self._hinted: set[Hint] = set()  # once a layer, however many images have it
         # The directories, below the root, of which the names of tags tell.
         self.named: frozenset[Folder] = frozenset()
 
@@ -198,12 +203,14 @@ class Store:
 
     def _forget(self, catalog: Catalog) -> None:
         # What is remembered of tags and files that are gone would grow as long as the mount lives.
-        present = {s.memory.key for s in catalog.snapshots.values() if s.memory}
+        files = [s.memory for s in catalog.snapshots.values() if s.memory]
+        present, paths = {file.key for file in files}, {file.path for file in files}
         with self._lock:
             for known in (self._refusals, self._complaints):
                 for tag in known.keys() - self._shown.keys():
                     del known[tag]
             self._right = {pin for pin in self._right if pin[0] in present}
+            self._hinted = {hint for hint in self._hinted if hint.path in paths}
         self._replacements.forget_all_but(present)
         self._pool.forget_all_but(present)
 
@@ -320,9 +327,28 @@ class Store:
         with self._lock:
             return next((tag for tag, (_, known) in self._images.items() if known is shown), None)
 
-    def open_layer(self, file: StoredFile) -> object:
+    def open_layer(self, file: StoredFile) -> Layer:
         """Open, sync and walk one layer; the caller holds the answer until `open` has used it."""
         return self._pool.layer(file)
+
+    def unread(self, layers: Sequence[Layer]) -> list[int]:
+        """The numbers of those layers of a chain whose pages `open` must read, to judge them.
+
+        Blocks, but reads none of them.
+        """
+        return [
+            number
+            for number, parents, layer in _each_over_its_parents(layers)
+            if must_read(parents, layer, self._policy, self._pool.verdicts)
+        ]
+
+    def read(self, layers: Sequence[Layer]) -> None:
+        """Read what must be read of the newest of these layers; `open` then knows what it found.
+
+        Blocks for a read of 16 MiB, and more for a diff on overlayfs. Raises DiffMergeError.
+        """
+        *below, layer = layers
+        read_pages(Parents(below), layer, self._policy, self._pool.verdicts)
 
     def pins(self, tag: str) -> list[tuple[Snapshot, Snapshot]]:
         """The parents that `open` must hash for `tag`, each with the link that records its hash.
@@ -385,7 +411,10 @@ class Store:
             with self._lock:
                 self._refusals[tag] = keys, kept
             raise
-        for line in image.overridden:
+        with self._lock:
+            news = [hint for hint in image.hints if hint not in self._hinted]
+            self._hinted.update(news)
+        for line in (*image.overridden, *news):
             log.warning("%s", line)
         with self._lock:
             self._images[tag] = keys, shown
@@ -424,6 +453,14 @@ def _holds_for_some(ask: Question, links: list[Snapshot], answers: Answers) -> b
         if answers[asked]:
             return True
     return False
+
+
+def _each_over_its_parents(layers: Sequence[Layer]) -> Iterator[tuple[int, Parents, Layer]]:
+    parents = Parents()
+    for number, layer in enumerate(layers):
+        if number and layer.size == layers[0].size:
+            yield number, parents, layer
+        parents.add(layer)
 
 
 def _status(file: int | str) -> os.stat_result | None:

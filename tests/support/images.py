@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -49,6 +50,24 @@ def write_layer(path: Path, size: int, extents: Iterable[tuple[int, bytes]]) -> 
                 done += os.pwrite(file.fileno(), data[done:], offset + done)
         os.fsync(file.fileno())
     return path
+
+
+def store_mapped(path: Path, extents: Iterable[tuple[int, bytes]], advice: int = 0) -> None:
+    """Read the whole file, and then store the extents in it through a shared mapping.
+
+    So ext4 and xfs make data of all of each folio that is cached there, and tmpfs of a huge page
+    where it may have one (`advice`: MADV_HUGEPAGE). Synced when this returns.
+    """
+    with path.open("r+b", buffering=0) as file:
+        while file.read(1 << 20):
+            pass
+        with mmap.mmap(file.fileno(), 0) as memory:
+            if advice:
+                memory.madvise(advice)
+            for offset, data in extents:
+                memory[offset : offset + len(data)] = data
+            memory.flush()
+        os.fsync(file.fileno())
 
 
 def overlay_oracle(size: int, layers: Sequence[Sequence[tuple[int, bytes]]]) -> bytearray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +50,10 @@ class VmChain:
     snapshots: tuple[Snapshot, ...]
 
 
-def build_chain(directory: Path) -> VmChain:
-    """Boot a VM and take three snapshots of it, with work in between.
+def build_chain(
+    directory: Path, tags: Sequence[str] = TAGS, machine: qemu.Machine | None = None
+) -> VmChain:
+    """Boot a VM and take snapshots of it: the first as it is, each other after the work of its tag.
 
     Everything is written below the existing, empty `directory`; the store holds the layers and the
     device states only, in the numbered layout. QEMU is gone on return. Raises
@@ -62,10 +65,10 @@ def build_chain(directory: Path) -> VmChain:
     store.mkdir()
     live = directory / "ram"
     snapshots: list[Snapshot] = []
-    with qemu.boot(guest, live) as vm:
+    with qemu.boot(guest, live, machine or qemu.Machine()) as vm:
         nonce = vm.console.wait_for(r"nonce drawn (\w+)", _BOOT_TIMEOUT)[1]
         vm.console.wait_for("ready", _ANSWER_TIMEOUT)
-        for number, tag in enumerate(TAGS):
+        for number, tag in enumerate(tags):
             if number:
                 ask(vm, tag)
             sums = ask_sums(vm)

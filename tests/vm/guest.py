@@ -45,6 +45,8 @@ while :; do
     if read -r -t 1 command; then
         case $command in
             work) random work 512; random boot 128; wipe 0 ;;
+            idle) sleep 2 ;;
+            free) rm -f boot work more ;;
             more) random more 256; rm boot; wipe 128 ;;
             sums) sha256sum * | while read -r sum name; do echo "sum $name $sum"; done ;;
         esac
@@ -67,8 +69,9 @@ class Guest:
     The init draws a nonce once per boot and prints `nonce drawn NONCE`, then `ready`; from then on
     it prints `tick N nonce NONCE` about once a second, N rising by one. A line `work` or `more` on
     its console makes it dirty its memory: it writes random files in a tmpfs, overwrites part of a
-    file of 0xAA in place with zeros. `sums` makes it print `sum NAME SHA256` for each file. Each
-    command is answered with `done COMMAND` when its work is over.
+    file of 0xAA in place with zeros. `idle` is two seconds without work, and `free` deletes the
+    random files. `sums` makes it print `sum NAME SHA256` for each file. Each command is answered
+    with `done COMMAND` when its work is over.
     """
 
     kernel: Path

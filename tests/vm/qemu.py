@@ -31,13 +31,15 @@ class Machine:
     """Which QEMU runs the guest, and with how much memory.
 
     `firmware` are directories of its BIOS and option ROMs, where it is not installed in the usual
-    place; `environment` is added to this process's own.
+    place; `environment` is added to this process's own. `arguments` are the kernel's, beside those
+    of every guest.
     """
 
     ram_size: int = RAM_SIZE
     program: str = _PROGRAM
     firmware: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    arguments: str = ""
 
 
 _SMALL = Machine()
@@ -185,7 +187,7 @@ def _run(guest: Guest, machine: Machine, backend: str, *options: str) -> Iterato
             *("-cpu", "qemu64,+rdrand"),
             *("-object", f"memory-backend-file,id=ram,size={machine.ram_size},{backend}"),
             *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)),
-            *("-append", "console=ttyS0 loglevel=6 panic=-1"),
+            *("-append", f"console=ttyS0 loglevel=6 panic=-1 {machine.arguments}"),
             *("-chardev", f"socket,id=console,fd={guest_console.fileno()}"),
             *("-serial", "chardev:console"),
             *("-chardev", f"socket,id=monitor,fd={guest_monitor.fileno()}"),
