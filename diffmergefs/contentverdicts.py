@@ -40,9 +40,11 @@ class Parents:
 
 
 def _identity(layer: Layer) -> bytes:
-    # The extents follow from these.
+    # The extents follow from these, but where it depends on the page cache what is data.
     status, records = layer.status, sorted(layer.records)
     numbers = _NUMBERS.pack(status.st_dev, status.st_ino, *layer.fingerprint)
+    if len(layer.unwritten) or len(layer.unmapped):
+        numbers += layer.extents.starts.tobytes() + layer.extents.stops.tobytes()
     return numbers + (repr(records).encode() if records else b"")
 
 

@@ -126,6 +126,8 @@ def _held_against_map(fd: int, size: int) -> Walk:
         return Walk(data, none, none, none)
     written = ExtentList(mapped.ranges(0))
     unwritten = ExtentList(mapped.ranges(_FIEMAP_EXTENT_UNWRITTEN))
+    if data == written:
+        return Walk(data, unwritten, none, none)
     unmapped = ExtentList(data.outside(written, unwritten))
     return Walk(data, unwritten, unmapped, ExtentList(written.outside(data)))
 

@@ -5,6 +5,8 @@ xfs calls a hole data while its pages are cached over space that it has reserved
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import os
 import subprocess
@@ -15,21 +17,28 @@ from typing import Any
 import pytest
 
 from diffmergefs import sparse
+from diffmergefs.contentverdicts import Parents, Verdicts
 from diffmergefs.errors import LayerChangedError, UntrustedExtentsError
 from diffmergefs.extents import ExtentList
+from diffmergefs.health.doctor import examine_path
 from diffmergefs.images import open_chain
 from diffmergefs.integrity.sealing import seal_layer
+from diffmergefs.integrity.state import Remembered
 from diffmergefs.layer import Layer
 from diffmergefs.serving.store import Store
 from diffmergefs.trust import TrustPolicy, problems, require_trust
 from diffmergefs.view import MergedView
 from diffmergefs.writing.flatten import flatten
 from diffmergefs.writing.rediff import rediff
-from tests.support.commands import diffmergefs
+from tests.support import loopfs
+from tests.support.commands import as_user, diffmergefs
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.layers import poke, written
+from tests.support.live import error_of, until
+from tests.support.mounts import mounted
 from tests.support.reserved import DATA, NEW, OLD, SIZE, mapped, write_again, write_reserved
 from tests.support.stores import OLD_NS, SECOND_NS, age, write_tag
+from tests.support.users import NOBODY
 
 BASE = [(0, signed(0, 0, SIZE))]
 ORACLE = overlay_oracle(SIZE, [BASE, NEW])
@@ -198,6 +207,63 @@ def test_a_store_asks_again_at_each_look_without_a_walk(
     assert sorted(caplog.messages) == [f"leaf: {gone}", f"work: {gone}"]
     assert store.open("work").image.view.read(0, SIZE) == ORACLE
     assert store.open("leaf") and times(root / "work" / "memory.bin") == before
+
+
+def test_a_mounted_tag_comes_when_nobody_maps_its_diff_any_more(
+    place: Path, mountpoint: Path
+) -> None:
+    root = place / "store"
+    age(write_layer(write_tag(root, "base", size=SIZE) / "memory.bin", SIZE, BASE))
+    memory = write_tag(root, "work", "base", size=SIZE) / "memory.bin"
+    memory.unlink()
+    age(write_reserved(memory))
+    before = times(memory)
+    shown = mountpoint / "work" / "memory.bin"
+    with mounted(root, mountpoint, expect_log=("its memory file is not shown: ",)) as mount:
+        with mapped(memory):
+            assert error_of(shown) == errno.EIO
+            assert PAST in mount.log()
+        until(lambda: error_of(shown) is None, "the tag's memory file does not come")
+        assert shown.read_bytes() == ORACLE
+        assert mount.log().count("its memory file is not shown") == 1
+    assert times(memory) == before
+
+
+def test_doctor_names_the_cause(diff: Path) -> None:
+    with mapped(diff):
+        found = [finding for finding in examine_path(str(diff)) if finding.severity == "wrong"]
+    assert [finding.check for finding in found] == ["map", "dense"]
+    assert PAST in found[0].finding and "try again" in found[0].remedy
+    assert not [finding for finding in examine_path(str(diff)) if finding.severity == "wrong"]
+
+
+def test_who_may_only_read_it_drops_cached_holes_too(public_path: Path) -> None:
+    with loopfs.made("xfs", public_path) as folder:
+        base, diff = write_layer(folder / "base", SIZE, BASE), write_reserved(folder / "diff")
+        for path in (base, diff):
+            path.chmod(0o644)
+        done = as_user(NOBODY, NOBODY, ["info", "--json", "--base", base, "--diff", diff])
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["layers"][1]["data_bytes"] == len(DATA) * PAGE
+
+
+def test_what_pages_tell_is_remembered_of_the_extents_that_were_read(
+    diff: Path, tmp_path: Path
+) -> None:
+    """With a check overridden they depend on the cache, and no time stamp does."""
+    verdicts = Verdicts(Remembered(str(tmp_path)))
+    looked: list[int] = []
+
+    def look(layer: Layer) -> Callable[[], tuple[int, ...]]:
+        return lambda: looked.append(layer.extents.data_bytes) or (1,)
+
+    with mapped(diff):
+        filled = Layer.open(str(diff))
+    exact = Layer.open(str(diff))
+    assert filled.fingerprint == exact.fingerprint
+    for layer in (filled, exact, filled, exact):
+        assert verdicts.of("kind", Parents(), layer, look(layer)) == (1,)
+    assert looked == [SIZE, len(DATA) * PAGE]
 
 
 def test_a_layer_that_a_base_holds_open_is_walked_again_for_a_diff(place: Path) -> None:

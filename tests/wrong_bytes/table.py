@@ -88,6 +88,11 @@ TABLE = [
     ),
     Row(directly("xfs"), copied_and_written_again, meanwhile=mapped, must="map"),
     Row(directly("xfs"), flattened_and_written_again, meanwhile=mapped, must="map"),
+    *(
+        Row(place, copied_and_written_again, read_by_somebody, meanwhile, must)
+        for place in (lower(directly("xfs")), upper("xfs"))
+        for meanwhile, must in ((nullcontext, RIGHT), (mapped, "map"))
+    ),
     # Overlays: what stores the file counts.
     *(Row(upper(kind)) for kind in ("ext4", "xfs", "tmpfs")),
     Row(upper("ext4", packed("squashfs"))),
