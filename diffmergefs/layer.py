@@ -13,6 +13,7 @@ from diffmergefs import beneath, foreign, sparse
 from diffmergefs.errors import FileAccessError, LayerChangedError, SizeMismatchError
 from diffmergefs.extents import ExtentList
 from diffmergefs.filekey import FileKey
+from diffmergefs.permissions import copied_bits
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,18 @@ class Layer:
     def key(self) -> FileKey:
         """The identity of the file as it was opened."""
         return FileKey.of(self.status)
+
+    @property
+    def mode(self) -> int:
+        """The permission bits for a copy of the file: the owner's alone where it has an ACL.
+
+        Raises OSError with `path` as its filename.
+        """
+        try:
+            return copied_bits(self.fd, self.status.st_mode)
+        except OSError as error:
+            error.filename = self.path
+            raise
 
     def adopt(self, extents: ExtentList, record: Record) -> None:
         """Put in force the extents of a record that was found to be right, before any are used.

@@ -14,12 +14,12 @@ import pytest
 
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.layer import Layer
+from diffmergefs.permissions import has_acl
 from diffmergefs.serving.access import (
     LISTING,
     Access,
     Folder,
     folder_bits,
-    has_acl,
     lineage,
     reachable,
     view_access,

@@ -23,7 +23,7 @@ LEVELS = [
     {
         "buffers", "descriptors", "errors", "extents", "filekey", "health", "health.finding",
         "integrity", "isolated", "layouts", "logformat", "logqueue", "mountinfo", "names", "once",
-        "pictures", "pictures.cells", "pictures.curve", "pictures.legend", "serving",
+        "permissions", "pictures", "pictures.cells", "pictures.curve", "pictures.legend", "serving",
         "serving.contents", "serving.guard", "serving.holders", "serving.metrics",
         "serving.mounttable", "serving.notify", "serving.readalarm", "serving.tuning", "workers",
         "workingsets", "workingsets.advise", "writing",

@@ -221,6 +221,8 @@ def _publish(where: str, document: bytes, layer: Layer, *, force: bool) -> None:
                 stream.write(document)
             if os.geteuid() == 0:
                 os.fchown(file.target.fd, layer.status.st_uid, layer.status.st_gid)
-        file.finish(layer.status.st_mode & _MODES)
+        with failures(where):
+            mode = layer.mode & _MODES
+        file.finish(mode)
         layer.settle()
         file.publish()

@@ -59,10 +59,12 @@ def publish(
         content = draw()
         with failures(path, file.target), open(file.target.fd, "wb", closefd=False) as stream:
             stream.write(content)
-        file.finish(_mode(layers))
+        with failures(path):
+            mode = _mode(layers)
+        file.finish(mode)
         file.publish()
 
 
 def _mode(layers: Collection[Layer]) -> int:
-    common = functools.reduce(operator.and_, (layer.status.st_mode for layer in layers))
+    common = functools.reduce(operator.and_, (layer.mode for layer in layers))
     return 0o600 | common & 0o044

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from diffmergefs import beneath
 from diffmergefs.layer import Layer
+from diffmergefs.permissions import file_bits
 
 _READ = 0o444
 _SEARCH = 0o1
 LISTING = 0o5
-_NO_ACL = frozenset({errno.ENODATA, errno.EOPNOTSUPP})
 _PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -98,27 +97,6 @@ def require_same(status: os.stat_result, device: int, inode: int, path: str) -> 
     """Raise OSError (ESTALE) unless `status`, of what stands at `path`, is that of this file."""
     if (status.st_dev, status.st_ino) != (device, inode):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
-
-
-def file_bits(file: int | str, mode: int) -> int:
-    """The permission bits of `file`, whose st_mode is `mode`, that its mirror can have.
-
-    Where there is an ACL, the owner's alone: 0400 of a file, 0700 of a directory.
-    """
-    if stat.S_ISLNK(mode) or not has_acl(file):
-        return mode & 0o777
-    return mode & (0o700 if stat.S_ISDIR(mode) else 0o400)
-
-
-def has_acl(file: int | str) -> bool:
-    """Whether a POSIX ACL restricts or extends the permission bits of `file`."""
-    try:
-        os.getxattr(file, "system.posix_acl_access")
-    except OSError as error:
-        if error.errno in _NO_ACL:
-            return False
-        raise
-    return True
 
 
 def reachable(folders: Iterable[Folder], uid: int, gid: int, need: int = _SEARCH) -> int:

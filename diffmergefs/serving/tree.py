@@ -24,9 +24,9 @@ from diffmergefs.errors import DiffMergeError
 from diffmergefs.images import require_spare_descriptors
 from diffmergefs.layouts.snapshot import DOCUMENT, Snapshot, is_left_out
 from diffmergefs.names import STATUS_FOLDER
+from diffmergefs.permissions import file_bits
 from diffmergefs.serving.access import (
     LISTING,
-    file_bits,
     folder_bits,
     lineage,
     reachable,

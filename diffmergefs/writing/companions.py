@@ -13,6 +13,7 @@ from diffmergefs import beneath
 from diffmergefs.beneath import Root
 from diffmergefs.layer import Layer
 from diffmergefs.layouts.snapshot import is_left_out, status_of
+from diffmergefs.permissions import copied_bits
 from diffmergefs.view import MergedView
 from diffmergefs.writing.copying import failures
 from diffmergefs.writing.flatten import flatten
@@ -40,12 +41,15 @@ def copy_folder(fd: int, folder: str, target: str, kept: Kept) -> None:
     DiffMergeError, also where another directory has come to stand in the place of one within.
     """
     waiting = [("", target, os.fstat(fd))]
-    finished = []
+    finished: list[tuple[str, os.stat_result, int]] = []
     while waiting:
         source, into, known = waiting.pop()
         with failures(os.path.join(folder, source)), beneath.passing(fd, source) as here:
             if not os.path.samestat(os.fstat(here), known):
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            mode = copied_bits(f"/proc/self/fd/{here}", known.st_mode)
+            if source:
+                finished.append((into, known, mode))
             for name, status in list(_entries(here)):
                 path, place = os.path.join(source, name), os.path.join(into, name)
                 called = os.path.join(folder, path)
@@ -55,14 +59,13 @@ def copy_folder(fd: int, folder: str, target: str, kept: Kept) -> None:
                     with failures(place):
                         os.mkdir(place, 0o700)
                     waiting.append((path, place, status))
-                    finished.append((place, status))
                 elif stat.S_ISLNK(status.st_mode):
                     _copy_symlink(here, name, place, status, called)
                 elif stat.S_ISREG(status.st_mode) and not kept.has(status):
                     copy_file(here, name, place, called)
     # The innermost last opened first: a directory may come to forbid its owner to write in it.
-    for place, status in reversed(finished):
-        take_over(place, status)
+    for place, status, mode in reversed(finished):
+        take_over(place, status, mode)
         with failures(place):
             sync_directory(place)
 
@@ -76,6 +79,7 @@ def copy_file(root: Root, path: str, target: str, called: str | None = None) -> 
         fd = beneath.open_regular(root, path)
         try:
             status = os.fstat(fd)
+            mode = copied_bits(fd, status.st_mode)
         finally:
             os.close(fd)
     if status.st_size == 0:
@@ -83,15 +87,16 @@ def copy_file(root: Root, path: str, target: str, called: str | None = None) -> 
             os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     else:
         with closing(Layer.open(path, root, called)) as layer:
-            status = layer.status
+            with failures(called or path):
+                status, mode = layer.status, layer.mode
             flatten(MergedView([layer]), target)
-    take_over(target, status)
+    take_over(target, status, mode)
     with failures(target):
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def take_over(path: str, status: os.stat_result, bits: int = 0o7777) -> None:
-    """Give the file or directory `path` these bits of the mode, and by root the owner, of `status`.
+def take_over(path: str, status: os.stat_result, mode: int) -> None:
+    """Give the file or directory `path` this mode, and by root the owner of `status`.
 
     A symlink keeps its mode. Raises FileAccessError.
     """
@@ -99,7 +104,7 @@ def take_over(path: str, status: os.stat_result, bits: int = 0o7777) -> None:
         if os.geteuid() == 0:
             os.chown(path, status.st_uid, status.st_gid, follow_symlinks=False)
         if not stat.S_ISLNK(status.st_mode):
-            os.chmod(path, status.st_mode & bits)
+            os.chmod(path, mode)
 
 
 def _entries(folder: int) -> Iterator[tuple[str, os.stat_result]]:
@@ -126,4 +131,4 @@ def _copy_symlink(
             os.close(handle)
     with failures(target):
         os.symlink(leads_to, target)
-    take_over(target, status)
+    take_over(target, status, 0)

@@ -115,7 +115,8 @@ def _data(view: MergedView) -> ExtentList:
 
 
 def _mode(view: MergedView) -> int:
-    modes = [layer.status.st_mode & 0o777 for layer in view.layers]
+    with failures(view.layers[0].path):
+        modes = [layer.mode & 0o777 for layer in view.layers]
     return modes[0] & (functools.reduce(operator.and_, modes) | ~_READ_BITS)
 
 

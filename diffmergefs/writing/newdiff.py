@@ -210,8 +210,9 @@ class NewDiff:
             moved(len(part))
 
     def _mode(self) -> int:
-        modes = [layer.status.st_mode & 0o777 for layer in self._inputs]
-        newest = self._source.layers[-1].status.st_mode & 0o777
+        with failures(self.path):
+            modes = [layer.mode & 0o777 for layer in self._inputs]
+            newest = self._source.layers[-1].mode & 0o777
         return newest & (functools.reduce(operator.and_, modes) | ~_READ_BITS)
 
     def _reopened(self) -> Layer:

@@ -24,6 +24,7 @@ from diffmergefs.layouts.snapshot import (
     parse_document,
     read_with_status,
 )
+from diffmergefs.permissions import copied_bits
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.view import MergedView
 from diffmergefs.writing.companions import Kept, copy_file, copy_folder, take_over
@@ -166,12 +167,13 @@ class StoreWriter:
         # to stand at its path meanwhile may let in others.
         with failures(link.tag), beneath.passing(self._root, link.tag) as source:
             status = os.fstat(source)
+            mode = copied_bits(f"/proc/self/fd/{source}", status.st_mode)
             self._copy_companions(source, link.snapshot, folder)
             if link.snapshot.document is not None:
                 self._write_document(source, link.snapshot, folder)
             if os.path.dirname(link.snapshot.layer.path) == link.tag:
-                _require_there(source, link.snapshot.layer.path, link.layer.status)
-        take_over(folder, status)
+                _mode_there(source, link.snapshot.layer.path, link.layer.status)
+        take_over(folder, status, mode)
         with failures(folder):
             sync_directory(folder)
         return done
@@ -200,9 +202,11 @@ class StoreWriter:
             data = _copy_diff(own, path, seal, options, report)
             done = "diff"
         report(link.layer.size)
-        take_over(path, link.layer.status)
+        with failures(path):
+            mode = link.layer.mode
+        take_over(path, link.layer.status, mode)
         if seal:
-            take_over(path + SEAL_SUFFIX, link.layer.status, bits=0o666)
+            take_over(path + SEAL_SUFFIX, link.layer.status, mode & 0o666)
         return NewSnapshot(
             tag=link.tag,
             parent=link.snapshot.parent,
@@ -223,7 +227,7 @@ class StoreWriter:
         place = os.path.join(self._directory.final, snapshot.tag)
         path = f"{snapshot.tag}/{DOCUMENT}"
         text, status = read_with_status(self._root, path, MAX_DOCUMENT)
-        _require_there(source, path, status)
+        mode = _mode_there(source, path, status)
         read = snapshot.document_status
         if read is None or FileKey.of(status) != FileKey.of(read):
             raise LayerChangedError(f"{path}: changed since it was looked over; try again")
@@ -238,15 +242,20 @@ class StoreWriter:
             file.write(json.dumps(document, indent=2).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        take_over(path, status)
+        take_over(path, status, mode)
 
 
-def _require_there(folder: int, path: str, status: os.stat_result) -> None:
-    # Raises LayerChangedError unless the file of `status` lies in the directory, by its name.
+def _mode_there(folder: int, path: str, status: os.stat_result) -> int:
+    # The mode for a copy of the file of `status`. Raises LayerChangedError unless that lies in the
+    # directory, by its name.
+    name = os.path.basename(path)
     with suppress(FileNotFoundError):
-        found = os.stat(os.path.basename(path), dir_fd=folder, follow_symlinks=False)
-        if os.path.samestat(found, status):
-            return
+        handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            if os.path.samestat(os.fstat(handle), status):
+                return copied_bits(f"/proc/self/fd/{handle}", status.st_mode)
+        finally:
+            os.close(handle)
     raise LayerChangedError(f"{path}: another file stands there by now; try again")
 
 

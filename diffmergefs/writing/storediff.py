@@ -6,7 +6,6 @@ forkd's daemon leaves links that it has merged already: complete images in spite
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable
 
 from diffmergefs.beneath import Reach
@@ -21,6 +20,7 @@ from diffmergefs.integrity.pins import Hashes, require_pin
 from diffmergefs.integrity.state import Remembered
 from diffmergefs.layouts.catalog import Catalog, read_catalog
 from diffmergefs.layouts.snapshot import DOCUMENT
+from diffmergefs.permissions import copied_bits
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.writing.companions import take_over
 from diffmergefs.writing.copying import failures
@@ -122,8 +122,9 @@ class StoreRediff:
             self._require_unchanged()
             with failures(self.source):
                 status = os.fstat(self._root)
-            take_over(directory.path, status)
-            directory.publish(stat.S_IMODE(status.st_mode))
+                mode = copied_bits(self._root, status.st_mode)
+            take_over(directory.path, status, mode)
+            directory.publish(mode)
         return NewStore(output, tuple(done), self.left_out, tuple(self._overridden))
 
     def _read(self) -> Catalog:
