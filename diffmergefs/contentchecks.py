@@ -88,19 +88,30 @@ def require_exact(
     return require_none([found] if found else [], policy)
 
 
+def require_exact_over(below: content.Read, layer: Layer, policy: TrustPolicy) -> list[str]:
+    """`require_exact` over any bytes, of which nothing is remembered. Raises OSError too."""
+    page = max(PAGE, policy.page_size)
+    found = content.find_copy_up(below, layer, page) if _copy_up(layer, policy) else ()
+    problem = _copy_up_problem(layer, found, over=" over data of its base")
+    return require_none([problem] if problem else [], policy)
+
+
 def copied_up(
     parents: Parents | None, layer: Layer, policy: TrustPolicy, verdicts: Verdicts
 ) -> Problem | None:
     """What `content.find_copy_up` finds in a diff on overlayfs that has holes, and no record."""
     look = _copy_up(layer, policy)
     found = look.found(parents, layer, verdicts) if look else ()
+    return _copy_up_problem(layer, found, over=" over data of its parent" if parents else "")
+
+
+def _copy_up_problem(layer: Layer, found: Finding, over: str) -> Problem | None:
     if not found:
         return None
     start, stop, zeros = found
     text = (
-        f"the extent [{start}, {stop}) on overlayfs has {zeros} pages of zeros"
-        f"{' over data of its parent' if parents else ''} beside written ones, the sign of a"
-        " copy-up that filled holes"
+        f"the extent [{start}, {stop}) on overlayfs has {zeros} pages of zeros{over} beside written"
+        " ones, the sign of a copy-up that filled holes"
     )
     return Problem(layer.path, "copy-up", text, _WAY_OUT)
 

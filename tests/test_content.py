@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+import trio
 
 from diffmergefs import content, sparse
 from diffmergefs.content import Pages, compare_pages
@@ -16,10 +17,13 @@ from diffmergefs.extents import ExtentList
 from diffmergefs.images import LayerPool, open_chain, open_snapshot
 from diffmergefs.layer import Layer
 from diffmergefs.layouts.catalog import read_catalog
+from diffmergefs.serving.operations import Operations
+from diffmergefs.serving.store import Store
+from diffmergefs.serving.tree import ROOT_INODE, Tree
 from diffmergefs.trust import TrustPolicy
 from diffmergefs.view import MergedView
 from tests.support import loopfs
-from tests.support.commands import diffmergefs, succeed
+from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.stores import age, pages, write_chain
 
@@ -149,6 +153,17 @@ def test_where_the_parent_is_not_known_it_is_a_warning(overlay_fs: loopfs.Overla
     assert done.returncode == 0 and done.stderr.splitlines() == [f"diffmergefs: {line}"]
 
 
+def test_apply_refuses_a_copy_up(overlay_fs: loopfs.Overlay, tmp_path: Path) -> None:
+    base = write_layer(tmp_path / "base", SIZE, BASE)
+    write_layer(overlay_fs.lower / "diff", SIZE, pages(1, [1024]))
+    diff = overlay_fs.merged / "diff"
+    write_at(diff, 3 * 1024)
+    assert "[4194304, 5242880) on overlayfs has 255 pages" in mistake(5, "apply", diff, base)
+    assert base.read_bytes() == BASE[0][1]
+    done = diffmergefs("apply", "--trust-grain=copy-up", diff, base)
+    assert done.returncode == 0 and "overrides the check of copy-up" in done.stderr
+
+
 @pytest.mark.parametrize("verb", ["info", "verify", "flatten"])
 def test_every_verb_refuses_a_copy_up(
     overlay_fs: loopfs.Overlay, tmp_path: Path, verb: str
@@ -267,3 +282,36 @@ def test_reading_a_sample_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
         content.sample(MergedView([base]).read, base.extents, base)
         pages_read = len(asked) // 2
         assert pages_read == reads if reads else 100 <= pages_read < 200
+
+
+def test_a_mount_samples_each_link_once_and_within_the_processors_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tags = dense_store(tmp_path / "store", 30)
+    store = Store(
+        str(tmp_path / "store"), TrustPolicy(state_dir=str(tmp_path / "state"), verify="no")
+    )
+    store.look()
+    operations = Operations(Tree("/somewhere", store))
+    seen: list[tuple[str, int]] = []
+    real = content.sample
+
+    def counted(parents: content.Read, below: ExtentList, layer: Layer) -> Pages:
+        seen.append((layer.path, operations._hashing.borrowed_tokens))
+        return real(parents, below, layer)
+
+    monkeypatch.setattr(content, "sample", counted)
+
+    async def look_up(tag: str) -> None:
+        folder = await operations.lookup(ROOT_INODE, tag.encode(), None)  # type: ignore[arg-type]
+        await operations.lookup(folder.st_ino, b"memory.bin", None)  # type: ignore[arg-type]
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for tag in tags:
+                nursery.start_soon(look_up, tag)
+
+    trio.run(main)
+    assert sorted(path for path, _ in seen) == [f"{tag}/memory.bin" for tag in tags]
+    limit = operations._hashing.total_tokens
+    assert all(1 <= borrowed <= limit for _, borrowed in seen)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 
-from diffmergefs import beneath, foreign
+from diffmergefs import beneath, foreign, sparse
+from diffmergefs.contentchecks import require_exact_over
 from diffmergefs.errors import DenseDiffError, OutputRefusedError
 from diffmergefs.integrity.seal import Opener
 from diffmergefs.integrity.sealing import remove_seal
@@ -59,6 +61,9 @@ def apply_diff(
     with closing(opened) as layer, _readable(base) as readable:
         _require_fit(layer, readable, base)
         _require_meant(layer, policy)
+        with failures(layer.path):
+            below = functools.partial(_bytes_of, readable)
+            _tell(require_exact_over(below, layer, policy))
         if len(layer.extents):
             with failures(base):
                 overridden = require_free(readable, base, layer.extents, layer.path, force)
@@ -118,6 +123,12 @@ def _require_meant(layer: Layer, policy: TrustPolicy) -> None:
             " base; is it the other way round? DIFF comes first, then BASE. If it is a complete"
             " image, say so with --dense"
         )
+
+
+def _bytes_of(fd: int, offset: int, length: int) -> bytearray:
+    buffer = bytearray(length)
+    sparse.read_into(fd, memoryview(buffer), offset)
+    return buffer
 
 
 def _tell(overridden: list[str]) -> None:

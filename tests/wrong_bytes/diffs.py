@@ -13,7 +13,7 @@ from pathlib import Path
 
 from diffmergefs.images import open_chain
 from diffmergefs.writing.flatten import flatten
-from tests.support.images import PAGE, signed, write_layer
+from tests.support.images import PAGE, signed, store_mapped, write_layer
 from tests.support.reserved import STEP, write_again
 
 SIZE = 16 << 20
@@ -97,6 +97,13 @@ def page_written_later(path: Path) -> Extents:
     with path.open("r+b", buffering=0) as file:
         os.pwrite(file.fileno(), extents[0][1], extents[0][0])
         os.fsync(file.fileno())
+    return extents
+
+
+def stored_through_a_mapping(path: Path) -> Extents:
+    """Stores of single pages through a mapping of the file, which somebody has just read."""
+    extents = [(n * PAGE, signed(3, n * PAGE, PAGE)) for n in (1300, 2500, 3300)]
+    store_mapped(path, extents)
     return extents
 
 

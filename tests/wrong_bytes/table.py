@@ -20,6 +20,7 @@ from tests.wrong_bytes.diffs import (
     read_and_dropped,
     read_by_somebody,
     scattered_pages,
+    stored_through_a_mapping,
 )
 from tests.wrong_bytes.places import (
     Place,
@@ -92,6 +93,15 @@ TABLE = [
         Row(place, copied_and_written_again, read_by_somebody, meanwhile, must)
         for place in (lower(directly("xfs")), upper("xfs"))
         for meanwhile, must in ((nullcontext, RIGHT), (mapped, "map"))
+    ),
+    # Stores through a mapping of what is cached: ext4 and xfs fill holes, and no metadata tells.
+    *(
+        Row(directly(kind), later=stored_through_a_mapping, must="filled", options=("--strict",))
+        for kind in ("ext4", "xfs")
+    ),
+    *(
+        Row(directly(kind), later=stored_through_a_mapping, options=("--strict",))
+        for kind in ("btrfs", "tmpfs")
     ),
     # Overlays: what stores the file counts.
     *(Row(upper(kind)) for kind in ("ext4", "xfs", "tmpfs")),

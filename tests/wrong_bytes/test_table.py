@@ -10,6 +10,7 @@ import pytest
 
 from diffmergefs.errors import DenseDiffError, DiffMergeError, UntrustedExtentsError
 from diffmergefs.images import open_chain
+from diffmergefs.trust import TrustPolicy
 from tests.support import mounts, mounttable
 from tests.support.commands import diffmergefs, mistake
 from tests.support.images import overlay_oracle, signed, write_layer
@@ -32,10 +33,10 @@ def require_right(
         assert shown.read_bytes() == oracle
 
 
-def refusal(base: str, *diffs: str) -> DiffMergeError:
+def refusal(policy: TrustPolicy, base: str, *diffs: str) -> DiffMergeError:
     """The error with which they are refused; none of them stays open."""
     try:
-        open_chain(base, diffs)
+        open_chain(base, diffs, policy)
     except DiffMergeError as error:
         return error.anew()
     raise AssertionError(f"{diffs}: not refused")
@@ -43,7 +44,8 @@ def refusal(base: str, *diffs: str) -> DiffMergeError:
 
 def require_refused(layers: list[str], row: Row, out: Path, mountpoint: Path) -> None:
     """By this check, and nothing is shown."""
-    error = refusal(*(layer.partition("=")[2] for layer in layers))
+    policy = TrustPolicy(strict="--strict" in row.options)
+    error = refusal(policy, *(layer.partition("=")[2] for layer in layers))
     if row.must == "dense":
         assert isinstance(error, DenseDiffError)
     else:
