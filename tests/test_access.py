@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.errors import DiffMergeError
+from diffmergefs.images import open_chain
 from diffmergefs.layer import Layer
 from diffmergefs.permissions import has_acl
 from diffmergefs.serving.access import (
@@ -363,3 +364,27 @@ def test_nobody_reads_a_view_who_cannot_read_all_its_layers(public_path: Path) -
                 assert str(files[n]) in may, (user, files[n], access)
                 assert str(files[m]) in may, (user, files[m], access)
     assert granted > 200  # else this has proven nothing
+
+
+def test_no_moment_of_an_exchange_opens_a_door_to_explicit_layers(
+    public_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret, bait = write_tag(public_path, "secret", layer=1), write_tag(public_path, "bait")
+    own(secret, ROOT, 0o700)
+    for place in (secret, bait):
+        own(place / "memory.bin", ROOT, 0o644)
+    (public_path / "link").symlink_to("secret/memory.bin")
+    swapped = Swapped(monkeypatch, secret, bait)
+    seen = set()
+
+    def shown(at: tuple[int, ...]) -> None:
+        with swapped.during(at), suppress(DiffMergeError, OSError):
+            image = open_chain(public_path / "link")
+            with image.view as view:
+                mode = view_access(view.layers).mode
+                is_secret = bytes(view.read(0, SIZE)) == overlay(1)
+            seen.add((is_secret, mode))
+
+    for at in swapped.moments(lambda: shown(())):
+        shown(at)
+    assert seen == {(True, 0o400), (False, 0o444)}
