@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
 
-from diffmergefs.errors import FileAccessError
+from diffmergefs.errors import NO_PROC, FileAccessError, UnsupportedPlatformError
 
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PASS_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -55,7 +55,8 @@ def open_regular(root: Root | None, path: str) -> int:
     """A new read-only descriptor of the regular file `path`, beneath the directory `root`.
 
     With `root` None, `path` is any path and symlinks are followed. Raises FileAccessError for
-    anything but a regular file, without opening it, and OSError as open(2) does.
+    anything but a regular file, without opening it, OSError as open(2) does, and
+    UnsupportedPlatformError where /proc is missing.
     """
     handle = open_handle(root, path)
     try:
@@ -63,6 +64,9 @@ def open_regular(root: Root | None, path: str) -> int:
         if not stat.S_ISREG(mode):
             raise FileAccessError(f"{path}: {_KINDS.get(stat.S_IFMT(mode))}, not a regular file")
         return os.open(f"/proc/self/fd/{handle}", _OPEN_REGULAR)
+    except FileNotFoundError as error:
+        # What is open has not gone.
+        raise UnsupportedPlatformError(NO_PROC) from error
     finally:
         os.close(handle)
 

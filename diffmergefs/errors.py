@@ -142,8 +142,11 @@ class MountTimeoutError(DiffMergeError):
     errno = errno.ETIMEDOUT
 
 
+NO_PROC = "/proc is not mounted, and without it no file can be opened: mount -t proc proc /proc"
+
+
 class UnsupportedPlatformError(DiffMergeError):
-    """Holes can be read on Linux only."""
+    """Holes can be read on Linux only, and files opened only where /proc is mounted."""
 
     exit_code = 13
     errno = errno.EOPNOTSUPP

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from diffmergefs.cli import trial
 from diffmergefs.health.finding import Finding
-from diffmergefs.serving import host
-from tests.support import skips
+from diffmergefs.serving import asking, host
+from tests.support import mounttable, skips
+from tests.support.commands import succeed
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +40,7 @@ def found(check: str) -> Finding:
 
 def test_every_part_of_the_machine_is_looked_at_once() -> None:
     checks = [finding.check for finding in host.examine_host()]
-    assert checks == ["kernel", "device", "helper", "allow_other", "fusectl", "pyfuse3"]
+    assert checks == ["kernel", "device", "helper", "right", "allow_other", "fusectl", "pyfuse3"]
 
 
 def test_the_kernel_is_named() -> None:
@@ -151,3 +156,79 @@ def test_a_library_that_cannot_be_imported_is_a_warning(
     monkeypatch.setattr(subprocess, "Popen", instead)
     finding = found("pyfuse3")
     assert finding.severity == "warning" and said in finding.finding
+
+
+def test_the_right_to_mount(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found("right").severity == "fine" and "ordinary user" in found("right").finding
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    for may, severity in ((True, "fine"), (False, "warning")):
+        monkeypatch.setattr(host, "_may_administer", lambda may=may: may)
+        assert found("right").severity == severity and "CAP_SYS_ADMIN" in found("right").finding
+
+
+WITHOUT_THE_RIGHT = ["setpriv", "--bounding-set=-sys_admin", sys.executable, "-m", "diffmergefs"]
+
+
+@pytest.mark.usefixtures("root")
+def test_doctor_tries_the_act(tmp_path: Path) -> None:
+    skips.require_fuse()
+    if not skips.may_mount():
+        pytest.skip(skips.NO_MOUNTS)
+    assert "  fine     a view was mounted and read" in succeed("doctor").splitlines()
+    done = subprocess.run(
+        [*WITHOUT_THE_RIGHT, "doctor", "--json"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    findings = {each["check"]: each for each in json.loads(done.stdout)}
+    assert findings["right"]["severity"] == "warning"
+    assert findings["mount"]["severity"] == "wrong"
+    assert "a view cannot be mounted: " in findings["mount"]["finding"]
+    assert "without CAP_SYS_ADMIN" in findings["mount"]["finding"]
+
+
+@pytest.mark.usefixtures("root")
+def test_the_act_is_seen_by_nobody_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skips.require_fuse()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    seen = []
+
+    def looking(question: Callable[[], bytes]) -> bytes:
+        seen.append([entry.path for entry in mounttable.entries()])
+        return asking.ask(question)
+
+    monkeypatch.setattr(trial, "ask", looking)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert trial.try_mount().severity == "fine"
+    assert not [path for path in seen[0] if path.startswith(str(tmp_path))]
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("wrong", ["other bytes", "no answer"])
+def test_a_view_that_is_not_what_it_should_be_is_wrong(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skips.require_fuse()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+    def answer(question: Callable[[], bytes]) -> bytes:
+        if wrong == "no answer":
+            raise TimeoutError("no answer")
+        return b"x"
+
+    monkeypatch.setattr(trial, "ask", answer)
+    assert trial.try_mount().severity == "wrong"
+
+
+@pytest.mark.usefixtures("root")
+def test_a_mount_that_fails_names_only_what_is_amiss(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "base").write_bytes(bytes(4096))
+    command = [*WITHOUT_THE_RIGHT, "mount", "--base", str(tmp_path / "base"), str(tmp_path / "mnt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 11
+    line = done.stderr.splitlines()[-1]
+    assert "root without CAP_SYS_ADMIN" in line and "/dev/fuse there" not in line

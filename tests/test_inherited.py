@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import mounttable
+from diffmergefs.errors import DiffMergeError
+from diffmergefs.images import open_image
+from tests.support import mounttable, skips
 from tests.support.images import PAGE, signed
 from tests.support.live import until
 from tests.support.stores import write_chain
@@ -147,3 +149,51 @@ def daemons_of(path: Path) -> list[int]:
         if os.fsencode(path) in arguments:
             found.append(int(name))
     return found
+
+
+WITHOUT_PROC = ["unshare", "--mount", "/bin/sh", "-c", 'umount -l /proc && exec "$@"', "sh"]
+NO_PROC = "diffmergefs: /proc is not mounted, and without it no file can be opened: mount -t proc"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "list S",
+        "info S/leaf",
+        "flatten S/leaf -o S/../out",
+        "info --base S/base/memory.bin --diff S/leaf/memory.bin",
+        "verify S/leaf",
+        "mount -f S M",
+        "mount -f --base S/base/memory.bin M",
+        "umount M",
+        "status M",
+        "demo",
+    ],
+)
+def test_without_proc_there_is_one_clear_line(
+    command: str, store: Path, mountpoint: Path
+) -> None:
+    skips.require_mounts()
+    words = [w.replace("S", str(store)).replace("M", str(mountpoint)) for w in command.split()]
+    done = subprocess.run(
+        [*WITHOUT_PROC, *MINE, *words], capture_output=True, text=True, timeout=90, cwd="/"
+    )
+    assert done.returncode == 13, done
+    assert done.stderr.startswith(NO_PROC) and done.stderr.count("\n") == 1
+    assert "leaf" not in done.stdout
+
+
+def test_without_proc_a_layer_is_refused_with_the_reason(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for who imports the package."""
+    real = os.open
+
+    def without(path: str, *rest: int, **options: int) -> int:
+        if str(path).startswith("/proc/"):
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", without)
+    with pytest.raises(DiffMergeError, match="/proc is not mounted"):
+        open_image(store / "leaf")

@@ -45,8 +45,7 @@ class _LookedInto(_Path):
     ) -> str:
         path = os.fspath(value)
         if ctx is None or not ctx.resilient_parsing:
-            with suppress(FileNotFoundError):  # no /proc: whoever needs it says so
-                require_answer(path)
+            require_answer(path)
         return path
 
 

@@ -19,6 +19,7 @@ from diffmergefs.cli.common import (
     with_policy,
 )
 from diffmergefs.cli.progress import progress
+from diffmergefs.cli.trial import try_mount
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.health.doctor import examine_path
 from diffmergefs.health.finding import Finding
@@ -41,7 +42,8 @@ def doctor(paths: tuple[str, ...], as_json: bool, policy: TrustPolicy) -> int:
     PATH is a directory of snapshots, a snapshot, a layer file, or a directory where diffs are to
     be taken. Its filesystem is tried out with a temporary file; each layer is looked at in every
     way that `mount` and `flatten` know. Whatever is not fine has the reason why it matters and a
-    remedy. Nothing ends it early. The exit code is 1 if anything would give wrong bytes, else 0.
+    remedy. A view is mounted for a moment, where nobody sees it. Nothing ends it early. The exit
+    code is 1 if anything would give wrong bytes, or nothing can be mounted, else 0.
 
     \b
     Examples:
@@ -49,7 +51,7 @@ def doctor(paths: tuple[str, ...], as_json: bool, policy: TrustPolicy) -> int:
       diffmergefs doctor /srv/snapshots
       diffmergefs doctor --json mem_diff | jq -r '.[] | select(.severity == "wrong").finding'
     """
-    findings = list(examine_host())
+    findings = [*examine_host(), try_mount()]
     failed = 0
     for path in paths:
         try:

@@ -25,22 +25,32 @@ _HELPER = "fusermount3"
 # preadv2's RWF_NOWAIT, by which a read that would block is moved to a thread.
 _OLDEST = (4, 14)
 _IMPORT_SECONDS = 60
+_CAP_SYS_ADMIN = 21
 
 _finding = partial(Finding, "host")
 _NO_MOUNT = "nothing can be mounted here; flatten, info, verify and seal work all the same"
 
 
 def examine_host() -> Iterator[Finding]:
-    """Kernel, /dev/fuse, fusermount3, /etc/fuse.conf, fusectl and pyfuse3, as this user meets them.
+    """What mounting takes, as this user meets it.
+
+    Kernel, /dev/fuse, fusermount3, the right to mount, /etc/fuse.conf, fusectl and pyfuse3.
 
     /dev/fuse is opened for a moment, and pyfuse3 is imported by another process. Nothing is raised.
     """
     yield _kernel()
     yield _device()
     yield _helper()
+    yield _right()
     yield _others()
     yield _control()
     yield _library()
+
+
+def obstacles() -> list[str]:
+    """What of this machine keeps this user from mounting, each with its remedy, as far as seen."""
+    found = (_device(), _helper(), _right())
+    return [f"{each.finding}: {each.remedy}" for each in found if each.severity != "fine"]
 
 
 def others_may_be_let_in() -> bool:
@@ -115,6 +125,29 @@ def _helper() -> Finding:
             f"have it so again: chown root {path}; chmod 4755 {path}",
         )
     return _finding("helper", "fine", f"{path} mounts for ordinary users")
+
+
+def _right() -> Finding:
+    if os.geteuid() != 0:
+        return _finding("right", "fine", f"an ordinary user mounts by the right of {_HELPER}")
+    if _may_administer():
+        return _finding("right", "fine", "root has the right to mount (CAP_SYS_ADMIN)")
+    return _finding(
+        "right",
+        "warning",
+        "root without CAP_SYS_ADMIN, the right to mount",
+        _NO_MOUNT,
+        "give it that right: in a container, --cap-add SYS_ADMIN (and --device /dev/fuse)",
+    )
+
+
+def _may_administer() -> bool:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return True  # as far as can be told
+    effective = next((line for line in lines if line.startswith("CapEff:")), "CapEff: 0")
+    return bool(int(effective.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
 
 
 def _others() -> Finding:

@@ -26,7 +26,7 @@ from diffmergefs.serving import mountpoint as mountpoints
 from diffmergefs.serving import tuning
 from diffmergefs.serving.connection import Connection
 from diffmergefs.serving.dropbehind import DropBehind
-from diffmergefs.serving.host import FUSE_CONF, FUSE_DEVICE, others_may_be_let_in
+from diffmergefs.serving.host import FUSE_CONF, obstacles, others_may_be_let_in
 from diffmergefs.serving.mounttable import in_other_namespaces
 from diffmergefs.serving.nextrequest import few_switches
 from diffmergefs.serving.notify import Notifier
@@ -203,7 +203,8 @@ def _why_not(error: RuntimeError, options: set[str]) -> str:
             f"--allow-other takes the line user_allow_other in {FUSE_CONF}, unless root mounts;"
             " have it added there, or leave --allow-other out"
         )
-    return f"{error}; is {FUSE_DEVICE} there, and open to this user, and is fusermount3 installed?"
+    reasons = obstacles() or ["`diffmergefs doctor` looks at what it takes"]
+    return "; ".join([str(error), *reasons])
 
 
 class _Option(str):

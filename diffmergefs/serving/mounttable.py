@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from diffmergefs.errors import NO_PROC, UnsupportedPlatformError
+
 FILESYSTEM_TYPE = "fuse.diffmergefs"
 _MAX_LINKS = 40
 
@@ -32,10 +34,18 @@ class MountEntry(NamedTuple):
 
 
 def mounts(process: str = "self") -> list[MountEntry]:
-    """All mounts that the process sees, each after the one that it covers. Raises OSError."""
+    """All mounts that the process sees, each after the one that it covers.
+
+    Raises OSError, and UnsupportedPlatformError where there is no /proc.
+    """
     found = []
     # Only a newline ends a line here; the names may hold what else str.splitlines splits at.
-    text = os.fsdecode(Path(f"/proc/{process}/mountinfo").read_bytes())
+    try:
+        text = os.fsdecode(Path(f"/proc/{process}/mountinfo").read_bytes())
+    except FileNotFoundError as error:
+        if os.path.exists("/proc/self"):
+            raise
+        raise UnsupportedPlatformError(NO_PROC) from error
     for line in text.split("\n")[:-1]:
         fields, _, rest = line.partition(" - ")
         number, parent, device, root, where, *_ = fields.split(" ")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from diffmergefs.errors import MountpointError
+from diffmergefs.errors import DiffMergeError
 from diffmergefs.serving import mountpoint as mountpoints
 from diffmergefs.serving import tuning
 from diffmergefs.serving.mounttable import MountEntry, MountTable, mounts
@@ -25,7 +25,10 @@ class OwnMount:
 
     def obstacle(self) -> str:
         """Why it cannot be detached now: what covers it. '' if nothing does, or it is gone."""
-        table = MountTable()
+        try:
+            table = MountTable()
+        except (DiffMergeError, OSError) as error:
+            return str(error)
         for entry in filter(self._is_it, table.entries):
             top = table.over(entry.path)
             if top is not None and not self._is_it(top):
@@ -39,13 +42,13 @@ class OwnMount:
                 return obstacle
             for entry in filter(self._is_it, mounts()):
                 mountpoints.detach(entry.path)
-        except (MountpointError, OSError) as error:
+        except (DiffMergeError, OSError) as error:
             return str(error)
         return ""
 
     def is_shown(self) -> bool:
         """Whether its filesystem is mounted anywhere, seen from here."""
-        return any(entry.device == self.device for entry in mounts())
+        return bool(self._shown())
 
     def is_known(self) -> bool:
         """Whether the kernel has its connection still. False without fusectl."""
@@ -53,5 +56,10 @@ class OwnMount:
 
     def elsewhere(self) -> list[str]:
         """Where the filesystem is mounted besides, seen from here: bind mounts, of one file too."""
-        shown = (entry for entry in mounts() if entry.device == self.device)
-        return [entry.path for entry in shown if not self._is_it(entry)]
+        return [entry.path for entry in self._shown() if not self._is_it(entry)]
+
+    def _shown(self) -> list[MountEntry]:
+        try:
+            return [entry for entry in mounts() if entry.device == self.device]
+        except (DiffMergeError, OSError):
+            return []  # /proc went away: nothing can be said
