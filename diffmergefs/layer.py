@@ -9,7 +9,7 @@ import threading
 import weakref
 from typing import ClassVar, NamedTuple
 
-from diffmergefs import beneath, foreign, sparse
+from diffmergefs import background, beneath, foreign, sparse
 from diffmergefs.errors import FileAccessError, LayerChangedError, SizeMismatchError
 from diffmergefs.extents import ExtentList
 from diffmergefs.filekey import FileKey
@@ -76,9 +76,14 @@ class Layer:
         self.path = path
         self.fd = fd
         self.tainted: str | None = None
-        self._close = weakref.finalize(self, os.close, fd)
+        try:
+            self.status = os.fstat(fd)
+        except OSError:
+            os.close(fd)
+            raise
+        self._close = weakref.finalize(self, background.close, fd, self.status.st_dev)
+        self._close.atexit = False  # the end of the process closes it
         self._recheck = threading.Lock()
-        self.status = os.fstat(fd)
         self.size = self.status.st_size
         require_size(path, self.size)
         _sync(fd)

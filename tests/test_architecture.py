@@ -21,6 +21,7 @@ ROOT = PACKAGE.name
 # belongs; the package's own name is what `import diffmergefs` gives.
 LEVELS = [
     {
+        "background",
         "buffers", "descriptors", "errors", "extents", "filekey", "health", "health.finding",
         "integrity", "isolated", "layouts", "logformat", "logqueue", "mountinfo", "names", "once",
         "permissions", "pictures", "pictures.cells", "pictures.curve", "pictures.legend", "serving",
@@ -60,11 +61,12 @@ LEVELS = [
     },
     {"health.doctor", "serving.openwatch", "serving.tree", "writing.newstore", ROOT},
     {
-        "cli.optionalvalue", "serving.operations", "workingsets.prefetch", "workingsets.recorder",
+        "cli.optionalvalue", "serving.handles", "workingsets.prefetch", "workingsets.recorder",
         "writing.storediff",
     },
     {
         "cli.inherited", "cli.mountoptions", "cli.progress", "cli.tables", "cli.throwaway",
+        "serving.operations",
         "workingsets.adviser", "workingsets.guarded",
     },
     {"cli.common", "cli.logs", "cli.trial", "serving.mount"},

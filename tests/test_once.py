@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import trio
 import trio.testing
 
 from diffmergefs.once import Once
-from diffmergefs.serving.threads import once_in_thread
+from diffmergefs.serving.threads import in_thread, once_in_thread
 from tests.support.live import until
 
 
@@ -125,7 +126,8 @@ def test_many_tasks_wait_for_it_in_one_thread(end: object) -> None:
 
     async def ask(limiter: trio.CapacityLimiter) -> None:
         try:
-            outcomes.append(await once_in_thread(once, "key", work, limiter))
+            run = partial(in_thread, limiter=limiter)
+            outcomes.append(await once_in_thread(once, "key", work, run))
         except OSError as error:
             outcomes.append(error)
 
@@ -179,7 +181,8 @@ def test_the_first_may_be_cancelled_before_there_is_a_thread_for_it() -> None:
 
     async def ask(scope: trio.CancelScope, limiter: trio.CapacityLimiter) -> None:
         with scope:
-            outcomes.append(await once_in_thread(once, "key", work, limiter))
+            run = partial(in_thread, limiter=limiter)
+            outcomes.append(await once_in_thread(once, "key", work, run))
 
     async def main() -> None:
         limiter, first = trio.CapacityLimiter(1), trio.CancelScope()
@@ -205,8 +208,9 @@ def test_what_the_end_of_the_loop_gives_up_is_done_by_who_waits_in_a_thread() ->
     async def main() -> None:
         limiter = trio.CapacityLimiter(1)
         await limiter.acquire()
+        run = partial(in_thread, limiter=limiter)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(once_in_thread, once, "key", Work("never"), limiter)
+            nursery.start_soon(once_in_thread, once, "key", Work("never"), run)
             await trio.testing.wait_all_tasks_blocked()
             threads.extend(in_threads(1, lambda: outcomes.append(once.do("key", waiter)))[0])
             nursery.cancel_scope.cancel()

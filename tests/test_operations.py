@@ -17,7 +17,8 @@ import pytest
 import trio
 import trio.testing
 
-from diffmergefs.serving.operations import Handle, Operations
+from diffmergefs.serving.handles import Handle
+from diffmergefs.serving.operations import Operations
 from diffmergefs.serving.store import Store
 from diffmergefs.serving.tree import ROOT_INODE, Tree
 from diffmergefs.trust import TrustPolicy
@@ -206,7 +207,7 @@ def test_handles_that_are_odd(operations: Operations, tmp_path: Path) -> None:
         assert await errno_of(operations.read(5, 2**63, 1)) == errno.EIO
         assert await operations.read(5, 0, 5) == b"state"
         os.close(fd)
-        assert await errno_of(operations.release(5)) == errno.EBADF
+        await operations.release(5)  # whatever close(2) says, it is closed
         assert operations.open_files == 0
 
     trio.run(main)
@@ -355,7 +356,7 @@ def test_lookup_answers_the_image_that_was_opened_whatever_a_look_found(
     async def main() -> None:
         old = await walk(operations, b"leaf", b"memory.bin")
         assert old.st_size == SIZE
-        while operations._opening.borrowed_tokens:  # the thread holds what it opened until it ends
+        while operations._opening.busy:  # the thread holds what it opened until it ends
             await trio.sleep(0.001)
         await trio.testing.wait_all_tasks_blocked()  # and trio what it last gave to a task
         gc.collect()

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Collection
 from typing import Any
 
+from diffmergefs import background
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.filekey import FileKey
 from diffmergefs.layouts.snapshot import StoredFile
@@ -37,8 +38,8 @@ class HashQueue:
                 return digest
             self._waiting[file.key] = file
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._hash_all, daemon=True)
-                self._thread.start()
+                # Without one it is asked for again at the next look.
+                self._thread = background.started(self._hash_all, "hashes")
         return None
 
     def forget_all_but(self, keys: Collection[FileKey]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 
+from diffmergefs import background
 from diffmergefs.view import MergedView
 
 _BATCH = 8 << 20
@@ -37,8 +38,9 @@ class DropBehind:
         with self._guard:
             if self._thread is None:
                 # At the first read, and not in a process that forks to the background first.
-                self._thread = threading.Thread(target=self._run, name="drop-behind", daemon=True)
-                self._thread.start()
+                self._thread = background.started(self._run, "drop-behind")
+            if self._thread is None:
+                return  # the pages stay, which costs memory that the kernel can take back
             was_idle = not self._served
             self._served.setdefault(view, []).append((offset, offset + length))
             self._bytes += length

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import pyfuse3
 import trio
 
+from diffmergefs.background import closing_in_threads
 from diffmergefs.errors import DiffMergeError, MountAbortedError, MountFailedError
 from diffmergefs.images import raise_descriptor_limit
 from diffmergefs.integrity import (
@@ -23,7 +24,7 @@ from diffmergefs.integrity import (
 )
 from diffmergefs.lease import SIGNAL, Leases
 from diffmergefs.serving import mountpoint as mountpoints
-from diffmergefs.serving import tuning
+from diffmergefs.serving import threads, tuning
 from diffmergefs.serving.connection import Connection
 from diffmergefs.serving.dropbehind import DropBehind
 from diffmergefs.serving.host import FUSE_CONF, obstacles, others_may_be_let_in
@@ -124,7 +125,7 @@ def serve(
     _give_memory_back()
     dropping = DropBehind() if drop_behind else None
     operations = Operations(tree, dropping)
-    with _signals_kept() as early, few_switches():
+    with _signals_kept() as early, few_switches(), closing_in_threads(), threads.reserved():
         try:
             pyfuse3.init(operations, mountpoint, {_Option(option) for option in options})
         except RuntimeError as error:

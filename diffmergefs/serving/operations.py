@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from time import perf_counter_ns
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
@@ -17,7 +17,7 @@ import pyfuse3
 import trio
 from pyfuse3 import FUSEError
 
-from diffmergefs import __version__, sparse
+from diffmergefs import __version__, background, sparse
 from diffmergefs.buffers import Buffers
 from diffmergefs.errors import DiffMergeError
 from diffmergefs.filekey import FileKey
@@ -25,25 +25,26 @@ from diffmergefs.layer import Layer
 from diffmergefs.layouts.snapshot import Snapshot
 from diffmergefs.once import Once
 from diffmergefs.serving import xattrs
-from diffmergefs.serving.contents import Content, Contents
+from diffmergefs.serving.contents import Contents
 from diffmergefs.serving.dropbehind import DropBehind
+from diffmergefs.serving.handles import Handle, lane_of
 from diffmergefs.serving.metrics import Metrics
 from diffmergefs.serving.openmetrics import exposition
 from diffmergefs.serving.openwatch import OpenWatch, Unwatched
 from diffmergefs.serving.status import METRICS_FILE, Status, status_of
 from diffmergefs.serving.store import OpenImage, Store
-from diffmergefs.serving.threads import in_thread, once_in_thread
+from diffmergefs.serving.threads import Lanes, once_in_thread
 from diffmergefs.serving.tree import (
     Attributes,
     Document,
     MemoryFile,
     Node,
     Passed,
+    Root,
     StatusFile,
     TagFolder,
     Tree,
 )
-from diffmergefs.view import MergedView
 
 log = logging.getLogger(__name__)
 
@@ -97,27 +98,6 @@ def _fuse_error(metrics: Metrics, handler: str, error: Exception) -> FUSEError:
     return FUSEError(number)
 
 
-class Handle:
-    """An open file or directory: exactly one of the four is what it reads from."""
-
-    __slots__ = ("fd", "key", "names", "node", "shown", "supplied", "text", "view")
-
-    def __init__(
-        self,
-        shown: OpenImage | None = None,
-        fd: int | None = None,
-        text: Content | None = None,
-        names: Content | None = None,
-        node: Node | None = None,
-        key: FileKey | None = None,
-    ) -> None:
-        self.shown, self.fd, self.text, self.names = shown, fd, text, names
-        self.node = node  # what `fd` or `names` are of
-        self.key = key  # what `fd` must stay
-        self.view = shown.image.view if shown else None
-        self.supplied: dict[int, int] = {}
-
-
 class Operations(pyfuse3.Operations):
     """Serves a tree, read-only: every change is answered with EROFS.
 
@@ -147,9 +127,9 @@ class Operations(pyfuse3.Operations):
         self._next_handle = 1
         self._lookups: Counter[int] = Counter()
         self._shared: Once[object] = Once()
-        self._opening = trio.CapacityLimiter(_OPENING_THREADS)
-        self._reading = trio.CapacityLimiter(_READING_THREADS)
-        self._hashing = trio.CapacityLimiter(os.cpu_count() or 1)
+        self._opening = Lanes(_OPENING_THREADS)
+        self._reading = Lanes(_READING_THREADS)
+        self._hashing = Lanes(os.cpu_count() or 1)
 
     def init(self) -> None:
         self.answers.set()
@@ -172,7 +152,7 @@ class Operations(pyfuse3.Operations):
             # What was opened just now, whatever a look has found meanwhile.
             node = MemoryFile(await self._open_image(folder.tag))
         else:
-            node = await self._in_thread(self.tree.child, folder, text)
+            node = await self._opening.run(self._lane(folder, text), self.tree.child, folder, text)
         attributes = await self._attributes(node)
         entry = self._entry(self.tree.inode(node), attributes)
         self._lookups[entry.st_ino] += 1
@@ -197,7 +177,7 @@ class Operations(pyfuse3.Operations):
         node = self.tree.node(inode)
         if not isinstance(node, Passed):
             raise FUSEError(errno.EINVAL)
-        return os.fsencode(await self._in_thread(self.tree.link_target, node))
+        return os.fsencode(await self._in_thread(node, self.tree.link_target, node))
 
     @answering
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -220,8 +200,9 @@ class Operations(pyfuse3.Operations):
         if isinstance(folder, TagFolder):
             await self._try_to_open_image(folder.tag)
         work = functools.partial(self.tree.names, folder)
-        names = cast(tuple[bytes, ...], await self._once(("names", folder), work))
-        return self._register(Handle(names=self._contents.shared(folder, *names), node=folder))
+        names = await self._once(("names", folder), self._lane(folder), work)
+        listing = self._contents.shared(folder, *cast(tuple[bytes, ...], names))
+        return self._register(Handle(names=listing, node=folder))
 
     @answering
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
@@ -232,7 +213,7 @@ class Operations(pyfuse3.Operations):
         try:
             for first in range(start_id, len(listing.parts), _READDIR_BATCH):
                 names = listing.parts[first : first + _READDIR_BATCH]
-                entries = await self._in_thread(self._entries, folder, names)
+                entries = await self._in_thread(folder, self._entries, folder, names)
                 for number, (name, entry) in enumerate(zip(names, entries, strict=True), first + 1):
                     if entry is None:
                         continue
@@ -294,7 +275,7 @@ class Operations(pyfuse3.Operations):
         match node:
             case MemoryFile(shown):
                 if not self.tree.is_shown(shown):
-                    await self._in_thread(self.tree.require_same_access, shown)
+                    await self._in_thread(node, self.tree.require_same_access, shown)
                 # With direct_io the kernel refuses MAP_SHARED, through which a store would reach
                 # every reader's page cache; MAP_PRIVATE, which a VMM uses, it lets through.
                 handle = self._register(Handle(shown=shown))
@@ -303,18 +284,17 @@ class Operations(pyfuse3.Operations):
                 keep = keep and not writing
                 return pyfuse3.FileInfo(fh=handle, keep_cache=keep, direct_io=writing)
             case Document():
-                content = await self._in_thread(self.tree.content, node)
+                content = await self._in_thread(node, self.tree.content, node)
                 text = self._contents.shared(node, content)
                 return pyfuse3.FileInfo(fh=self._register(Handle(text=text)))
             case Passed():
-                fd = await self._in_thread(self.tree.open_passed, node)
-                key = FileKey.of(os.fstat(fd)) if self.tree.is_device_state(node) else None
+                fd, key = await self._in_thread(node, self._open_passed, node)
                 # It may have been overwritten since it was cached.
                 fh = self._register(Handle(fd=fd, node=node, key=key))
                 return pyfuse3.FileInfo(fh=fh, keep_cache=False)
             case StatusFile(name):
                 # What is read through one handle is of one moment, and no page cache keeps it.
-                content = await self._in_thread(_rendered, name, self._status())
+                content = await self._in_thread(node, _rendered, name, self._status())
                 text = self._contents.shared(node, content)
                 handle = self._register(Handle(text=text))
                 return pyfuse3.FileInfo(fh=handle, direct_io=True, keep_cache=False)
@@ -339,7 +319,7 @@ class Operations(pyfuse3.Operations):
             done = view.fill_nowait(buffer, off, supplied)
             if done < size:
                 metrics.waited += 1
-                buffer = await self._read_rest(view, off, supplied, buffer[:done], size)
+                buffer = await self._read_rest(handle, off, supplied, buffer[:done], size)
             if self._drop_behind is not None:
                 self._drop_behind.served(view, off, size)
             metrics.read(perf_counter_ns() - began, supplied, handle.supplied)
@@ -349,13 +329,15 @@ class Operations(pyfuse3.Operations):
             raise _fuse_error(metrics, "read", error) from error
 
     async def _read_rest(
-        self, view: MergedView, off: int, supplied: dict[int, int], begun: memoryview, size: int
+        self, handle: Handle, off: int, supplied: dict[int, int], begun: memoryview, size: int
     ) -> memoryview:
         # The whole rest in one go in a thread, into a buffer of its own.
         done = len(begun)
         buffer = self._replies.take(size)
         buffer[:done] = begun
-        await self._in_thread(view.fill, buffer, off, supplied, done, limiter=self._reading)
+        lane, view = handle.lane(off + done, size - done), handle.view
+        assert view is not None
+        await self._reading.run(lane, view.fill, buffer, off, supplied, done)
         # For the next request, which comes after the reply. If this one was cancelled or failed,
         # its buffer is left to the thread.
         self._replies.give_back(buffer)
@@ -366,17 +348,17 @@ class Operations(pyfuse3.Operations):
             return handle.text.parts[0][off : off + size]
         if handle.fd is None:
             raise FUSEError(errno.EISDIR)
-        return await self._in_thread(
-            _read_file, handle.fd, off, size, handle.key, limiter=self._reading
+        return await self._reading.run(
+            lane_of(handle.device), _read_file, handle.fd, off, size, handle.key
         )
 
     @answering
     async def release(self, fh: int) -> None:
         handle = self._handles.pop(fh, None)
         if handle is not None and handle.fd is not None:
-            os.close(handle.fd)
+            background.close(handle.fd, handle.device)
         if (work := self.watch.closed(fh)) is not None:
-            await self._in_thread(work)
+            await self._opening.run("watch", work)
 
     async def flush(self, fh: int) -> None:
         pass
@@ -396,7 +378,7 @@ class Operations(pyfuse3.Operations):
         if not isinstance(node, MemoryFile) or name not in xattrs.NAMES:
             raise FUSEError(pyfuse3.ENOATTR)
         root = self.tree.store.root if self.tree.store else "/"
-        return await self._in_thread(xattrs.value, node.shown.image.view.layers, root, name)
+        return await self._in_thread(node, xattrs.value, node.shown.image.view.layers, root, name)
 
     @answering
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
@@ -449,17 +431,21 @@ class Operations(pyfuse3.Operations):
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = known.mtime_ns
         return entry
 
+    def _open_passed(self, node: Passed) -> tuple[int, FileKey | None]:
+        fd = self.tree.open_passed(node)
+        return fd, FileKey.of(os.fstat(fd)) if self.tree.is_device_state(node) else None
+
     async def _attributes(self, node: Node) -> Attributes:
         if isinstance(node, MemoryFile):
             return self.tree.attributes(node)
         try:
-            return await self._in_thread(self.tree.attributes, node)
+            return await self._in_thread(node, self.tree.attributes, node)
         except OSError:
             # What is open stays what it is, whatever stands at its path by now.
             held = [h.fd for h in self._handles.values() if h.fd is not None and h.node == node]
             if not held or not isinstance(node, Passed):
                 raise
-            return await self._in_thread(self.tree.attributes_of_open, node, held[0])
+            return await self._in_thread(node, self.tree.attributes_of_open, node, held[0])
 
     async def _try_to_open_image(self, tag: str) -> None:
         try:
@@ -481,41 +467,60 @@ class Operations(pyfuse3.Operations):
             with contextlib.suppress(DiffMergeError, OSError):
                 work = functools.partial(store.open_layer, link.layer)
                 # To compare a record takes a processor, as to hash a parent does.
-                limiter = self._hashing if link.layer.records else None
+                lanes = self._hashing if link.layer.records else self._opening
                 key = link.layer.key, link.layer.records
-                layers.append(cast(Layer, await self._once(key, work, limiter)))
+                opened = await self._once(key, lane_of(key[0].device), work, lanes)
+                layers.append(cast(Layer, opened))
         if len(layers) == len(links):
             await self._read_layers(store, layers)
         async with trio.open_nursery() as nursery:
             for parent, link in store.pins(tag):
                 nursery.start_soon(self._hash_parent, store, parent, link)
-        return cast(OpenImage, await self._once(tag, functools.partial(store.open, tag)))
+        lane, opening = self._lane_of_tag(tag), functools.partial(store.open, tag)
+        return cast(OpenImage, await self._once(tag, lane, opening))
 
     async def _read_layers(self, store: Store, layers: Sequence[Layer]) -> None:
         # To look into a layer takes a processor too, and slow storage its time: not in the threads
         # in which others open theirs. store.open has the verdict.
-        for number in await self._in_thread(store.unread, layers):
+        lane = lane_of(*(layer.key.device for layer in layers))
+        for number in await self._opening.run(lane, store.unread, layers):
             with contextlib.suppress(DiffMergeError, OSError):
                 work = functools.partial(store.read, layers[: number + 1])
                 key = "pages", *(layer.key for layer in layers[: number + 1])
-                await self._once(key, work, self._hashing)
+                await self._once(key, lane, work, self._hashing)
 
     async def _hash_parent(self, store: Store, parent: Snapshot, link: Snapshot) -> None:
         # A hash takes a processor for a second a gigabyte: never more at a time than there are,
         # whoever waits. store.open has the verdict.
         with contextlib.suppress(DiffMergeError, OSError):
             work = functools.partial(store.require_pin, parent, link)
-            await self._once((parent.layer.key, link.parent_hash), work, self._hashing)
+            key = parent.layer.key, link.parent_hash
+            await self._once(key, lane_of(key[0].device), work, self._hashing)
 
     async def _once(
-        self, key: object, work: Callable[[], object], limiter: trio.CapacityLimiter | None = None
+        self, key: object, lane: Hashable, work: Callable[[], object], lanes: Lanes | None = None
     ) -> object:
-        return await once_in_thread(self._shared, key, work, limiter or self._opening)
+        run = functools.partial((lanes or self._opening).run, lane)
+        return await once_in_thread(self._shared, key, work, run)
 
-    async def _in_thread(
-        self, work: Callable[..., T], *args: Any, limiter: trio.CapacityLimiter | None = None
-    ) -> T:
-        return await in_thread(work, *args, limiter=limiter or self._opening)
+    async def _in_thread(self, node: Node, work: Callable[..., T], *args: Any) -> T:
+        return await self._opening.run(self._lane(node), work, *args)
+
+    def _lane(self, node: Node, name: str | None = None) -> Hashable:
+        # The filesystems of what is looked at: the node, or one of its entries. To list the root
+        # looks at the directories of all tags, and is apart from the looks at one.
+        match node:
+            case Passed() | TagFolder() | Document():
+                return lane_of(node.device)
+            case MemoryFile():
+                return lane_of(*(layer.key.device for layer in node.shown.image.view.layers))
+            case Root() if name is not None:
+                return self._lane_of_tag(name)
+        return type(node).__name__
+
+    def _lane_of_tag(self, tag: str) -> Hashable:
+        links = self.tree.store.chain(tag) if self.tree.store else None
+        return lane_of(*(link.layer.key.device for link in links or []))
 
 
 def _read_file(fd: int, off: int, size: int, key: FileKey | None) -> bytes:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, cast
 
+from diffmergefs import background
 from diffmergefs.buffers import page_aligned
 from diffmergefs.errors import DiffMergeError, LayerChangedError
 from diffmergefs.extents import Extent, ExtentList
@@ -230,17 +231,16 @@ class Prefetcher:
     def _begin(self, image: _Opened) -> None:
         push = Push(image.shown, image.inode)
         push.steps = self._steps(push)
+        if self._worker is None and not self._ending:
+            # Where storage hangs, the process must be able to end all the same.
+            self._worker = background.started(self._work, "prefetch")
         with self._changed:
-            if self._ending:
+            if self._ending or self._worker is None:
                 return
             self._queue.append(push)
             self._changed.notify_all()
         self.hit_bytes += sum(p.hit_bytes() for p in image.pushes if p.done.is_set())
         image.pushes = [*(p for p in image.pushes if not p.done.is_set()), push]
-        if self._worker is None:
-            # A daemon thread: where storage hangs, the process must be able to end all the same.
-            self._worker = threading.Thread(target=self._work, name="prefetch", daemon=True)
-            self._worker.start()
 
     # In the worker thread
 

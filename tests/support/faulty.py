@@ -3,7 +3,8 @@
 Run as a program it shows the regular files of a directory, read-only. A file `NAME.bad`
 beside the file `NAME` names its bad bytes: lines of `start stop`. It is read at each request, so
 that what is bad can change at any time. A file `NAME.slow` holds the seconds that each read of NAME
-takes, however many are read at once. There is no lseek: every file is dense here. As `nostatfs` it
+takes, however many are read at once. While there is a file `.hung`, no lookup, read or close of any
+other is answered. There is no lseek: every file is dense here. As `nostatfs` it
 does not know statfs(2) either.
 """
 
@@ -26,6 +27,7 @@ from pyfuse3 import FUSEError
 from tests.support import mounts, mounttable, skips
 
 _TIMEOUT_SECONDS = 60
+_HUNG = ".hung"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,16 @@ class Faulty:
         new.write_text(f"{seconds}\n", encoding="ascii")
         new.replace(self.source / f"{name}.slow")
 
+    @contextmanager
+    def hung(self) -> Iterator[None]:
+        """Inside, nothing is answered that may be asked of its server."""
+        marker = self.source / _HUNG
+        marker.touch()
+        try:
+            yield
+        finally:
+            marker.unlink()
+
     def forget(self, name: str) -> None:
         """Drop the file's pages that the kernel keeps, so that each is asked for again."""
         with (self.path / name).open("rb") as file:
@@ -56,11 +68,16 @@ class Faulty:
 
 
 @contextmanager
-def mounted(source: Path, mountpoint: Path, *, statfs: bool = True) -> Iterator[Faulty]:
-    """The files of `source`, shown on the directory `mountpoint` by a process of its own."""
+def mounted(
+    source: Path, mountpoint: Path, *, statfs: bool = True, forgetful: bool = False
+) -> Iterator[Faulty]:
+    """The files of `source`, shown on the directory `mountpoint` by a process of its own.
+
+    With `forgetful` the kernel asks for each name whenever it is used.
+    """
     skips.require_fuse()
     real = os.path.realpath(mountpoint)
-    kind = "faulty" if statfs else "nostatfs"
+    kind = "forgetful" if forgetful else "faulty" if statfs else "nostatfs"
     command = [sys.executable, "-m", "tests.support.faulty", str(source), real, kind]
     root = Path(__file__).parents[2]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root)
@@ -81,21 +98,33 @@ def mounted(source: Path, mountpoint: Path, *, statfs: bool = True) -> Iterator[
 
 
 class _Operations(pyfuse3.Operations):
+    _name_seconds = 3600
+
     def __init__(self, source: Path) -> None:
         super().__init__()
         self._source = source
         self._names: dict[int, str] = {}
         self._fds: dict[int, int] = {}
 
+    async def _until_it_goes_on(self) -> None:
+        while (self._source / _HUNG).exists():
+            await trio.sleep(0.02)
+
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
+        await self._until_it_goes_on()
         try:
             status = os.stat(self._source / os.fsdecode(name))
         except OSError as error:
             raise FUSEError(error.errno or errno.EIO) from error
-        self._names[status.st_ino] = os.fsdecode(name)
-        return _attributes(status.st_ino, status)
+        return self._entry(os.fsdecode(name), status)
+
+    def _entry(self, name: str, status: os.stat_result) -> pyfuse3.EntryAttributes:
+        self._names[status.st_ino] = name
+        entry = _attributes(status.st_ino, status)
+        entry.entry_timeout = self._name_seconds
+        return entry
 
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         if inode == pyfuse3.ROOT_INODE:
@@ -109,12 +138,25 @@ class _Operations(pyfuse3.Operations):
         status.f_files = status.f_ffree = status.f_favail = 0
         return status
 
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        return inode
+
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        await self._until_it_goes_on()
+        names = sorted(name for name in os.listdir(self._source) if not name.startswith("."))
+        for number, name in enumerate(names[start_id:], start_id + 1):
+            status = os.stat(self._source / name)
+            entry = self._entry(name, status)
+            if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, number):
+                return
+
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         fd = os.open(self._source / self._names[inode], os.O_RDONLY | os.O_CLOEXEC)
         self._fds[fd] = inode
         return pyfuse3.FileInfo(fh=fd, keep_cache=True)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
+        await self._until_it_goes_on()
         name = self._names[self._fds[fh]]
         if any(start < off + size and off < stop for start, stop in self._bad(name)):
             raise FUSEError(errno.EIO)
@@ -127,7 +169,7 @@ class _Operations(pyfuse3.Operations):
         os.close(fh)
 
     async def flush(self, fh: int) -> None:
-        pass
+        await self._until_it_goes_on()
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         pass
@@ -147,9 +189,16 @@ class _Operations(pyfuse3.Operations):
         return cast(list[tuple[int, int]], found)
 
 
+class _Forgetful(_Operations):
+    _name_seconds = 0
+
+
 class _WithoutStatfs(_Operations):
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         raise FUSEError(errno.ENOSYS)
+
+
+_KINDS = {"faulty": _Operations, "forgetful": _Forgetful, "nostatfs": _WithoutStatfs}
 
 
 def _attributes(inode: int, status: os.stat_result) -> pyfuse3.EntryAttributes:
@@ -165,11 +214,11 @@ def _attributes(inode: int, status: os.stat_result) -> pyfuse3.EntryAttributes:
 
 
 def _serve(source: Path, mountpoint: str, kind: str) -> None:
-    operations = _Operations(source) if kind == "faulty" else _WithoutStatfs(source)
+    operations = _KINDS[kind](source)
     pyfuse3.init(operations, mountpoint, {"fsname=faulty", f"subtype={kind}", "ro"})
     try:
         print("up", flush=True)
-        trio.run(pyfuse3.main)
+        trio.run(pyfuse3.main, 1, 1000)
     finally:
         pyfuse3.close()
 
