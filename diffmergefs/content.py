@@ -159,7 +159,7 @@ def find_filled(parents: Read, layer: Layer, page: int = PAGE) -> tuple[int, ...
     Without an extent of that shape nothing is read, and else 16 MiB at most, spread over the
     extents.
     """
-    fit, others = fits(layer, page)
+    fit, others = _fits(layer, page)
     found = _compare_some(parents, layer, fit, page)
     suspects = sum(each.count(_is_suspect) for each in found)
     mixed = sum(each.count(_is_mixed) for each in found)
@@ -193,8 +193,17 @@ def _is_plain(pages: Pages) -> bool:
     return _is_mixed(pages) and _LARGE <= pages.over <= pages.zero * 16 // 15
 
 
-def fits(layer: Layer, page: int) -> tuple[list[Extent], list[Extent]]:
-    """The extents that begin and end on four pages, or with the file; and the others."""
+def has_fit(layer: Layer, page: int) -> bool:
+    """Whether an extent begins and ends on four pages, or with the file. Mostly one of the first
+    does, if any.
+    """
+    unit, size = 4 * page, layer.size
+    borders = zip(layer.extents.starts, layer.extents.stops, strict=True)
+    return any(not start % unit and (not stop % unit or stop == size) for start, stop in borders)
+
+
+def _fits(layer: Layer, page: int) -> tuple[list[Extent], list[Extent]]:
+    # The extents that do, and the others.
     unit = 4 * page
     sorted_out: tuple[list[Extent], list[Extent]] = [], []
     for start, stop in zip(layer.extents.starts, layer.extents.stops, strict=True):

@@ -200,7 +200,7 @@ def _copy_up(layer: Layer, policy: TrustPolicy) -> _Look | None:
 
 def _filled(layer: Layer, policy: TrustPolicy) -> _Look | None:
     page = max(PAGE, policy.page_size)
-    if layer.records or layer.extents.covers(layer.size) or not content.fits(layer, page)[0]:
+    if layer.records or layer.extents.covers(layer.size) or not content.has_fit(layer, page):
         return None
 
     def find(parents: MergedView | None) -> Finding:

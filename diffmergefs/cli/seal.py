@@ -73,10 +73,11 @@ def seal(
     done: list[SealResult] = []
     failed = 0
     chain = (base, *diffs, *layers)
+    told: set[str] = set()
     for number in range(1 if not layers else 1 + len(diffs), len(chain)):
         below = [path for path in chain[:number] if path]
         try:
-            done.append(_seal(str(chain[number]), below if base else [], force, policy))
+            done.append(_seal(str(chain[number]), below if base else [], force, policy, told))
         except DiffMergeError as error:
             talk(str(error))
             failed = failed or error.exit_code
@@ -91,11 +92,16 @@ def seal(
     return failed
 
 
-def _seal(layer: str, below: list[str], force: bool, policy: TrustPolicy) -> SealResult:
-    known = open_chain(below[0], below[1:], policy).view if below else None
-    with known or nullcontext(), progress(f"seal {os.path.basename(layer)}") as moved:
-        parents = known.layers if known else ()
+def _seal(
+    layer: str, below: list[str], force: bool, policy: TrustPolicy, told: set[str]
+) -> SealResult:
+    known = open_chain(below[0], below[1:], policy) if below else None
+    what = f"seal {os.path.basename(layer)}"
+    with known.view if known else nullcontext(), progress(what) as moved:
+        parents = known.view.layers if known else ()
         result = seal_layer(layer, force=force, policy=policy, parents=parents, progress=moved)
-    for line in (*result.overridden, *result.hints):
-        talk(line)
+    for line in (*(known.overridden if known else ()), *result.overridden, *result.hints):
+        if line not in told:  # the layers below are the same for the next, and one more
+            talk(line)
+        told.add(line)
     return result
