@@ -45,15 +45,22 @@ class QueuedHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Have it written."""
-        if os.getpid() != self._process:
-            self._begin()
         try:
             line = self._line(record)
         except Exception:
             self.handleError(record)
             return
+        self._accept(line, is_warning=record.levelno >= logging.WARNING)
+
+    def say(self, line: str) -> None:
+        """Have a line written that is no record, as a warning is."""
+        self._accept(self._encoded(line), is_warning=True)
+
+    def _accept(self, line: bytes, *, is_warning: bool) -> None:
+        if os.getpid() != self._process:
+            self._begin()
         with self._changed:
-            self._put(line, is_warning=record.levelno >= logging.WARNING)
+            self._put(line, is_warning=is_warning)
             self._changed.notify_all()
             if self._thread is None and not self._is_closed:
                 self._start()
@@ -61,7 +68,10 @@ class QueuedHandler(logging.Handler):
                 self._is_late = not self._changed.wait_for(self._is_idle, _USUAL_SECONDS)
 
     def _line(self, record: logging.LogRecord) -> bytes:
-        return f"{self.format(record)}\n".encode(self._encoding, "backslashreplace")
+        return self._encoded(self.format(record))
+
+    def _encoded(self, text: str) -> bytes:
+        return f"{text}\n".encode(self._encoding, "backslashreplace")
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._write_all, name="log", daemon=True)

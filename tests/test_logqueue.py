@@ -190,6 +190,22 @@ def test_a_mount_does_not_wait_for_its_stderr(
         os.close(writer)
 
 
+@pytest.mark.parametrize("log_format", ["plain", "json"])
+def test_a_mount_that_fails_does_not_wait_either(log_format: str, public_path: Path) -> None:
+    store = write_chain(public_path / "store", ["base", "leaf"])
+    reader, writer = os.pipe()
+    os.write(writer, b"." * fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ))
+    command = [sys.executable, "-m", "diffmergefs", "mount", "-f", "--log-format", log_format]
+    process = subprocess.Popen([*command, str(store), str(public_path / "none")], stderr=writer)
+    try:
+        assert process.wait(60) == 10
+    finally:
+        process.kill()
+        process.wait(60)
+        os.close(reader)
+        os.close(writer)
+
+
 @pytest.mark.parametrize("front", [True, False], ids=["front", "background"])
 def test_a_log_file_that_hangs_holds_nobody_up(
     front: bool, public_path: Path, mountpoint: Path

@@ -55,11 +55,15 @@ PATH = _LookedInto()
 MOUNTPOINT = _Path()
 
 
+def told(text: str) -> str:
+    """The line as which a diagnosis is told."""
+    return f"diffmergefs: {' '.join(printable(text).split())}"
+
+
 def talk(text: str) -> None:
     """One line on stderr; nowhere if that takes none, which is no reason to end otherwise."""
-    line = " ".join(printable(text).split())
     with suppress(OSError):
-        print(f"diffmergefs: {line}", file=sys.stderr, flush=True)
+        print(told(text), file=sys.stderr, flush=True)
 
 
 def count(number: int, what: str) -> str:

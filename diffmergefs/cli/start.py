@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from diffmergefs.cli import logs
-from diffmergefs.cli.common import talk
+from diffmergefs.cli.common import talk, told
 from diffmergefs.errors import (
     DiffMergeError,
     FileAccessError,
@@ -69,9 +69,9 @@ def serve_in_front(
 ) -> int:
     """Mount, and serve until the end, in this process; the exit code.
 
-    What is logged from `level` on goes to `handler`. A DiffMergeError is raised, but where stderr
-    is read by priorities or as JSON: there it is one more record, and its exit code is returned; as
-    it is for what ends a mount that was up.
+    What is logged from `level` on goes to `handler`. So does a DiffMergeError if that is stderr,
+    which may take nothing: as a line, or as a record where stderr is read by priorities or as JSON.
+    Else it is raised, but for what ends a mount that was up.
     """
     logs.log_to(handler, level)
     with contextlib.closing(handler):
@@ -80,10 +80,13 @@ def serve_in_front(
         except MountAbortedError as error:
             return error.exit_code  # the log has it
         except DiffMergeError as error:
-            if handler.fd != _STDERR or isinstance(handler.formatter, Lines):
+            if handler.fd != _STDERR:
                 raise
-            # Whoever reads stderr by priorities or as JSON finds it there.
-            log.error("%s", error)
+            if isinstance(handler.formatter, Lines):
+                handler.say(told(str(error)))
+            else:
+                # Whoever reads stderr by priorities or as JSON finds it there.
+                log.error("%s", error)
             return error.exit_code
     return 0
 

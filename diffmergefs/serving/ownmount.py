@@ -19,6 +19,7 @@ class OwnMount:
     def __init__(self, entry: MountEntry) -> None:
         self.device = entry.device
         self._number = entry.number
+        self._source = entry.source
 
     def _is_it(self, entry: MountEntry) -> bool:
         return (entry.number, entry.device) == (self._number, self.device)
@@ -60,6 +61,8 @@ class OwnMount:
 
     def _shown(self) -> list[MountEntry]:
         try:
-            return [entry for entry in mounts() if entry.device == self.device]
+            # The kernel gives a free device number to the next mount, whose ever it is.
+            mine = self.device, self._source
+            return [entry for entry in mounts() if (entry.device, entry.source) == mine]
         except (DiffMergeError, OSError):
             return []  # /proc went away: nothing can be said
