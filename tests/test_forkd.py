@@ -387,6 +387,7 @@ def test_every_verb_refuses_a_file_with_holes_and_without_a_document(tmp_path: P
     for call in [("verify", folder), ("doctor", folder), ("doctor", tmp_path / "s")]:
         done = diffmergefs(*call)
         assert (done.returncode, "has holes, and without a" in done.stdout) == (1, True)
+        assert "its holes are zeros" not in done.stdout
     [row] = json.loads(succeed("list", "--json", tmp_path / "s"))
     assert (row["state"], "has holes" in row["reason"]) == ("broken", True)
 

@@ -101,8 +101,10 @@ def _examine_snapshots(
             if snapshot.parent is not None and not known:
                 parents = None
             path = snapshot.layer.path
+            in_doubt = list(_examine_base(layer, snapshot, policy))
+            yield from in_doubt
+            parents = None if in_doubt else parents
             yield from examine_layer(layer, parents, policy, pool.verdicts, reach, path)
-            yield from _examine_base(layer, snapshot, policy)
     finally:
         os.close(root)
 
