@@ -63,6 +63,7 @@ TABLE = [
     # Filesystems that report holes exactly.
     *(Row(directly(kind)) for kind in ("ext4", "xfs", "btrfs", "tmpfs")),
     *(Row(directly(kind)) for kind in ("ext2", "ext3", "ext4_bigalloc")),
+    Row(places.MEMFD),
     # Those that do not, or may not: by their names.
     Row(packed("squashfs"), must="filesystem"),
     Row(packed("erofs"), must="filesystem"),
