@@ -7,6 +7,7 @@ BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := build/lowest
 
 RUN_PACKAGES := libfuse3-dev pkg-config gcc libc6-dev fuse3
 TEST_PACKAGES := xfsprogs btrfs-progs rsync e2fsprogs squashfs-tools erofs-utils fuse-overlayfs \
@@ -17,13 +18,14 @@ BENCH_PACKAGES := nbdkit libnbd-bin
 PROFILE_PACKAGES := linux-perf
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak bench bench-quick lint clean run-packages test-packages bench-packages \
+.PHONY: help demo test test-lowest soak bench bench-quick lint clean run-packages test-packages bench-packages \
 	install-mount-helper uninstall-mount-helper
 
 help:
 	@echo 'make demo   show the filesystem at work on a chain it makes itself'
 	@echo 'make test   lint, type-check and test (as root: many tests mount file systems)'
 	@echo '            one file: make test PYTEST_ARGS=tests/test_support.py'
+	@echo 'make test-lowest  mount, flatten and restore with the lowest versions of what it needs'
 	@echo 'make soak   the fault tests and the fuzzing at their full counts (half an hour);'
 	@echo '            writes what it saw to docs/reliability.md'
 	@echo 'make bench  measure against peers, as root on a quiet machine (an hour); writes'
@@ -41,6 +43,16 @@ demo: $(VENV)/.stamp-run
 # pytest comes last, so that its summary is the end of the output.
 test: $(VENV)/.stamp-test lint | test-packages
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Each package with a lower bound in pyproject.toml is used. Old versions warn of much that cannot be
+# mended here.
+LOWEST_TESTS := tests/test_mount_read.py tests/test_operations.py tests/test_nextrequest.py \
+	tests/test_lifecycle.py tests/test_mount_helper.py tests/vm/test_restore.py \
+	tests/test_flatten.py tests/test_bmap.py tests/test_metrics.py tests/test_picture.py \
+	tests/test_completion.py tests/test_wheel.py
+
+test-lowest: $(LOWEST)/.stamp | test-packages
+	@$(LOWEST)/bin/python -m pytest -o filterwarnings=default --disable-warnings $(LOWEST_TESTS)
 
 # Without the traceback that pytest prints of a test which takes long, and without the debug lines
 # of a hundred thousand inputs.
@@ -101,6 +113,10 @@ $(VENV)/.stamp-run: pyproject.toml | run-packages
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-run
 	@.ci/venv $(PYTHON) $(VENV) --editable '.[test]'
+	@touch $@
+
+$(LOWEST)/.stamp: pyproject.toml .ci/lowest .ci/lowest-venv | run-packages
+	@.ci/lowest-venv $(PYTHON) $(LOWEST)
 	@touch $@
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-test

@@ -28,29 +28,27 @@ _REPORTED = 4096
 _POWERS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
 
-class _Range(click.ParamType[tuple[int, int | None]]):
+def _range(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, int | None] | None:
     # START:END in bytes, decimal or 0x..., with K, M, G or T; either may be left out.
-    name = "range"
+    if value is None:
+        return None
+    start, colon, stop = value.partition(":")
+    if not colon:
+        raise click.BadParameter(f"{value!r} is not START:END")
+    return _bytes(start) or 0, _bytes(stop)
 
-    def convert(
-        self, value: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int | None]:
-        start, colon, stop = value.partition(":")
-        if not colon:
-            self.fail(f"{value!r} is not START:END", param, ctx)
-        return self._bytes(start, param, ctx) or 0, self._bytes(stop, param, ctx)
 
-    def _bytes(
-        self, text: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | None:
-        if not text:
-            return None
-        if not (found := _NUMBER.fullmatch(text)):
-            self.fail(f"{text!r} is no number of bytes, like 4096, 0x1000 or 4K", param, ctx)
-        return (
-            int(found[1], 0 if found[1][:2].lower() == "0x" else 10)
-            << _POWERS[(found[2] or "").lower()]
-        )
+def _bytes(text: str) -> int | None:
+    if not text:
+        return None
+    if not (found := _NUMBER.fullmatch(text)):
+        raise click.BadParameter(f"{text!r} is no number of bytes, like 4096, 0x1000 or 4K")
+    return (
+        int(found[1], 0 if found[1][:2].lower() == "0x" else 10)
+        << _POWERS[(found[2] or "").lower()]
+    )
 
 
 @click.command("map")
@@ -72,7 +70,7 @@ class _Range(click.ParamType[tuple[int, int | None]]):
 @click.option(
     "--range",
     "window",
-    type=_Range(),
+    callback=_range,
     metavar="START:END",
     help="Only these bytes: decimal or 0x..., with K, M, G or T; either may be left out.",
 )

@@ -27,22 +27,28 @@ class Made(BuildHookInterface[Any]):
         """Make them, in a directory that `finalize` removes."""
         if version == "editable":
             return
+        # Files for the prefix of an installation, as the format of wheels has them. (That hatchling
+        # has a name of its own for them came later than what Debian 12 packages.)
+        data = f"{self.metadata.name}-{self.metadata.version}.data/data"
+
+        def include(file: Path, target: str) -> None:
+            build_data["force_include"][str(file)] = f"{data}/{target}"
+
         root = Path(self.root)
         self._folder = tempfile.TemporaryDirectory(prefix="diffmergefs-wheel-")
         folder = Path(self._folder.name)
         for page in (root / "docs").iterdir():
             if page.is_file():
-                build_data["shared_data"][str(page)] = f"share/doc/diffmergefs/{page.name}"
+                include(page, f"share/doc/diffmergefs/{page.name}")
         write_all = runpy.run_path(str(Path(__file__).with_name("manpages.py")))["write_all"]
         for page in write_all(root / "docs", folder, self.metadata.version):
-            target = f"share/man/man{page.suffix[1:]}/{page.name}"
-            build_data["shared_data"][str(page)] = target
+            include(page, f"share/man/man{page.suffix[1:]}/{page.name}")
         # Not imported: the package needs more than its build.
         script = runpy.run_path(str(root / "diffmergefs" / "cli" / "completion.py"))["script"]
         for shell, target in _COMPLETIONS.items():
             path = folder / f"completion.{shell}"
             path.write_text(script(shell), encoding="utf-8")
-            build_data["shared_data"][str(path)] = target
+            include(path, target)
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Remove what went into the wheel."""
