@@ -72,6 +72,8 @@ def test_a_device_that_is_missing_or_closed_is_a_warning(
     (tmp_path / "fuse").mkdir()
     closed = found("device")
     assert (closed.severity, closed.finding) == ("warning", f"{tmp_path}/fuse: Is a directory")
+    monkeypatch.setattr(host, "FUSE_DEVICE", os.devnull)
+    assert found("device").finding == f"{os.devnull} is another device"
 
 
 @pytest.mark.usefixtures("root")

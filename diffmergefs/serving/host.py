@@ -21,6 +21,7 @@ from diffmergefs.serving.tuning import CONNECTIONS
 
 FUSE_CONF = "/etc/fuse.conf"
 FUSE_DEVICE = "/dev/fuse"
+_FUSE_NUMBER = os.makedev(10, 229)
 _HELPER = "fusermount3"
 # preadv2's RWF_NOWAIT, by which a read that would block is moved to a thread.
 _OLDEST = (4, 14)
@@ -91,7 +92,9 @@ def _kernel() -> Finding:
 
 def _device() -> Finding:
     try:
-        os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+        fd = os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        device = os.fstat(fd).st_rdev
+        os.close(fd)
     except FileNotFoundError:
         remedy = "load the module (modprobe fuse), or give the container --device /dev/fuse"
         return _finding("device", "warning", f"no {FUSE_DEVICE}", _NO_MOUNT, remedy)
@@ -103,6 +106,14 @@ def _device() -> Finding:
             _NO_MOUNT,
             "have its mode set to 0666 again, as distributions have it; in a container, allow the"
             " device (--device /dev/fuse)",
+        )
+    if device != _FUSE_NUMBER:
+        return _finding(
+            "device",
+            "warning",
+            f"{FUSE_DEVICE} is another device",
+            _NO_MOUNT,
+            f"make it anew: mknod -m 666 {FUSE_DEVICE} c 10 229",
         )
     return _finding("device", "fine", f"{FUSE_DEVICE} can be opened")
 
