@@ -157,7 +157,9 @@ def test_renaming_is_no_change(public_path: Path, mountpoint: Path) -> None:
             assert read_errno(new.parent / "m2.bin") == errno.ENOENT
             write_document(store, "renamed", '{"memory": "m2.bin", "parent_tag": "one"}')
             wait_for(lambda: read_errno(new.parent / "m2.bin") is None)
-            assert sorted(os.listdir(new.parent)) == ["m2.bin", "snapshot.json", "vmstate"]
+            # The device state is there again once two looks have seen it with this memory.
+            names = ["m2.bin", "snapshot.json", "vmstate"]
+            wait_for(lambda: sorted(os.listdir(new.parent)) == names)
             assert (new.parent / "m2.bin").read_bytes() == expected
             # And the whole store.
             store.rename(public_path / "moved")
