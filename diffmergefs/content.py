@@ -116,11 +116,12 @@ def find_copy_up(parents: Read | None, layer: Layer, page: int = PAGE) -> tuple[
 
     The copy begins where the data did, and goes on for a MiB or to the end of the file. Where it
     filled holes, there are zeros over the parents' data beside pages that were written; all pages
-    of extents of that shape are read. Without `parents`, all zeros count.
+    of extents of that shape are read. Of one that was written on beside the copy, the pages at
+    whole MiB tell where the copy ended. Without `parents`, all zeros count.
     """
     for start, stop in layer.extents:
-        if not is_like_copy_up(start, stop, layer.size):
-            continue
+        if stop != layer.size and (stop - start) % MIB:
+            stop = _end_of_copy(parents, layer, start, stop, page) or start
         pages = compare_pages(parents, layer, start, stop, page)
         # A short end of the file is often written to, so a page of zeros there is no sign yet.
         if pages.written and (pages.mostly_zero or (pages.zero and stop - start >= MIB)):
@@ -130,9 +131,20 @@ def find_copy_up(parents: Read | None, layer: Layer, page: int = PAGE) -> tuple[
     return ()
 
 
-def is_like_copy_up(start: int, stop: int, size: int) -> bool:
-    """Whether an extent has the shape that a copy-up gives it."""
-    return stop == size or (stop - start) % MIB == 0
+def _end_of_copy(parents: Read | None, layer: Layer, start: int, stop: int, page: int) -> int:
+    # Where zeros over the parents' data end at a whole MiB after a written page; 0 if nowhere.
+    def at(offset: int) -> Pages:
+        return compare_pages(parents, layer, offset, min(offset + page, stop), page)
+
+    for end in range(start + MIB, stop, MIB):
+        if page <= MIB and at(end - page).zero and at(end).written and at(start).written:
+            return end
+    return 0
+
+
+def may_be_copied_up(start: int, stop: int, size: int) -> bool:
+    """Whether a copy-up can have made an extent, or a part of it, that has more than was there."""
+    return stop == size or stop - start >= MIB
 
 
 class _Compared(NamedTuple):

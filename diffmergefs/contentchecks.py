@@ -187,7 +187,7 @@ def _copy_up(layer: Layer, policy: TrustPolicy) -> _Look | None:
         layer.records
         or layer.extents.covers(layer.size)
         or sparse.filesystem_magic(layer.fd) != sparse.OVERLAYFS_MAGIC
-        or not any(content.is_like_copy_up(*extent, layer.size) for extent in layer.extents)
+        or not any(content.may_be_copied_up(*extent, layer.size) for extent in layer.extents)
     ):
         return None
     page = max(PAGE, policy.page_size)

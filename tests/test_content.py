@@ -62,10 +62,16 @@ def copied_up_by_a_write(merged: Path) -> None:
     write_at(merged, 3 * 1024)
 
 
+def copied_up_and_written_beside(merged: Path) -> None:
+    write_at(merged, 1280, 1281, 1282, 1536)  # [4M, 5M) or [4M, 6M) is longer then
+
+
 HARMED: list[tuple[list[int], int, Callable[[Path], None]]] = [
     ([1024], SIZE, copied_up_by_chmod),
     ([1024], SIZE, copied_up_by_a_write),  # [4M, 5M), and [12M, 12M + 4K), which is right
     ([5, 1024, 1025, 2000], SIZE, copied_up_by_a_write),
+    ([1024], SIZE, copied_up_and_written_beside),
+    ([1024, 1300], SIZE, copied_up_and_written_beside),
     ([7, 4090], SIZE, copied_up_by_a_write),  # a copy that ends with the file
     ([4090], 4095 * PAGE + 100, copied_up_by_chmod),  # shorter than a MiB, for the file ends
     (list(range(0, 512, 2)), SIZE, copied_up_by_a_write),  # half of the pages were written
@@ -91,6 +97,8 @@ def test_a_diff_copied_up_is_refused_however_that_came(
 
 HEALTHY: list[list[tuple[int, bytes]]] = [
     pages(1, [5, 700]),
+    [(0, bytes(MIB)), *pages(1, range(256, 300))],  # a wiped MiB beside a written run
+    [*pages(1, range(100)), (100 * PAGE, bytes(MIB)), *pages(1, range(356, 400))],
     pages(1, range(256, 512)),  # a whole MiB, all of it written
     [(MIB, bytes(MIB))],  # a whole MiB wiped
     [(0, bytes(MIB)), *pages(1, range(512, 513))],
@@ -104,7 +112,7 @@ def test_a_diff_that_was_made_on_an_overlay_is_trusted(
     overlay_fs: loopfs.Overlay, number: int
 ) -> None:
     held = HEALTHY[number]
-    under = [BASE[0], (0, bytes(2 * MIB))] if number == 4 else BASE
+    under = [BASE[0], (0, bytes(2 * MIB))] if number == 6 else BASE
     base = write_layer(overlay_fs.merged / "base", SIZE, under)
     diff = write_layer(overlay_fs.merged / "diff", SIZE, held)
     image = open_chain(base, [diff])
@@ -297,7 +305,7 @@ def test_a_mount_samples_each_link_once_and_within_the_processors_limit(
     real = content.sample
 
     def counted(parents: content.Read, below: ExtentList, layer: Layer) -> Pages:
-        seen.append((layer.path, operations._hashing.borrowed_tokens))
+        seen.append((layer.path, operations._hashing.busy))
         return real(parents, below, layer)
 
     monkeypatch.setattr(content, "sample", counted)
@@ -313,5 +321,5 @@ def test_a_mount_samples_each_link_once_and_within_the_processors_limit(
 
     trio.run(main)
     assert sorted(path for path, _ in seen) == [f"{tag}/memory.bin" for tag in tags]
-    limit = operations._hashing.total_tokens
+    limit = os.cpu_count() or 1
     assert all(1 <= borrowed <= limit for _, borrowed in seen)
