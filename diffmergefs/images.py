@@ -150,10 +150,10 @@ class LayerPool:
         Its cached pages are dropped for that, where nobody has them mapped; it is opened for the
         moment, not walked. Raises OSError, FileAccessError.
         """
-        if file.key not in self._cached:
+        if (hole := self._cached.get(file.key)) is None:
             return False
         with self._opened(file) as fd:
-            return sparse.stays_data(fd, self._cached[file.key])
+            return sparse.stays_data(fd, hole)
 
     @contextmanager
     def _opened(self, file: StoredFile) -> Iterator[int]:
