@@ -273,7 +273,8 @@ async def _run(
             # which is the end, but this to one that had just taken a request (fuse_dev_do_read in
             # fs/fuse/dev.c, since Linux 4.2).
             log.debug("the connection ended while a request was read")
-        is_cut_off = own is not None and await _is_cut_off(own, operations.open_files)
+        if own is not None and not service.is_ending:
+            is_cut_off = await _is_cut_off(own, operations.open_files)
         if not is_cut_off and not up.is_set():
             ready()  # it was up, and was asked to stop before it could say so
         nursery.cancel_scope.cancel()
@@ -300,6 +301,7 @@ class _Service:
         self._own = own
         self._notifier = notifier
         self._is_stopping = False
+        self.is_ending = False  # at once, if need be by an abort of our own
 
     def stop(self) -> None:
         self._is_stopping = True
@@ -423,6 +425,7 @@ async def _watch_signals(
         async for number in signals:
             name = signal.Signals(number).name
             if asked:
+                service.is_ending = True
                 log.info("%s again: ending at once, %d files open", name, operations.open_files)
                 # While requests are still answered: a push may wait for a page that one of them
                 # brings, where no signal reaches it.
