@@ -28,6 +28,7 @@ VERBS = {
     "map": ("map", "--base={0}", "--diff={1}"),
     "mount": ("mount", "-f", "--base={0}", "--diff={1}", "{mountpoint}"),
     "rediff": ("rediff", "{0}", "{0}", "--child-diff={1}", "-o", "{output}"),
+    "seal": ("seal", "--base={0}", "--diff={1}"),
     "squash": ("squash", "--base={0}", "--diff={1}", "-o", "{output}"),
     "verify": ("verify", "--base={0}", "--diff={1}"),
 }

@@ -130,8 +130,17 @@ def _run(arguments: list[str] | None, command: click.Command, name: str) -> int:
 
 
 class _Teller(logging.Handler):
+    # Says the same once: a command may open the same layers several times.
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self._told: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        talk(record.getMessage())
+        line = record.getMessage()
+        if line not in self._told:
+            talk(line)
+        self._told.add(line)
 
 
 @contextmanager

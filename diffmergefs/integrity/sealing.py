@@ -12,6 +12,7 @@ from diffmergefs.buffers import page_aligned
 from diffmergefs.contentchecks import Hint, hints, require_exact
 from diffmergefs.contentverdicts import Parents, Verdicts
 from diffmergefs.errors import DenseDiffError, SealError
+from diffmergefs.explicit import require_distinct, warn_of_order
 from diffmergefs.extents import ExtentList
 from diffmergefs.integrity import bmap, seal
 from diffmergefs.integrity.bmap import ABSENT, SEAL_SUFFIX, BlockMap
@@ -20,7 +21,7 @@ from diffmergefs.layer import Layer
 from diffmergefs.layouts.bitmap import PRESENCE_SUFFIX
 from diffmergefs.lease import require_no_writers
 from diffmergefs.trust import PAGE, TrustPolicy, require_trust
-from diffmergefs.view import require_equal_size
+from diffmergefs.view import MergedView, require_equal_size
 from diffmergefs.writing.copying import failures
 from diffmergefs.writing.output import OutputFile
 
@@ -58,11 +59,12 @@ def seal_layer(
 
     First the layer is held to law 4 as a diff, whatever it is, and to having no writer; one without
     a hole needs `policy.dense`. With the open layers below it, base first, as `parents`, its pages
-    are held against theirs too. With a presence file beside it, that one's extents are sealed. The
-    seal is written atomically, with the layer's mode and, by root, its owner. One that is there is
-    replaced if it has the same extents and its checksums are right; if it says anything else, only
-    with `force`: it may be the only record of a diff that a copy has harmed. The layer is synced
-    and read, never written. `progress` gets the bytes done so far.
+    are held against theirs too, and their order is looked at (see `diffmergefs.explicit`). With a
+    presence file beside it, that one's extents are sealed. The seal is written atomically, with the
+    layer's mode and, by root, its owner. One that is there is replaced if it has the same extents
+    and its checksums are right; if it says anything else, only with `force`: it may be the only
+    record of a diff that a copy has harmed. The layer is synced and read, never written. `progress`
+    gets the bytes done so far.
 
     Raises UntrustedExtentsError, DenseDiffError, WriterError, SealError (another seal is there),
     SizeMismatchError, LayerChangedError, NoSpaceError, and FileAccessError for every other failure
@@ -72,6 +74,7 @@ def seal_layer(
     opener = seal.Opener(replace(policy, no_seal=True))
     opened = opener.open(os.fspath(path), is_diff=True)
     with closing(opened) as layer, failures(os.fspath(path)):
+        require_distinct([*parents, layer])
         overridden = _require_known(layer, policy)
         below = Parents(parents) if parents else None
         hinted = _require_exact(below, layer, policy, overridden)
@@ -146,6 +149,7 @@ def _require_exact(
     if parents:
         base = parents.layers[0]
         require_equal_size(base.path, base.size, layer.path, layer.size)
+        warn_of_order(MergedView([*parents.layers, layer]))
         overridden += require_exact(parents, layer, policy, verdicts)
     return hints(parents, layer, policy, verdicts)
 

@@ -98,8 +98,7 @@ def _layout(folder: str, path: str) -> str:
 def _mounted(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
     real, table = os.path.realpath(path), MountTable()
     for entry in table.entries:
-        source = resolved(entry.source)
-        if entry.kind != FILESYSTEM_TYPE or table.is_ours(source):
+        if entry.kind != FILESYSTEM_TYPE or table.is_ours(source := resolved(entry.source)):
             continue
         if _is_file(source, fd):
             return f"it is the base of the mount on {entry.path}"
