@@ -1,27 +1,39 @@
-"""/proc/self/mountinfo: the mount that holds an open file, as far as this process sees it."""
+"""/proc/PID/mountinfo: which filesystem is mounted where, as far as a process sees it."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 
-class Mount(NamedTuple):
+@dataclass(frozen=True)
+class Mount:
     """One mount, as proc(5) has it, with the escapes of its paths and options undone.
 
-    `device` is the filesystem's, as in `st_dev`. `path` is where it is mounted, and `root` the
-    directory of its filesystem that stands there; both are empty where only another mount of the
-    same filesystem is listed. `options` are those of the filesystem, in their order.
+    `path` is where it is mounted, `device` the filesystem's (major:minor), `root` what of the
+    filesystem stands there: `/`, but for bind mounts. `number` is the mount's own while it lasts,
+    wherever it is moved to, and `parent` that of the mount on which it lies. `options` are those of
+    the filesystem, in their order; two are the same mount whatever these are by now.
     """
 
-    device: int
-    root: str
     path: str
+    device: str
     kind: str
-    options: tuple[str, ...]
+    source: str
+    number: int
+    parent: int
+    root: str
+    options: tuple[str, ...] = field(default=(), compare=False)
+
+
+def mounts(process: str = "self") -> Iterator[Mount]:
+    """All mounts that the process sees, each after the one that it covers. Raises OSError."""
+    # Only a newline ends a line here; the names may hold what else str.splitlines splits at.
+    text = os.fsdecode(Path(f"/proc/{process}/mountinfo").read_bytes())
+    return map(_mount, filter(None, text.split("\n")))
 
 
 def mount_of(fd: int) -> Mount | None:
@@ -29,45 +41,40 @@ def mount_of(fd: int) -> Mount | None:
 
     Not listed are the kernel's own mounts (of a memfd), those of another namespace or beyond a
     chroot, and those that were taken off lazily. Another mount of the same filesystem answers for
-    such a one, if there is one. Raises OSError for a descriptor that is not open.
+    such a one, if there is one, with an empty `path` and `root`. Raises OSError for a descriptor
+    that is not open.
     """
     device = os.fstat(fd).st_dev
     try:
         info = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii")
-        table = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
+        listed = list(mounts())
     except OSError:
         return None
-    number = next(line.split()[1] for line in info.splitlines() if line.startswith("mnt_id:"))
+    number = next(int(line.split()[1]) for line in info.splitlines() if line.startswith("mnt_id:"))
+    for mount in listed:
+        if mount.number == number:
+            return mount
     same = f"{os.major(device)}:{os.minor(device)}"
-    beside = None
-    for line in _lines(table):
-        of, _, of_device, _ = line.split(" ", 3)
-        if of == number:
-            return _mount(line)
-        if of_device == same and beside is None:
-            beside = line
-    return _mount(beside)._replace(root="", path="") if beside else None
-
-
-def _lines(table: str) -> Iterator[str]:
-    # Only a newline ends a line here; the names may hold what else str.splitlines splits at.
-    return (line for line in table.split("\n") if line)
+    beside = next((mount for mount in listed if mount.device == same), None)
+    return replace(beside, path="", root="") if beside else None
 
 
 def _mount(line: str) -> Mount:
     fields, _, rest = line.partition(" - ")
-    _, _, device, root, path, *_ = fields.split(" ")
-    kind, _, options = rest.split(" ", 2)
-    major, minor = device.split(":")
+    number, parent, device, root, path, *_ = fields.split(" ")
+    kind, source, options = rest.split(" ", 2)
     return Mount(
-        os.makedev(int(major), int(minor)),
-        _unescaped(root),
         _unescaped(path),
+        device,
         kind,
+        _unescaped(source),
+        int(number),
+        int(parent),
+        _unescaped(root),
         tuple(map(_unescaped, options.split(","))),
     )
 
 
-def _unescaped(field: str) -> str:
-    raw = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), os.fsencode(field))
+def _unescaped(text: str) -> str:
+    raw = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), os.fsencode(text))
     return os.fsdecode(raw)

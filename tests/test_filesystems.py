@@ -38,7 +38,7 @@ def as_mount(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``as_mount(kind, *options, magic=...)``: what the kernel says of every file from now on."""
 
     def pretend(kind: str, *options: str, magic: int = 0x1234) -> None:
-        mount = Mount(0, "/", "/", kind, options)
+        mount = Mount("/", "0:0", kind, "none", 1, 0, "/", options)
         monkeypatch.setattr(filesystems, "mount_of", lambda _: mount)
         monkeypatch.setattr(sparse, "filesystem_magic", lambda _: magic)
 

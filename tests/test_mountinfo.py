@@ -1,4 +1,4 @@
-"""/proc/self/mountinfo, as it is for real mounts."""
+"""/proc/PID/mountinfo, as it is for real mounts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def test_options_are_those_of_the_filesystem(
         assert found is not None and found.kind == "overlay"
         assert f"upperdir={overlay_fs.upper}" in found.options
         assert (found.root, found.path) == ("/", str(overlay_fs.merged))
-        assert found.device == os.fstat(fd).st_dev
+        device = os.fstat(fd).st_dev
+        assert found.device == f"{os.major(device)}:{os.minor(device)}"
     with opened(filesystem("tmpfs_huge")) as fd:
         found = mount_of(fd)
         assert found is not None and "huge=always" in found.options

@@ -24,6 +24,7 @@ from diffmergefs.images import open_chain
 from diffmergefs.lease import Leases
 from diffmergefs.logformat import Lines, printable
 from diffmergefs.logqueue import QueuedHandler
+from diffmergefs.mountinfo import Mount
 from diffmergefs.names import STATUS_FOLDER
 from diffmergefs.serving import daemon
 from diffmergefs.serving import mountpoint as mountpoints
@@ -232,11 +233,11 @@ def serve_in_background(
     return 0
 
 
-def _mounted_at(request: Request) -> mountpoints.MountEntry | None:
+def _mounted_at(request: Request) -> Mount | None:
     return mountpoints.mount_entry(mountpoints.resolved(request.mountpoint))
 
 
-def _remove_leftover(request: Request, before: mountpoints.MountEntry | None) -> None:
+def _remove_leftover(request: Request, before: Mount | None) -> None:
     # The child's own, and not one that stood there before.
     known = _mounted_at(request)
     if known is None or known == before:

@@ -23,6 +23,7 @@ from diffmergefs.integrity import (
     bmapreader,  # noqa: F401  (a daemon outlives an upgrade of the package, and meets new seals)
 )
 from diffmergefs.lease import SIGNAL, Leases
+from diffmergefs.mountinfo import Mount
 from diffmergefs.serving import mountpoint as mountpoints
 from diffmergefs.serving import threads, tuning
 from diffmergefs.serving.connection import Connection
@@ -235,7 +236,7 @@ def _ending_signals() -> set[int]:
     return {signal.SIGTERM, signal.SIGINT, *hangup}
 
 
-def _entry_at(mountpoint: str) -> mountpoints.MountEntry | None:
+def _entry_at(mountpoint: str) -> Mount | None:
     try:
         return mountpoints.mount_entry(mountpoint)
     except OSError as error:

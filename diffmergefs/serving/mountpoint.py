@@ -11,10 +11,10 @@ import subprocess
 from collections.abc import Iterable
 
 from diffmergefs.errors import BusyError, MountpointError, MountTimeoutError
+from diffmergefs.mountinfo import Mount
 from diffmergefs.serving import asking
 from diffmergefs.serving.holders import holders, told
 from diffmergefs.serving.mounttable import FILESYSTEM_TYPE as FILESYSTEM_TYPE
-from diffmergefs.serving.mounttable import MountEntry as MountEntry
 from diffmergefs.serving.mounttable import in_other_namespaces, mount_over, mounts
 from diffmergefs.serving.mounttable import mount_entry as mount_entry
 from diffmergefs.serving.mounttable import resolved as resolved
@@ -68,7 +68,7 @@ def _free_path(mountpoint: str) -> str:
     return path
 
 
-def _require_stale(mountpoint: str, known: MountEntry) -> None:
+def _require_stale(mountpoint: str, known: Mount) -> None:
     is_ours = known.kind == FILESYSTEM_TYPE
     hint = ""
     try:
@@ -100,7 +100,7 @@ def require_answer(path: str) -> None:
         raise no_answer(path, known) from error
 
 
-def no_answer(path: str, known: MountEntry) -> MountTimeoutError:
+def no_answer(path: str, known: Mount) -> MountTimeoutError:
     """The error of a mount whose daemon hangs."""
     where = "" if path == known.path else f", in the mount on {known.path}"
     return MountTimeoutError(
@@ -149,7 +149,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         )
 
 
-def _unmount_idle(mountpoint: str, known: MountEntry) -> None:
+def _unmount_idle(mountpoint: str, known: Mount) -> None:
     try:
         _unmount(known.path, 0, [])
     except OSError as error:
@@ -161,7 +161,7 @@ def _unmount_idle(mountpoint: str, known: MountEntry) -> None:
         raise MountpointError(f"{mountpoint}: {error.strerror}") from error
 
 
-def _by_whom(known: MountEntry) -> str:
+def _by_whom(known: Mount) -> str:
     try:
         found = holders(known.device, known.path)
     except OSError as error:

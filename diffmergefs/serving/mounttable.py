@@ -7,57 +7,23 @@ are judged here by the table and by their letters; only what lies in no mount of
 from __future__ import annotations
 
 import os
-import re
-from pathlib import Path
-from typing import NamedTuple
 
+from diffmergefs import mountinfo
 from diffmergefs.errors import NO_PROC, UnsupportedPlatformError
+from diffmergefs.mountinfo import Mount
 
 FILESYSTEM_TYPE = "fuse.diffmergefs"
 _MAX_LINKS = 40
 
 
-class MountEntry(NamedTuple):
-    """One line of /proc/self/mountinfo: where, which device (major:minor), type and source.
-
-    `number` is the mount's own while it lasts, wherever it is moved to, and `parent` that of the
-    mount on which it lies. `root` is what of the filesystem is mounted: `/`, but for bind mounts.
-    """
-
-    path: str
-    device: str
-    kind: str
-    source: str
-    number: int
-    parent: int
-    root: str
-
-
-def mounts(process: str = "self") -> list[MountEntry]:
-    """All mounts that the process sees, each after the one that it covers.
-
-    Raises OSError, and UnsupportedPlatformError where there is no /proc.
-    """
-    found = []
-    # Only a newline ends a line here; the names may hold what else str.splitlines splits at.
+def mounts(process: str = "self") -> list[Mount]:
+    """`mountinfo.mounts`, as a list. Raises UnsupportedPlatformError where there is no /proc."""
     try:
-        text = os.fsdecode(Path(f"/proc/{process}/mountinfo").read_bytes())
+        return list(mountinfo.mounts(process))
     except FileNotFoundError as error:
         if os.path.exists("/proc/self"):
             raise
         raise UnsupportedPlatformError(NO_PROC) from error
-    for line in text.split("\n")[:-1]:
-        fields, _, rest = line.partition(" - ")
-        number, parent, device, root, where, *_ = fields.split(" ")
-        kind, source, *_ = rest.split(" ")
-        names = (_unescaped(where), device, kind, _unescaped(source))
-        found.append(MountEntry(*names, int(number), int(parent), _unescaped(root)))
-    return found
-
-
-def _unescaped(field: str) -> str:
-    raw = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), os.fsencode(field))
-    return os.fsdecode(raw)
 
 
 class MountTable:
@@ -74,12 +40,12 @@ class MountTable:
             if entry.parent != entry.number
         }
 
-    def over(self, path: str) -> MountEntry | None:
+    def over(self, path: str) -> Mount | None:
         """The mount on which the real, absolute `path` lies; none that is covered.
 
         None where the table lacks it.
         """
-        here: MountEntry | None = None
+        here: Mount | None = None
         prefix = ""
         for name in path.rstrip("/").split("/"):
             prefix = f"{prefix.rstrip('/')}/{name}"
@@ -93,12 +59,12 @@ class MountTable:
         return found is not None and found.kind == FILESYSTEM_TYPE
 
 
-def mount_over(path: str) -> MountEntry | None:
+def mount_over(path: str) -> Mount | None:
     """The mount on which the real, absolute `path` lies, or None. Never asks the mount."""
     return MountTable().over(path)
 
 
-def mount_entry(path: str) -> MountEntry | None:
+def mount_entry(path: str) -> Mount | None:
     """The topmost mount on exactly the real, absolute `path`, or None. Never asks the mount."""
     found = mount_over(path)
     return found if found is not None and found.path == path else None

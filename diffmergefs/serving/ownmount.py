@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 from diffmergefs.errors import DiffMergeError
+from diffmergefs.mountinfo import Mount
 from diffmergefs.serving import mountpoint as mountpoints
 from diffmergefs.serving import tuning
-from diffmergefs.serving.mounttable import MountEntry, MountTable, mounts
+from diffmergefs.serving.mounttable import MountTable, mounts
 
 
 class OwnMount:
@@ -16,12 +17,12 @@ class OwnMount:
     Nothing that is asked reaches the mount itself: this process would have to answer.
     """
 
-    def __init__(self, entry: MountEntry) -> None:
+    def __init__(self, entry: Mount) -> None:
         self.device = entry.device
         self._number = entry.number
         self._source = entry.source
 
-    def _is_it(self, entry: MountEntry) -> bool:
+    def _is_it(self, entry: Mount) -> bool:
         return (entry.number, entry.device) == (self._number, self.device)
 
     def obstacle(self) -> str:
@@ -59,7 +60,7 @@ class OwnMount:
         """Where the filesystem is mounted besides, seen from here: bind mounts, of one file too."""
         return [entry.path for entry in self._shown() if not self._is_it(entry)]
 
-    def _shown(self) -> list[MountEntry]:
+    def _shown(self) -> list[Mount]:
         try:
             # The kernel gives a free device number to the next mount, whose ever it is.
             mine = self.device, self._source
