@@ -187,3 +187,19 @@ def test_nothing_is_synced(target: Target, monkeypatch: pytest.MonkeyPatch) -> N
     with WriteBehind(target) as behind:
         behind.write(filled(behind, 1), 10, 0)
     assert Path(target.path).stat().st_size == 10
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_without_a_thread_all_is_written_by_the_caller(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    count = 2 * WINDOW // BUFFER
+    with WriteBehind(target) as behind:
+        for byte in range(count):
+            behind.write(filled(behind, byte), BUFFER, byte * BUFFER)
+    expected = b"".join(bytes([byte]) * BUFFER for byte in range(count))
+    assert Path(target.path).read_bytes() == expected

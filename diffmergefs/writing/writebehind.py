@@ -31,7 +31,8 @@ class WriteBehind:
     must follow sees to both (sync_file_range(2) with SYNC_FILE_RANGE_WRITE alone does not take the
     file's errors). A write that failed raises NoSpaceError or FileAccessError, if not at once then
     in a later call or on leaving. Leaving waits for all writes; on an exception those not begun are
-    given up. No thread is left after it. For one caller at a time.
+    given up. No thread is left after it. Where none can be started (pids.max), the caller writes
+    all by itself. For one caller at a time.
     """
 
     def __init__(self, target: Target) -> None:
@@ -40,7 +41,7 @@ class WriteBehind:
         self._begun = 0  # up to here the kernel was told to write out
         self._free: list[memoryview] = []
         self._pending: deque[Future[memoryview]] = deque()
-        self._thread = ThreadPoolExecutor(1, "write-behind")
+        self._thread = _helper()
 
     def __enter__(self) -> WriteBehind:
         return self
@@ -55,7 +56,8 @@ class WriteBehind:
             while self._pending and error is None:
                 self._pending.popleft().result()
         finally:
-            self._thread.shutdown(cancel_futures=error is not None)
+            if self._thread is not None:
+                self._thread.shutdown(cancel_futures=error is not None)
 
     def buffer(self) -> memoryview:
         """A buffer of `BUFFER` bytes that no write needs any more: once more, or a new one."""
@@ -67,7 +69,7 @@ class WriteBehind:
 
     def write(self, buffer: memoryview, length: int, offset: int) -> None:
         """Write the first `length` bytes of a buffer, which is not to be touched any more."""
-        if self._in_memory:
+        if self._in_memory and self._thread is not None:
             self._pending.append(self._thread.submit(self._write, buffer, length, offset))
         else:
             self._free.append(self._write(buffer, length, offset))
@@ -75,7 +77,7 @@ class WriteBehind:
 
     def written(self, stop: int) -> None:
         """The file has its bytes up to `stop`; nothing lies there still to be written."""
-        if stop - self._begun >= _WINDOW:
+        if self._thread is not None and stop - self._begun >= _WINDOW:
             self._thread.submit(_start_writeback, self._target.fd, self._begun, stop)
             self._begun = stop
 
@@ -83,6 +85,16 @@ class WriteBehind:
         with failures(self._target.path, self._target):
             write_at(self._target.fd, buffer[:length], offset)
         return buffer
+
+
+def _helper() -> ThreadPoolExecutor | None:
+    # Its thread begins now: one that fails to begin later leaves the work for it in its queue.
+    helper = ThreadPoolExecutor(1, "write-behind")
+    try:
+        helper.submit(int)
+    except RuntimeError:
+        return None
+    return helper
 
 
 def _start_writeback(fd: int, start: int, stop: int) -> None:
