@@ -148,9 +148,12 @@ def hint_of_filled(
     if not found:
         return None
     pages, extents, first = found
+    where = f"{extents} aligned extents at {first:#x}..."
+    if extents == 1:
+        where = f"1 aligned extent at {first:#x}"
     text = (
-        f"looks as if holes were filled: {pages} zero pages in {extents} aligned extents at"
-        f" {first:#x}{'...' if extents > 1 else ''}; harmless if the guest wiped or freed them"
+        f"looks as if holes were filled: {pages} zero pages in {where};"
+        " harmless if the guest wiped or freed them"
     )
     return Hint(layer.path, text)
 

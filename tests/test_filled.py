@@ -255,7 +255,7 @@ def layers(tmp_path: Path) -> list[str]:
     return ["--base", str(base_in(tmp_path)), "--diff", str(diff)]
 
 
-LINE = "looks as if holes were filled: 63 zero pages in 1 aligned extents at 0x40000; "
+LINE = "looks as if holes were filled: 63 zero pages in 1 aligned extent at 0x40000; "
 
 
 @pytest.mark.parametrize("verb", ["info", "verify", "seal", "flatten", "map"])
