@@ -9,6 +9,7 @@ import pytest
 
 from diffmergefs.errors import BrokenChainError, DenseDiffError, FileAccessError
 from diffmergefs.sides import open_side
+from diffmergefs.trust import TrustPolicy
 from tests.support.images import overlay_oracle, signed, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, pages, write_chain, write_numbered
 
@@ -43,10 +44,21 @@ def test_a_numbered_layer_is_its_image_unless_it_is_plain(tmp_path: Path) -> Non
     assert content(leaf, plain=True) == overlay_oracle(SIZE, [pages(2, [2])])
 
 
-@pytest.mark.parametrize("name", ["mem_file", "20251125-dump", "memory.bin", "7-dump.raw"])
+@pytest.mark.parametrize("name", ["mem_file", "20251125-dump", "memory.bin"])
 def test_any_other_file_is_an_image_as_it_is(tmp_path: Path, name: str) -> None:
     path = write_layer(tmp_path / name, SIZE, BASE)
     assert content(path) == overlay_oracle(SIZE, [BASE])
+
+
+def test_a_file_that_may_be_a_layer_above_others_is_an_image_only_if_the_user_says_so(
+    tmp_path: Path,
+) -> None:
+    path = write_layer(tmp_path / "7-dump.raw", SIZE, BASE)
+    with pytest.raises(BrokenChainError, match="has holes, and 7 layers are missing below it"):
+        content(path)
+    assert content(path, plain=True) == overlay_oracle(SIZE, [BASE])
+    with open_side(path, policy=TrustPolicy(allow_gaps=True)).view as view:
+        assert bytes(view.read(0, view.size)) == overlay_oracle(SIZE, [BASE])
 
 
 def test_a_plain_file_is_no_business_of_its_neighbours(tmp_path: Path) -> None:
