@@ -201,6 +201,24 @@ def test_a_file_that_takes_no_advice_is_left_as_it_is(
         assert view.read(0, SIZE) == overlay_oracle(SIZE, LAYERS)
 
 
+def test_a_large_folio_across_the_end_of_a_batch_is_dropped_with_the_next(
+    filesystem: Callable[[str], Path],
+) -> None:
+    base, _ = write_layers(filesystem("ext4"))
+    view = open_chain(base).view
+    with base.open("rb", buffering=0) as file:  # large folios come by reading ahead
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while file.read(128 << 10):
+            pass
+    middle = 9 * MIB + PAGE
+    dropping = DropBehind()
+    dropping.served(view, 0, middle)
+    until(lambda: not cached(base) & set(range(9)), "the first batch stays")
+    dropping.served(view, middle, SIZE - middle)
+    dropping.close()
+    assert cached(base) == set()
+
+
 def test_a_batch_is_dropped_at_once_and_a_little_after_a_while(tmp_path: Path) -> None:
     base, diff = write_layers(tmp_path)
     dropping = DropBehind()

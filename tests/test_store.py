@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
@@ -95,6 +96,13 @@ def test_nothing_is_opened_before_open(root: Path) -> None:
     store.open("leaf")
     memories = {str(root / tag / "memory.bin") for tag in store.tags()}
     assert opened_beneath(root) - before == memories
+
+
+def test_a_store_that_is_gone_holds_no_descriptor(root: Path) -> None:
+    fd = looked(root).fd
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
 
 
 def test_an_opened_image_is_the_chain_merged(root: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import weakref
 
 from diffmergefs import background
 from diffmergefs.view import MergedView
 
 _BATCH = 8 << 20
 _SECONDS = 1.0
+_LARGEST_FOLIO = 2 << 20
 
 Ranges = list[tuple[int, int]]
 
@@ -18,16 +20,19 @@ Ranges = list[tuple[int, int]]
 class DropBehind:
     """Has the kernel forget the layers' pages of what was served, some time after it was.
 
-    Ranges that were served are gathered, 8 MiB or a second of them, and joined: the kernel forgets
-    a large folio only as a whole. Each layer that supplied any of a range loses its pages of all of
-    it, so also those that were read ahead and that newer layers hide. Pages around it stay: what
-    was read ahead for the reads to come, parts of pages, and what is dirty or mapped by anybody. It
-    is advice (posix_fadvise(2), POSIX_FADV_DONTNEED): nothing is lost but time when the same bytes
-    are read again. The call may wait, so a thread of its own makes it.
+    Ranges that were served are gathered, 8 MiB or a second of them, and joined, also with the end
+    of what was dropped before: the kernel forgets a large folio only as a whole. Each layer that
+    supplied any of a range loses its pages of all of it, so also those that were read ahead and
+    that newer layers hide. Pages around it stay: what was read ahead for the reads to come, parts
+    of pages, and what is dirty or mapped by anybody. It is advice (posix_fadvise(2),
+    POSIX_FADV_DONTNEED): nothing is lost but time when the same bytes are read again. The call may
+    wait, so a thread of its own makes it.
     """
 
     def __init__(self) -> None:
         self._served: dict[MergedView, Ranges] = {}
+        self._dropped: weakref.WeakKeyDictionary[MergedView, tuple[int, int]]
+        self._dropped = weakref.WeakKeyDictionary()  # the last range of each
         self._bytes = 0
         self._guard = threading.Condition()
         self._ending = False
@@ -67,8 +72,12 @@ class DropBehind:
         with self._guard:
             served, self._served, self._bytes = self._served, {}, 0
         for view, ranges in served.items():
+            first, end = self._dropped.get(view, (0, 0))
             for start, stop in _joined(ranges):
+                if start == end:
+                    start = max(first, start - _LARGEST_FOLIO)
                 drop(view, start, stop)
+                self._dropped[view] = start, stop
 
 
 def drop(view: MergedView, start: int, stop: int) -> None:

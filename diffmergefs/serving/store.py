@@ -9,6 +9,7 @@ import os
 import stat
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,8 +85,8 @@ class Store:
 
     `layout` and `suffix` are `read_catalog`'s; with `leases`, leases are kept on the layers that
     are open. Every method that touches files blocks and belongs in a worker thread; all are safe to
-    call from several. Nothing is ever written beneath `root`; what was verified is remembered in
-    the policy's state directory.
+    call from several. The end of the last reference closes `fd`. Nothing is ever written beneath
+    `root`; what was verified is remembered in the policy's state directory.
     """
 
     def __init__(
@@ -101,6 +102,8 @@ class Store:
         """Open the directory; raises FileAccessError."""
         self.root = os.path.abspath(root)
         self.fd = open_source(root)
+        # At the end of the process the kernel closes it, whatever hangs.
+        weakref.finalize(self, os.close, self.fd).atexit = False
         self._layout = layout
         self._suffix = suffix
         self._policy = policy
