@@ -75,7 +75,7 @@ def test_its_tags_stand_in_the_tree_without_what_is_false_there(fleet: Path) -> 
         store.look()
         assert sorted(store.tags()) == ["base"]
     finally:
-        os.close(store.fd)
+        store.close()
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_directories(
             tree = Tree("/view", shown)
             walk(tree, tree.node(1), made)
         finally:
-            os.close(shown.fd)
+            shown.close()
 
     def walk(tree: Tree, folder: Node, made: trees.Made) -> None:
         for name, node in tree.children(folder).items():

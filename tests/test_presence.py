@@ -274,7 +274,7 @@ def test_a_diff_of_any_layout_goes_by_it(tmp_path: Path) -> None:
         store.look()
         with pytest.raises(PresenceError, match="the save was torn"):
             store.open("work")
-        os.close(store.fd)
+        store.close()
 
 
 def test_info_calls_it_recorded(chain: tuple[Path, Path]) -> None:

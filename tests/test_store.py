@@ -105,6 +105,19 @@ def test_a_store_that_is_gone_holds_no_descriptor(root: Path) -> None:
         os.fstat(fd)
 
 
+def test_a_closed_store_closes_its_directory_once_and_no_image(root: Path) -> None:
+    store = looked(root)
+    shown = store.open("leaf")
+    fd = store.fd
+    store.close()
+    with open(os.devnull) as other:
+        os.dup2(other.fileno(), fd)  # the number is somebody else's now
+    store.close()
+    os.close(fd)
+    image = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2])])
+    assert shown.image.view.read(0, SIZE) == image
+
+
 def test_an_opened_image_is_the_chain_merged(root: Path) -> None:
     store = looked(root)
     shown = store.open("leaf")

@@ -85,8 +85,8 @@ class Store:
 
     `layout` and `suffix` are `read_catalog`'s; with `leases`, leases are kept on the layers that
     are open. Every method that touches files blocks and belongs in a worker thread; all are safe to
-    call from several. The end of the last reference closes `fd`. Nothing is ever written beneath
-    `root`; what was verified is remembered in the policy's state directory.
+    call from several. `close()` closes `fd`, and so does the end of the last reference. Nothing is
+    ever written beneath `root`; what was verified is remembered in the policy's state directory.
     """
 
     def __init__(
@@ -103,7 +103,8 @@ class Store:
         self.root = os.path.abspath(root)
         self.fd = open_source(root)
         # At the end of the process the kernel closes it, whatever hangs.
-        weakref.finalize(self, os.close, self.fd).atexit = False
+        self._close = weakref.finalize(self, os.close, self.fd)
+        self._close.atexit = False
         self._layout = layout
         self._suffix = suffix
         self._policy = policy
@@ -127,6 +128,10 @@ class Store:
         self._hinted: set[Hint] = set()  # once a layer, however many images have it
         # The directories, below the root, of which the names of tags tell.
         self.named: frozenset[Folder] = frozenset()
+
+    def close(self) -> None:
+        """Close the directory; images that are open stay so. Do nothing else with it afterwards."""
+        self._close()
 
     def look(self) -> set[str]:
         """Look over the directory by metadata; afterwards `tags` and `chain` speak of it.
