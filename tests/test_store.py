@@ -109,11 +109,11 @@ def test_a_closed_store_closes_its_directory_once_and_no_image(root: Path) -> No
     store = looked(root)
     shown = store.open("leaf")
     fd = store.fd
-    store.close()
     with open(os.devnull) as other:
+        store.close()
         os.dup2(other.fileno(), fd)  # the number is somebody else's now
-    store.close()
-    os.close(fd)
+        store.close()
+        os.close(fd)
     image = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2])])
     assert shown.image.view.read(0, SIZE) == image
 
