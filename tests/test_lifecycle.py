@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from diffmergefs.serving.mounttable import in_other_namespaces, mounts
 from tests.support import mounttable
 from tests.support.images import PAGE, signed
 from tests.support.live import Gate, held, patch_children, until
@@ -370,6 +371,29 @@ def test_mounts_in_other_namespaces_are_named(
             jail.kill()
             jail.communicate()
         assert mount.process.wait(60) == 0
+
+
+def test_no_other_filesystem_is_named_for_its_device_number(
+    store: Path, public_path: Path, mountpoint: Path
+) -> None:
+    """That of a mount that is gone is the next one's, in whatever namespace."""
+    (public_path / "other").mkdir()
+    keep = "mount -t tmpfs theirs $1 && echo && exec cat"
+    command = ["unshare", "--mount", "--propagation=private", "sh", "-c", keep, "sh"]
+    with subprocess.Popen(
+        [*command, str(public_path / "other")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as jail:
+        try:
+            assert jail.stdout is not None and jail.stdout.readline() == b"\n"
+            theirs = mounts(str(jail.pid))
+            (device,) = [m.device for m in theirs if m.path == str(public_path / "other")]
+            assert in_other_namespaces(device, "theirs") == []
+            with mounted(store, mountpoint) as mount:
+                done = umount(mountpoint)
+                assert (done.returncode, done.stderr) == (0, "")
+                assert mount.process.wait(60) == 0
+        finally:
+            jail.kill()
 
 
 def test_a_signal_detaches_a_mount_that_was_moved(

@@ -467,5 +467,5 @@ async def _detach(own: OwnMount, name: str, operations: Operations) -> None:
             )
         said = obstacle
         await trio.sleep(LOOK_SECONDS)
-    for place in await in_thread(in_other_namespaces, own.device):
+    for place in await in_thread(in_other_namespaces, own.device, own.source):
         log.info("%s: still mounted on %s, and served on until that is unmounted", name, place)

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 
 from diffmergefs.errors import BusyError, MountpointError, MountTimeoutError
 from diffmergefs.mountinfo import Mount
@@ -135,18 +136,28 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     if known is None or known.kind != FILESYSTEM_TYPE:
         found = f"a {known.kind} is mounted there" if known else "nothing is mounted there"
         raise MountpointError(f"{mountpoint}: no diffmergefs mount, {found}")
+    elsewhere = _elsewhere(known)
     if lazy:
         detach(path)
     else:
         _unmount_idle(mountpoint, known)
-    others = [entry.path for entry in mounts() if entry.device == known.device]
-    if others := others + in_other_namespaces(known.device):
+    # What comes to stand under its device number now is another mount.
+    if elsewhere and (others := [place for place in _elsewhere(known) if place in elsewhere]):
         log.warning(
             "%s: unmounted, but it is mounted on %s too: its daemon serves on until that is"
             " unmounted",
             mountpoint,
             ", ".join(others),
         )
+
+
+def _elsewhere(known: Mount) -> list[str]:
+    # Where the filesystem of the mount is mounted besides.
+    mine = (known.kind, known.device, known.source)
+    found = [m.path for m in mounts() if (m.kind, m.device, m.source) == mine]
+    with suppress(ValueError):
+        found.remove(known.path)
+    return found + in_other_namespaces(known.device, known.source)
 
 
 def _unmount_idle(mountpoint: str, known: Mount) -> None:

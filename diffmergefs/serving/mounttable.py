@@ -99,10 +99,12 @@ def _names(path: str) -> list[str]:
     return [name for name in reversed(path.split("/")) if name not in ("", ".")]
 
 
-def in_other_namespaces(device: str) -> list[str]:
-    """Where the filesystem `device` is mounted in mount namespaces that this process is not in.
+def in_other_namespaces(device: str, source: str) -> list[str]:
+    """Where the diffmergefs `device` of `source` is mounted in mount namespaces that this process
+    is not in.
 
-    Each with a process of that namespace, as far as processes can be looked into.
+    Each with a process of that namespace, as far as processes can be looked into. Once a filesystem
+    is gone, the kernel gives its device number to the next one, whosever that is.
     """
     found = []
     seen = {os.readlink("/proc/self/ns/mnt")}
@@ -113,6 +115,7 @@ def in_other_namespaces(device: str) -> list[str]:
         except OSError:
             continue  # it has ended, or is somebody else's
         seen.add(space)
-        places = [entry.path for entry in known if entry.device == device]
+        mine = (FILESYSTEM_TYPE, device, source)
+        places = [m.path for m in known if (m.kind, m.device, m.source) == mine]
         found += [f"{place} (in the namespace of process {name})" for place in places]
     return found

@@ -20,7 +20,7 @@ class OwnMount:
     def __init__(self, entry: Mount) -> None:
         self.device = entry.device
         self._number = entry.number
-        self._source = entry.source
+        self.source = entry.source
 
     def _is_it(self, entry: Mount) -> bool:
         return (entry.number, entry.device) == (self._number, self.device)
@@ -63,7 +63,7 @@ class OwnMount:
     def _shown(self) -> list[Mount]:
         try:
             # The kernel gives a free device number to the next mount, whose ever it is.
-            mine = self.device, self._source
+            mine = self.device, self.source
             return [entry for entry in mounts() if (entry.device, entry.source) == mine]
         except (DiffMergeError, OSError):
             return []  # /proc went away: nothing can be said
