@@ -42,8 +42,9 @@ def doctor(paths: tuple[str, ...], as_json: bool, policy: TrustPolicy) -> int:
     PATH is a directory of snapshots, a snapshot, a layer file, or a directory where diffs are to
     be taken. Its filesystem is tried out with a temporary file; each layer is looked at in every
     way that `mount` and `flatten` know. Whatever is not fine has the reason why it matters and a
-    remedy. A view is mounted for a moment, where nobody sees it. Nothing ends it early. The exit
-    code is 1 if anything would give wrong bytes, or nothing can be mounted, else 0.
+    remedy. A view is mounted for a moment, where nobody sees it. A fault of one PATH does not keep
+    it from the next; only a PATH in a mount of ours that hangs ends it at once. The exit code is 1
+    if anything would give wrong bytes, or nothing can be mounted, else 0.
 
     \b
     Examples:
