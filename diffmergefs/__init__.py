@@ -14,19 +14,19 @@ For programs::
 Nothing here needs libfuse; mounting is done by the command line.
 """
 
-from diffmergefs.compare import Comparison, compare
-from diffmergefs.errors import DiffMergeError
-from diffmergefs.extents import Extent, Segment
-from diffmergefs.images import Image, open_chain, open_image
-from diffmergefs.integrity.sealing import SealResult, seal_layer
-from diffmergefs.layer import Layer
-from diffmergefs.sides import open_side
-from diffmergefs.trust import TrustPolicy
-from diffmergefs.view import MergedView
+from diffmergefs.analysis.compare import Comparison, compare
+from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.core.extents import Extent, Segment
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView
+from diffmergefs.opening.images import Image, open_chain, open_image
+from diffmergefs.opening.sides import open_side
+from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.apply import apply_diff
 from diffmergefs.writing.flatten import FlattenResult, flatten
 from diffmergefs.writing.newdiff import WrittenDiff
 from diffmergefs.writing.rediff import RediffResult, rediff
+from diffmergefs.writing.sealing import SealResult, seal_layer
 from diffmergefs.writing.squash import SquashResult, squash
 
 __version__ = "0.1.0"

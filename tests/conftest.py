@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from diffmergefs.integrity import state
+from diffmergefs.sidecars import verified
 from tests.support import isolation, loopfs, mounttable
 from tests.support import soak as soaking
 from tests.support.strict_skips import pytest_make_collect_report, pytest_runtest_makereport
@@ -76,7 +76,7 @@ def _state_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     """What this process verifies is not remembered in the real state directory."""
     directory = tmp_path_factory.mktemp("state")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state, "ROOTS_DIRECTORY", str(directory))
+        patch.setattr(verified, "ROOTS_DIRECTORY", str(directory))
         patch.setenv("XDG_STATE_HOME", str(directory))
         yield
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import DiffMergeError
-from diffmergefs.images import open_chain
-from diffmergefs.layer import Layer
-from diffmergefs.permissions import has_acl
-from diffmergefs.serving.access import (
+from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.permissions import has_acl
+from diffmergefs.fuse.access import (
     LISTING,
     Access,
     Folder,
@@ -25,8 +24,9 @@ from diffmergefs.serving.access import (
     reachable,
     view_access,
 )
-from diffmergefs.serving.store import OpenImage, Store
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.fuse.served import OpenImage, Store
+from diffmergefs.opening.images import open_chain
+from diffmergefs.opening.trust import TrustPolicy
 from tests.support import skips
 from tests.support.images import PAGE, overlay_oracle, write_layer
 from tests.support.openat2 import exchange

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from diffmergefs import flatten, open_image
-from diffmergefs.errors import DiffMergeError
-from diffmergefs.layouts import catalog
-from diffmergefs.layouts.catalog import read_catalog
-from diffmergefs.layouts.reader import Reader
-from diffmergefs.serving.store import Store
-from diffmergefs.serving.tree import Root, Tree
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.fuse.served import Store
+from diffmergefs.fuse.tree import Root, Tree
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.stores import catalog
+from diffmergefs.stores.catalog import read_catalog
+from diffmergefs.stores.reader import Reader
 from tests.support.images import overlay_oracle, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, age, pages
 

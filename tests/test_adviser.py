@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import DiffMergeError, FileAccessError
-from diffmergefs.extents import Extent
-from diffmergefs.workingsets import advise
-from diffmergefs.workingsets.adviser import Adviser
-from diffmergefs.workingsets.prefetch import Push
+from diffmergefs.core.errors import DiffMergeError, FileAccessError
+from diffmergefs.core.extents import Extent
+from diffmergefs.prefetch import advise
+from diffmergefs.prefetch.adviser import Adviser
+from diffmergefs.prefetch.prefetcher import Push
 from tests.support.live import Gate, until
 from tests.support.pagecache import evict, resident
 from tests.support.restores import PAGES, SIZE, ranges_of, scattered, shown, write_pair

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmergefs.buffers import page_aligned
-from diffmergefs.errors import (
+from diffmergefs.core.buffers import page_aligned
+from diffmergefs.core.errors import (
     DenseDiffError,
     FileAccessError,
     LayerChangedError,
@@ -24,7 +24,7 @@ from diffmergefs.errors import (
     SizeMismatchError,
     UntrustedExtentsError,
 )
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing import copying
 from diffmergefs.writing.apply import apply_diff
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer

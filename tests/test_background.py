@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from diffmergefs.cli import logs
-from diffmergefs.serving import daemon
+from diffmergefs.system import daemon
 from tests.support import mounttable
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.live import Gate, patch_children, until
@@ -84,7 +84,7 @@ def test_it_returns_when_the_mount_answers(store: Path, mountpoint: Path, tmp_pa
     until(lambda: not daemons_of(mountpoint), "the daemon did not end")
     assert not is_mounted(mountpoint)
     text = log.read_text()
-    assert " INFO diffmergefs.serving.mount: ready\n" in text and "SIGTERM: detached" in text
+    assert " INFO diffmergefs.fuse.session: ready\n" in text and "SIGTERM: detached" in text
     assert "Traceback" not in text
 
 
@@ -218,7 +218,7 @@ def test_a_mount_that_does_not_come_up(
     gate = Gate(public_path / "gate")
     code = gate.code + "import signal\n"
     if where == "look":
-        code += "import diffmergefs.serving.store as module\n"
+        code += "import diffmergefs.fuse.served as module\n"
         code += "module.Store.look = lambda s: wait_at_gate()\n"
     else:
         code += (
@@ -298,7 +298,7 @@ def test_an_interrupted_start_ends_its_child(
         until(known.exists, "the child did not start")
         raise ending
 
-    monkeypatch.setattr("diffmergefs.serving.daemon.select.select", interrupted)
+    monkeypatch.setattr("diffmergefs.system.daemon.select.select", interrupted)
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(type(ending)):
         daemon.start(never_ready, 30)
@@ -330,7 +330,7 @@ def start_that_hangs(
     gate = Gate(public_path / "gate")
     code = gate.code
     if where == "look":
-        code += "import diffmergefs.serving.store as module\n"
+        code += "import diffmergefs.fuse.served as module\n"
         code += "module.Store.look = lambda self: wait_at_gate()\n"
     else:
         code += "import pyfuse3\nreal = pyfuse3.init\n"
@@ -429,7 +429,7 @@ def test_a_start_that_failed_leaves_the_mount_that_stood_there(
 ) -> None:
     assert run("mount", store, mountpoint).returncode == 0
     gate = Gate(public_path / "gate")
-    code = gate.code + "import diffmergefs.serving.mountpoint as module\n"
+    code = gate.code + "import diffmergefs.system.mountpoint as module\n"
     code += "module.check_mountpoint = lambda *args: wait_at_gate()\n"
     patch_children(monkeypatch, public_path / "patch", code)
     try:
@@ -444,7 +444,7 @@ def test_a_start_that_failed_leaves_the_mount_that_stood_there(
 FORGED = "evil\n2000-01-01 00:00:00,000 ERROR diffmergefs.x: forged\x1b[2J\x85\u2028"
 RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ diffmergefs[.\w]*: ")
 RAISES = (
-    "import diffmergefs.serving.store as module\n"
+    "import diffmergefs.fuse.served as module\n"
     "def total_bytes(self):\n"
     f"    raise RuntimeError({FORGED!r})\n"
     "module.Store.total_bytes = total_bytes\n"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import beneath
-from diffmergefs.errors import FileAccessError
-from diffmergefs.layer import Layer
+from diffmergefs.core import beneath
+from diffmergefs.core.errors import FileAccessError
+from diffmergefs.core.layer import Layer
 from tests.support import skips, users
 
 Opener = Callable[[int, str], object]

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmergefs.errors import PresenceError
-from diffmergefs.layouts import bitmap
+from diffmergefs.core.errors import PresenceError
+from diffmergefs.sidecars import presence_format
 from tests.support.images import PAGE
 from tests.support.superserve import crc64, presence
 
@@ -17,20 +17,20 @@ from tests.support.superserve import crc64, presence
     [(b"123456789", 0xE9C6D914C4B8D9CA), (b"FCPRSNC1", 0x9FEE52A36DD3C749), (b"", 0)],
 )
 def test_the_check_values_of_the_checksum(data: bytes, expected: int) -> None:
-    assert bitmap.crc64(data) == expected == crc64(data)
+    assert presence_format.crc64(data) == expected == crc64(data)
 
 
 @given(st.binary(max_size=100))
 @settings(max_examples=50, deadline=None)
 def test_any_checksum_is_that_of_the_long_division(data: bytes) -> None:
-    assert bitmap.crc64(data) == crc64(data)
+    assert presence_format.crc64(data) == crc64(data)
 
 
 @given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
 @settings(max_examples=100, deadline=None)
 def test_the_extents_are_the_runs_of_present_pages(drawn: tuple[int, set[int]]) -> None:
     count, numbers = drawn
-    found = bitmap.parse(presence(numbers, count, 512))
+    found = presence_format.parse(presence(numbers, count, 512))
     assert (found.page, found.pages) == (512, count)
     held = {n for start, stop in found.extents for n in range(start // 512, stop // 512)}
     assert held == numbers
@@ -43,13 +43,13 @@ def test_bit_n_of_word_m_is_page_64_m_plus_n() -> None:
     text = presence([0, 63, 64, 65, 127, 130], 131)
     words = [int.from_bytes(text[n : n + 8], "little") for n in (24, 32, 40)]
     assert words == [1 | 1 << 63, 1 | 2 | 1 << 63, 4]
-    starts = [start // PAGE for start, _ in bitmap.parse(text).extents]
+    starts = [start // PAGE for start, _ in presence_format.parse(text).extents]
     assert starts == [0, 63, 127, 130]
 
 
 def test_no_page_and_all_pages() -> None:
-    assert list(bitmap.parse(presence([], 70)).extents) == []
-    assert list(bitmap.parse(presence(range(70), 70)).extents) == [(0, 70 * PAGE)]
+    assert list(presence_format.parse(presence([], 70)).extents) == []
+    assert list(presence_format.parse(presence(range(70), 70)).extents) == [(0, 70 * PAGE)]
 
 
 GOOD = presence([1, 2], 16)
@@ -84,7 +84,7 @@ def with_checksum(body: bytes) -> bytes:
 )
 def test_what_is_malformed_is_refused_with_its_reason(data: bytes, reason: str) -> None:
     with pytest.raises(PresenceError) as caught:
-        bitmap.parse(data, "there/mem.diff.presence")
+        presence_format.parse(data, "there/mem.diff.presence")
     text = str(caught.value)
     assert reason in text and text.startswith("there/mem.diff.presence: ")
     assert len(text.splitlines()) == 1

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmergefs.errors import SealError
-from diffmergefs.integrity.bmap import DIGEST, BlockMap, dump
-from diffmergefs.integrity.bmapreader import parse
+from diffmergefs.core.errors import SealError
+from diffmergefs.sidecars.bmap import DIGEST, BlockMap, dump
+from diffmergefs.sidecars.bmapreader import parse
 
 BLOCK = 4096
 ZEROS = "0" * 64

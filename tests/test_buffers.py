@@ -7,7 +7,7 @@ import mmap
 
 import pytest
 
-from diffmergefs.buffers import LARGEST, Buffers, page_aligned
+from diffmergefs.core.buffers import LARGEST, Buffers, page_aligned
 
 
 def offset_in_page(buffer: memoryview) -> int:

@@ -16,20 +16,20 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import sparse
-from diffmergefs.contentverdicts import Parents, Verdicts
-from diffmergefs.errors import LayerChangedError, UntrustedExtentsError
-from diffmergefs.extents import ExtentList
-from diffmergefs.health.doctor import examine_path
-from diffmergefs.images import open_chain
-from diffmergefs.integrity.sealing import seal_layer
-from diffmergefs.integrity.state import Remembered
-from diffmergefs.layer import Layer
-from diffmergefs.serving.store import Store
-from diffmergefs.trust import TrustPolicy, problems, require_trust
-from diffmergefs.view import MergedView
+from diffmergefs.checks.doctor import examine_path
+from diffmergefs.core import sparse
+from diffmergefs.core.errors import LayerChangedError, UntrustedExtentsError
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView
+from diffmergefs.fuse.served import Store
+from diffmergefs.opening.contentverdicts import Parents, Verdicts
+from diffmergefs.opening.images import open_chain
+from diffmergefs.opening.trust import TrustPolicy, problems, require_trust
+from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.writing.flatten import flatten
 from diffmergefs.writing.rediff import rediff
+from diffmergefs.writing.sealing import seal_layer
 from tests.support import loopfs
 from tests.support.commands import as_user, diffmergefs
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer

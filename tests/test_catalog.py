@@ -11,10 +11,15 @@ from types import FrameType
 
 import pytest
 
-from diffmergefs import beneath
-from diffmergefs.errors import BrokenChainError, DiffMergeError, FileAccessError, SizeMismatchError
-from diffmergefs.layouts import catalog
-from diffmergefs.layouts.catalog import read_catalog
+from diffmergefs.core import beneath
+from diffmergefs.core.errors import (
+    BrokenChainError,
+    DiffMergeError,
+    FileAccessError,
+    SizeMismatchError,
+)
+from diffmergefs.stores import catalog
+from diffmergefs.stores.catalog import read_catalog
 from tests.support.images import PAGE
 from tests.support.stores import (
     SIZE,

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
-from diffmergefs.errors import BrokenChainError
-from diffmergefs.layouts.chain import resolve
+from diffmergefs.core.errors import BrokenChainError
+from diffmergefs.stores.chain import resolve
 
 
 class Link(NamedTuple):

@@ -12,9 +12,10 @@ from pathlib import Path
 import click
 import pytest
 
-from diffmergefs import cli, errors
+from diffmergefs import cli
 from diffmergefs.cli.verbs import NAMES, load
-from diffmergefs.errors import DiffMergeError
+from diffmergefs.core import errors
+from diffmergefs.core.errors import DiffMergeError
 from tests.support.commands import (
     diffmergefs,
     diffmergefs_as_nobody,
@@ -138,8 +139,8 @@ def test_a_verb_loads_only_what_it_needs(call: list[str], store: Path) -> None:
 
 def test_a_mount_loads_beforehand_what_reads_seals() -> None:
     """Its daemon may meet the first seal when the package was upgraded, or is gone."""
-    name = "diffmergefs.integrity.bmapreader"
-    code = f"import sys, diffmergefs.serving.mount; print({name!r} in sys.modules)"
+    name = "diffmergefs.sidecars.bmapreader"
+    code = f"import sys, diffmergefs.fuse.session; print({name!r} in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffmergefs import errors
+from diffmergefs.core import errors
 from diffmergefs.pictures import map_picture  # noqa: F401  (another user may not import it later)
 from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, one_line
 from tests.support.images import PAGE, signed, write_layer

@@ -16,7 +16,7 @@ import pytest
 
 from diffmergefs import cli
 from diffmergefs.cli import write
-from diffmergefs.view import MergedView
+from diffmergefs.core.view import MergedView
 from diffmergefs.writing.flatten import FlattenResult
 from tests.support import mounttable, skips
 from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, one_line, succeed

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import background
-from diffmergefs.background import close, closing_in_threads, started
-from diffmergefs.layer import Layer
+from diffmergefs.core import background
+from diffmergefs.core.background import close, closing_in_threads, started
+from diffmergefs.core.layer import Layer
 from tests.support.images import PAGE, write_layer
 from tests.support.live import until
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from diffmergefs import apply_diff, open_chain, open_image
-from diffmergefs.errors import BrokenChainError, DiffMergeError, FileAccessError
-from diffmergefs.layouts import ranges
-from diffmergefs.layouts.catalog import read_catalog
+from diffmergefs.core.errors import BrokenChainError, DiffMergeError, FileAccessError
+from diffmergefs.stores import ranges
+from diffmergefs.stores.catalog import read_catalog
 from tests.support.cloudhypervisor import TABLE, state, write_snapshot
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, overlay_oracle

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmergefs.compare import Comparison, bytes_to_compare, compare, require_equal
-from diffmergefs.errors import (
+from diffmergefs.analysis.compare import Comparison, bytes_to_compare, compare, require_equal
+from diffmergefs.core.errors import (
     FileAccessError,
     LayerChangedError,
     SizeMismatchError,
     VerificationError,
 )
-from diffmergefs.extents import Extent
-from diffmergefs.view import MergedView
+from diffmergefs.core.extents import Extent
+from diffmergefs.core.view import MergedView
 from tests.support.asked import asked
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.serving import guard, tuning
-from diffmergefs.serving.connection import Connection
+from diffmergefs.prefetch import guard
+from diffmergefs.prefetch.connection import Connection
+from diffmergefs.system import tuning
 from tests.support.live import until
 
 DEVICE = "0:45"
@@ -20,8 +21,8 @@ DEVICE = "0:45"
 # in the kernel; here it is the whole process that goes on, but for its main thread.
 DAEMON = """
 import ctypes, sys, threading, time
-from diffmergefs.serving import tuning
-from diffmergefs.serving.connection import Connection
+from diffmergefs.system import tuning
+from diffmergefs.prefetch.connection import Connection
 tuning.CONNECTIONS = sys.argv[1]
 connection = Connection("0:45")
 connection.guard()

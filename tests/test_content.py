@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 import trio
 
-from diffmergefs import content, sparse
-from diffmergefs.content import Pages, compare_pages
-from diffmergefs.errors import DenseDiffError, UntrustedExtentsError
-from diffmergefs.extents import ExtentList
-from diffmergefs.images import LayerPool, open_chain, open_snapshot
-from diffmergefs.layer import Layer
-from diffmergefs.layouts.catalog import read_catalog
-from diffmergefs.serving.operations import Operations
-from diffmergefs.serving.store import Store
-from diffmergefs.serving.tree import ROOT_INODE, Tree
-from diffmergefs.trust import TrustPolicy
-from diffmergefs.view import MergedView
+from diffmergefs.core import sparse
+from diffmergefs.core.errors import DenseDiffError, UntrustedExtentsError
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView
+from diffmergefs.fuse.operations import Operations
+from diffmergefs.fuse.served import Store
+from diffmergefs.fuse.tree import ROOT_INODE, Tree
+from diffmergefs.opening import content
+from diffmergefs.opening.content import Pages, compare_pages
+from diffmergefs.opening.images import LayerPool, open_chain, open_snapshot
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.stores.catalog import read_catalog
 from tests.support import loopfs
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
@@ -239,8 +240,8 @@ def test_a_store_of_100_dense_links_is_sampled_100_times(
 def test_what_was_found_is_known_in_later_runs_until_a_layer_is_another(
     tmp_path: Path, looks: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffmergefs.integrity.state._COARSE_TICK_NS", 0)
-    monkeypatch.setattr("diffmergefs.integrity.state._TICK_NS", 0)
+    monkeypatch.setattr("diffmergefs.sidecars.verified._COARSE_TICK_NS", 0)
+    monkeypatch.setattr("diffmergefs.sidecars.verified._TICK_NS", 0)
     tags = dense_store(tmp_path / "store", 3)
     policy = TrustPolicy(state_dir=str(tmp_path / "state"))
     opened(tmp_path / "store", tags, policy)

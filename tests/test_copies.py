@@ -14,16 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import (
-    TrustPolicy,
-    apply_diff,
-    flatten,
-    open_chain,
-    open_image,
-    seal_layer,
-)
-from diffmergefs.errors import DenseDiffError, UntrustedExtentsError
-from diffmergefs.layer import Layer
+from diffmergefs import TrustPolicy, apply_diff, flatten, open_chain, open_image, seal_layer
+from diffmergefs.core.errors import DenseDiffError, UntrustedExtentsError
+from diffmergefs.core.layer import Layer
 from tests.support import loopfs
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged

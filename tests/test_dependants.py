@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from diffmergefs import apply_diff, seal_layer
-from diffmergefs.errors import OutputRefusedError
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.errors import OutputRefusedError
+from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.dependants import REASONS
 from tests.support.cloudhypervisor import write_snapshot
 from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake

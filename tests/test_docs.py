@@ -36,10 +36,12 @@ import click
 import pytest
 
 import diffmergefs
-from diffmergefs import cli, contentchecks, errors, trust
+from diffmergefs import cli
 from diffmergefs.cli import helper
 from diffmergefs.cli.verbs import NAMES, load
-from diffmergefs.serving.mount import _REFUSED_OPTIONS
+from diffmergefs.core import errors
+from diffmergefs.fuse.session import _REFUSED_OPTIONS
+from diffmergefs.opening import contentchecks, trust
 from tests.support import mounts, mounttable, skips
 from tests.support.images import PAGE, write_layer
 from tests.support.stores import age, pages, write_numbered, write_tag
@@ -651,15 +653,16 @@ def test_each_page_is_linked_from_another() -> None:
     assert {str(page) for page in PAGES if page != README} <= linked
 
 
-# (e) The design's table of modules
+# (e) The table of folders in the design
 
 
-def test_the_design_names_every_module_at_its_level() -> None:
+def test_the_design_names_every_folder_at_its_level() -> None:
     table = [
-        (int(level), name.strip("`").removesuffix(".py").rstrip("/").replace("/", "."))
-        for level, name, *_ in rows(DOCS / "design.md", "Modules")
+        (int(level), name.strip("`").rstrip("/"))
+        for level, name, *_ in rows(DOCS / "design.md", "Folders")
     ]
-    assert sorted(table) == sorted((level, module) for module, level in LEVEL.items())
+    folders = [(level, folder) for folder, level in LEVEL.items() if folder != "diffmergefs"]
+    assert sorted(table) == sorted(folders)
 
 
 # (f) What README begins with

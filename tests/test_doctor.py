@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import sparse
-from diffmergefs.errors import BrokenChainError, FileAccessError
-from diffmergefs.extents import ExtentList
-from diffmergefs.health.doctor import examine_path
-from diffmergefs.health.finding import Finding
-from diffmergefs.integrity.sealing import seal_layer
-from diffmergefs.layer import Layer
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.checks.doctor import examine_path
+from diffmergefs.checks.finding import Finding
+from diffmergefs.core import sparse
+from diffmergefs.core.errors import BrokenChainError, FileAccessError
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.layer import Layer
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.writing.sealing import seal_layer
 from tests.support import loopfs
 from tests.support.commands import diffmergefs
 from tests.support.images import PAGE, signed, write_layer
@@ -225,12 +225,12 @@ def test_a_seal_is_compared_once(
 ) -> None:
     seal_layer(memory(store, "work"))
     os.utime(memory(store, "work"), ns=(10**18, 10**18))
-    monkeypatch.setattr("diffmergefs.integrity.state._COARSE_TICK_NS", 0)
-    monkeypatch.setattr("diffmergefs.integrity.state._TICK_NS", 0)
+    monkeypatch.setattr("diffmergefs.sidecars.verified._COARSE_TICK_NS", 0)
+    monkeypatch.setattr("diffmergefs.sidecars.verified._TICK_NS", 0)
     examined(store / "work", state_dir=str(tmp_path / "state"))
     compared: list[str] = []
     monkeypatch.setattr(
-        "diffmergefs.integrity.seal.compare", lambda layer, *_: compared.append(layer.path)
+        "diffmergefs.sidecars.seal.compare", lambda layer, *_: compared.append(layer.path)
     )
     found = examined(store / "work", state_dir=str(tmp_path / "state"))
     assert compared == [] and ("seal", "fine") in [(f.check, f.severity) for f in found]

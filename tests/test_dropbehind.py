@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import trio
 
-from diffmergefs.images import open_chain
-from diffmergefs.layer import Layer
-from diffmergefs.serving.dropbehind import DropBehind, drop
-from diffmergefs.serving.operations import Operations
-from diffmergefs.serving.store import OpenImage
-from diffmergefs.serving.tree import ROOT_INODE, Tree
-from diffmergefs.view import MergedView
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView
+from diffmergefs.fuse.dropbehind import DropBehind, drop
+from diffmergefs.fuse.operations import Operations
+from diffmergefs.fuse.served import OpenImage
+from diffmergefs.fuse.tree import ROOT_INODE, Tree
+from diffmergefs.opening.images import open_chain
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.live import until
 from tests.support.mounts import mounted

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.cli.verbs import NAMES, load
-from diffmergefs.errors import BrokenChainError
-from diffmergefs.images import open_chain
-from diffmergefs.sides import open_side
+from diffmergefs.core.errors import BrokenChainError
+from diffmergefs.opening.images import open_chain
+from diffmergefs.opening.sides import open_side
 from tests.support.commands import diffmergefs, mistake
 from tests.support.images import PAGE, write_layer
 from tests.support.inputs import unchanged

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmergefs.extents import MAX_LAYERS, Extent, ExtentList, Segment, SegmentMap
+from diffmergefs.core.extents import MAX_LAYERS, Extent, ExtentList, Segment, SegmentMap
 
 MIB = 1 << 20
 LENGTH = 40

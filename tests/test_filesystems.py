@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import filesystems, sparse
-from diffmergefs.filesystems import overlay_directories, untrusted_filesystem
-from diffmergefs.mountinfo import Mount
+from diffmergefs.core import sparse
+from diffmergefs.opening import filesystems
+from diffmergefs.opening.filesystems import overlay_directories, untrusted_filesystem
+from diffmergefs.system.mountinfo import Mount
 from tests.support import loopfs, mounttable
 from tests.support.commands import as_user
 from tests.support.images import PAGE, write_layer

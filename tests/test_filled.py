@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import UntrustedExtentsError
-from diffmergefs.images import open_chain
-from diffmergefs.integrity.sealing import seal_layer
-from diffmergefs.layer import Layer
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.errors import UntrustedExtentsError
+from diffmergefs.core.layer import Layer
+from diffmergefs.opening.images import open_chain
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.writing.sealing import seal_layer
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, signed, store_mapped, write_layer
 from tests.support.mounts import mounted

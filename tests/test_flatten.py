@@ -21,8 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmergefs import sparse
-from diffmergefs.errors import (
+from diffmergefs.core import sparse
+from diffmergefs.core.errors import (
     DiffMergeError,
     FileAccessError,
     LayerChangedError,
@@ -30,9 +30,9 @@ from diffmergefs.errors import (
     OutputRefusedError,
     VerificationError,
 )
-from diffmergefs.extents import ExtentList
-from diffmergefs.layer import Layer
-from diffmergefs.view import MergedView
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView
 from diffmergefs.writing import copying
 from diffmergefs.writing.flatten import FlattenResult, flatten
 from tests.support import mounttable, skips

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import apply_diff, foreign, open_chain, open_image, seal_layer
-from diffmergefs.errors import BrokenChainError, ForeignFormatError
-from diffmergefs.health.doctor import examine_path
-from diffmergefs.layer import Layer
-from diffmergefs.layouts.catalog import read_catalog
+from diffmergefs import apply_diff, open_chain, open_image, seal_layer
+from diffmergefs.checks.doctor import examine_path
+from diffmergefs.core import foreign
+from diffmergefs.core.errors import BrokenChainError, ForeignFormatError
+from diffmergefs.core.layer import Layer
+from diffmergefs.stores.catalog import read_catalog
 from tests.support.commands import diffmergefs, mistake
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.mounts import mounted

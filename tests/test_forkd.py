@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import trust
-from diffmergefs.errors import BrokenChainError, UntrustedExtentsError
-from diffmergefs.images import open_image
-from diffmergefs.integrity.sealing import seal_layer
-from diffmergefs.layouts.catalog import read_catalog
-from diffmergefs.layouts.snapshot import Snapshot
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.errors import BrokenChainError, UntrustedExtentsError
+from diffmergefs.opening import trust
+from diffmergefs.opening.images import open_image
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.stores.catalog import read_catalog
+from diffmergefs.stores.snapshot import Snapshot
+from diffmergefs.writing.sealing import seal_layer
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, overlay_oracle, write_layer
 from tests.support.live import until

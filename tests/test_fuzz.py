@@ -20,8 +20,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmergefs.beneath import Reach
-from diffmergefs.errors import (
+from diffmergefs.core.beneath import Reach
+from diffmergefs.core.errors import (
     BrokenChainError,
     DenseDiffError,
     DiffMergeError,
@@ -29,14 +29,14 @@ from diffmergefs.errors import (
     SizeMismatchError,
     UntrustedExtentsError,
 )
-from diffmergefs.images import LayerPool, open_chain, open_snapshot
-from diffmergefs.integrity import bmap, bmapreader
-from diffmergefs.layer import MAX_SIZE
-from diffmergefs.layouts.catalog import LAYOUTS, Catalog, read_catalog
-from diffmergefs.serving.store import Store
-from diffmergefs.serving.tree import Attributes, MemoryFile, Node, Passed, TagFolder, Tree
-from diffmergefs.serving.tree import Document as DocumentNode
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.layer import MAX_SIZE
+from diffmergefs.fuse.served import Store
+from diffmergefs.fuse.tree import Attributes, MemoryFile, Node, Passed, TagFolder, Tree
+from diffmergefs.fuse.tree import Document as DocumentNode
+from diffmergefs.opening.images import LayerPool, open_chain, open_snapshot
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.sidecars import bmap, bmapreader
+from diffmergefs.stores.catalog import LAYOUTS, Catalog, read_catalog
 from tests.support import trees
 from tests.support.fuzzing import Guard, inputs
 from tests.support.images import PAGE, signed, write_layer

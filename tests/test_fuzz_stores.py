@@ -18,19 +18,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmergefs.beneath import Reach
-from diffmergefs.errors import (
+from diffmergefs.core.beneath import Reach
+from diffmergefs.core.errors import (
     BrokenChainError,
     DenseDiffError,
     DiffMergeError,
     PresenceError,
     UntrustedExtentsError,
 )
-from diffmergefs.images import LayerPool, open_chain, open_snapshot
-from diffmergefs.layouts import bitmap
-from diffmergefs.layouts.catalog import read_catalog
-from diffmergefs.layouts.snapshot import Snapshot
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.opening.images import LayerPool, open_chain, open_snapshot
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.sidecars import presence_format
+from diffmergefs.stores.catalog import read_catalog
+from diffmergefs.stores.snapshot import Snapshot
 from tests.support import trees
 from tests.support.cloudhypervisor import state
 from tests.support.fuzzing import Guard, inputs
@@ -107,7 +107,7 @@ def test_presence_files(
         (layers / "diff.presence").write_bytes(data)
         try:
             with guard.on_duty():
-                found = bitmap.parse(data, "diff.presence")
+                found = presence_format.parse(data, "diff.presence")
         except PresenceError as error:
             require_one_line(error)
             with pytest.raises(PresenceError):

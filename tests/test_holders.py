@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.serving.holders import Found, Holder, holders, told
-from diffmergefs.serving.mountpoint import mount_entry
+from diffmergefs.system.holders import Found, Holder, holders, told
+from diffmergefs.system.mountpoint import mount_entry
 from tests.support.commands import diffmergefs, one_line
 from tests.support.mounts import mounted
 from tests.support.namespaces import Namespace, private_mounts
@@ -177,7 +177,7 @@ def test_a_process_that_cannot_be_looked_into_is_counted(
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr("diffmergefs.serving.holders.PROC", str(tmp_path))
+    monkeypatch.setattr("diffmergefs.system.holders.PROC", str(tmp_path))
     assert holders("0:99", "/x") == Found([], 0)  # one that has ended
     monkeypatch.setattr(Path, "read_bytes", refuse)
     assert holders("0:99", "/x") == Found([], 1)

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from diffmergefs.checks import host
+from diffmergefs.checks.finding import Finding
 from diffmergefs.cli import trial
-from diffmergefs.health.finding import Finding
-from diffmergefs.serving import asking, host
+from diffmergefs.system import asking
 from tests.support import mounttable, skips
 from tests.support.commands import succeed
 

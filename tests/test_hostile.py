@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import BrokenChainError, FileAccessError, one_line
-from diffmergefs.images import open_image
-from diffmergefs.layouts.catalog import read_catalog
-from diffmergefs.layouts.numbered import memory_files
-from diffmergefs.layouts.snapshot import load_document
-from diffmergefs.serving.store import Store
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.errors import BrokenChainError, FileAccessError, one_line
+from diffmergefs.fuse.served import Store
+from diffmergefs.opening.images import open_image
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.stores.catalog import read_catalog
+from diffmergefs.stores.numbered import memory_files
+from diffmergefs.stores.snapshot import load_document
 from tests.support import skips
 from tests.support.commands import diffmergefs_as_nobody, mistake, succeed
 from tests.support.stores import (
@@ -229,7 +229,7 @@ def test_a_sparse_document_of_a_terabyte_is_refused_by_its_first_mebibyte(store:
 
 def test_names_that_the_locale_cannot_write_are_refused(store: Path) -> None:
     write_document(store, "base", json.dumps({"memory": "naïve"}))
-    code = "import sys; from diffmergefs.layouts import catalog\n"
+    code = "import sys; from diffmergefs.stores import catalog\n"
     code += "print(ascii(catalog.read_catalog(sys.argv[1]).snapshots['base'].problem))"
     environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     done = subprocess.run(

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmergefs import beneath
-from diffmergefs.errors import FileAccessError, LayerChangedError
-from diffmergefs.images import LayerPool, open_snapshot
-from diffmergefs.layouts.catalog import read_catalog
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core import beneath
+from diffmergefs.core.errors import FileAccessError, LayerChangedError
+from diffmergefs.opening.images import LayerPool, open_snapshot
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.stores.catalog import read_catalog
 from tests.support import mounttable, openat2, skips
 from tests.support.stores import write_chain, write_tag
 

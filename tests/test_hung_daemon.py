@@ -17,7 +17,7 @@ import pytest
 
 from diffmergefs.cli import common
 from diffmergefs.cli.verbs import NAMES, load
-from diffmergefs.serving.mounttable import mount_entry, mount_over, resolved
+from diffmergefs.system.mounttable import mount_entry, mount_over, resolved
 from tests.support import mounttable
 from tests.support.commands import diffmergefs, diffmergefs_as_nobody, one_line
 from tests.support.live import Gate, held, patch_children
@@ -159,7 +159,7 @@ def test_a_daemon_that_hangs_over_the_very_request_is_left_alone_too(
         "import sys\n"
         "if '-f' in sys.argv:\n"
         "    import pyfuse3\n"
-        "    from diffmergefs.serving.operations import Operations\n"
+        "    from diffmergefs.fuse.operations import Operations\n"
         "    async def hangs(*args):\n"
         "        wait_at_gate()\n"
         "        raise pyfuse3.FUSEError(5)\n"

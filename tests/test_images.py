@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from diffmergefs.errors import (
+from diffmergefs.core.errors import (
     BrokenChainError,
     DenseDiffError,
     DiffMergeError,
@@ -21,18 +21,18 @@ from diffmergefs.errors import (
     LayerChangedError,
     SizeMismatchError,
 )
-from diffmergefs.filekey import FileKey
-from diffmergefs.images import (
+from diffmergefs.core.identity import FileKey
+from diffmergefs.core.layer import Layer
+from diffmergefs.opening.images import (
     LayerPool,
     open_chain,
     open_image,
     open_snapshot,
     require_spare_descriptors,
 )
-from diffmergefs.layer import Layer
-from diffmergefs.layouts.catalog import read_catalog
-from diffmergefs.layouts.snapshot import StoredFile
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.stores.catalog import read_catalog
+from diffmergefs.stores.snapshot import StoredFile
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.stores import (

@@ -8,16 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.content import _spread_pages, sample
-from diffmergefs.errors import (
-    DenseDiffError,
-    UntrustedExtentsError,
-)
-from diffmergefs.extents import ExtentList
-from diffmergefs.images import open_chain, open_image
-from diffmergefs.layer import Layer
-from diffmergefs.trust import TrustPolicy
-from diffmergefs.view import MergedView
+from diffmergefs.core.errors import DenseDiffError, UntrustedExtentsError
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView
+from diffmergefs.opening.content import _spread_pages, sample
+from diffmergefs.opening.images import open_chain, open_image
+from diffmergefs.opening.trust import TrustPolicy
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.stores import (
     SIZE,

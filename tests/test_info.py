@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmergefs.images import open_chain
-from diffmergefs.info import ChainInfo, LayerInfo, describe
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.analysis.info import ChainInfo, LayerInfo, describe
+from diffmergefs.opening.images import open_chain
+from diffmergefs.opening.trust import TrustPolicy
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.inputs import unchanged
 

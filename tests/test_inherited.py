@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import DiffMergeError
-from diffmergefs.images import open_image
+from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.opening.images import open_image
 from tests.support import mounttable, skips
 from tests.support.images import PAGE, signed
 from tests.support.live import until

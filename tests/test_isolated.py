@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import isolated
+from diffmergefs.core import interpreter
 from tests.support import skips
 
 MODULES = ("trio", "pyfuse3", "click", "json", "runpy", "subprocess", "sitecustomize")
@@ -63,7 +63,7 @@ def test_python_m_leaves_the_current_directory_alone_once_it_runs(tmp_path: Path
 
 
 def answer_of(code: str) -> str:
-    child = isolated.start_code(code, stdout=subprocess.PIPE)
+    child = interpreter.start_code(code, stdout=subprocess.PIPE)
     out, _ = child.communicate(timeout=60)
     assert child.returncode == 0
     return out.decode()

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import sparse
-from diffmergefs.errors import (
+from diffmergefs.core import sparse
+from diffmergefs.core.errors import (
     FileAccessError,
     ForeignFormatError,
     LayerChangedError,
     SizeMismatchError,
 )
-from diffmergefs.filekey import FileKey
-from diffmergefs.layer import Layer
-from diffmergefs.view import MergedView
+from diffmergefs.core.identity import FileKey
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.layers import SIZE, poke, read, written
 

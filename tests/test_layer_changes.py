@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import sparse
-from diffmergefs.errors import LayerChangedError
-from diffmergefs.extents import ExtentList
-from diffmergefs.layer import Layer
-from diffmergefs.view import MergedView
+from diffmergefs.core import sparse
+from diffmergefs.core.errors import LayerChangedError
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.layers import DATA, SIZE, keep_times, poke, punch, read, written
 

@@ -17,10 +17,17 @@ from types import FrameType
 
 import pytest
 
-from diffmergefs import lease, sparse
-from diffmergefs.errors import FileAccessError, WriterError
-from diffmergefs.layer import Layer
-from diffmergefs.lease import Leases, Writers, require_no_writer, require_no_writers, writers
+from diffmergefs.core import sparse
+from diffmergefs.core.errors import FileAccessError, WriterError
+from diffmergefs.core.layer import Layer
+from diffmergefs.opening import writers as module
+from diffmergefs.opening.writers import (
+    Leases,
+    Writers,
+    require_no_writer,
+    require_no_writers,
+    writers,
+)
 from tests.support import skips
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.live import until
@@ -52,9 +59,9 @@ def told() -> Iterator[list[int]]:
     def note(number: int, frame: FrameType | None) -> None:
         numbers.append(number)
 
-    before = signal.signal(lease.SIGNAL, note)
+    before = signal.signal(module.SIGNAL, note)
     yield numbers
-    signal.signal(lease.SIGNAL, before)
+    signal.signal(module.SIGNAL, before)
 
 
 def failing(number: int) -> Callable[..., int]:
@@ -169,7 +176,7 @@ def test_somebody_elses_file_cannot_be_asked_about(public_path: Path) -> None:
         os.close(fd)
 
 
-@pytest.mark.parametrize("number", sorted(lease._NO_LEASES), ids=errno.errorcode.get)
+@pytest.mark.parametrize("number", sorted(module._NO_LEASES), ids=errno.errorcode.get)
 def test_a_filesystem_without_leases(
     path: Path, fd: int, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,7 +185,7 @@ def test_a_filesystem_without_leases(
     require_no_writer(fd, str(path))
 
 
-@pytest.mark.parametrize("magic", sorted(lease._SHARED_FILESYSTEMS), ids=hex)
+@pytest.mark.parametrize("magic", sorted(module._SHARED_FILESYSTEMS), ids=hex)
 def test_a_server_that_delegates_nothing_says_nothing_of_writers(
     path: Path, fd: int, magic: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,7 +226,7 @@ def test_a_kept_lease_tells_of_whoever_opens_the_file_for_writing(
         leases.answer_breaks()
         assert caplog.messages == [] and told == []
         assert is_leased(path)
-        until(lambda: told == [lease.SIGNAL], "no signal came")
+        until(lambda: told == [module.SIGNAL], "no signal came")
         assert is_leased(path)  # as long as nobody answers
         leases.answer_breaks()
         with opened_for_writing(path):
@@ -248,13 +255,13 @@ def test_a_lease_that_a_thread_took_tells_the_process_when_the_thread_is_gone(
         thread.join()
         until(lambda: not os.path.exists(f"/proc/self/task/{thread.native_id}"), "it lives on")
         break_leases([path])
-        until(lambda: told == [lease.SIGNAL], "no signal came")
+        until(lambda: told == [module.SIGNAL], "no signal came")
         leases.answer_breaks()
         assert not is_leased(path)
 
 
 def test_without_a_handler_the_signal_does_nothing(path: Path) -> None:
-    assert signal.getsignal(lease.SIGNAL) is signal.SIG_DFL
+    assert signal.getsignal(module.SIGNAL) is signal.SIG_DFL
     leases = Leases()
     with closing(Layer.open(str(path))) as layer:
         leases.require_no_writer(layer)
@@ -283,7 +290,7 @@ def test_a_break_while_the_lease_is_being_taken_is_answered(
 ) -> None:
     leases = Leases()
     answering = threading.Thread(target=leases.answer_breaks)
-    real = lease._take
+    real = module._take
 
     def take_and_be_broken(fd: int) -> Writers:
         found = real(fd)
@@ -291,7 +298,7 @@ def test_a_break_while_the_lease_is_being_taken_is_answered(
         answering.start()  # as the signal's handler would
         return found
 
-    monkeypatch.setattr(lease, "_take", take_and_be_broken)
+    monkeypatch.setattr(module, "_take", take_and_be_broken)
     with closing(Layer.open(str(path))) as layer:
         leases.require_no_writer(layer)
         answering.join(60)

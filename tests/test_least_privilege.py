@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.lease import Writers
-from diffmergefs.serving import host
-from diffmergefs.serving import mountpoint as mountpoints
-from diffmergefs.serving.mountpoint import ROOTS_PATH
+from diffmergefs.checks import host
+from diffmergefs.opening.writers import Writers
+from diffmergefs.system import mountpoint as mountpoints
+from diffmergefs.system.mountpoint import ROOTS_PATH
 from tests.support import mounttable
 from tests.support.commands import diffmergefs, mistake, one_line
 from tests.support.images import overlay_oracle

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.serving.mounttable import in_other_namespaces, mounts
+from diffmergefs.system.mounttable import in_other_namespaces, mounts
 from tests.support import mounttable
 from tests.support.images import PAGE, signed
 from tests.support.live import Gate, held, patch_children, until
@@ -92,7 +92,7 @@ def test_a_second_signal_does_not_wait_for_a_hung_read(
 ) -> None:
     gate = Gate(public_path / "gate")
     code = gate.code + (
-        "from diffmergefs.view import MergedView\n"
+        "from diffmergefs.core.view import MergedView\n"
         "MergedView.fill_nowait = lambda *args: 0\n"
         "MergedView.fill = lambda *args: wait_at_gate()\n"
     )

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import BrokenChainError, SizeMismatchError
-from diffmergefs.images import open_chain, open_image, raise_descriptor_limit
-from diffmergefs.info import describe
-from diffmergefs.layer import MAX_SIZE, Layer
-from diffmergefs.layouts.catalog import read_catalog
+from diffmergefs.analysis.info import describe
+from diffmergefs.core.errors import BrokenChainError, SizeMismatchError
+from diffmergefs.core.layer import MAX_SIZE, Layer
+from diffmergefs.opening.images import open_chain, open_image, raise_descriptor_limit
+from diffmergefs.stores.catalog import read_catalog
 from diffmergefs.writing.flatten import flatten
 from tests.support.commands import mistake, succeed
 from tests.support.images import PAGE, signed, write_layer

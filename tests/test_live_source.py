@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.serving.mount import LOOK_SECONDS
-from diffmergefs.serving.operations import CHANGING_SECONDS
+from diffmergefs.fuse.operations import CHANGING_SECONDS
+from diffmergefs.fuse.session import LOOK_SECONDS
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.live import until
 from tests.support.mounts import Mount, mounted

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.logformat import Json, Lines, Prioritized, priority
+from diffmergefs.cli.logformat import Json, Lines, Prioritized, priority
 from tests.support import mounttable
 from tests.support.commands import diffmergefs
 from tests.support.stores import write_chain, write_tag
@@ -104,7 +104,7 @@ def log_in_front(store: Path, mountpoint: Path, *options: str, journal: bool = F
 def test_auto_is_journald_in_the_journal(store: Path, mountpoint: Path) -> None:
     write_tag(store, "orphan", "nobody")
     lines = log_in_front(store, mountpoint, journal=True).splitlines()
-    assert "<6>diffmergefs.serving.mount: ready" in lines
+    assert "<6>diffmergefs.fuse.session: ready" in lines
     (line,) = [line for line in lines if "orphan: not shown: " in line]
     assert line.startswith("<4>diffmergefs")
     assert all(re.match(r"<[2-7]>diffmergefs", line) for line in lines)
@@ -144,7 +144,7 @@ def test_the_log_file_of_a_background_daemon(named: str, store: Path, mountpoint
         case "json":
             assert "ready" in [json.loads(line)["message"] for line in lines]
         case "journald":
-            assert "<6>diffmergefs.serving.mount: ready" in lines
+            assert "<6>diffmergefs.fuse.session: ready" in lines
 
 
 @pytest.mark.parametrize("named", ["json", "journald"])

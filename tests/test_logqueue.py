@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.logqueue import QueuedHandler
+from diffmergefs.cli.logqueue import QueuedHandler
 from tests.support import mounttable
 from tests.support.commands import diffmergefs
 from tests.support.live import until

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from diffmergefs.errors import BrokenChainError
-from diffmergefs.layouts import catalog
-from diffmergefs.layouts.catalog import read_catalog
-from diffmergefs.serving import mount as serving_mount
-from diffmergefs.serving.store import Store
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.errors import BrokenChainError
+from diffmergefs.fuse import session as serving_mount
+from diffmergefs.fuse.served import Store
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.stores import catalog
+from diffmergefs.stores.catalog import read_catalog
 from tests.support.commands import succeed
 from tests.support.images import overlay_oracle, write_layer
 from tests.support.live import until

@@ -12,11 +12,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffmergefs.analysis.zeros import Piece
 from diffmergefs.pictures import raster
 from diffmergefs.pictures.canvas import Canvas, own_style
 from diffmergefs.pictures.legend import BASE, HOLE, ZEROS, Kinds, Subject
 from diffmergefs.pictures.map_picture import MapPicture
-from diffmergefs.zeros import Piece
 from tests.test_curve import place
 
 PAGE = 4096

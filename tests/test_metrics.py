@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from diffmergefs.serving.metrics import GONE, Metrics
-from diffmergefs.serving.openmetrics import exposition
-from diffmergefs.serving.status import Operation, Status, Supplied, status_of
-from diffmergefs.view import HOLE
+from diffmergefs.core.view import HOLE
+from diffmergefs.fuse.metrics import GONE, Metrics
+from diffmergefs.fuse.openmetrics import exposition
+from diffmergefs.fuse.status import Operation, Status, Supplied, status_of
 from tests.support.counters import NOTHING
 
 

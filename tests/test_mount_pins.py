@@ -21,7 +21,7 @@ ABSENT = "ab" * 32
 
 # Notes each file that is read for a hash.
 COUNTING = """
-import diffmergefs.integrity.pins as pins
+import diffmergefs.opening.pins as pins
 def counted(layer, *arguments, known=pins.content_hash):
     with open({log!r}, "a") as log:
         print(layer.path, file=log)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.serving.tuning import CONNECTIONS
-from diffmergefs.workingsets.touches import pieces
-from diffmergefs.workingsets.workingset import WorkingSet, WorkingSets, identity_of_files
+from diffmergefs.prefetch.record import WorkingSet, WorkingSets, identity_of_files
+from diffmergefs.prefetch.touches import pieces
+from diffmergefs.system.tuning import CONNECTIONS
 from tests.support import mounttable
 from tests.support.commands import diffmergefs, mistake
 from tests.support.images import PAGE
@@ -44,7 +44,7 @@ for page in map(int, sys.argv[3:]):
 # In the daemon: each piece that was pushed takes a while, or waits at a gate.
 SLOW = """
 import time
-import diffmergefs.workingsets.prefetch as module
+import diffmergefs.prefetch.prefetcher as module
 real = module.Notify.__init__
 def init(self, store):
     def slow(inode, offset, data):
@@ -493,7 +493,7 @@ def test_a_push_that_hangs_does_not_keep_a_second_signal_waiting(
 # page that the client waits for, and waits in the kernel, where no signal reaches it.
 HUNG_READS = """
 import threading
-from diffmergefs.view import MergedView
+from diffmergefs.core.view import MergedView
 fill = MergedView.fill
 def hung(self, *args):
     if threading.current_thread().name != "prefetch":

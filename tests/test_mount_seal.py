@@ -22,7 +22,7 @@ IMAGE = bytes(overlay_oracle(SIZE, [pages(0, BASE_PAGES), DIFF]))
 
 # Notes each layer that is compared with its seal.
 COUNTING = """
-import diffmergefs.integrity.seal as seal
+import diffmergefs.sidecars.seal as seal
 def counted(layer, *arguments, known=seal.compare):
     with open({log!r}, "a") as log:
         print(layer.path, file=log)

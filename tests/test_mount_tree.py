@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffmergefs.integrity.sealing import seal_layer
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.writing.sealing import seal_layer
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.mounts import Mount, mounted

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import mountinfo
-from diffmergefs.mountinfo import mount_of
+from diffmergefs.system import mountinfo
+from diffmergefs.system.mountinfo import mount_of
 from tests.support import loopfs, skips
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import MountpointError
-from diffmergefs.serving.mountpoint import check_mountpoint, mount_entry, resolved, unmount
+from diffmergefs.core.errors import MountpointError
+from diffmergefs.system.mountpoint import check_mountpoint, mount_entry, resolved, unmount
 from tests.support import mounttable, skips
 from tests.support.mounts import mounted
 from tests.support.stores import write_chain

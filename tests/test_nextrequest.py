@@ -14,14 +14,8 @@ import pytest
 import trio
 import trio.testing
 
-from diffmergefs.serving import nextrequest
-from diffmergefs.serving.nextrequest import (
-    SPIN_NS,
-    TURN_NS,
-    ReadLock,
-    RequestWait,
-    few_switches,
-)
+from diffmergefs.fuse import readloop
+from diffmergefs.fuse.readloop import SPIN_NS, TURN_NS, ReadLock, RequestWait, few_switches
 from tests.support import mounttable, skips
 
 # The lock
@@ -189,7 +183,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock(SPIN_NS // 10)
-    monkeypatch.setattr(nextrequest, "perf_counter_ns", clock)
+    monkeypatch.setattr(readloop, "perf_counter_ns", clock)
     monkeypatch.setattr(os, "sched_yield", clock.sched_yield)
     return clock
 
@@ -360,7 +354,7 @@ def test_a_pyfuse3_that_uses_something_else_is_left_alone(monkeypatch: pytest.Mo
 
 SERVER = """
 import sys, pyfuse3, trio
-from diffmergefs.serving.nextrequest import few_switches
+from diffmergefs.fuse.readloop import few_switches
 from tests.bench import constant
 
 class Steps(trio.abc.Instrument):

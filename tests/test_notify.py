@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.serving.notify import Notifier, is_journal
+from diffmergefs.system.sdnotify import Notifier, is_journal
 from tests.support import mounttable
 from tests.support.commands import diffmergefs
 from tests.support.images import PAGE, signed

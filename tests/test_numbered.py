@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import BrokenChainError
-from diffmergefs.images import open_image
-from diffmergefs.layouts.catalog import Catalog, read_catalog
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.errors import BrokenChainError
+from diffmergefs.opening.images import open_image
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.stores.catalog import Catalog, read_catalog
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import overlay_oracle, write_layer
 from tests.support.live import until

@@ -26,7 +26,7 @@ def test_a_bug_met_by_a_mount(
 ) -> None:
     store = write_chain(public_path / "store", ["base", "leaf"])
     code = (
-        "from diffmergefs.view import MergedView\n"
+        "from diffmergefs.core.view import MergedView\n"
         "real = MergedView.fill_nowait\n"
         "def fill_nowait(self, buffer, offset, supplied):\n"
         f"    if offset <= {3 * PAGE} < offset + len(buffer):\n"
@@ -74,7 +74,7 @@ def test_many_clients_of_a_slow_layer(
     gate = Gate(public_path / "gate")
     code = gate.code + (
         "import os\n"
-        "from diffmergefs.serving.operations import Operations\n"
+        "from diffmergefs.fuse.operations import Operations\n"
         "def note(path):\n"
         "    with open(path, 'ab') as file:\n"
         "        file.write(b'x')\n"

@@ -13,8 +13,8 @@ import pytest
 import trio
 import trio.testing
 
-from diffmergefs.once import Once
-from diffmergefs.serving.threads import in_thread, once_in_thread
+from diffmergefs.core.singleflight import Once
+from diffmergefs.fuse.threads import in_thread, once_in_thread
 from tests.support.live import until
 
 

@@ -17,12 +17,12 @@ import pytest
 import trio
 import trio.testing
 
-from diffmergefs.serving.handles import Handle
-from diffmergefs.serving.operations import Operations
-from diffmergefs.serving.store import Store
-from diffmergefs.serving.tree import ROOT_INODE, Tree
-from diffmergefs.trust import TrustPolicy
-from diffmergefs.view import MergedView
+from diffmergefs.core.view import MergedView
+from diffmergefs.fuse.handles import Handle
+from diffmergefs.fuse.operations import Operations
+from diffmergefs.fuse.served import Store
+from diffmergefs.fuse.tree import ROOT_INODE, Tree
+from diffmergefs.opening.trust import TrustPolicy
 from tests.support.images import PAGE, overlay_oracle, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_chain
 
@@ -292,7 +292,7 @@ def test_what_a_listing_added_before_it_failed_counts_as_looked_up(
                 raise OSError(errno.ENOMEM, "on purpose")
             return real(folder, names)
 
-        monkeypatch.setattr("diffmergefs.serving.operations._READDIR_BATCH", 2)
+        monkeypatch.setattr("diffmergefs.fuse.operations._READDIR_BATCH", 2)
         monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
         monkeypatch.setattr(operations, "_entries", fails_at_the_second)
         await operations.readdir(fh, 0, CTX)

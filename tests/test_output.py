@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from diffmergefs.errors import NoSpaceError
+from diffmergefs.core.errors import NoSpaceError
 from diffmergefs.writing import output
 from diffmergefs.writing.output import OutputFile
 from tests.support import skips

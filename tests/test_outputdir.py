@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import FileAccessError, OutputRefusedError
-from diffmergefs.layouts.snapshot import is_left_out
+from diffmergefs.core.errors import FileAccessError, OutputRefusedError
+from diffmergefs.stores.snapshot import is_left_out
 from diffmergefs.writing.outputdir import OutputDirectory
 from tests.support.users import NOBODY
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from diffmergefs.beneath import Reach, open_directory, open_regular, stat_beneath
 from diffmergefs.cli.mount import mount
-from diffmergefs.errors import BrokenChainError, FileAccessError, MountpointError
-from diffmergefs.images import find_image, open_image
-from diffmergefs.layouts.catalog import read_catalog
-from diffmergefs.serving.mountpoint import check_mountpoint
-from diffmergefs.serving.store import Store
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.beneath import Reach, open_directory, open_regular, stat_beneath
+from diffmergefs.core.errors import BrokenChainError, FileAccessError, MountpointError
+from diffmergefs.fuse.served import Store
+from diffmergefs.opening.images import find_image, open_image
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.stores.catalog import read_catalog
+from diffmergefs.system.mountpoint import check_mountpoint
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import overlay_oracle, write_layer
 from tests.support.mounts import mounted

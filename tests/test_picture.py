@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffmergefs import errors
-from diffmergefs.extents import ExtentList
-from diffmergefs.info import run_lengths
-from diffmergefs.layer import Layer
+from diffmergefs.analysis.info import run_lengths
+from diffmergefs.core import errors
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.layer import Layer
 from diffmergefs.pictures import raster
 from diffmergefs.pictures.extents_picture import ExtentsPicture
 from diffmergefs.pictures.legend import BASE, Kinds

@@ -14,16 +14,16 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from diffmergefs import foreign
-from diffmergefs.errors import FileAccessError, LayerChangedError, PinError
-from diffmergefs.images import open_chain, open_image
-from diffmergefs.integrity import pins
-from diffmergefs.integrity.pins import Hashes, content_hash, is_pinned, require_pin
-from diffmergefs.integrity.state import Identity, Remembered
-from diffmergefs.layer import Layer
-from diffmergefs.layouts.snapshot import Snapshot
-from diffmergefs.serving.store import Store
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core import foreign
+from diffmergefs.core.errors import FileAccessError, LayerChangedError, PinError
+from diffmergefs.core.layer import Layer
+from diffmergefs.fuse.served import Store
+from diffmergefs.opening import pins
+from diffmergefs.opening.images import open_chain, open_image
+from diffmergefs.opening.pins import Hashes, content_hash, is_pinned, require_pin
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.sidecars.verified import Identity, Remembered
+from diffmergefs.stores.snapshot import Snapshot
 from tests.support.commands import mistake, succeed
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.live import until
@@ -206,7 +206,7 @@ def test_a_file_changed_just_now_is_hashed_by_the_next_run_again(
         # However long the reading takes: it began too early.
         clock = iter([changed_ns + 1_000_000, changed_ns + 10 * SECOND_NS])
         monkeypatch.setattr(
-            "diffmergefs.integrity.pins.time.time_ns", lambda clock=clock: next(clock)
+            "diffmergefs.opening.pins.time.time_ns", lambda clock=clock: next(clock)
         )
         Hashes(memory).of(layer)
     assert len(hashed) == 2

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from diffmergefs.extents import Extent, ExtentList
-from diffmergefs.serving.store import OpenImage
-from diffmergefs.workingsets import prefetch
-from diffmergefs.workingsets.guarded import GuardedNotify
-from diffmergefs.workingsets.prefetch import Notify, Prefetcher, Push
-from diffmergefs.workingsets.touches import PIECE, pieces
-from diffmergefs.workingsets.workingset import WorkingSets, identity_of_view
+from diffmergefs.core.extents import Extent, ExtentList
+from diffmergefs.fuse.served import OpenImage
+from diffmergefs.prefetch import prefetcher as module
+from diffmergefs.prefetch.guarded import GuardedNotify
+from diffmergefs.prefetch.prefetcher import Notify, Prefetcher, Push
+from diffmergefs.prefetch.record import WorkingSets, identity_of_view
+from diffmergefs.prefetch.touches import PIECE, pieces
 from tests.support.images import PAGE
 from tests.support.live import until
 from tests.support.restores import (
@@ -392,7 +392,7 @@ def test_the_last_close_does_not_wait_for_storage_that_hangs(
     kernel: Kernel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prefetch, "_LONGEST_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(module, "_LONGEST_WAIT_SECONDS", 0.1)
     save(sets, image, TOUCHED)
     kernel.gate.clear()
     client = Client(prefetcher, image)

@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 
 from diffmergefs import apply_diff, flatten, open_chain, seal_layer
-from diffmergefs.errors import (
+from diffmergefs.analysis.info import describe
+from diffmergefs.checks.doctor import examine_path
+from diffmergefs.core.errors import (
     DenseDiffError,
     FileAccessError,
     PresenceError,
     SealError,
     UntrustedExtentsError,
 )
-from diffmergefs.health.doctor import examine_path
-from diffmergefs.images import Image
-from diffmergefs.info import describe
-from diffmergefs.layer import Layer
-from diffmergefs.layouts import presence
-from diffmergefs.layouts.bitmap import PRESENCE_SUFFIX
-from diffmergefs.serving.store import Store
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.layer import Layer
+from diffmergefs.fuse.served import Store
+from diffmergefs.opening.images import Image
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.sidecars import presence
+from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_chain, write_numbered
 from tests.support.superserve import presence as bits
@@ -157,7 +157,7 @@ def test_it_is_compared_once_and_remembered(
     base, diff = chain
     for path in (diff, beside(diff)):
         os.utime(path, ns=(1, 1))
-    monkeypatch.setattr("diffmergefs.integrity.state.Identity.is_final", lambda self, since: True)
+    monkeypatch.setattr("diffmergefs.sidecars.verified.Identity.is_final", lambda self, since: True)
     runs = [("pins", 1), ("pins", 0), ("full", 1), ("no", 0), ("pins", 0)]
     for verify, expected in runs:
         compared.clear()

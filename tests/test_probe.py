@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import sparse
-from diffmergefs.extents import Extent, ExtentList
-from diffmergefs.health import probe
-from diffmergefs.health.finding import Finding
+from diffmergefs.checks import probe
+from diffmergefs.checks.finding import Finding
+from diffmergefs.core import sparse
+from diffmergefs.core.extents import Extent, ExtentList
 from tests.support import loopfs
 from tests.support.commands import as_user, diffmergefs
 from tests.support.users import NOBODY

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from diffmergefs.serving.nextrequest import RequestWait
-from diffmergefs.serving.readalarm import ReadAlarm
+from diffmergefs.fuse.readalarm import ReadAlarm
+from diffmergefs.fuse.readloop import RequestWait
 from tests.support.live import until
 
 OFF = (0.0, 0.0)

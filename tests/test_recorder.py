@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import LayerChangedError
-from diffmergefs.serving.store import OpenImage
-from diffmergefs.workingsets import recorder as recorders
-from diffmergefs.workingsets.recorder import Recorder
-from diffmergefs.workingsets.workingset import WorkingSet, WorkingSets, identity_of_view
+from diffmergefs.core.errors import LayerChangedError
+from diffmergefs.fuse.served import OpenImage
+from diffmergefs.prefetch import recorder as recorders
+from diffmergefs.prefetch.record import WorkingSet, WorkingSets, identity_of_view
+from diffmergefs.prefetch.recorder import Recorder
 from tests.support.images import PAGE
 from tests.support.restores import PAGES, SIZE, Client, ranges_of, scattered, shown, write_pair
 

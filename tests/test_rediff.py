@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmergefs import sparse
-from diffmergefs.compare import compare
-from diffmergefs.errors import (
+from diffmergefs.analysis.compare import compare
+from diffmergefs.core import sparse
+from diffmergefs.core.errors import (
     DenseDiffError,
     LayerChangedError,
     NoSpaceError,
@@ -25,13 +25,13 @@ from diffmergefs.errors import (
     UntrustedExtentsError,
     VerificationError,
 )
-from diffmergefs.extents import ExtentList
-from diffmergefs.images import open_chain
-from diffmergefs.integrity.sealing import seal_layer
-from diffmergefs.trust import TrustPolicy
-from diffmergefs.view import MergedView
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.view import MergedView
+from diffmergefs.opening.images import open_chain
+from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.apply import apply_diff
 from diffmergefs.writing.rediff import rediff
+from diffmergefs.writing.sealing import seal_layer
 from tests.support.asked import asked
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
@@ -223,7 +223,9 @@ def test_a_filesystem_that_does_not_keep_what_was_written_is_found_out(
 def test_trust_grain_overrides_a_check_that_the_proof_has_passed(
     sides: tuple[MergedView, MergedView], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffmergefs.trust.untrusted_filesystem", lambda fd: "it is on exoticfs")
+    monkeypatch.setattr(
+        "diffmergefs.opening.trust.untrusted_filesystem", lambda fd: "it is on exoticfs"
+    )
     with pytest.raises(UntrustedExtentsError, match="exoticfs"):
         rediff(*sides, out)
     result = rediff(*sides, out, policy=TrustPolicy(trust_grain={"all"}))

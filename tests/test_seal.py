@@ -10,22 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import (
+from diffmergefs.analysis.info import describe
+from diffmergefs.core.errors import (
     DenseDiffError,
     FileAccessError,
     LayerChangedError,
     SealError,
     UntrustedExtentsError,
 )
-from diffmergefs.extents import ExtentList
-from diffmergefs.images import open_chain, open_image
-from diffmergefs.info import describe
-from diffmergefs.integrity import bmap, seal
-from diffmergefs.integrity.seal import Opener
-from diffmergefs.integrity.sealing import seal_layer
-from diffmergefs.integrity.state import Identity, Remembered
-from diffmergefs.layer import FileKey, Layer
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.layer import FileKey, Layer
+from diffmergefs.opening.images import open_chain, open_image
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.sidecars import bmap, seal
+from diffmergefs.sidecars.seal import Opener
+from diffmergefs.sidecars.verified import Identity, Remembered
+from diffmergefs.writing.sealing import seal_layer
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.stores import age, write_numbered, write_tag
 
@@ -297,7 +297,7 @@ def test_what_is_remembered_is_no_good_to_a_layer_that_changed_since_it_was_open
 def settle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have files of just now count as settled: their identity would be forgotten otherwise."""
     monkeypatch.setattr(
-        "diffmergefs.integrity.state.Identity.is_final", lambda identity, since_ns: True
+        "diffmergefs.sidecars.verified.Identity.is_final", lambda identity, since_ns: True
     )
 
 

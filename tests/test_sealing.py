@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from diffmergefs import apply_diff, flatten, open_chain, seal_layer
-from diffmergefs.errors import (
+from diffmergefs.core.errors import (
     DenseDiffError,
     FileAccessError,
     LayerChangedError,
@@ -23,9 +23,10 @@ from diffmergefs.errors import (
     UntrustedExtentsError,
     WriterError,
 )
-from diffmergefs.integrity import seal, sealing
-from diffmergefs.layer import Layer
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.layer import Layer
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.sidecars import seal
+from diffmergefs.writing import sealing
 from tests.support import loopfs
 from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, one_line, succeed
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import BrokenChainError, DenseDiffError, FileAccessError
-from diffmergefs.sides import open_side
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.errors import BrokenChainError, DenseDiffError, FileAccessError
+from diffmergefs.opening.sides import open_side
+from diffmergefs.opening.trust import TrustPolicy
 from tests.support.images import overlay_oracle, signed, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, pages, write_chain, write_numbered
 

@@ -13,11 +13,11 @@ import pytest
 import trio
 import trio.testing
 
-from diffmergefs.buffers import LARGEST, Buffers
-from diffmergefs.images import open_chain
-from diffmergefs.serving.operations import Operations
-from diffmergefs.serving.store import OpenImage
-from diffmergefs.serving.tree import ROOT_INODE, Tree
+from diffmergefs.core.buffers import LARGEST, Buffers
+from diffmergefs.fuse.operations import Operations
+from diffmergefs.fuse.served import OpenImage
+from diffmergefs.fuse.tree import ROOT_INODE, Tree
+from diffmergefs.opening.images import open_chain
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 
 CLIENTS = 8

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import sparse
-from diffmergefs.errors import UnsupportedPlatformError
-from diffmergefs.extents import Extent, ExtentList
-from diffmergefs.layer import Layer
+from diffmergefs.core import sparse
+from diffmergefs.core.errors import UnsupportedPlatformError
+from diffmergefs.core.extents import Extent, ExtentList
+from diffmergefs.core.layer import Layer
 from tests.support.images import PAGE, signed, write_layer
 
 MIB = 1 << 20

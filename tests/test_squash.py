@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmergefs.errors import (
+from diffmergefs.core.errors import (
     LayerChangedError,
     OutputRefusedError,
     UntrustedExtentsError,
     VerificationError,
 )
-from diffmergefs.extents import ExtentList
-from diffmergefs.images import open_chain
-from diffmergefs.integrity.sealing import seal_layer
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.opening.images import open_chain
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.writing.sealing import seal_layer
 from diffmergefs.writing.squash import count_data, squash
 from tests.support.asked import asked
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.integrity import state
-from diffmergefs.integrity.state import Identity, Remembered, default_directory
+from diffmergefs.sidecars import verified
+from diffmergefs.sidecars.verified import Identity, Remembered, default_directory
 
 OLD = Identity("/images/base.mem", 7, 2**63 + 5, 4096, 1_600_000_000_000_000_001, 1_600_000_000_500)
 
@@ -207,7 +207,7 @@ def test_what_a_path_had_before_is_replaced(directory: Path) -> None:
 def test_the_oldest_entries_go_when_there_are_too_many(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state, "MAX_REMEMBERED", 3)
+    monkeypatch.setattr(verified, "MAX_REMEMBERED", 3)
     kept = memory(directory)
     files = [OLD._replace(path=f"/{n}") for n in range(5)]
     for file in files[:3]:
@@ -242,7 +242,7 @@ def test_threads_share_one_memory(directory: Path, caplog: pytest.LogCaptureFixt
 
 _WRITER = """
 import sys
-from diffmergefs.integrity.state import Identity, Remembered
+from diffmergefs.sidecars.verified import Identity, Remembered
 for n in range(10):
     kept = Remembered(sys.argv[1])
     kept.remember("sha256", Identity(f"/{sys.argv[2]}/{n}", 1, 2, 3, 4, 5), sys.argv[2])
@@ -263,7 +263,7 @@ def test_processes_share_one_memory(directory: Path) -> None:
 def test_a_locked_database_is_no_error(
     directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(state, "_BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(verified, "_BUSY_SECONDS", 0.01)
     kept = memory(directory)
     kept.remember("sha256", OLD, "ab")
     [database] = directory.iterdir()
@@ -281,7 +281,7 @@ def test_roots_directory_is_fixed_whatever_the_caller_says(monkeypatch: pytest.M
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setenv("XDG_STATE_HOME", "/home/mallory")
     monkeypatch.setenv("HOME", "/home/mallory")
-    assert default_directory() == state.ROOTS_DIRECTORY
+    assert default_directory() == verified.ROOTS_DIRECTORY
 
 
 def test_another_users_directory_follows_the_xdg_rule(monkeypatch: pytest.MonkeyPatch) -> None:

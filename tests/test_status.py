@@ -20,16 +20,16 @@ import trio
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from diffmergefs import __version__
-from diffmergefs.errors import BrokenChainError
-from diffmergefs.layouts.catalog import LAYOUTS, read_catalog
-from diffmergefs.names import STATUS_FOLDER
-from diffmergefs.serving.metrics import Metrics
-from diffmergefs.serving.openmetrics import exposition
-from diffmergefs.serving.operations import Operations
-from diffmergefs.serving.status import Status, status_of
-from diffmergefs.serving.store import Store
-from diffmergefs.serving.tree import ROOT_INODE, Tree
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.errors import BrokenChainError
+from diffmergefs.core.names import STATUS_FOLDER
+from diffmergefs.fuse.metrics import Metrics
+from diffmergefs.fuse.openmetrics import exposition
+from diffmergefs.fuse.operations import Operations
+from diffmergefs.fuse.served import Store
+from diffmergefs.fuse.status import Status, status_of
+from diffmergefs.fuse.tree import ROOT_INODE, Tree
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.stores.catalog import LAYOUTS, read_catalog
 from tests.support.cloudhypervisor import write_snapshot
 from tests.support.commands import mistake
 from tests.support.counters import NOTHING

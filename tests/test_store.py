@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from diffmergefs.errors import DiffMergeError, FileAccessError, LayerChangedError
-from diffmergefs.integrity import pins
-from diffmergefs.layer import Layer
-from diffmergefs.layouts.catalog import read_catalog
-from diffmergefs.serving.store import Store
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.errors import DiffMergeError, FileAccessError, LayerChangedError
+from diffmergefs.core.layer import Layer
+from diffmergefs.fuse.served import Store
+from diffmergefs.opening import pins
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.stores.catalog import read_catalog
 from tests.support import skips
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.live import until
@@ -243,7 +243,7 @@ def test_a_look_that_fails_leaves_what_was_shown_and_the_next_one_recovers(
         raise FileAccessError("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("diffmergefs.serving.store.read_catalog", fail)
+        patch.setattr("diffmergefs.fuse.served.read_catalog", fail)
         with pytest.raises(FileAccessError):
             store.look()
     assert set(store.tags()) == {"base", "work", "leaf"}

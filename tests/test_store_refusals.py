@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import (
+from diffmergefs.core.errors import (
     DenseDiffError,
     FileAccessError,
     LayerChangedError,
     UntrustedExtentsError,
 )
-from diffmergefs.layer import Layer
-from diffmergefs.serving.store import Store
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.layer import Layer
+from diffmergefs.fuse.served import Store
+from diffmergefs.opening.trust import TrustPolicy
 from tests.support.stores import (
     OLD_NS,
     SECOND_NS,
@@ -48,7 +48,7 @@ def refuse_alignment(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(layer.path)
         raise UntrustedExtentsError(f"{layer.path}: refused", "alignment")
 
-    monkeypatch.setattr("diffmergefs.images.require_trust", refuse)
+    monkeypatch.setattr("diffmergefs.opening.images.require_trust", refuse)
     return asked
 
 
@@ -129,7 +129,7 @@ def test_a_passing_failure_is_not_remembered(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("diffmergefs.serving.store.open_snapshot", fail)
+        patch.setattr("diffmergefs.fuse.served.open_snapshot", fail)
         with pytest.raises(type(error)):
             store.open("leaf")
     assert store.opened("leaf") is None

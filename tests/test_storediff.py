@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from diffmergefs.errors import (
+from diffmergefs.checks.verify import open_image as open_to_verify
+from diffmergefs.core.errors import (
     BrokenChainError,
     DenseDiffError,
     DiffMergeError,
@@ -23,12 +24,11 @@ from diffmergefs.errors import (
     OutputRefusedError,
     VerificationError,
 )
-from diffmergefs.images import open_image
-from diffmergefs.integrity import seal
-from diffmergefs.integrity.sealing import seal_layer
-from diffmergefs.integrity.verify import open_image as open_to_verify
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.opening.images import open_image
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.sidecars import seal
 from diffmergefs.writing.newstore import NewSnapshot
+from diffmergefs.writing.sealing import seal_layer
 from diffmergefs.writing.storediff import StoreRediff
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffmergefs import open_chain, open_image
-from diffmergefs.errors import BrokenChainError, DiffMergeError
-from diffmergefs.layouts.catalog import read_catalog
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.errors import BrokenChainError, DiffMergeError
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.stores.catalog import read_catalog
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, overlay_oracle, write_layer
 from tests.support.live import until

@@ -9,10 +9,10 @@ import pytest
 import trio
 import trio.testing
 
-from diffmergefs.once import Once
-from diffmergefs.serving import threads
-from diffmergefs.serving.handles import lane_of
-from diffmergefs.serving.threads import Lanes, in_thread, once_in_thread
+from diffmergefs.core.singleflight import Once
+from diffmergefs.fuse import threads
+from diffmergefs.fuse.handles import lane_of
+from diffmergefs.fuse.threads import Lanes, in_thread, once_in_thread
 
 
 def test_it_gives_what_the_work_gives_and_raises_what_it_raises() -> None:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmergefs.extents import Extent
-from diffmergefs.workingsets.touches import PIECE, Touches, first_touches, limited, pieces
+from diffmergefs.core.extents import Extent
+from diffmergefs.prefetch.touches import PIECE, Touches, first_touches, limited, pieces
 from tests.support.images import PAGE
 
 MIB = 1 << 20

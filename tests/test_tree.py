@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import DiffMergeError, FileAccessError
-from diffmergefs.images import open_chain
-from diffmergefs.integrity.sealing import seal_layer
-from diffmergefs.serving.access import view_access
-from diffmergefs.serving.store import OpenImage, Store
-from diffmergefs.serving.tree import ROOT_INODE, Document, MemoryFile, Passed, Root, TagFolder, Tree
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.errors import DiffMergeError, FileAccessError
+from diffmergefs.fuse.access import view_access
+from diffmergefs.fuse.served import OpenImage, Store
+from diffmergefs.fuse.tree import ROOT_INODE, Document, MemoryFile, Passed, Root, TagFolder, Tree
+from diffmergefs.opening.images import open_chain
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.writing.sealing import seal_layer
 from tests.support.images import PAGE, write_layer
 from tests.support.openat2 import exchange
 from tests.support.stores import (

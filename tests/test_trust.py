@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import sparse, trust
-from diffmergefs.errors import DenseDiffError, SizeMismatchError, UntrustedExtentsError
-from diffmergefs.extents import Extent
-from diffmergefs.images import open_chain
-from diffmergefs.layer import Layer
-from diffmergefs.trust import TrustPolicy, grain, require_trust
+from diffmergefs.core import sparse
+from diffmergefs.core.errors import DenseDiffError, SizeMismatchError, UntrustedExtentsError
+from diffmergefs.core.extents import Extent
+from diffmergefs.core.layer import Layer
+from diffmergefs.opening import trust
+from diffmergefs.opening.images import open_chain
+from diffmergefs.opening.trust import TrustPolicy, grain, require_trust
 from tests.support.images import PAGE, signed, write_layer
 
 MIB = 1 << 20

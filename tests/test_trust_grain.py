@@ -12,7 +12,7 @@ from diffmergefs import cli
 from diffmergefs.cli import helper
 from diffmergefs.cli.mount import mount
 from diffmergefs.cli.mountoptions import complete_options
-from diffmergefs.trust import CHECKS, TrustPolicy
+from diffmergefs.opening.trust import CHECKS, TrustPolicy
 from tests.support import mounts
 from tests.support.commands import diffmergefs, mistake
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer

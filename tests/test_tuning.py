@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.serving import tuning
-from diffmergefs.serving.tuning import Tuning, connection, tune
+from diffmergefs.system import tuning
+from diffmergefs.system.tuning import Tuning, connection, tune
 from tests.support.mounts import mounted, require_fusectl
 from tests.support.stores import write_chain
 

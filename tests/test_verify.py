@@ -17,14 +17,15 @@ from typing import Any
 
 import pytest
 
-from diffmergefs.errors import DiffMergeError
-from diffmergefs.integrity import pins, verify
-from diffmergefs.integrity.pins import content_hash
-from diffmergefs.integrity.state import Identity, Remembered
-from diffmergefs.integrity.verdict import Verdict
-from diffmergefs.integrity.verify import open_image, open_layers
-from diffmergefs.layer import Layer
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.checks import verify
+from diffmergefs.checks.verdict import Verdict
+from diffmergefs.checks.verify import open_image, open_layers
+from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.core.layer import Layer
+from diffmergefs.opening import pins
+from diffmergefs.opening.pins import content_hash
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.sidecars.verified import Identity, Remembered
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.inputs import unchanged
@@ -393,7 +394,7 @@ def test_an_interrupt_ends_it_at_once(
     # After it, each thread may finish one block and no more.
     gate = Gate(tmp_path / "gate")
     code = gate.code + (
-        "import diffmergefs.integrity.pins as pins\n"
+        "import diffmergefs.opening.pins as pins\n"
         "def endless(layer, report):\n"
         "    wait_at_gate()\n"
         "    while True:\n"

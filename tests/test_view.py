@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmergefs.errors import BrokenChainError, SizeMismatchError
-from diffmergefs.extents import ExtentList, Segment, SegmentMap
-from diffmergefs.layer import Layer
-from diffmergefs.view import HOLE, MergedView
+from diffmergefs.core.errors import BrokenChainError, SizeMismatchError
+from diffmergefs.core.extents import ExtentList, Segment, SegmentMap
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import HOLE, MergedView
 from tests.support.asked import asked
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged

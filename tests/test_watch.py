@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import BrokenChainError
-from diffmergefs.filekey import FileVersion
-from diffmergefs.layouts.catalog import Catalog, read_catalog
-from diffmergefs.layouts.snapshot import StoredFile
-from diffmergefs.layouts.watch import Watch
+from diffmergefs.core.errors import BrokenChainError
+from diffmergefs.core.identity import FileVersion
+from diffmergefs.stores.catalog import Catalog, read_catalog
+from diffmergefs.stores.snapshot import StoredFile
+from diffmergefs.stores.watch import Watch
 from tests.support.images import write_layer
 from tests.support.stores import (
     BASE_PAGES,
@@ -382,7 +382,7 @@ def test_while_the_hash_of_a_new_parent_is_not_known_its_children_wait(looks: Lo
 def test_only_so_many_tags_that_are_gone_are_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffmergefs.layouts.watch._REMEMBERED", 1)
+    monkeypatch.setattr("diffmergefs.stores.watch._REMEMBERED", 1)
     store = tmp_path / "store"
     write_tag(store, "base")
     for n, tag in enumerate(("a", "b"), 1):

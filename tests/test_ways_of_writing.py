@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.layer import Layer
+from diffmergefs.core.layer import Layer
 from tests.support.images import PAGE, write_layer
 
 SIZE = 32 << 20

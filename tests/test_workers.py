@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import LayerChangedError
-from diffmergefs.workers import in_order
+from diffmergefs.core.errors import LayerChangedError
+from diffmergefs.core.workers import in_order
 
 
 def children() -> set[int]:

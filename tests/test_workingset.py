@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from diffmergefs import open_chain
-from diffmergefs.errors import FileAccessError
-from diffmergefs.extents import Extent
-from diffmergefs.integrity import state
-from diffmergefs.workingsets.workingset import (
+from diffmergefs.core.errors import FileAccessError
+from diffmergefs.core.extents import Extent
+from diffmergefs.prefetch.record import (
     MAX_RANGES,
     Identity,
     LayerFile,
@@ -27,6 +26,7 @@ from diffmergefs.workingsets.workingset import (
     identity_of_view,
     now,
 )
+from diffmergefs.sidecars import verified
 from tests.support.images import PAGE, write_layer
 from tests.support.stores import pages
 
@@ -239,7 +239,7 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_by_default_it_is_below_the_state_directory(tmp_path: Path) -> None:
-    assert WorkingSets().directory == f"{state.default_directory()}/working-sets"
+    assert WorkingSets().directory == f"{verified.default_directory()}/working-sets"
     assert WorkingSets(None, str(tmp_path)).directory == f"{tmp_path}/working-sets"
     assert WorkingSets("/named", str(tmp_path)).directory == "/named"
 
@@ -248,7 +248,7 @@ def test_a_user_without_a_home_must_name_a_place(monkeypatch: pytest.MonkeyPatch
     def no_home() -> str:
         raise KeyError
 
-    monkeypatch.setattr(state, "default_directory", no_home)
+    monkeypatch.setattr(verified, "default_directory", no_home)
     with pytest.raises(FileAccessError, match="--working-set-dir names a place"):
         WorkingSets()
     assert WorkingSets("/named").directory == "/named"

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import sparse
-from diffmergefs.errors import FileAccessError, NoSpaceError
+from diffmergefs.core import sparse
+from diffmergefs.core.errors import FileAccessError, NoSpaceError
 from diffmergefs.writing import writebehind
 from diffmergefs.writing.copying import Target
 from diffmergefs.writing.writebehind import BUFFER, WriteBehind

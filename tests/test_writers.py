@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import apply_diff, images, open_chain, open_image
-from diffmergefs.errors import LayerChangedError, WriterError
-from diffmergefs.lease import SIGNAL, Leases, Writers, writers
-from diffmergefs.serving.store import Store
-from diffmergefs.trust import TrustPolicy
+from diffmergefs import apply_diff, open_chain, open_image
+from diffmergefs.core.errors import LayerChangedError, WriterError
+from diffmergefs.fuse.served import Store
+from diffmergefs.opening import images
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.opening.writers import SIGNAL, Leases, Writers, writers
 from tests.support import mounttable, skips
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
@@ -593,7 +594,7 @@ def test_a_failure_while_breaks_are_answered_ends_no_mount(
     patch_children(
         monkeypatch,
         public_path / "patch",
-        "import diffmergefs.lease as module\n"
+        "import diffmergefs.opening.writers as module\n"
         "def fail(self):\n"
         "    raise RuntimeError('by the test')\n"
         "module.Leases.answer_breaks = fail\n",

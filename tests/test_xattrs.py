@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.serving import xattrs
-from diffmergefs.serving.store import Store
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.fuse import xattrs
+from diffmergefs.fuse.served import Store
+from diffmergefs.opening.trust import TrustPolicy
 from tests.support.commands import succeed
 from tests.support.images import PAGE
 from tests.support.mounts import mounted

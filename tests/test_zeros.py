@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs import sparse
-from diffmergefs.errors import LayerChangedError
-from diffmergefs.images import open_chain
-from diffmergefs.view import MergedView
-from diffmergefs.zeros import Piece, pieces, scanned_pieces
+from diffmergefs.analysis.zeros import Piece, pieces, scanned_pieces
+from diffmergefs.core import sparse
+from diffmergefs.core.errors import LayerChangedError
+from diffmergefs.core.view import MergedView
+from diffmergefs.opening.images import open_chain
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.inputs import unchanged
 

@@ -19,10 +19,10 @@ from diffmergefs import __version__
 from diffmergefs.cli import inherited
 from diffmergefs.cli.common import talk
 from diffmergefs.cli.verbs import Verbs
-from diffmergefs.errors import DiffMergeError, FileAccessError
-from diffmergefs.images import raise_descriptor_limit
-from diffmergefs.serving.mountpoint import ROOTS_PATH
-from diffmergefs.serving.notify import ADDRESS, JOURNAL
+from diffmergefs.core.errors import DiffMergeError, FileAccessError
+from diffmergefs.opening.images import raise_descriptor_limit
+from diffmergefs.system.mountpoint import ROOTS_PATH
+from diffmergefs.system.sdnotify import ADDRESS, JOURNAL
 
 USAGE = 2
 BUG = 70
@@ -148,7 +148,7 @@ def _warnings_told() -> Iterator[None]:
     # Warnings go to stderr like all talk (`mount` sees to its log itself). What a layer says of
     # its change the error that follows says too.
     teller = _Teller(logging.WARNING)
-    teller.addFilter(lambda record: record.name != "diffmergefs.layer")
+    teller.addFilter(lambda record: record.name != "diffmergefs.core.layer")
     log = logging.getLogger("diffmergefs")
     log.addHandler(teller)
     try:

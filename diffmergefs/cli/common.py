@@ -13,12 +13,12 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from diffmergefs.cli.logformat import printable as printable
 from diffmergefs.cli.optionalvalue import OptionalValue
 from diffmergefs.cli.progress import progress
-from diffmergefs.images import Image, open_chain, open_image
-from diffmergefs.logformat import printable as printable
-from diffmergefs.serving.mountpoint import require_answer
-from diffmergefs.trust import ALL, CHECKS, TrustPolicy, checks_named
+from diffmergefs.opening.images import Image, open_chain, open_image
+from diffmergefs.opening.trust import ALL, CHECKS, TrustPolicy, checks_named
+from diffmergefs.system.mountpoint import require_answer
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import click
 
+from diffmergefs.analysis.compare import Comparison, bytes_to_compare, count_pages
+from diffmergefs.analysis.compare import compare as compare_views
 from diffmergefs.cli.common import PATH, print_json, store_options, trust_options
 from diffmergefs.cli.progress import progress
 from diffmergefs.cli.sides import jobs_option, opened_side, plain_option, side_diffs
 from diffmergefs.cli.tables import new_table, print_table
-from diffmergefs.compare import Comparison, bytes_to_compare, count_pages
-from diffmergefs.compare import compare as compare_views
-from diffmergefs.extents import ExtentList
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.opening.trust import TrustPolicy
 
 
 @click.command()

@@ -13,9 +13,9 @@ import click
 
 from diffmergefs.cli.common import print_json
 from diffmergefs.cli.throwaway import served
-from diffmergefs.errors import VerificationError
-from diffmergefs.images import open_image
-from diffmergefs.serving import mountpoint as mountpoints
+from diffmergefs.core.errors import VerificationError
+from diffmergefs.opening.images import open_image
+from diffmergefs.system import mountpoint as mountpoints
 from diffmergefs.writing.flatten import flatten
 
 PAGE = 4096

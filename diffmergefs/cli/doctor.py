@@ -8,6 +8,9 @@ from itertools import groupby
 
 import click
 
+from diffmergefs.checks.doctor import examine_path
+from diffmergefs.checks.finding import Finding
+from diffmergefs.checks.host import examine_host
 from diffmergefs.cli.common import (
     PATH,
     page_size_option,
@@ -20,11 +23,8 @@ from diffmergefs.cli.common import (
 )
 from diffmergefs.cli.progress import progress
 from diffmergefs.cli.trial import try_mount
-from diffmergefs.errors import DiffMergeError
-from diffmergefs.health.doctor import examine_path
-from diffmergefs.health.finding import Finding
-from diffmergefs.serving.host import examine_host
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.opening.trust import TrustPolicy
 
 _WRONG = 1
 

@@ -8,9 +8,9 @@ import os
 import sys
 from typing import TypeVar
 
-from diffmergefs.errors import FileAccessError
-from diffmergefs.logformat import Json, Lines, Prioritized
-from diffmergefs.logqueue import QueuedHandler
+from diffmergefs.cli.logformat import Json, Lines, Prioritized
+from diffmergefs.cli.logqueue import QueuedHandler
+from diffmergefs.core.errors import FileAccessError
 
 H = TypeVar("H", bound=logging.Handler)
 

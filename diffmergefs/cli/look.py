@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 
 import click
 
-from diffmergefs import info as infos
-from diffmergefs.beneath import Reach
+from diffmergefs.analysis import info as infos
 from diffmergefs.cli.common import (
     PATH,
     image_options,
@@ -24,13 +23,14 @@ from diffmergefs.cli.common import (
 from diffmergefs.cli.picture import draw_extents, picture_path
 from diffmergefs.cli.progress import progress
 from diffmergefs.cli.tables import new_table, print_table
-from diffmergefs.errors import DiffMergeError, FileAccessError
-from diffmergefs.images import LayerPool, open_snapshot
-from diffmergefs.integrity.pins import is_pinned
-from diffmergefs.layer import Layer
-from diffmergefs.layouts.catalog import LAYOUTS, Catalog, read_catalog
+from diffmergefs.core.beneath import Reach
+from diffmergefs.core.errors import DiffMergeError, FileAccessError
+from diffmergefs.core.layer import Layer
+from diffmergefs.opening.images import LayerPool, open_snapshot
+from diffmergefs.opening.pins import is_pinned
+from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.pictures.picture import require_matplotlib
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.stores.catalog import LAYOUTS, Catalog, read_catalog
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,17 @@ from contextlib import contextmanager
 
 import click
 
-from diffmergefs import zeros
+from diffmergefs.analysis import zeros
+from diffmergefs.analysis.zeros import Piece
 from diffmergefs.cli.common import PATH, image_options, opened, printable
 from diffmergefs.cli.picture import draw_map, picture_path
 from diffmergefs.cli.progress import progress
 from diffmergefs.cli.terminal import TerminalMap
-from diffmergefs.images import Image
+from diffmergefs.core.view import MergedView
+from diffmergefs.opening.images import Image
+from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.pictures.legend import Subject, short_names
 from diffmergefs.pictures.picture import require_matplotlib
-from diffmergefs.trust import TrustPolicy
-from diffmergefs.view import MergedView
-from diffmergefs.zeros import Piece
 
 _NUMBER = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([kmgt])(?:i?b)?)?", re.IGNORECASE)
 _REPORTED = 4096

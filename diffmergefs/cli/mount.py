@@ -24,12 +24,12 @@ from diffmergefs.cli.common import (
 from diffmergefs.cli.mountoptions import MountCommand, complete_options
 from diffmergefs.cli.optionalvalue import OptionalValue
 from diffmergefs.cli.start import Request, serve_in_background, serve_in_front
-from diffmergefs.descriptors import handed_over, named_in
-from diffmergefs.layouts.catalog import LAYOUTS
-from diffmergefs.serving.mountpoint import require_answer
-from diffmergefs.serving.notify import JOURNAL, Notifier, is_journal
-from diffmergefs.serving.tuning import MAX_BACKGROUND, READAHEAD_KIB, Tuning
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.descriptors import handed_over, named_in
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.stores.catalog import LAYOUTS
+from diffmergefs.system.mountpoint import require_answer
+from diffmergefs.system.sdnotify import JOURNAL, Notifier, is_journal
+from diffmergefs.system.tuning import MAX_BACKGROUND, READAHEAD_KIB, Tuning
 
 
 @click.command(cls=MountCommand)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from diffmergefs.analysis.info import run_lengths
+from diffmergefs.analysis.zeros import Piece
 from diffmergefs.cli.common import printable, talk
 from diffmergefs.cli.progress import progress
-from diffmergefs.info import run_lengths
+from diffmergefs.core.view import MergedView
 from diffmergefs.pictures.legend import Subject, short_names
 from diffmergefs.pictures.picture import FORMATS, picture_format, publish
-from diffmergefs.view import MergedView
-from diffmergefs.zeros import Piece
 
 if TYPE_CHECKING:
     from diffmergefs.pictures.canvas import Picture

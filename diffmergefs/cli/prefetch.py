@@ -20,11 +20,11 @@ from diffmergefs.cli.common import (
     working_set_dir_option,
 )
 from diffmergefs.cli.tables import new_table, print_table
-from diffmergefs.errors import DiffMergeError
-from diffmergefs.images import find_image
-from diffmergefs.trust import TrustPolicy
-from diffmergefs.workingsets.touches import pieces
-from diffmergefs.workingsets.workingset import Identity, WorkingSet, WorkingSets, identity_of_files
+from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.opening.images import find_image
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.prefetch.record import Identity, WorkingSet, WorkingSets, identity_of_files
+from diffmergefs.prefetch.touches import pieces
 
 
 @click.command()

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import click
 
+from diffmergefs.analysis.compare import bytes_to_compare
 from diffmergefs.cli.common import (
     PATH,
     count,
@@ -18,8 +19,7 @@ from diffmergefs.cli.common import (
 from diffmergefs.cli.progress import progress
 from diffmergefs.cli.sides import jobs_option, opened_side, plain_option, side_diffs
 from diffmergefs.cli.tables import new_table, print_table
-from diffmergefs.compare import bytes_to_compare
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.newstore import NewStore
 from diffmergefs.writing.rediff import RediffResult
 from diffmergefs.writing.rediff import rediff as rediff_views

@@ -19,10 +19,10 @@ from diffmergefs.cli.common import (
 )
 from diffmergefs.cli.progress import progress
 from diffmergefs.cli.tables import new_table, print_table
-from diffmergefs.errors import DiffMergeError
-from diffmergefs.images import open_chain
-from diffmergefs.integrity.sealing import SealResult, seal_layer
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.opening.images import open_chain
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.writing.sealing import SealResult, seal_layer
 
 
 @click.command()

@@ -9,9 +9,9 @@ import click
 
 from diffmergefs.cli.common import PATH, F, talk
 from diffmergefs.cli.progress import progress
-from diffmergefs.sides import open_side
-from diffmergefs.trust import TrustPolicy
-from diffmergefs.view import MergedView
+from diffmergefs.core.view import MergedView
+from diffmergefs.opening.sides import open_side
+from diffmergefs.opening.trust import TrustPolicy
 
 
 def side_diffs(side: str) -> Callable[[F], F]:

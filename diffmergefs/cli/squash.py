@@ -8,8 +8,8 @@ import click
 
 from diffmergefs.cli.common import PATH, count, image_options, opened, print_json, printable, talk
 from diffmergefs.cli.progress import progress
-from diffmergefs.images import Image
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.opening.images import Image
+from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.squash import SquashResult, count_data
 from diffmergefs.writing.squash import squash as squash_view
 

@@ -13,28 +13,28 @@ from typing import Any, cast
 
 from diffmergefs.cli import logs
 from diffmergefs.cli.common import talk, told
-from diffmergefs.errors import (
+from diffmergefs.cli.logformat import Lines, printable
+from diffmergefs.cli.logqueue import QueuedHandler
+from diffmergefs.core.errors import (
     DiffMergeError,
     FileAccessError,
     MountAbortedError,
     MountFailedError,
     MountTimeoutError,
 )
-from diffmergefs.images import open_chain
-from diffmergefs.lease import Leases
-from diffmergefs.logformat import Lines, printable
-from diffmergefs.logqueue import QueuedHandler
-from diffmergefs.mountinfo import Mount
-from diffmergefs.names import STATUS_FOLDER
-from diffmergefs.serving import daemon
-from diffmergefs.serving import mountpoint as mountpoints
-from diffmergefs.serving.access import view_access
-from diffmergefs.serving.notify import Notifier
-from diffmergefs.serving.store import OpenImage, Store
-from diffmergefs.serving.tree import Tree
-from diffmergefs.serving.tuning import Tuning
-from diffmergefs.trust import TrustPolicy
-from diffmergefs.workingsets.workingset import WorkingSets
+from diffmergefs.core.names import STATUS_FOLDER
+from diffmergefs.fuse.access import view_access
+from diffmergefs.fuse.served import OpenImage, Store
+from diffmergefs.fuse.tree import Tree
+from diffmergefs.opening.images import open_chain
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.opening.writers import Leases
+from diffmergefs.prefetch.record import WorkingSets
+from diffmergefs.system import daemon
+from diffmergefs.system import mountpoint as mountpoints
+from diffmergefs.system.mountinfo import Mount
+from diffmergefs.system.sdnotify import Notifier
+from diffmergefs.system.tuning import Tuning
 
 log = logging.getLogger("diffmergefs")
 
@@ -95,7 +95,7 @@ def serve_in_front(
 def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | None = None) -> None:
     # Imported here: all else works where libfuse is missing.
     try:
-        from diffmergefs.serving import mount as mounts
+        from diffmergefs.fuse import session as mounts
     except ImportError as error:
         raise MountFailedError(
             f"pyfuse3 cannot be used ({error}); install libfuse3-dev and pyfuse3"

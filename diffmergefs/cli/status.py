@@ -18,11 +18,11 @@ from rich.table import Table
 
 from diffmergefs.cli.common import MOUNTPOINT, printable
 from diffmergefs.cli.tables import new_table, print_table
-from diffmergefs.errors import FileAccessError, MountFailedError, MountpointError
-from diffmergefs.names import STATUS_FOLDER
-from diffmergefs.serving import asking
-from diffmergefs.serving import mountpoint as mountpoints
-from diffmergefs.serving.status import STATUS_FILE, Status
+from diffmergefs.core.errors import FileAccessError, MountFailedError, MountpointError
+from diffmergefs.core.names import STATUS_FOLDER
+from diffmergefs.fuse.status import STATUS_FILE, Status
+from diffmergefs.system import asking
+from diffmergefs.system import mountpoint as mountpoints
 
 
 @click.command()

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console
 from rich.text import Text
 
+from diffmergefs.analysis.zeros import Piece
 from diffmergefs.cli.tables import new_table, print_table
 from diffmergefs.pictures import cells
 from diffmergefs.pictures.legend import (
@@ -23,7 +24,6 @@ from diffmergefs.pictures.legend import (
     shortened,
     size_text,
 )
-from diffmergefs.zeros import Piece
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _ASCII = " .:-=+*#@"

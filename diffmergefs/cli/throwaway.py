@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from diffmergefs import isolated
-from diffmergefs.errors import MountFailedError, MountTimeoutError
-from diffmergefs.serving import mountpoint as mountpoints
-from diffmergefs.serving.notify import ADDRESS
+from diffmergefs.core import interpreter
+from diffmergefs.core.errors import MountFailedError, MountTimeoutError
+from diffmergefs.system import mountpoint as mountpoints
+from diffmergefs.system.sdnotify import ADDRESS
 
 _READY_SECONDS = 60.0
 _END_SECONDS = 5.0
@@ -34,7 +34,7 @@ def served(mountpoint: Path, *arguments: str, before: str = "") -> Iterator[int]
     """
     with tempfile.TemporaryFile() as said, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.bind("")  # the kernel finds a free abstract name
-        child = isolated.start_code(
+        child = interpreter.start_code(
             before + _SERVE,
             *("mount", "-f", *arguments, "--", str(mountpoint)),
             stdout=said,

@@ -8,13 +8,13 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+from diffmergefs.checks.finding import Finding
 from diffmergefs.cli.throwaway import served
-from diffmergefs.errors import DiffMergeError, FileAccessError
-from diffmergefs.health.finding import Finding
-from diffmergefs.serving.asking import ask
+from diffmergefs.core.errors import DiffMergeError, FileAccessError
+from diffmergefs.system.asking import ask
 
 _CONTENT = bytes(range(256)) * 16
-_APART = "from diffmergefs.serving.namespace import enter_own; enter_own(); "
+_APART = "from diffmergefs.system.namespace import enter_own; enter_own(); "
 _REMEDY = (
     "mend what is said above of the kernel, the device and the helper; in a container, --device"
     " /dev/fuse and --cap-add SYS_ADMIN, and profiles of AppArmor and seccomp that let it mount"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from diffmergefs.cli.common import MOUNTPOINT
-from diffmergefs.serving import mountpoint as mountpoints
+from diffmergefs.system import mountpoint as mountpoints
 
 
 @click.command()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from diffmergefs.checks import verify as verification
+from diffmergefs.checks.verdict import Verdict
 from diffmergefs.cli.common import (
     image_options,
     print_json,
@@ -13,9 +15,7 @@ from diffmergefs.cli.common import (
     talk,
 )
 from diffmergefs.cli.progress import progress
-from diffmergefs.integrity import verify as verification
-from diffmergefs.integrity.verdict import Verdict
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.opening.trust import TrustPolicy
 
 _NAMED = 8  # unpinned parents that stand in the summary
 

@@ -15,7 +15,7 @@ from diffmergefs.cli.common import (
 )
 from diffmergefs.cli.progress import progress
 from diffmergefs.cli.tables import new_table, print_table
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.apply import apply_diff
 from diffmergefs.writing.dependants import REASONS
 from diffmergefs.writing.flatten import flatten as flatten_view

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from diffmergefs.analysis.zeros import Piece
 from diffmergefs.pictures import cells, curve, raster
 from diffmergefs.pictures.canvas import FAINT, LINE, Canvas, Picture, fitting, own_style
 from diffmergefs.pictures.legend import (
@@ -20,7 +21,6 @@ from diffmergefs.pictures.legend import (
     percent,
     size_text,
 )
-from diffmergefs.zeros import Piece
 
 LEFT = 32
 TOP = 92

@@ -8,8 +8,8 @@ import operator
 import os
 from collections.abc import Callable, Collection
 
-from diffmergefs.errors import MissingExtraError
-from diffmergefs.layer import Layer
+from diffmergefs.core.errors import MissingExtraError
+from diffmergefs.core.layer import Layer
 from diffmergefs.writing.copying import failures
 from diffmergefs.writing.output import OutputFile
 

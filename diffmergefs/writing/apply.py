@@ -8,18 +8,18 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 
-from diffmergefs import beneath, foreign, sparse
-from diffmergefs.contentchecks import require_exact_over
-from diffmergefs.errors import DenseDiffError, OutputRefusedError
-from diffmergefs.integrity.seal import Opener
-from diffmergefs.integrity.sealing import remove_seal
-from diffmergefs.layer import Layer
-from diffmergefs.layouts.ranges import require_mergeable
-from diffmergefs.lease import require_no_writers
-from diffmergefs.trust import TrustPolicy, require_trust
-from diffmergefs.view import require_equal_size
+from diffmergefs.core import beneath, foreign, sparse
+from diffmergefs.core.errors import DenseDiffError, OutputRefusedError
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import require_equal_size
+from diffmergefs.opening.contentchecks import require_exact_over
+from diffmergefs.opening.trust import TrustPolicy, require_trust
+from diffmergefs.opening.writers import require_no_writers
+from diffmergefs.sidecars.seal import Opener
+from diffmergefs.stores.ranges import require_mergeable
 from diffmergefs.writing.copying import Target, copy_range, failures
 from diffmergefs.writing.dependants import require_free
+from diffmergefs.writing.sealing import remove_seal
 
 log = logging.getLogger(__name__)
 

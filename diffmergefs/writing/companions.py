@@ -9,12 +9,12 @@ from collections.abc import Collection, Iterator
 from contextlib import closing
 from typing import NamedTuple
 
-from diffmergefs import beneath
-from diffmergefs.beneath import Root
-from diffmergefs.layer import Layer
-from diffmergefs.layouts.snapshot import is_left_out, status_of
-from diffmergefs.permissions import copied_bits
-from diffmergefs.view import MergedView
+from diffmergefs.core import beneath
+from diffmergefs.core.beneath import Root
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.permissions import copied_bits
+from diffmergefs.core.view import MergedView
+from diffmergefs.stores.snapshot import is_left_out, status_of
 from diffmergefs.writing.copying import failures
 from diffmergefs.writing.flatten import flatten
 from diffmergefs.writing.outputdir import sync_directory

@@ -13,9 +13,9 @@ from itertools import repeat
 from operator import length_hint
 from typing import NamedTuple
 
-from diffmergefs.buffers import page_aligned
-from diffmergefs.errors import DiffMergeError, FileAccessError, NoSpaceError
-from diffmergefs.layer import Layer
+from diffmergefs.core.buffers import page_aligned
+from diffmergefs.core.errors import DiffMergeError, FileAccessError, NoSpaceError
+from diffmergefs.core.layer import Layer
 
 BLOCK = 1 << 20
 

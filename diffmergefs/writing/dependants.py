@@ -9,14 +9,14 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 
-from diffmergefs import sparse
-from diffmergefs.errors import DiffMergeError, OutputRefusedError
-from diffmergefs.extents import ExtentList
-from diffmergefs.integrity.bmap import SEAL_SUFFIX
-from diffmergefs.layouts.bitmap import PRESENCE_SUFFIX
-from diffmergefs.layouts.catalog import LAYOUTS, Catalog, layout_of, read_catalog
-from diffmergefs.lease import is_open_elsewhere
-from diffmergefs.serving.mounttable import FILESYSTEM_TYPE, MountTable, mounts, resolved
+from diffmergefs.core import sparse
+from diffmergefs.core.errors import DiffMergeError, OutputRefusedError
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.opening.writers import is_open_elsewhere
+from diffmergefs.sidecars.bmap import SEAL_SUFFIX
+from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
+from diffmergefs.stores.catalog import LAYOUTS, Catalog, layout_of, read_catalog
+from diffmergefs.system.mounttable import FILESYSTEM_TYPE, MountTable, mounts, resolved
 
 #: The reasons why a file is not overwritten, by the names under which each can be overridden.
 REASONS = ("sealed", "layer", "links", "open", "mounted", "order")

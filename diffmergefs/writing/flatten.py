@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from diffmergefs import sparse
-from diffmergefs.errors import NoSpaceError, VerificationError
-from diffmergefs.extents import ExtentList
-from diffmergefs.integrity.sealing import remove_seal, write_seal
-from diffmergefs.layer import Layer
-from diffmergefs.view import MergedView
+from diffmergefs.core import sparse
+from diffmergefs.core.errors import NoSpaceError, VerificationError
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView
 from diffmergefs.writing.copying import (
     BLOCK,
     Target,
@@ -28,6 +27,7 @@ from diffmergefs.writing.copying import (
     free_bytes,
 )
 from diffmergefs.writing.output import OutputFile
+from diffmergefs.writing.sealing import remove_seal, write_seal
 from diffmergefs.writing.writebehind import BUFFER, WriteBehind
 
 _READ_BITS = 0o444

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from diffmergefs.errors import NoSpaceError, UntrustedExtentsError
-from diffmergefs.extents import ExtentList, Segment
-from diffmergefs.integrity.sealing import remove_seal, write_seal
-from diffmergefs.layer import Layer
-from diffmergefs.trust import TrustPolicy, problems
-from diffmergefs.view import MergedView
+from diffmergefs.core.errors import NoSpaceError, UntrustedExtentsError
+from diffmergefs.core.extents import ExtentList, Segment
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView
+from diffmergefs.opening.trust import TrustPolicy, problems
 from diffmergefs.writing.copying import (
     BLOCK,
     block_size,
@@ -26,6 +25,7 @@ from diffmergefs.writing.copying import (
     write_at,
 )
 from diffmergefs.writing.output import OutputFile
+from diffmergefs.writing.sealing import remove_seal, write_seal
 
 _READ_BITS = 0o444
 _ZEROS = memoryview(bytes(BLOCK))

@@ -8,25 +8,25 @@ from collections.abc import Callable, Collection
 from contextlib import closing, suppress
 from dataclasses import dataclass
 
-from diffmergefs import beneath
-from diffmergefs.beneath import Root
-from diffmergefs.compare import require_equal
-from diffmergefs.errors import LayerChangedError
-from diffmergefs.filekey import FileKey
-from diffmergefs.integrity.bmap import SEAL_SUFFIX
-from diffmergefs.integrity.pins import content_hash
-from diffmergefs.layer import Layer
-from diffmergefs.layouts.catalog import Catalog
-from diffmergefs.layouts.snapshot import (
+from diffmergefs.analysis.compare import require_equal
+from diffmergefs.core import beneath
+from diffmergefs.core.beneath import Root
+from diffmergefs.core.errors import LayerChangedError
+from diffmergefs.core.identity import FileKey
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.permissions import copied_bits
+from diffmergefs.core.view import MergedView
+from diffmergefs.opening.pins import content_hash
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.sidecars.bmap import SEAL_SUFFIX
+from diffmergefs.stores.catalog import Catalog
+from diffmergefs.stores.snapshot import (
     DOCUMENT,
     MAX_DOCUMENT,
     Snapshot,
     parse_document,
     read_with_status,
 )
-from diffmergefs.permissions import copied_bits
-from diffmergefs.trust import TrustPolicy
-from diffmergefs.view import MergedView
 from diffmergefs.writing.companions import Kept, copy_file, copy_folder, take_over
 from diffmergefs.writing.copying import failures
 from diffmergefs.writing.flatten import flatten

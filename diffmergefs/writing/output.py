@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
-from diffmergefs.errors import NoSpaceError, OutputRefusedError
+from diffmergefs.core.errors import NoSpaceError, OutputRefusedError
 from diffmergefs.writing.copying import NO_SPACE, Target, failures, free_bytes
 
 log = logging.getLogger(__name__)

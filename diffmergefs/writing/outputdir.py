@@ -11,7 +11,7 @@ import shutil
 import stat
 from contextlib import ExitStack
 
-from diffmergefs.errors import OutputRefusedError
+from diffmergefs.core.errors import OutputRefusedError
 from diffmergefs.writing.copying import failures
 
 log = logging.getLogger(__name__)

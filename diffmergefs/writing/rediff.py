@@ -7,10 +7,10 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
-from diffmergefs.compare import count_pages, require_equal, windows
-from diffmergefs.layer import Layer
-from diffmergefs.trust import TrustPolicy
-from diffmergefs.view import MergedView
+from diffmergefs.analysis.compare import count_pages, require_equal, windows
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView
+from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.newdiff import NewDiff, WrittenDiff
 
 

@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from diffmergefs.compare import require_equal
-from diffmergefs.extents import ExtentList
-from diffmergefs.layer import Layer
-from diffmergefs.trust import TrustPolicy
-from diffmergefs.view import MergedView
+from diffmergefs.analysis.compare import require_equal
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView
+from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.newdiff import NewDiff, WrittenDiff
 
 

@@ -8,20 +8,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from diffmergefs.beneath import Reach
-from diffmergefs.errors import (
+from diffmergefs.core.beneath import Reach
+from diffmergefs.core.errors import (
     BrokenChainError,
     DiffMergeError,
     LayerChangedError,
     OutputRefusedError,
 )
-from diffmergefs.images import LayerPool, open_snapshot
-from diffmergefs.integrity.pins import Hashes, require_pin
-from diffmergefs.integrity.state import Remembered
-from diffmergefs.layouts.catalog import Catalog, read_catalog
-from diffmergefs.layouts.snapshot import DOCUMENT
-from diffmergefs.permissions import copied_bits
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.permissions import copied_bits
+from diffmergefs.opening.images import LayerPool, open_snapshot
+from diffmergefs.opening.pins import Hashes, require_pin
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.sidecars.verified import Remembered
+from diffmergefs.stores.catalog import Catalog, read_catalog
+from diffmergefs.stores.snapshot import DOCUMENT
 from diffmergefs.writing.companions import take_over
 from diffmergefs.writing.copying import failures
 from diffmergefs.writing.newstore import Link, NewStore, StoreWriter, Tally, WriteOptions

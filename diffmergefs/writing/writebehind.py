@@ -7,8 +7,8 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from diffmergefs import sparse
-from diffmergefs.buffers import page_aligned
+from diffmergefs.core import sparse
+from diffmergefs.core.buffers import page_aligned
 from diffmergefs.writing.copying import Target, failures, write_at
 
 #: The bytes of a buffer: the more, the less often the threads wait for the interpreter.

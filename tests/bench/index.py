@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from diffmergefs.extents import ExtentList, SegmentMap
+from diffmergefs.core.extents import ExtentList, SegmentMap
 
 PAGE = 4096
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from diffmergefs import sparse
-from diffmergefs.buffers import page_aligned
+from diffmergefs.core import sparse
+from diffmergefs.core.buffers import page_aligned
 
 SCHEMA = 1
 MIB = 1 << 20

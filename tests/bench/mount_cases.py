@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from diffmergefs.extents import ExtentList, SegmentMap
+from diffmergefs.core.extents import ExtentList, SegmentMap
 from tests.bench import servers
 from tests.bench.images import Store
 from tests.bench.index import scattered

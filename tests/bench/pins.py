@@ -17,10 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from diffmergefs.integrity.pins import BLOCK, Hashes, content_hash, require_pin
-from diffmergefs.integrity.state import Remembered
-from diffmergefs.layer import Layer
-from diffmergefs.layouts.snapshot import Snapshot
+from diffmergefs.core.layer import Layer
+from diffmergefs.opening.pins import BLOCK, Hashes, content_hash, require_pin
+from diffmergefs.sidecars.verified import Remembered
+from diffmergefs.stores.snapshot import Snapshot
 
 GB = 1e9
 MIB = 1 << 20

@@ -30,10 +30,10 @@ from unittest import mock
 import pyfuse3
 import trio
 
-from diffmergefs.images import open_chain
-from diffmergefs.serving.operations import Operations
-from diffmergefs.serving.store import OpenImage
-from diffmergefs.serving.tree import ROOT_INODE, Tree
+from diffmergefs.fuse.operations import Operations
+from diffmergefs.fuse.served import OpenImage
+from diffmergefs.fuse.tree import ROOT_INODE, Tree
+from diffmergefs.opening.images import open_chain
 from tests.support.mounts import mounted
 
 PAGE = 4096

@@ -14,8 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from diffmergefs.integrity import bmap, seal, sealing
-from diffmergefs.layer import Layer
+from diffmergefs.core.layer import Layer
+from diffmergefs.sidecars import bmap, seal
+from diffmergefs.writing import sealing
 
 PAGE = 4096
 GB = 1e9

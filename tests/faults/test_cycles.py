@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from diffmergefs import DiffMergeError, open_chain, open_image
-from diffmergefs.errors import BrokenChainError, SizeMismatchError
+from diffmergefs.core.errors import BrokenChainError, SizeMismatchError
 from tests.support import mounttable
 from tests.support.images import PAGE, signed
 from tests.support.live import until

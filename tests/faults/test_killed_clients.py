@@ -22,14 +22,14 @@ HELD_MS, HELD_MS_OTHERWISE = 200, 400
 # The processor is taken away from the daemon just between readiness and read(2), each time.
 PREEMPTED = """
 import time
-from diffmergefs.serving import nextrequest
-call = nextrequest.RequestWait.__call__
+from diffmergefs.fuse import readloop
+call = readloop.RequestWait.__call__
 def late(self, fd):
     async def wait():
         await call(self, fd)
         time.sleep(0.003)
     return wait()
-nextrequest.RequestWait.__call__ = late
+readloop.RequestWait.__call__ = late
 """
 # And this pyfuse3 does not use trio as it is known.
 NOT_AS_KNOWN = """

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.workingsets.workingset import WorkingSets
+from diffmergefs.prefetch.record import WorkingSets
 from tests.support.images import PAGE
 from tests.support.mounts import mounted, require_fusectl
 from tests.support.restores import ORACLE, ranges_of, save, scattered, shown, write_pair
@@ -93,7 +93,7 @@ def test_readers_of_the_pages_that_are_pushed(
         finally:
             for reader in readers:
                 reader.kill()
-        pushes = mount.log().count("INFO diffmergefs.workingsets.prefetch: ")
+        pushes = mount.log().count("INFO diffmergefs.prefetch.prefetcher: ")
         assert (mountpoint / "base.mem").read_bytes() == ORACLE
     assert pushes > rounds // 100
     pages = sum(map(int, texts))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from diffmergefs import Segment, flatten, open_chain
-from diffmergefs.sparse import data_extents
+from diffmergefs.core.sparse import data_extents
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.mounts import mounted

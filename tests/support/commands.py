@@ -21,7 +21,7 @@ for name in NAMES:
     load(name)
 for name in (
     *("difflib", "pickle", "multiprocessing.connection", "multiprocessing.popen_fork"),
-    *("diffmergefs.integrity.bmapreader", "rich.console", "rich.progress", "rich.table"),
+    *("diffmergefs.sidecars.bmapreader", "rich.console", "rich.progress", "rich.table"),
 ):
     importlib.import_module(name)
 

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from diffmergefs.layer import Layer
+from diffmergefs.core.layer import Layer
 from tests.support.images import PAGE, signed, write_layer
 
 SIZE = 16 * PAGE

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from diffmergefs import sparse
-from diffmergefs.integrity import seal
-from diffmergefs.layer import Layer
+from diffmergefs.core import sparse
+from diffmergefs.core.layer import Layer
+from diffmergefs.sidecars import seal
 
 
 def data_of(path: Path) -> list[tuple[int, int]]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from diffmergefs.layer import Layer
-from diffmergefs.view import MergedView
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView
 from tests.support.images import PAGE, signed, write_layer
 
 Extents = list[tuple[int, bytes]]

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from diffmergefs import open_chain
-from diffmergefs.extents import Extent
-from diffmergefs.serving.access import Access
-from diffmergefs.serving.openwatch import OpenWatch
-from diffmergefs.serving.store import OpenImage
-from diffmergefs.workingsets.workingset import WorkingSet, WorkingSets, identity_of_view, now
+from diffmergefs.core.extents import Extent
+from diffmergefs.fuse.access import Access
+from diffmergefs.fuse.observer import OpenWatch
+from diffmergefs.fuse.served import OpenImage
+from diffmergefs.prefetch.record import WorkingSet, WorkingSets, identity_of_view, now
 from tests.support.images import PAGE, overlay_oracle, write_layer
 from tests.support.stores import age, pages
 

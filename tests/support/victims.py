@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffmergefs.layer import Layer
-from diffmergefs.view import MergedView
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView
 from diffmergefs.writing.flatten import _Merge, flatten
 from diffmergefs.writing.output import OutputFile
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.images import open_chain
-from diffmergefs.layer import Layer
+from diffmergefs.core.layer import Layer
+from diffmergefs.opening.images import open_chain
 from tests.support.images import signed, store_mapped, write_layer
 from tests.vm import qemu
 from tests.vm.chain import PAGE, Snapshot, VmChain, build_chain

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.workingsets import workingset
+from diffmergefs.prefetch import record
 from tests.support import inputs, mounts
 from tests.support.live import until
 from tests.vm import qemu
@@ -96,11 +96,11 @@ def test_a_restore_is_recorded_and_then_prefetched(
         assert_restores(chain, last, shown(point, last.layer), shown(point, last.state))
         until(lambda: "recorded the first touch" in recording.log(), "it was not recorded")
     (path,) = sets.iterdir()
-    record = workingset.decode(path.read_bytes())
-    assert 100 * PAGE < record.touched_bytes <= qemu.RAM_SIZE // 4
+    found = record.decode(path.read_bytes())
+    assert 100 * PAGE < found.touched_bytes <= qemu.RAM_SIZE // 4
     with mounts.mounted(chain.store, point, *options) as prefetching:
         assert_restores(chain, last, shown(point, last.layer), shown(point, last.state))
-        assert f"prefetched {record.touched_bytes} bytes" in prefetching.log()
+        assert f"prefetched {found.touched_bytes} bytes" in prefetching.log()
         image = shown(point, last.layer).read_bytes()
         assert first_difference(image, last.ram.read_bytes()) is None
 

@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from diffmergefs.images import open_chain
+from diffmergefs.opening.images import open_chain
 from diffmergefs.writing.flatten import flatten
 from tests.support.images import PAGE, signed, store_mapped, write_layer
 from tests.support.reserved import STEP, write_again

@@ -14,8 +14,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffmergefs.filesystems import overlay_directories
-from diffmergefs.mountinfo import mount_of
+from diffmergefs.opening.filesystems import overlay_directories
+from diffmergefs.system.mountinfo import mount_of
 from tests.support import faulty, loopfs, mounttable, skips
 
 Make = Callable[[str], Path]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import DiffMergeError
-from diffmergefs.images import open_image
+from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.opening.images import open_image
 from tests.support.commands import diffmergefs, succeed
 from tests.support.images import overlay_oracle, signed, write_layer
 from tests.wrong_bytes.diffs import SIZE, Extents

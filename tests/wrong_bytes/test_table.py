@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.errors import DenseDiffError, DiffMergeError, UntrustedExtentsError
-from diffmergefs.images import open_chain
-from diffmergefs.trust import TrustPolicy
+from diffmergefs.core.errors import DenseDiffError, DiffMergeError, UntrustedExtentsError
+from diffmergefs.opening.images import open_chain
+from diffmergefs.opening.trust import TrustPolicy
 from tests.support import mounts, mounttable
 from tests.support.commands import diffmergefs, mistake
 from tests.support.images import overlay_oracle, signed, write_layer

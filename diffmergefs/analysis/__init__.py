@@ -1,0 +1,1 @@
+"""Facts about views; nothing is written."""

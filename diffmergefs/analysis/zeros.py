@@ -1,0 +1,110 @@
+"""The pieces of a view, and among them those whose written bytes are zeros: one scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView
+from diffmergefs.writing.copying import BLOCK, failures
+
+
+class Piece(NamedTuple):
+    """The non-empty byte range `[start, stop)` that one layer supplies, or none (a hole).
+
+    `zero` says that the bytes are known to be zeros: a hole's are, and a layer's if it was scanned.
+    """
+
+    start: int
+    stop: int
+    layer: int | None
+    zero: bool
+
+
+def pieces(view: MergedView, start: int, stop: int) -> Iterator[Piece]:
+    """The pieces of `[start, stop)`, which they tile in order; not a byte is read.
+
+    The range lies within the image.
+    """
+    for segment in view.segments(start, stop - start):
+        yield Piece(*segment, segment.layer is None)
+
+
+def scanned_pieces(
+    view: MergedView, start: int, stop: int, page: int, progress: Callable[[int], None]
+) -> Iterator[Piece]:
+    """Like `pieces`, with written pages of zeros as pieces of their own.
+
+    Each byte that a layer supplies to the range is read once, holes are not. A page is `page`
+    bytes, a power of two, but 1 MiB at most; the part of one that a layer supplies is judged by
+    itself. Neighbouring pieces of one layer that are alike are joined. `progress` is called with
+    the bytes read so far, about once a MiB and at the end. After each segment its layer is compared
+    with its fingerprint (law 6). Raises LayerChangedError and FileAccessError.
+    """
+    meter = _Meter(progress)
+    for begin, end, number in view.segments(start, stop - start):
+        if number is None:
+            yield Piece(begin, end, None, True)
+            continue
+        layer = view.layers[number]
+        judged = _judged(layer, begin, end, min(page, BLOCK), meter)
+        for first, last, zero in _joined(judged):
+            yield Piece(first, last, number, zero)
+        with failures(layer.path):
+            layer.settle()
+    progress(meter.done)
+
+
+class _Meter:
+    # How much is done, told a MiB at a time: to move a bar takes longer than to look at a page.
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self.done = self._told = 0
+        self._tell = tell
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self.done - self._told >= BLOCK:
+            self._tell(self.done)
+            self._told = self.done
+
+
+def _judged(
+    layer: Layer, start: int, stop: int, page: int, meter: _Meter
+) -> Iterator[tuple[int, int, bool]]:
+    # In blocks that begin and end on pages, but for the segment's own ends. `startswith` compares
+    # without a copy, and stops at the first byte that differs.
+    buffer = bytearray(min(BLOCK, stop - start))
+    zeros = bytes(len(buffer))
+    position = start
+    while position < stop:
+        end = min(stop, (position // BLOCK + 1) * BLOCK)
+        with failures(layer.path):
+            layer.read_into(memoryview(buffer)[: end - position], position)
+        meter.add(end - position)
+        if buffer.startswith(zeros[: end - position]):
+            yield position, end, True
+        else:
+            yield from _judged_pages(buffer, position, end, page, zeros[:page])
+        position = end
+
+
+def _judged_pages(
+    buffer: bytearray, start: int, stop: int, page: int, zeros: bytes
+) -> Iterator[tuple[int, int, bool]]:
+    position = start
+    while position < stop:
+        end = min(stop, (position // page + 1) * page)
+        yield position, end, buffer.startswith(zeros[: end - position], position - start)
+        position = end
+
+
+def _joined(ranges: Iterator[tuple[int, int, bool]]) -> Iterator[tuple[int, int, bool]]:
+    start, stop, zero = next(ranges)
+    for first, last, other in ranges:
+        if other != zero:
+            yield start, stop, zero
+            start, zero = first, other
+        stop = last
+    yield start, stop, zero

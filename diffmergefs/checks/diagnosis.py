@@ -1,0 +1,195 @@
+"""All that there is to say of one layer: may its bytes, and its holes, be believed?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from diffmergefs.checks.finding import Finding, Severity
+from diffmergefs.core.beneath import Reach
+from diffmergefs.core.errors import DiffMergeError, FileAccessError
+from diffmergefs.core.layer import Layer
+from diffmergefs.opening.contentchecks import copied_up, hint_of_filled, is_complete, sampled
+from diffmergefs.opening.contentverdicts import Parents, Verdicts
+from diffmergefs.opening.trust import TrustPolicy, problems
+from diffmergefs.opening.writers import Writers, writers
+from diffmergefs.sidecars import seal
+from diffmergefs.sidecars.bmap import SEAL_SUFFIX
+from diffmergefs.sidecars.verified import Remembered
+
+_HOLES = "a diff's holes say which pages it leaves to its parent"
+_WHY = {
+    "chain": "what it shows would be another memory than the guest's",
+    "access": "its bytes cannot be told",
+    "seal": "the seal says which bytes the file had, and where its data were",
+    "filesystem": _HOLES,
+    "grain": "clean pages beside written ones would hide what the parent has there",
+    "blocks": "holes that are reported as data would hide what the parent has there",
+    "alignment": "a guest writes whole pages, so these ends are not what it wrote",
+    "unwritten": "whether such a range counts as written changes with what is in the page cache",
+    "map": "holes that a reader's cached pages make look like data would hide what the parent has",
+    "copy-up": "holes that a copy has filled would hide what the parent has there",
+}
+_REMEDY = {
+    "chain": "bring back what is missing, or take the snapshot again; `diffmergefs list` shows what"
+    " depends on it",
+    "access": "see that this user can read it, that nobody writes to it, and that its storage is"
+    " well",
+    "filled": "if the guest does not wipe its memory, take the diff again with write(2), and have"
+    " it sealed as the last step; --strict refuses such a layer",
+    "seal": "bring back the file that was sealed, or take the diff again; only one whose holes are"
+    " known to be right can be sealed anew, with `diffmergefs seal --force`",
+}
+
+
+def wrong(subject: str, check: str, error: DiffMergeError) -> Finding:
+    """The finding that `error` makes; `check` is 'chain', 'seal' or 'access'."""
+    return Finding(subject, check, "wrong", str(error), _WHY[check], _REMEDY[check])
+
+
+def examine_layer(
+    layer: Layer,
+    parents: Parents | None,
+    policy: TrustPolicy,
+    verdicts: Verdicts,
+    root: Reach | None = None,
+    path: str | None = None,
+) -> Iterator[Finding]:
+    """The findings on an open layer, whose seal, if it has one, is not in force yet.
+
+    `parents` are the layers below a diff, base first: none for a base, None where they are not
+    known. A layer of a directory of snapshots is called `path` beneath `root`. The seal is compared
+    with the layer, or known from `policy.state_dir` to be right, and put in force. What its pages
+    tell over its parents' is kept in `verdicts`. What fails while it is read is a finding too;
+    nothing is raised.
+    """
+    has_seal = False
+    try:
+        for finding in _examine_seal(layer, Remembered(policy.state_dir), root, path):
+            has_seal = True
+            yield finding
+        yield from _examine_writers(layer)
+        if parents is not None and not parents.layers:
+            yield Finding(layer.path, "base", "fine", "a base: its holes are zeros")
+            return
+        found = list(_examine_extents(layer, parents, policy, verdicts))
+        yield from found
+        has_record = has_seal or bool(layer.records)
+        if not has_record and all(finding.severity == "fine" for finding in found):
+            yield _no_seal(layer)
+    except DiffMergeError as error:
+        yield wrong(layer.path, "access", error)
+    except OSError as error:
+        yield wrong(layer.path, "access", FileAccessError(f"{layer.path}: {error.strerror}"))
+
+
+def _no_seal(layer: Layer) -> Finding:
+    return Finding(
+        layer.path,
+        "no-seal",
+        "warning",
+        "no seal",
+        "its holes are the only record of what it holds, and cp, cat or tar destroy them",
+        f"diffmergefs seal {layer.path}",
+    )
+
+
+def _examine_writers(layer: Layer) -> Iterator[Finding]:
+    found = writers(layer.fd)
+    if found is Writers.SOME:
+        yield Finding(
+            layer.path,
+            "writer",
+            "wrong",
+            found.value,
+            "its VMM, or whoever it is, may still write: then it is neither the old nor the new"
+            " memory",
+            "wait until it is closed (lsof, fuser name who has it open)",
+        )
+    elif found is not Writers.NONE:
+        yield Finding(
+            layer.path,
+            "writer",
+            "warning",
+            found.value,
+            "a diff that its VMM still writes to cannot be told from a finished one",
+            "use only what its VMM has closed; root can ask for any file",
+        )
+
+
+def _examine_seal(
+    layer: Layer, memory: Remembered, root: Reach | None, path: str | None
+) -> Iterator[Finding]:
+    # Where the seal cannot be used the extents known before stay in force, so that what else is
+    # wrong is found too.
+    place = layer.path + SEAL_SUFFIX
+    known = layer.extents, layer.records
+    try:
+        stored = seal.find(path or layer.path, root, layer.path)
+        if stored is None:
+            return
+        is_newer = layer.status.st_mtime_ns > stored.key.mtime_ns
+        seal.adopt(layer, stored, is_checked=True)
+        seal.compare_once(layer, stored, memory)
+    except DiffMergeError as error:
+        layer.extents, layer.records = known
+        yield wrong(place, "seal", error)
+        return
+    if not is_newer:
+        yield Finding(place, "seal", "fine", "the layer is what its seal records")
+        return
+    yield Finding(
+        place,
+        "newer",
+        "warning",
+        "the layer was written or copied after its seal, but is what the seal records",
+        "whoever writes to it makes the seal stale, and then both are refused",
+        f"keep the seal, and see that nothing writes to {layer.path}",
+    )
+
+
+def _examine_extents(
+    layer: Layer, parents: Parents | None, policy: TrustPolicy, verdicts: Verdicts
+) -> Iterator[Finding]:
+    dense = layer.extents.covers(layer.size)
+    failed = list(problems(layer, policy.page_size, complete=dense and parents is not None))
+    # One of another size is the chain's fault, and said there.
+    fit = parents is None or parents.layers[0].size == layer.size
+    if fit and (problem := copied_up(parents, layer, policy, verdicts)):
+        failed.append(problem)
+    for problem in failed:
+        # Without the parents that zeros hide anything of theirs is not known.
+        severity: Severity = "wrong" if parents or problem.check != "copy-up" else "warning"
+        why = _WHY[problem.check]
+        yield Finding(layer.path, problem.check, severity, problem.text, why, problem.remedy)
+    if dense:
+        yield from _examine_dense(layer, parents, verdicts) if fit else ()
+    elif parents and fit and (hint := hint_of_filled(parents, layer, policy, verdicts)):
+        why = "a store through a mapping, or a reader of a tmpfs, fills holes with zeros"
+        yield Finding(layer.path, "filled", "warning", hint.text, why, _REMEDY["filled"])
+    elif not failed:
+        text = f"{layer.extents.data_bytes} bytes in {len(layer.extents)} extents can be trusted"
+        yield Finding(layer.path, "extents", "fine", text)
+
+
+def _examine_dense(
+    layer: Layer, parents: Parents | None, verdicts: Verdicts
+) -> Iterator[Finding]:
+    why = "as a diff it hides all layers below; one whose holes a copy has filled looks so too"
+    if parents is None:
+        text = f"no hole in {layer.size} bytes"
+        remedy = (
+            "if it is a base, or another complete image (--dense), all is well; else put its seal"
+            " beside it, or take the diff again"
+        )
+        yield Finding(layer.path, "dense", "wrong", text, why, remedy)
+        return
+    pages = sampled(parents, layer, verdicts)
+    text = f"of {pages.over} pages that are not zeros below {pages.zero} are zeros here"
+    text += f" and {pages.equal} equal"
+    if is_complete(pages):
+        yield Finding(layer.path, "dense", "fine", f"no hole: a complete image; {text}")
+        return
+    remedy = (
+        "take the diff again, or put its seal beside it; --dense vouches for a complete image"
+    )
+    yield Finding(layer.path, "dense", "wrong", f"no hole, and {text}", why, remedy)

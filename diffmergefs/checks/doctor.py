@@ -1,0 +1,141 @@
+"""Would the diffs of a path, on the filesystem that they lie on, give right bytes?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from diffmergefs.checks.diagnosis import examine_layer, wrong
+from diffmergefs.checks.finding import Finding
+from diffmergefs.checks.probe import examine_filesystem
+from diffmergefs.core.beneath import Reach
+from diffmergefs.core.errors import DiffMergeError, FileAccessError, ForeignFormatError
+from diffmergefs.core.layer import Layer
+from diffmergefs.opening.contentverdicts import Parents, Verdicts
+from diffmergefs.opening.images import LayerPool, find_image, require_known_base
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.sidecars.seal import Opener
+from diffmergefs.sidecars.verified import Remembered
+from diffmergefs.stores.catalog import Catalog, layout_of, read_catalog
+from diffmergefs.stores.snapshot import Snapshot
+
+
+def examine_path(path: str, policy: TrustPolicy | None = None) -> Iterator[Finding]:
+    """The findings on a directory of snapshots, one snapshot or layer of one, or any other path.
+
+    First on the filesystem (see `probe.examine_filesystem`), then on each layer: of the whole
+    directory, or of the snapshot's chain. A file that is no layer of a directory of snapshots is
+    judged as a diff without its parent; a directory that holds no snapshots has a filesystem only.
+    Of `policy` count `page_size`, `allow_outside`, `allow_gaps` and `state_dir`: no diff is vouched
+    for here. All is gone through, whatever is found. Layers are synced and walked; a sealed one is
+    compared with its seal, which is remembered. No layer is written. Raises FileAccessError,
+    BrokenChainError where a directory is ambiguous, and ForeignFormatError where it is declined.
+    """
+    policy = replace(policy or TrustPolicy(), no_seal=True)
+    try:
+        folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+        os.stat(path)
+        on_filesystem = list(examine_filesystem(folder, policy.page_size))
+    except OSError as error:
+        raise FileAccessError(f"{path}: {error.strerror}") from error
+    found = _snapshots_of(path, policy)
+    yield from on_filesystem
+    if found is not None:
+        yield from _examine_snapshots(*found, policy)
+    elif not os.path.isdir(path):
+        yield from _examine_file(path, policy)
+    else:
+        yield Finding(path, "snapshots", "fine", "no snapshots here, so only its filesystem counts")
+
+
+def _snapshots_of(path: str, policy: TrustPolicy) -> tuple[Catalog, list[str]] | None:
+    # The catalog that the path is or lies in, and the tags that are meant, parents first.
+    if os.path.isdir(path):
+        catalog = read_catalog(path, outside=policy.allow_outside, allow_gaps=policy.allow_gaps)
+        if catalog.snapshots:
+            return catalog, sorted(catalog.snapshots, key=lambda tag: (_depth(catalog, tag), tag))
+    image = os.path.realpath(path)
+    for candidate in (image, os.path.dirname(image)):
+        if os.path.isdir(candidate) and layout_of(candidate) is not None:
+            catalog, tag = find_image(candidate, policy)
+            if candidate == image or _is_layer(catalog, tag, image):
+                return catalog, [link.tag for link in catalog.reachable(tag)]
+    with suppress(FileAccessError, ForeignFormatError):  # for _examine_file to say
+        if not os.path.isdir(path):
+            catalog, tag = find_image(path, policy)
+            return catalog, [link.tag for link in catalog.reachable(tag)]
+    return None
+
+
+def _depth(catalog: Catalog, tag: str) -> int:
+    return len(catalog.reachable(tag))
+
+
+def _is_layer(catalog: Catalog, tag: str, path: str) -> bool:
+    memory = catalog.snapshots[tag].memory
+    return memory is not None and os.path.realpath(os.path.join(catalog.root, memory.path)) == path
+
+
+def _examine_snapshots(
+    catalog: Catalog, tags: Sequence[str], policy: TrustPolicy
+) -> Iterator[Finding]:
+    root = os.open(catalog.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        reach = Reach(root, policy.allow_outside)
+        pool = LayerPool(reach, policy, os.path.abspath(catalog.root))
+        layers: dict[str, Layer] = {}
+        for tag in tags:
+            snapshot = catalog.snapshots[tag]
+            yield from _examine_chain(catalog, tag)
+            try:
+                layer = layers[tag] = pool.layer(snapshot.layer)
+            except DiffMergeError as error:
+                if snapshot.memory is not None:
+                    yield wrong(_subject(catalog, snapshot), "access", error)
+                continue
+            below = [layers.get(link.tag) for link in catalog.reachable(tag)[:-1]]
+            known = [each for each in below if each is not None]
+            parents = Parents(known) if len(known) == len(below) else None
+            if snapshot.parent is not None and not known:
+                parents = None
+            path = snapshot.layer.path
+            in_doubt = list(_examine_base(layer, snapshot, policy))
+            yield from in_doubt
+            parents = None if in_doubt else parents
+            yield from examine_layer(layer, parents, policy, pool.verdicts, reach, path)
+    finally:
+        os.close(root)
+
+
+def _subject(catalog: Catalog, snapshot: Snapshot) -> str:
+    name = snapshot.memory.path if snapshot.memory else snapshot.folder or snapshot.tag
+    return os.path.join(os.path.abspath(catalog.root), name)
+
+
+def _examine_chain(catalog: Catalog, tag: str) -> Iterator[Finding]:
+    try:
+        catalog.chain(tag)
+    except DiffMergeError as error:
+        yield wrong(_subject(catalog, catalog.snapshots[tag]), "chain", error)
+
+
+def _examine_base(layer: Layer, snapshot: Snapshot, policy: TrustPolicy) -> Iterator[Finding]:
+    try:
+        require_known_base(layer, snapshot.doubt, policy)
+    except DiffMergeError as error:
+        yield wrong(layer.path, "chain", error)
+
+
+def _examine_file(path: str, policy: TrustPolicy) -> Iterator[Finding]:
+    try:
+        layer = Opener(policy).open(path, is_diff=True)
+    except DiffMergeError as error:
+        yield wrong(path, "access", error)
+        return
+    try:
+        verdicts = Verdicts(Remembered(policy.state_dir))
+        yield from examine_layer(layer, None, policy, verdicts)
+    finally:
+        layer.close()

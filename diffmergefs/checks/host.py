@@ -1,0 +1,219 @@
+"""What a mount needs of this machine, found out without mounting anything."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from diffmergefs.checks.finding import Finding
+from diffmergefs.core import interpreter
+from diffmergefs.system.mountpoint import ROOTS_PATH
+from diffmergefs.system.tuning import CONNECTIONS
+
+FUSE_CONF = "/etc/fuse.conf"
+FUSE_DEVICE = "/dev/fuse"
+_FUSE_NUMBER = os.makedev(10, 229)
+_HELPER = "fusermount3"
+# preadv2's RWF_NOWAIT, by which a read that would block is moved to a thread.
+_OLDEST = (4, 14)
+_IMPORT_SECONDS = 60
+_CAP_SYS_ADMIN = 21
+
+_finding = partial(Finding, "host")
+_NO_MOUNT = "nothing can be mounted here; flatten, info, verify and seal work all the same"
+
+
+def examine_host() -> Iterator[Finding]:
+    """What mounting takes, as this user meets it.
+
+    Kernel, /dev/fuse, fusermount3, the right to mount, /etc/fuse.conf, fusectl and pyfuse3.
+
+    /dev/fuse is opened for a moment, and pyfuse3 is imported by another process. Nothing is raised.
+    """
+    yield _kernel()
+    yield _device()
+    yield _helper()
+    yield _right()
+    yield _others()
+    yield _control()
+    yield _library()
+
+
+def obstacles() -> list[str]:
+    """What of this machine keeps this user from mounting, each with its remedy, as far as seen."""
+    found = (_device(), _helper(), _right())
+    return [f"{each.finding}: {each.remedy}" for each in found if each.severity != "fine"]
+
+
+def others_may_be_let_in() -> bool:
+    """Whether /etc/fuse.conf lets ordinary users mount with allow_other, as far as can be told.
+
+    True where it cannot be read: only fusermount3 must be able to.
+    """
+    try:
+        text = Path(FUSE_CONF).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return "user_allow_other" in (line.strip() for line in text.splitlines())
+
+
+def _kernel() -> Finding:
+    release = platform.release()
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    if sys.platform != "linux":
+        return _finding(
+            "kernel",
+            "wrong",
+            f"this is {sys.platform}",
+            "data extents can be read on Linux only",
+            "run diffmergefs on Linux",
+        )
+    if numbers and (int(numbers[1]), int(numbers[2])) < _OLDEST:
+        return _finding(
+            "kernel",
+            "warning",
+            f"Linux {release} is older than {_OLDEST[0]}.{_OLDEST[1]}",
+            "every read that misses the page cache would hold up the others",
+            "upgrade the kernel",
+        )
+    return _finding("kernel", "fine", f"Linux {release}")
+
+
+def _device() -> Finding:
+    try:
+        fd = os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        device = os.fstat(fd).st_rdev
+        os.close(fd)
+    except FileNotFoundError:
+        remedy = "load the module (modprobe fuse), or give the container --device /dev/fuse"
+        return _finding("device", "warning", f"no {FUSE_DEVICE}", _NO_MOUNT, remedy)
+    except OSError as error:
+        return _finding(
+            "device",
+            "warning",
+            f"{FUSE_DEVICE}: {error.strerror}",
+            _NO_MOUNT,
+            "have its mode set to 0666 again, as distributions have it; in a container, allow the"
+            " device (--device /dev/fuse)",
+        )
+    if device != _FUSE_NUMBER:
+        return _finding(
+            "device",
+            "warning",
+            f"{FUSE_DEVICE} is another device",
+            _NO_MOUNT,
+            f"make it anew: mknod -m 666 {FUSE_DEVICE} c 10 229",
+        )
+    return _finding("device", "fine", f"{FUSE_DEVICE} can be opened")
+
+
+def _helper() -> Finding:
+    is_root = os.geteuid() == 0
+    path = shutil.which(_HELPER, path=ROOTS_PATH if is_root else None)
+    install = "install it (Debian: apt-get install fuse3)"
+    if path is None and is_root:
+        return _finding("helper", "fine", f"no {_HELPER}; root mounts without it")
+    if path is None:
+        return _finding("helper", "warning", f"no {_HELPER} in $PATH", _NO_MOUNT, install)
+    status = os.stat(path)
+    if not is_root and not (status.st_mode & stat.S_ISUID and status.st_uid == 0):
+        return _finding(
+            "helper",
+            "warning",
+            f"{path} is not setuid root",
+            "only root can mount here",
+            f"have it so again: chown root {path}; chmod 4755 {path}",
+        )
+    return _finding("helper", "fine", f"{path} mounts for ordinary users")
+
+
+def _right() -> Finding:
+    if os.geteuid() != 0:
+        return _finding("right", "fine", f"an ordinary user mounts by the right of {_HELPER}")
+    if _may_administer():
+        return _finding("right", "fine", "root has the right to mount (CAP_SYS_ADMIN)")
+    return _finding(
+        "right",
+        "warning",
+        "root without CAP_SYS_ADMIN, the right to mount",
+        _NO_MOUNT,
+        "give it that right: in a container, --cap-add SYS_ADMIN (and --device /dev/fuse)",
+    )
+
+
+def _may_administer() -> bool:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return True  # as far as can be told
+    effective = next((line for line in lines if line.startswith("CapEff:")), "CapEff: 0")
+    return bool(int(effective.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
+
+
+def _others() -> Finding:
+    if others_may_be_let_in():
+        return _finding("allow_other", "fine", f"{FUSE_CONF} lets users mount with --allow-other")
+    if os.geteuid() == 0:
+        return _finding("allow_other", "fine", "root may mount with --allow-other")
+    return _finding(
+        "allow_other",
+        "warning",
+        f"no line user_allow_other in {FUSE_CONF}",
+        "a VMM that runs as another user cannot open the images that this user mounts",
+        "have root add that line, or mount as the VMM's user",
+    )
+
+
+def _control() -> Finding:
+    if os.path.ismount(CONNECTIONS):
+        return _finding("fusectl", "fine", f"fusectl is mounted on {CONNECTIONS}")
+    return _finding(
+        "fusectl",
+        "warning",
+        f"fusectl is not mounted on {CONNECTIONS}",
+        "--prefetch=fadvise takes the place of notify, which is faster, and --max-background has no"
+        " effect",
+        f"have root mount it: mount -t fusectl fusectl {CONNECTIONS}",
+    )
+
+
+def _library() -> Finding:
+    # By another process: one that crashes, or is built for another Python, must not end this one.
+    said = _import_error()
+    if said is None:
+        version = importlib.metadata.version("pyfuse3")
+        return _finding("pyfuse3", "fine", f"pyfuse3 {version} can be imported")
+    return _finding(
+        "pyfuse3",
+        "warning",
+        f"pyfuse3 cannot be imported: {said}",
+        _NO_MOUNT,
+        "install libfuse3 and pyfuse3 (Debian: apt-get install libfuse3-3; pip install pyfuse3)",
+    )
+
+
+def _import_error() -> str | None:
+    try:
+        with interpreter.start_code("import pyfuse3, trio", stderr=subprocess.PIPE) as child:
+            try:
+                _, text = child.communicate(timeout=_IMPORT_SECONDS)
+            except subprocess.TimeoutExpired as error:
+                child.kill()
+                return str(error)
+    except OSError as error:
+        return str(error)
+    if child.returncode == 0:
+        return None
+    lines = text.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"exit status {child.returncode}"

@@ -1,0 +1,107 @@
+"""What `verify` has to say of an image: its layers, and each thing that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from diffmergefs.core.errors import (
+    BrokenChainError,
+    DenseDiffError,
+    DiffMergeError,
+    FileAccessError,
+    ForeignFormatError,
+    LayerChangedError,
+    PinError,
+    PresenceError,
+    SealError,
+    SizeMismatchError,
+    UntrustedExtentsError,
+    WriterError,
+)
+
+_KINDS: dict[type[DiffMergeError], str] = {
+    BrokenChainError: "chain",
+    SizeMismatchError: "size",
+    UntrustedExtentsError: "extents",
+    DenseDiffError: "dense",
+    PinError: "pin",
+    SealError: "seal",
+    PresenceError: "presence",
+    ForeignFormatError: "format",
+    WriterError: "writer",
+    LayerChangedError: "changed",
+    FileAccessError: "access",
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong: its kind in a word, and a line with the path and the next step.
+
+    Kinds are 'chain' (a parent is missing, a cycle, metadata), 'size', 'extents' (law 4), 'dense',
+    'pin' (a parent with another content than recorded), 'seal' (a layer that is not what its seal
+    records, or a seal that cannot be used), 'presence' (the same of a presence file), 'format' (no
+    memory image but something else), 'writer' (someone has it open for writing), 'changed' (while
+    it was read), 'access' and 'other'.
+    """
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class LayerVerdict:
+    """One layer of the image: `tag` in a directory of snapshots, `size` in bytes if it opened.
+
+    `pin` is about the hash of its parent: 'verified', 'wrong', 'unpinned' (none is recorded),
+    'unknown' (the parent could not be read), or None where it has no parent to record. `seal` is
+    'verified', 'wrong', or None where it has none.
+    """
+
+    tag: str | None
+    path: str | None
+    size: int | None
+    pin: str | None
+    seal: str | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found: the layers as far as they could be found, base first, and all faults.
+
+    `overridden` has a line for each check of law 4 that failed and that the policy overrode,
+    `hints` one for each layer that may be harmed though nothing can prove it.
+    """
+
+    layers: tuple[LayerVerdict, ...]
+    faults: tuple[Fault, ...]
+    overridden: tuple[str, ...]
+    hints: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        return not self.faults
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as nested dictionaries and lists, ready for JSON."""
+        return {"sound": self.sound, **asdict(self)}
+
+
+class Faults(list[Fault]):
+    """The faults that were found so far."""
+
+    @contextmanager
+    def noted(self, path: str | None = None) -> Iterator[None]:
+        """Make a fault of the DiffMergeError or OSError that ends the block; `path` names its file.
+
+        Anything else goes on: it is no fault of the image.
+        """
+        try:
+            yield
+        except DiffMergeError as error:
+            self.append(Fault(_KINDS.get(type(error), "other"), str(error)))
+        except OSError as error:
+            self.append(Fault("access", f"{path or error.filename}: {error.strerror}"))

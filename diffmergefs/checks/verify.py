@@ -1,0 +1,295 @@
+"""Everything that can be wrong with the layers of one image, not only the first."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+
+from diffmergefs.checks.verdict import Fault, Faults, LayerVerdict, Verdict
+from diffmergefs.core.beneath import Reach
+from diffmergefs.core.errors import BrokenChainError, PinError
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView, require_equal_size
+from diffmergefs.opening.contentchecks import Hint, hints
+from diffmergefs.opening.contentverdicts import Parents, Verdicts
+from diffmergefs.opening.explicit import require_distinct, warn_of_order
+from diffmergefs.opening.images import LayerPool, find_image, judge_diff, require_known_base
+from diffmergefs.opening.pins import Hashes, is_pinned, require_pin
+from diffmergefs.opening.trust import TrustPolicy, require_trust
+from diffmergefs.opening.writers import require_no_writers
+from diffmergefs.sidecars import seal
+from diffmergefs.sidecars.bmap import SEAL_SUFFIX
+from diffmergefs.sidecars.verified import Remembered
+from diffmergefs.stores import chain
+from diffmergefs.stores.ranges import require_equal_ranges, require_mergeable
+from diffmergefs.stores.snapshot import Snapshot
+from diffmergefs.stores.superserve import require_base
+
+
+@dataclass
+class _Item:
+    # A layer on the way to its verdict; `link` where it is a snapshot's.
+    path: str | None
+    layer: Layer | None
+    has_parent: bool
+    link: Snapshot | None = None
+    pin: str | None = None
+    sealed: str | None = None
+    stored_seal: seal.StoredSeal | None = None
+
+    def verdict(self) -> LayerVerdict:
+        size = None if self.layer is None else self.layer.size
+        tag = None if self.link is None else self.link.tag
+        return LayerVerdict(tag, self.path, size, self.pin, self.sealed)
+
+
+@dataclass(frozen=True)
+class _Check:
+    # A check that reads `size` bytes of the file at `path` and reports them.
+    path: str
+    size: int
+    work: Callable[[Callable[[int], None]], None]
+
+
+class Verification:
+    """The layers of one image, opened, and what metadata tell of them; `verify` reads the rest.
+
+    Made by `open_image` and `open_layers`. As a context manager it closes the layers.
+    """
+
+    def __init__(self, items: Sequence[_Item], faults: Faults, policy: TrustPolicy) -> None:
+        self._items = items
+        self._faults = faults
+        memory = Remembered(policy.state_dir)
+        verdicts = Verdicts(memory, anew=True)
+        self._overridden, self._hints = _judge(items, faults, policy, verdicts)
+        self._checks = [
+            *_seal_checks(items, memory),
+            *_pin_checks(items, Hashes(memory, anew=True)),
+        ]
+
+    def __enter__(self) -> Verification:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for item in self._items:
+            if item.layer is not None:
+                item.layer.close()
+
+    @property
+    def total_bytes(self) -> int:
+        """How many bytes `verify` checks."""
+        return sum(check.size for check in self._checks)
+
+    def verify(
+        self, progress: Callable[[int], None] = lambda done: None, jobs: int | None = None
+    ) -> Verdict:
+        """Read all that a checksum speaks of, and say what is wrong.
+
+        Nothing remembered is believed; what proves right is remembered, for mounts to find. Each
+        file is read by one thread, `jobs` files at a time (by default one for each processor).
+        `progress` gets the bytes done so far. Faults are in the answer, not raised: the chain's
+        first, then each layer's, base first. Blocks; ends within a block of each thread when it is
+        interrupted.
+        """
+        tally = _Tally(progress)
+        with ThreadPoolExecutor(jobs or os.cpu_count()) as executor:
+            try:
+                found = [executor.submit(_faults_of, check, tally.add) for check in self._checks]
+                done, _ = wait(found, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()  # a bug or an interrupt, if anything: the rest must not go on
+                faults = [fault for future in found for fault in future.result()]
+            finally:
+                tally.stop()
+        verdicts = tuple(item.verdict() for item in self._items)
+        found_all = (*self._faults, *faults)
+        return Verdict(verdicts, found_all, tuple(self._overridden), tuple(map(str, self._hints)))
+
+
+class _Stopped(Exception):
+    pass
+
+
+class _Tally:
+    # Adds up what several threads have done, and ends them.
+
+    def __init__(self, progress: Callable[[int], None]) -> None:
+        self._progress = progress
+        self._done = 0
+        self._stopped = False
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            if self._stopped:
+                raise _Stopped
+            self._done += count
+            self._progress(self._done)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+
+
+def _faults_of(check: _Check, report: Callable[[int], None]) -> list[Fault]:
+    faults = Faults()
+    with faults.noted(check.path):
+        check.work(report)
+    return faults
+
+
+def open_image(path: str, policy: TrustPolicy) -> Verification:
+    """The IMAGE `path`, a snapshot directory or a numbered layer file, opened for its checks.
+
+    What breaks its chain (a missing parent, a cycle, metadata) is a fault of the answer, and the
+    layers above are opened all the same. Raises DiffMergeError where `path` is no image.
+    """
+    catalog, tag = find_image(path, policy)
+    if tag not in catalog.snapshots:
+        catalog.chain(tag)
+    faults = Faults()
+    with faults.noted():
+        chain.resolve(tag, catalog.snapshots.get)
+    links = catalog.reachable(tag)
+    for base, link in ((links[0], link) for link in links[1:]):
+        if base.memory is not None and link.memory is not None:
+            with faults.noted(os.path.join(catalog.root, link.memory.path)):
+                require_equal_ranges(base.memory.path, base.ranges, link.memory.path, link.ranges)
+    root = os.open(catalog.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        reach = Reach(root, policy.allow_outside)
+        pool = LayerPool(reach, replace(policy, no_seal=True, verify="full"), catalog.root)
+        items = [_opened(link, pool, catalog.root, faults) for link in links]
+        if not policy.no_seal:
+            for item in items:
+                _adopt_seal(item, faults, reach)
+    finally:
+        os.close(root)
+    return Verification(items, faults, policy)
+
+
+def _opened(link: Snapshot, pool: LayerPool, root: str, faults: Faults) -> _Item:
+    path = link.memory and os.path.join(root, link.memory.path)
+    item = _Item(path, None, link.parent is not None, link)
+    if (pinned := is_pinned(link)) is not None:
+        item.pin = "unknown" if pinned else "unpinned"
+    with faults.noted(item.path):
+        if link.problem is not None:
+            raise BrokenChainError(link.problem)
+        item.layer = pool.layer(link.layer)
+    return item
+
+
+def _adopt_seal(item: _Item, faults: Faults, root: Reach | None = None) -> None:
+    # It counts as wrong until it has been compared; where it cannot be used, the filesystem's
+    # extents stay in force, so that what else is wrong is found too.
+    if item.layer is None:
+        return
+    item.sealed = "wrong"
+    path = item.link.layer.path if item.link else item.layer.path
+    with faults.noted(item.path):
+        item.stored_seal = seal.find(path, root, item.layer.path)
+        if item.stored_seal is None:
+            item.sealed = None
+        else:
+            seal.adopt(item.layer, item.stored_seal, is_checked=True)
+
+
+def open_layers(base: str, diffs: Sequence[str], policy: TrustPolicy) -> Verification:
+    """Explicit layers, oldest first, opened for their checks: they record no parents.
+
+    What makes their order look wrong is logged as a warning.
+    """
+    faults = Faults()
+    items = [_Item(path, None, number > 0) for number, path in enumerate((base, *diffs))]
+    opener = seal.Opener(replace(policy, no_seal=True, verify="full"))
+    with faults.noted():
+        require_base(base)
+        require_mergeable(base, diffs)
+    for item in items:
+        with faults.noted(item.path):
+            item.layer = opener.open(item.path or "", is_diff=item.has_parent)
+        if not policy.no_seal:
+            _adopt_seal(item, faults)
+    layers = [item.layer for item in items if item.layer is not None]
+    with faults.noted():
+        require_distinct(layers)
+        if len(layers) == len(items) and len({layer.size for layer in layers}) == 1:
+            warn_of_order(MergedView(layers))
+    return Verification(items, faults, policy)
+
+
+def _judge(
+    items: Sequence[_Item], faults: Faults, policy: TrustPolicy, verdicts: Verdicts
+) -> tuple[list[str], list[Hint]]:
+    # Writers, sizes and law 4. A diff is judged over its parents as long as none of them is at
+    # fault, and by itself above that. Gives what was overridden, and the hints.
+    overridden: list[str] = []
+    hinted: list[Hint] = []
+    fit = Parents()
+    for number, item in enumerate(items):
+        layer = item.layer
+        if layer is None:
+            continue
+        with faults.noted(item.path):
+            overridden += require_no_writers([layer], allowed=policy.allow_writers)
+        with faults.noted(item.path):
+            if item.link is not None and not item.has_parent:
+                overridden += require_known_base(layer, item.link.doubt, policy)
+            for base in fit.layers[:1]:
+                require_equal_size(base.path, base.size, layer.path, layer.size)
+            if item.has_parent and len(fit.layers) == number > 0:
+                in_store = item.link is not None
+                found = judge_diff(fit, layer, policy, verdicts, in_store=in_store)
+                overridden += found.overridden
+                hinted += found.hints
+            elif item.has_parent:
+                complete = layer.extents.covers(layer.size)
+                overridden += require_trust(layer, policy, complete=complete)
+                hinted += hints(None, layer, policy, verdicts)
+            fit.add(layer)
+    return overridden, hinted
+
+
+def _seal_checks(items: Sequence[_Item], memory: Remembered) -> Iterator[_Check]:
+    for item in items:
+        if item.layer is None or item.stored_seal is None:
+            continue
+        if item.layer.record(SEAL_SUFFIX) is not None:
+            size = seal.compared_bytes(item.layer, item.stored_seal)
+            work = functools.partial(_check_seal, item, item.layer, item.stored_seal, memory)
+            yield _Check(item.layer.path, size, work)
+
+
+def _check_seal(
+    item: _Item,
+    layer: Layer,
+    stored: seal.StoredSeal,
+    memory: Remembered,
+    report: Callable[[int], None],
+) -> None:
+    seal.compare_and_remember(layer, stored, memory, report)
+    item.sealed = "verified"
+
+
+def _pin_checks(items: Sequence[_Item], hashes: Hashes) -> Iterator[_Check]:
+    for parent, item in itertools.pairwise(items):
+        if parent.layer is not None and item.pin == "unknown":
+            work = functools.partial(_check_pin, parent.layer, item, hashes)
+            yield _Check(parent.layer.path, parent.layer.size, work)
+
+
+def _check_pin(parent: Layer, item: _Item, hashes: Hashes, report: Callable[[int], None]) -> None:
+    assert item.link is not None
+    try:
+        require_pin(parent, item.link, hashes, report)
+    except PinError:
+        item.pin = "wrong"
+        raise
+    item.pin = "verified"

@@ -1,0 +1,1 @@
+"""Extents and the one merge rule: no store, no FUSE, no terminal."""

@@ -1,0 +1,161 @@
+"""Opening files beneath a directory: no symlink or `..` is followed, no FIFO or device opened."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import PurePath
+
+from diffmergefs.core.errors import NO_PROC, FileAccessError, UnsupportedPlatformError
+
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PASS_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN_REGULAR = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class Reach:
+    """The directory `root`, an open descriptor, and the directories `outside` that a user allows.
+
+    As the `root` of the functions here: a relative path leads beneath `root`, an absolute one
+    beneath that of `outside` in which it lies by its name (the deepest of them), and nowhere else.
+    The allowed directory itself may be a symlink; it is looked up anew each time.
+    """
+
+    def __init__(self, root: int, outside: Iterable[str] = ()) -> None:
+        self.root = root
+        self.outside = sorted({os.path.abspath(path) for path in outside}, key=len, reverse=True)
+
+    def allowed(self, path: str) -> str | None:
+        """That of `outside` in which the absolute `path` lies by its name, or which it is."""
+        if not path.startswith("/"):
+            return None
+        within = (top for top in self.outside if f"{path}/".startswith(f"{top.rstrip('/')}/"))
+        return next(within, None)
+
+
+Root = int | Reach
+
+
+def open_directory(root: Root, relative: str = "") -> int:
+    """A new descriptor of the directory `relative` beneath the directory `root`.
+
+    '' is the root itself. Raises OSError (ENOTDIR where a component is a symlink) and
+    FileAccessError for a `..` or an absolute path that `root` does not allow.
+    """
+    parent, name = _walk(root, relative)
+    try:
+        return os.open(name, _OPEN_DIRECTORY, dir_fd=parent)
+    finally:
+        os.close(parent)
+
+
+def open_regular(root: Root | None, path: str) -> int:
+    """A new read-only descriptor of the regular file `path`, beneath the directory `root`.
+
+    With `root` None, `path` is any path and symlinks are followed. Raises FileAccessError for
+    anything but a regular file, without opening it, OSError as open(2) does, and
+    UnsupportedPlatformError where /proc is missing.
+    """
+    handle = open_handle(root, path)
+    try:
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            raise FileAccessError(f"{path}: {_KINDS.get(stat.S_IFMT(mode))}, not a regular file")
+        return os.open(f"/proc/self/fd/{handle}", _OPEN_REGULAR)
+    except FileNotFoundError as error:
+        # What is open has not gone.
+        raise UnsupportedPlatformError(NO_PROC) from error
+    finally:
+        os.close(handle)
+
+
+def open_handle(root: Root | None, path: str) -> int:
+    """A new O_PATH descriptor of whatever stands at `path`; arguments as of `open_regular`.
+
+    It opens nothing: a FIFO does not block and a device does not act. What it names cannot be
+    exchanged between a check and an open through /proc/self/fd.
+    """
+    if root is None:
+        return os.open(path, os.O_PATH | os.O_CLOEXEC)
+    parent, name = _walk(root, path)
+    try:
+        return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    finally:
+        os.close(parent)
+
+
+def stat_beneath(root: Root, relative: str) -> os.stat_result:
+    """lstat of `relative` beneath `root`; raises like `open_directory`."""
+    parent, name = _walk(root, relative)
+    try:
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    finally:
+        os.close(parent)
+
+
+@contextmanager
+def passing(root: Root | None, folder: str = "") -> Iterator[int]:
+    """An O_PATH descriptor of the directory `folder` beneath `root`, for the context's time.
+
+    It takes the permission to search it, not to read it. With `root` None, `folder` is any path
+    and symlinks are followed. Raises like `open_directory`.
+    """
+    fd = _pass(root, folder)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _pass(root: Root | None, folder: str) -> int:
+    if root is None:
+        return os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    parent, name = _walk(root, folder)
+    try:
+        return os.open(name, _PASS_DIRECTORY, dir_fd=parent)
+    finally:
+        os.close(parent)
+
+
+def _walk(root: Root, path: str) -> tuple[int, str]:
+    # The directory in which the last component of `path` stands, and that component. O_PATH:
+    # passing through a directory takes the permission to search it, not to read it.
+    fd, names = _start(root, path)
+    try:
+        for name in names[:-1]:
+            inner = os.open(name, _PASS_DIRECTORY, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, names[-1] if names else "."
+
+
+def _start(root: Root, path: str) -> tuple[int, list[str]]:
+    if isinstance(root, Reach):
+        if top := root.allowed(path):
+            names = _components(path[len(top) :].lstrip("/"))
+            return os.open(top, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), names
+        root = root.root
+    names = _components(path)
+    return os.open(".", _PASS_DIRECTORY, dir_fd=root), names
+
+
+def _components(relative: str) -> list[str]:
+    parts = PurePath(relative).parts
+    if relative.startswith("/") or ".." in parts or "\0" in relative:
+        raise FileAccessError(f"{relative!r}: not a path beneath its directory")
+    return list(parts)
+
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFLNK: "a symlink",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a character device",
+}

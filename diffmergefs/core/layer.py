@@ -1,0 +1,286 @@
+"""One layer: an open image file, its extents, and the watch over what must not change (law 6)."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import weakref
+from typing import ClassVar, NamedTuple
+
+from diffmergefs.core import background, beneath, foreign, sparse
+from diffmergefs.core.errors import FileAccessError, LayerChangedError, SizeMismatchError
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.identity import FileKey
+from diffmergefs.core.permissions import copied_bits
+
+log = logging.getLogger(__name__)
+
+MAX_SIZE = 16 << 40
+_ZERO_BLOCK = bytes(1 << 20)
+_counting = threading.Lock()
+
+
+class Record(NamedTuple):
+    """A file beside a layer by which its extents go, in place of the filesystem's holes.
+
+    `suffix` is what its name has after the layer's (`.bmap` for a seal), `path` is for messages,
+    `key` says which content of that file, `block` is its unit in bytes. `unchecked` counts the
+    ranges that were taken without a checksum or a look at them.
+    """
+
+    suffix: str
+    path: str
+    key: FileKey
+    block: int
+    unchecked: int = 0
+
+
+class Fingerprint(NamedTuple):
+    """What fstat says of a layer; any store that reaches the file moves one of these."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    blocks: int
+
+    @classmethod
+    def of(cls, fd: int) -> Fingerprint:
+        s = os.fstat(fd)
+        return cls(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_blocks)
+
+
+class Layer:
+    """An open, read-only image file with its data extents.
+
+    `path` is for messages. `size` is the logical size, `walked` the data extents that the
+    filesystem reports, `unwritten` the preallocated ranges (zeros, which may be among them or not),
+    `unmapped` and `unreported` where its own map contradicts it (see `sparse.Walk`), and `extents`
+    those in force, all as they were found when it was opened; they stay so for the layer's life.
+    `extents` and `walked` differ only for a layer with `records`. The file is never written,
+    extended or locked. One descriptor; `close()` closes it, and so does the end of the last
+    reference. Safe to use from several threads.
+
+    `taints` counts the layers that were found changed since this process began.
+    """
+
+    taints: ClassVar[int] = 0
+
+    def __init__(self, path: str, fd: int) -> None:
+        """Take over `fd`, sync the file and walk its extents. Raises OSError, SizeMismatchError.
+
+        The fsync is of the layer's own data (SEEK_DATA is exact and fast only on a clean file);
+        the fingerprint is taken between it and the walk, so that a store during the walk shows.
+        """
+        self.path = path
+        self.fd = fd
+        self.tainted: str | None = None
+        try:
+            self.status = os.fstat(fd)
+        except OSError:
+            os.close(fd)
+            raise
+        self._close = weakref.finalize(self, background.close, fd, self.status.st_dev)
+        self._close.atexit = False  # the end of the process closes it
+        self._recheck = threading.Lock()
+        self.size = self.status.st_size
+        require_size(path, self.size)
+        _sync(fd)
+        # The size is the first one seen: a file that grew during the sync shows at once.
+        self.fingerprint = Fingerprint.of(fd)._replace(size=self.size)
+        found = sparse.walk(fd, self.size)
+        self.walked, self.unwritten, self.unmapped, self.unreported = found
+        self.extents = self.walked
+        self.records: tuple[Record, ...] = ()
+        # tmpfs refuses RWF_NOWAIT, and its pages are in memory anyway.
+        in_memory = sparse.filesystem_magic(fd) == sparse.TMPFS_MAGIC
+        self._nowait = 0 if in_memory else os.RWF_NOWAIT
+
+    @classmethod
+    def open(cls, path: str, root: beneath.Root | None = None, name: str | None = None) -> Layer:
+        """Open the regular file `path` (beneath the directory descriptor `root`, if given).
+
+        Messages call it `name`, by default `path`. Blocks for the fsync and the walk. Raises
+        FileAccessError with that name in its one line, and ForeignFormatError for a file that is
+        no memory image by its first bytes.
+        """
+        sparse.require_linux()
+        name = path if name is None else name
+        try:
+            if root is None:
+                foreign.require_own_neighbours(path)
+            layer = cls(name, beneath.open_regular(root, path))
+        except OSError as error:
+            raise FileAccessError(f"{name}: {error.strerror}") from error
+        if layer.walked.starts and layer.walked.starts[0] == 0:
+            foreign.require_own_file(layer.fd, name)
+        return layer
+
+    @property
+    def key(self) -> FileKey:
+        """The identity of the file as it was opened."""
+        return FileKey.of(self.status)
+
+    @property
+    def mode(self) -> int:
+        """The permission bits for a copy of the file: the owner's alone where it has an ACL.
+
+        Raises OSError with `path` as its filename.
+        """
+        try:
+            return copied_bits(self.fd, self.status.st_mode)
+        except OSError as error:
+            error.filename = self.path
+            raise
+
+    def adopt(self, extents: ExtentList, record: Record) -> None:
+        """Put in force the extents of a record that was found to be right, before any are used.
+
+        A layer that has one already must have the same extents by it: that is the caller's to see.
+        """
+        self.extents, self.records = extents, (record, *self.records)
+
+    def record(self, suffix: str) -> Record | None:
+        """The record with this suffix that is in force, or None."""
+        return next((record for record in self.records if record.suffix == suffix), None)
+
+    def close(self) -> None:
+        self._close()
+        self.fd = -1  # the number may soon be another file's
+
+    def read_into(self, buffer: memoryview, offset: int, *, nowait: bool = False) -> None:
+        """Fill the whole of `buffer` with the layer's bytes from `offset` on.
+
+        The fingerprint is not compared: call `settle` after the bytes were read and before they
+        are used. Raises LayerChangedError if the layer is tainted or ends early, OSError with
+        `path` as its filename for a failed read, and with `nowait` BlockingIOError if the bytes are
+        not in the page cache.
+        """
+        if self.tainted:
+            raise self._changed()
+        flags = self._nowait if nowait else 0
+        try:
+            count = sparse.read_into(self.fd, buffer, offset, flags)
+        except OSError as error:
+            error.filename = self.path
+            raise
+        if count < len(buffer):
+            if flags:
+                # Linux 5.9 and 5.10 answer 0 for a miss (preadv2(2), BUGS): only a read that may
+                # wait can tell the end of the file.
+                raise BlockingIOError(errno.EAGAIN, "a short read with RWF_NOWAIT", self.path)
+            self._taint(f"it ends before byte {offset + len(buffer)}, it had {self.size}")
+
+    def is_settled(self) -> bool:
+        """Whether the fingerprint is that of the walk; if not, `settle` must judge.
+
+        Raises LayerChangedError if the layer is tainted or its size or mtime moved. Costs an
+        fstat; never blocks.
+        """
+        if self.tainted:
+            raise self._changed()
+        now, known = os.fstat(self.fd), self.fingerprint
+        if (
+            now.st_ctime_ns == known.ctime_ns
+            and now.st_mtime_ns == known.mtime_ns
+            and now.st_size == known.size
+            and now.st_blocks == known.blocks
+        ):
+            return True
+        if now.st_size != known.size:
+            self._taint(f"its size moved from {known.size} to {now.st_size}")
+        if now.st_mtime_ns != known.mtime_ns:
+            self._taint(f"its mtime moved from {known.mtime_ns} to {now.st_mtime_ns} ns")
+        return False
+
+    def settle(self) -> None:
+        """Return if the bytes read so far are those of the view; raise LayerChangedError if not.
+
+        A moved ctime or block count alone is no proof of a change (chmod, rename, writeback and a
+        reader of a tmpfs hole move them), so the extents are walked again: the same ones, more data
+        that reads as zeros, or less where nothing was written but only preallocated or cached,
+        leave the extents known before in force. Blocks for the walk.
+        """
+        if self.is_settled():
+            return
+        with self._recheck:
+            if self.is_settled():
+                return
+            _sync(self.fd)
+            now = Fingerprint.of(self.fd)
+            self._accept(now, sparse.walk(self.fd, self.size).data)
+
+    def _accept(self, now: Fingerprint, extents: ExtentList) -> None:
+        gained = ExtentList(extents.outside(self.walked))
+        lost = ExtentList(self.walked.outside(extents))
+        # Preallocated and reserved ranges are data as long as their zeros are in the page cache.
+        if any(lost.outside(self.unwritten, self.unmapped)):
+            self._taint("data extents are gone")
+        elif not all(self.is_zero(start, stop) for start, stop in gained):
+            self._taint(f"{gained.data_bytes} bytes became data that are not zeros")
+        else:
+            log.info(
+                "%s: its ctime or block count moved; walked again, %s",
+                self.path,
+                f"{gained.data_bytes} bytes of holes became written zeros: still as it was"
+                if len(gained)
+                else f"{lost.data_bytes} bytes that were never written are holes: still as it was"
+                if len(lost)
+                else "the same extents",
+            )
+            # Size and mtime may have moved since is_settled: then the next comparison sees it,
+            # because the fingerprint accepted is the one taken before the walk.
+            self.fingerprint = now._replace(
+                size=self.fingerprint.size, mtime_ns=self.fingerprint.mtime_ns
+            )
+
+    def is_zero(self, start: int, stop: int) -> bool:
+        """Whether the bytes of a range are zeros; `settle` is for the caller to call.
+
+        Raises LayerChangedError if the layer ends before `stop`, and OSError.
+        """
+        buffer = memoryview(bytearray(min(stop - start, len(_ZERO_BLOCK))))
+        for offset in range(start, stop, len(_ZERO_BLOCK)):
+            part = buffer[: min(stop - offset, len(_ZERO_BLOCK))]
+            if sparse.read_into(self.fd, part, offset) < len(part):
+                self._taint(f"it ends before byte {stop}, it had {self.size}")
+            if part != _ZERO_BLOCK[: len(part)]:
+                return False
+        return True
+
+    def _taint(self, reason: str) -> None:
+        with _counting:
+            is_news = self.tainted is None
+            if is_news:
+                self.tainted = reason
+                Layer.taints += 1
+        if is_news:
+            log.warning("%s: the layer changed under its views: %s", self.path, reason)
+        raise self._changed()
+
+    def _changed(self) -> LayerChangedError:
+        return LayerChangedError(
+            f"{self.path}: the layer changed while in use: {self.tainted};"
+            " its bytes can no longer be told from the view's, open it again"
+        )
+
+
+def require_size(path: str, size: int) -> None:
+    """Raise SizeMismatchError unless a layer can have this size: 1 byte to 16 TiB."""
+    if size == 0:
+        raise SizeMismatchError(f"{path}: is empty (0 bytes); a layer has the guest's size")
+    if size > MAX_SIZE:
+        raise SizeMismatchError(
+            f"{path}: {size} bytes, more than the {MAX_SIZE} (16 TiB) that an image can have;"
+            " is it a memory file?"
+        )
+
+
+def _sync(fd: int) -> None:
+    # squashfs and erofs have no fsync (EINVAL): what cannot be written is clean.
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS):
+            raise

@@ -1,0 +1,1 @@
+"""The mount: a served directory as a FUSE filesystem."""

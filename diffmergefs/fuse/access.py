@@ -1,0 +1,154 @@
+"""Who may read a view: never more people than its layers and the directories above them let.
+
+Judged on the files and directories themselves, by their descriptors: what stands under a name may
+be another file at each look.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from diffmergefs.core import beneath
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.permissions import file_bits
+
+_READ = 0o444
+_SEARCH = 0o1
+LISTING = 0o5
+_PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Folder(NamedTuple):
+    """Owner, group and permission bits of a directory; the bits as `file_bits` gives them."""
+
+    uid: int
+    gid: int
+    mode: int
+
+    @classmethod
+    def of(cls, fd: int) -> Folder:
+        """Those of the open directory `fd`. Raises OSError."""
+        status = os.fstat(fd)
+        mode = file_bits(f"/proc/self/fd/{fd}", status.st_mode)
+        return cls(status.st_uid, status.st_gid, mode)
+
+
+class Access(NamedTuple):
+    """Owner, group and permission bits of a file of the view."""
+
+    uid: int
+    gid: int
+    mode: int
+
+
+def view_access(
+    layers: Sequence[Layer], root: beneath.Root | None = None, paths: Sequence[str] = ()
+) -> Access:
+    """Owner and read bits of the view over `layers`.
+
+    `paths`, one for each layer, are where they lie now beneath `root`; without a `root` they are
+    where the kernel says that the open files lie.
+
+    If all layers share owner and group, those are the view's, with the AND of the layers' read
+    bits; otherwise the owner is the mounting user with 0400, plus 044 only if every layer is
+    readable by all. A class keeps its bit only where every directory on each layer's real path
+    lets it search: those through which a walk to the layer's path passes now. A file with an ACL
+    counts as 0400. Reads metadata only. Raises OSError, ESTALE where a walk leads to another file
+    than the open one.
+    """
+    stats = [os.fstat(layer.fd) for layer in layers]
+    bits = _READ
+    for layer, status in zip(layers, stats, strict=True):
+        bits &= file_bits(layer.fd, status.st_mode)
+    owners = {(s.st_uid, s.st_gid) for s in stats}
+    if len(owners) == 1:
+        uid, gid = owners.pop()
+    else:
+        uid, gid = os.geteuid(), os.getegid()
+        bits = 0o400 | (0o044 if bits == _READ else 0)
+    if root is None:
+        paths = [os.readlink(f"/proc/self/fd/{layer.fd}") for layer in layers]
+    files: dict[str, dict[str, os.stat_result]] = defaultdict(dict)
+    for path, status in zip(paths, stats, strict=True):
+        if root is None and status.st_nlink == 0:
+            bits &= 0o700  # deleted, or a memfd: nobody else reaches it by any path
+        else:
+            folder, name = os.path.split(path)
+            files[folder][name] = status
+    above = {passed for folder, held in files.items() for passed in _way_to(root, folder, held)}
+    return Access(uid, gid, bits & reachable(above, uid, gid))
+
+
+def _way_to(
+    root: beneath.Root | None, folder: str, files: dict[str, os.stat_result]
+) -> set[Folder]:
+    with beneath.passing(root, folder) as fd:
+        for name, status in files.items():
+            found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            require_same(found, status.st_dev, status.st_ino, os.path.join(folder, name))
+        return set(lineage(fd))
+
+
+def require_same(status: os.stat_result, device: int, inode: int, path: str) -> None:
+    """Raise OSError (ESTALE) unless `status`, of what stands at `path`, is that of this file."""
+    if (status.st_dev, status.st_ino) != (device, inode):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+
+
+def reachable(folders: Iterable[Folder], uid: int, gid: int, need: int = _SEARCH) -> int:
+    """The permission bits (of 0777) of those classes that may search every one of `folders`.
+
+    With `need` LISTING, that may list and search them. The classes are those of a file of `uid` and
+    `gid`. Where a folder has another owner or group it is not known in which of its classes
+    a member falls, so both must be allowed.
+    """
+    bits = 0o777
+    for folder in folders:
+        owner, group, others = (folder.mode >> shift & need == need for shift in (6, 3, 0))
+        strangers = group and others
+        if not (owner if folder.uid == uid else strangers or uid == os.geteuid()):
+            bits &= ~0o700
+        if not (group if folder.gid == gid else strangers):
+            bits &= ~0o070
+        if not strangers:
+            bits &= ~0o007
+    return bits
+
+
+def folder_bits(fd: int) -> int:
+    """The bits of the directory `fd` that its mirror in a view can have.
+
+    Its own (the owner's alone where it has an ACL), for those classes that may reach it.
+    """
+    own, *above = lineage(fd)
+    return own.mode & reachable(above, own.uid, own.gid)
+
+
+def lineage(fd: int) -> list[Folder]:
+    """The directory `fd` and all above it, from it to the root: whatever names lead there.
+
+    Raises OSError, as where this process may not search one of them.
+    """
+    found: list[Folder] = []
+    here = os.open(".", _PASS, dir_fd=fd)
+    try:
+        while True:
+            found.append(Folder.of(here))
+            above = os.open("..", _PASS, dir_fd=here)
+            is_root = os.path.sameopenfile(here, above) and _mount_of(here) == _mount_of(above)
+            os.close(here)
+            here = above
+            if is_root:
+                return found
+    finally:
+        os.close(here)
+
+
+def _mount_of(fd: int) -> bytes:
+    # A directory that is mounted on one of its own has itself above it, and is not the root.
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
+        return next(line for line in lines if line.startswith(b"mnt_id:"))

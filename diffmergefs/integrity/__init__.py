@@ -1,1 +1,0 @@
-"""What is recorded of layers, and compared: seals, pins, and what was verified."""

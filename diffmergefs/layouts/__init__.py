@@ -1,1 +1,0 @@
-"""Directories of snapshots: what is read there, and which chains it makes."""

@@ -1,0 +1,1 @@
+"""A chain becomes an image whose layers have been judged."""

@@ -1,0 +1,235 @@
+"""Law 4: where a diff's data extents can be trusted. None of it applies to a base."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+
+from diffmergefs.core.errors import UntrustedExtentsError
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.layer import Layer
+from diffmergefs.opening.filesystems import untrusted_filesystem
+
+PAGE = 4096
+MIB = 1 << 20
+
+#: The checks of law 4 that a user may override by their names.
+CHECKS = ("filesystem", "grain", "alignment", "unwritten", "map", "copy-up")
+#: Stands for all of them.
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class TrustPolicy:
+    """What a user vouches for.
+
+    `page_size` is the guest's page in bytes, a power of two; `trust_grain` are the names of the
+    checks that are overridden, of `CHECKS`, or 'all'; `dense` accepts a diff without a hole.
+    `no_seal` ignores seals. `verify` is what checksums are compared: 'no', 'pins' (seals and
+    parents' hashes, each once for a file) or 'full' (all of them anew). `allow_writers` accepts
+    layers that someone has open for writing. `allow_gaps` accepts numbered layers that leave
+    numbers out, and the lowest of them as the base. `allow_outside` are directories beside SOURCE
+    in which its layers may lie. `state_dir` is where verified checksums are remembered, by default
+    the user's state directory. `strict` refuses a diff whose holes look filled, of which there is
+    no more than a hint. Raises ValueError for a page size, a `verify` or a name of a check that
+    makes no sense.
+    """
+
+    page_size: int = PAGE
+    trust_grain: Collection[str] = frozenset()
+    dense: bool = False
+    no_seal: bool = False
+    verify: str = "pins"
+    allow_writers: bool = False
+    allow_gaps: bool = False
+    allow_outside: tuple[str, ...] = ()
+    state_dir: str | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.verify not in ("no", "pins", "full"):
+            raise ValueError(f"verify is {self.verify!r}, not 'no', 'pins' or 'full'")
+        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise ValueError(f"a page of {self.page_size} bytes, which is no power of two")
+        object.__setattr__(self, "trust_grain", checks_named(self.trust_grain))
+
+    def overrides(self, check: str) -> bool:
+        """Whether the user vouches for what this check refuses."""
+        return check in self.trust_grain
+
+
+def checks_named(names: Collection[str]) -> frozenset[str]:
+    """The checks that `names` stand for; 'all' is all of `CHECKS`.
+
+    Raises ValueError for a name of none, and for what is no collection of names.
+    """
+    if isinstance(names, str) or not isinstance(names, Collection):
+        raise ValueError(f"trust_grain is {names!r}, not a set of names of checks")
+    for name in names:
+        if name not in (*CHECKS, ALL):
+            raise ValueError(f"{name!r} is no check; they are {', '.join(CHECKS)}, or {ALL}")
+    return frozenset(CHECKS if ALL in names else names)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A check of law 4 that the diff `path` fails: what was found, and what its owner can do.
+
+    `check` is 'filesystem', 'grain', 'blocks', 'alignment', 'unwritten', 'map' or 'copy-up'.
+    """
+
+    path: str
+    check: str
+    text: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.text}; {self.remedy}"
+
+
+def grain(fd: int) -> int:
+    """The unit in bytes in which the filesystem of `fd` reports holes: its `st_blksize`.
+
+    Measured true on ext4, xfs, btrfs and tmpfs (xfs with 16 KiB blocks 16384, tmpfs huge=always
+    2 MiB); on a network filesystem it is a hint.
+    """
+    return os.fstat(fd).st_blksize
+
+
+def require_trust(layer: Layer, policy: TrustPolicy, *, complete: bool = False) -> list[str]:
+    """Raise UntrustedExtentsError for the first check that a diff's extents fail.
+
+    Extents of a record beside the file (a seal, a presence file) are held to the record's grain
+    and alignment alone: where the file lies now says nothing about them.
+
+    A failed check that `policy.trust_grain` names is a line of the answer instead, for the user to
+    see. `complete` says that the diff is a complete image (it has no hole and that is as meant):
+    then only what could fake that is checked. Reads metadata only.
+    """
+    return require_none(problems(layer, policy.page_size, complete=complete), policy)
+
+
+def require_none(found: Iterable[Problem], policy: TrustPolicy) -> list[str]:
+    """Raise UntrustedExtentsError for the first problem that the policy does not override.
+
+    For each that it does, the answer has a line.
+    """
+    overridden = []
+    for problem in found:
+        if not policy.overrides(problem.check):
+            raise UntrustedExtentsError(str(problem), problem.check)
+        overridden.append(f"--trust-grain overrides the check of {problem.check}: {problem}")
+    return overridden
+
+
+def problems(layer: Layer, page: int, *, complete: bool = False) -> Iterator[Problem]:
+    """Every check of law 4 that a diff of pages of `page` bytes fails, in order.
+
+    `complete` is `require_trust`'s. Reads metadata only; raises OSError as fstat does.
+    """
+    if layer.records:
+        return _problems_of_records(layer, page, complete)
+    return _problems_of_walk(layer, page, complete)
+
+
+_INSTEAD = {
+    "filesystem": "take the diff again on ext4, xfs, btrfs or tmpfs without huge pages",
+    "grain": "take the diff again where blocks are no larger than the guest's page, which"
+    " --page-size names",
+    "alignment": "name the guest's page with --page-size if it is another, take the diff again",
+    "unwritten": "take the diff again without preallocating it",
+    "map": "take the diff again",
+}
+
+
+def _problem(layer: Layer, check: str, text: str) -> Problem:
+    if check == "blocks":
+        way_out = "store the diff on a filesystem that reports holes, or put its seal beside it"
+    else:
+        way_out = (
+            f"{_INSTEAD[check]}, put its seal beside it if it has one, or vouch for it with"
+            f" --trust-grain={check} (wrong bytes if it is not so)"
+        )
+    return Problem(layer.path, check, text, way_out)
+
+
+def _problems_of_records(layer: Layer, page: int, complete: bool) -> Iterator[Problem]:
+    # What the filesystem says of the file does not count, only in which units a record was made.
+    for record in layer.records:
+        if not complete and page % record.block:
+            yield _problem(
+                layer,
+                "grain",
+                f"{record.path} was made in blocks of {record.block} bytes, coarser than the guest"
+                f" page of {page}, so clean pages beside written ones would count as written",
+            )
+    if not complete and (unaligned := _unaligned(layer.extents, layer.size, page)):
+        yield _not_on_pages(layer, unaligned, page)
+
+
+def _not_on_pages(layer: Layer, ends: tuple[int, int], page: int) -> Problem:
+    text = (
+        f"the data extent [{ends[0]}, {ends[1]}) does not begin and end on a page of {page} bytes"
+    )
+    return _problem(layer, "alignment", text)
+
+
+def _problems_of_walk(layer: Layer, page: int, complete: bool) -> Iterator[Problem]:
+    fd, size, extents = layer.fd, layer.size, layer.extents
+    problem = functools.partial(_problem, layer)
+    if reason := untrusted_filesystem(fd):
+        yield problem("filesystem", reason)
+    unit = grain(fd)
+    if not complete and page % unit:
+        yield problem(
+            "grain",
+            f"its filesystem reports holes in units of {unit} bytes, coarser than the"
+            f" guest page of {page}, so clean pages beside written ones would count as written",
+        )
+    held = os.fstat(fd).st_blocks * 512
+    if extents.data_bytes > held:
+        yield problem(
+            "blocks",
+            f"{extents.data_bytes} bytes are reported as data but only {held} are stored,"
+            " so holes are reported as data",
+        )
+    if not complete and (unaligned := _unaligned(extents, size, page)):
+        yield _not_on_pages(layer, unaligned, page)
+    if len(layer.unwritten):
+        found = next(iter(layer.unwritten))
+        yield problem(
+            "unwritten",
+            f"[{found.start}, {found.stop}) is preallocated and unwritten, which is reported"
+            " as data or as a hole by chance",
+        )
+    yield from _contradictions(layer)
+
+
+def _contradictions(layer: Layer) -> Iterator[Problem]:
+    if len(layer.unmapped):
+        yield Problem(
+            layer.path,
+            "map",
+            f"{layer.unmapped.data_bytes} bytes from {layer.unmapped.starts[0]} on are reported as"
+            " data, but nothing is stored for them: holes look so while their pages are cached, and"
+            " stay cached as long as someone maps or reads the file",
+            "try again when nobody has it mapped (fuser names who has), put its seal beside it if"
+            " it has one, or vouch for it with --trust-grain=map (wrong bytes if it is not so)",
+        )
+    if len(layer.unreported):
+        found = next(iter(layer.unreported))
+        yield _problem(
+            layer,
+            "map",
+            f"[{found.start}, {found.stop}) is reported as a hole, but its filesystem has bytes"
+            " stored there",
+        )
+
+
+def _unaligned(extents: ExtentList, size: int, page: int) -> tuple[int, int] | None:
+    for start, stop in zip(extents.starts, extents.stops, strict=True):
+        if start % page or (stop % page and stop != size):
+            return start, stop
+    return None

@@ -1,0 +1,1 @@
+"""An observer of the mount that records working sets and prefetches them."""

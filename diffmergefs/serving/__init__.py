@@ -1,1 +1,0 @@
-"""The mount: a served directory as a FUSE filesystem, and what is around it."""

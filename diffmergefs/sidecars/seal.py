@@ -1,0 +1,252 @@
+"""Seals: `FILE.bmap` beside a layer says where its data are, whatever a copy did to its holes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from diffmergefs.core import beneath
+from diffmergefs.core.buffers import page_aligned
+from diffmergefs.core.errors import FileAccessError, SealError
+from diffmergefs.core.extents import Extent
+from diffmergefs.core.identity import FileKey
+from diffmergefs.core.layer import Layer, Record
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.sidecars import bmap, presence
+from diffmergefs.sidecars.bmap import ABSENT, SEAL_SUFFIX, BlockMap
+from diffmergefs.sidecars.verified import Identity, Remembered
+
+KIND = "seal"
+
+_BLOCK = 1 << 20
+_ZEROS = bytes(_BLOCK)
+_WAY_OUT = (
+    "put the file back from which it was made, or take the diff again; with --no-seal the"
+    " filesystem's holes count (wrong bytes if a copy has harmed them)"
+)
+
+
+@dataclass(frozen=True)
+class StoredSeal:
+    """A seal as it was read: its path for messages, which file it was, its map and its sha256."""
+
+    path: str
+    key: FileKey
+    map: BlockMap
+    digest: str
+
+
+def read(path: str, root: beneath.Root | None = None, name: str | None = None) -> StoredSeal:
+    """The seal in the regular file `path`, beneath `root` if given; messages call it `name`.
+
+    Raises FileNotFoundError, SealError for what is no bmap 2.0, and FileAccessError.
+    """
+    name = path if name is None else name
+    try:
+        with open(beneath.open_regular(root, path), "rb") as file:
+            key = FileKey.of(os.fstat(file.fileno()))
+            if key.size > bmap.MAX_BYTES:
+                raise SealError(
+                    f"{name}: {key.size} bytes, a seal has at most {bmap.MAX_BYTES}; bring back the"
+                    " one that was made with the layer, or go without it with --no-seal"
+                )
+            data = file.read(key.size + 1)
+            if len(data) != key.size or FileKey.of(os.fstat(file.fileno())) != key:
+                raise SealError(f"{name}: changed while it was read; try again")
+    except OSError as error:
+        if error.errno in ABSENT:
+            raise FileNotFoundError(error.errno, error.strerror, name) from error
+        raise FileAccessError(f"{name}: {error.strerror}") from error
+    # Loaded only for who has a seal: it takes 30 ms, for reading XML brings HTTP with it.
+    from diffmergefs.sidecars.bmapreader import parse
+
+    return StoredSeal(name, key, parse(data, name), hashlib.sha256(data).hexdigest())
+
+
+def find(path: str, root: beneath.Root | None = None, name: str | None = None) -> StoredSeal | None:
+    """The seal beside the layer `path`, which messages call `name`, or None if it has none.
+
+    Without a `root` the layer may be a symlink: then the seal is beside the link, or else beside
+    the file. Raises like `read`.
+    """
+    places = [path] if root is not None else dict.fromkeys((path, os.path.realpath(path)))
+    for place in places:
+        called = place if root is None or name is None else name
+        with contextlib.suppress(FileNotFoundError):
+            return read(place + SEAL_SUFFIX, root, called + SEAL_SUFFIX)
+    return None
+
+
+class Opener:
+    """Opens layers, each with the records beside it in force, as `policy` says; for any threads.
+
+    Records are a seal, and for a diff a presence file. With the policy's `no_seal` no seal is
+    looked at. With `verify` 'pins' a record is compared with its file once, which is remembered;
+    with 'full' each time that a layer is opened; with 'no' never.
+    """
+
+    def __init__(self, policy: TrustPolicy) -> None:
+        self.policy = policy
+        self._memory = Remembered(policy.state_dir)
+
+    def open(
+        self,
+        path: str,
+        root: beneath.Root | None = None,
+        name: str | None = None,
+        *,
+        is_diff: bool = False,
+    ) -> Layer:
+        """`Layer.open`, and then the extents of the layer's records in place of the filesystem's.
+
+        Blocks for the fsync and the walk, and where a record must be compared, for a read of all
+        data. Raises SealError and PresenceError for a record that is not right or does not fit, and
+        FileAccessError.
+        """
+        layer = Layer.open(path, root, name)
+        is_checked, anew = self.policy.verify != "no", self.policy.verify == "full"
+        if is_diff and (bits := presence.find(path, root, name)) is not None:
+            presence.adopt(layer, bits)
+            if is_checked:
+                presence.compare_once(layer, bits, self._memory, anew=anew)
+        if not self.policy.no_seal and (seal := find(path, root, name)) is not None:
+            adopt(layer, seal, is_checked=is_checked)
+            if is_checked:
+                compare_once(layer, seal, self._memory, anew=anew)
+        return layer
+
+
+def adopt(layer: Layer, seal: StoredSeal, *, is_checked: bool) -> None:
+    """Put the seal's extents in force; `is_checked` says that it is or will be compared.
+
+    Raises SealError if it is for a file of another size, or contradicts the layer's presence file.
+    """
+    require_fit(layer, seal)
+    extents = seal.map.extents()
+    for record in layer.records:
+        if extents != layer.extents:
+            raise SealError(
+                f"{seal.path}: says otherwise than {record.path} which pages are data, so one of"
+                " them is not this file's; remove the seal if it was made without the other, or"
+                " go without it with --no-seal"
+            )
+    unchecked = 0 if is_checked else len(seal.map.bare)
+    layer.adopt(extents, Record(SEAL_SUFFIX, seal.path, seal.key, seal.map.block, unchecked))
+
+
+def compare_once(layer: Layer, seal: StoredSeal, memory: Remembered, *, anew: bool = False) -> None:
+    """`compare_and_remember`, unless it is remembered (or, if `anew`, in any case).
+
+    Raises like `compare`, but FileAccessError in place of OSError.
+    """
+    try:
+        identity = Identity.of_open(layer.fd)
+        if not anew and memory.recall(KIND, identity) == seal.digest:
+            layer.settle()
+        else:
+            compare_and_remember(layer, seal, memory)
+    except OSError as error:
+        raise FileAccessError(f"{layer.path}: {error.strerror}") from error
+
+
+def compare_and_remember(
+    layer: Layer,
+    seal: StoredSeal,
+    memory: Remembered,
+    report: Callable[[int], None] = lambda count: None,
+) -> None:
+    """`compare`, and remember it for later runs if all was right."""
+    identity, since_ns = Identity.of_open(layer.fd), time.time_ns()
+    compare(layer, seal, report)
+    memory.remember(KIND, identity, seal.digest, since_ns)
+
+
+def require_fit(layer: Layer, seal: StoredSeal) -> None:
+    """Raise SealError unless the seal is for a file of the layer's size."""
+    if seal.map.size != layer.size:
+        raise SealError(
+            f"{seal.path}: a seal for {seal.map.size} bytes, but {layer.path} has {layer.size};"
+            f" {_WAY_OUT}"
+        )
+
+
+def compare(
+    layer: Layer, seal: StoredSeal, report: Callable[[int], None] = lambda count: None
+) -> None:
+    """Raise SealError for the first range of the layer's file that is not what the seal records.
+
+    Each range must have its checksum, or be zeros if it has none, and all data outside the ranges
+    must read as zeros. `report` gets the bytes done since its last call, of `compared_bytes`. The
+    fingerprint is compared at the end (law 6). Blocks. Raises LayerChangedError and OSError.
+    """
+    require_fit(layer, seal)
+    buffer = page_aligned(_BLOCK)
+    for start, stop, recorded in seal.map.ranges():
+        if recorded is None:
+            _require_zeros(layer, start, stop, buffer, report, seal, "without a checksum, so")
+            continue
+        found = sha256(layer, start, stop, buffer, report)
+        if found != recorded:
+            raise SealError(
+                f"{seal.path}: a stale seal: the sha256 of bytes [{start}, {stop}) of {layer.path}"
+                f" is {found.hex()}, it records {recorded.hex()}; {_WAY_OUT}"
+            )
+    for start, stop in _outside(layer, seal):
+        _require_zeros(layer, start, stop, buffer, report, seal, "a hole by its seal, and")
+    layer.settle()
+
+
+def compared_bytes(layer: Layer, seal: StoredSeal) -> int:
+    """How many bytes `compare` reads, if all is right."""
+    ranges = sum(seal.map.stops) - sum(seal.map.starts)
+    return ranges + sum(stop - start for start, stop in _outside(layer, seal))
+
+
+def sha256(
+    layer: Layer,
+    start: int,
+    stop: int,
+    buffer: memoryview,
+    report: Callable[[int], None] = lambda count: None,
+) -> bytes:
+    """The sha256 of a range of the layer's file; `settle` is for the caller to call."""
+    digest = hashlib.sha256()
+    for part in _parts(layer, start, stop, buffer):
+        digest.update(part)
+        report(len(part))
+    return digest.digest()
+
+
+def _parts(layer: Layer, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
+    for offset in range(start, stop, len(buffer)):
+        part = buffer[: min(len(buffer), stop - offset)]
+        layer.read_into(part, offset)
+        yield part
+
+
+def _require_zeros(
+    layer: Layer,
+    start: int,
+    stop: int,
+    buffer: memoryview,
+    report: Callable[[int], None],
+    seal: StoredSeal,
+    what: str,
+) -> None:
+    for part in _parts(layer, start, stop, buffer):
+        if part != _ZEROS[: len(part)]:
+            raise SealError(
+                f"{seal.path}: a stale seal: bytes [{start}, {stop}) of {layer.path} are {what}"
+                f" must be zeros, but are not; {_WAY_OUT}"
+            )
+        report(len(part))
+
+
+def _outside(layer: Layer, seal: StoredSeal) -> Iterator[Extent]:
+    # What the filesystem calls data and the seal a hole. The filesystem's own holes read as zeros
+    # anyway.
+    return layer.walked.outside(seal.map.extents())

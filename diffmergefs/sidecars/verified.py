@@ -1,0 +1,204 @@
+"""What was verified once, remembered in the user's state directory by the file's identity."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pwd
+import sqlite3
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from typing import NamedTuple
+
+from diffmergefs.core.errors import one_line
+
+log = logging.getLogger(__name__)
+
+ROOTS_DIRECTORY = "/var/lib/diffmergefs"
+MAX_REMEMBERED = 65_536
+
+# The number belongs to the table's form: another form is another file.
+_DATABASE = "verified-1.sqlite3"
+_TABLE = """
+CREATE TABLE IF NOT EXISTS verified (
+    kind TEXT NOT NULL, path BLOB NOT NULL, identity TEXT NOT NULL, value TEXT NOT NULL,
+    UNIQUE (kind, path) ON CONFLICT REPLACE
+)
+"""
+_DROP_OLDEST = """
+DELETE FROM verified
+WHERE rowid IN (SELECT rowid FROM verified ORDER BY rowid DESC LIMIT -1 OFFSET ?)
+"""
+_BUSY_SECONDS = 5.0
+_TICK_NS = 50_000_000  # kernels stamp files by a clock that ticks every 10 ms at worst
+_COARSE_TICK_NS = 2_000_000_000  # where whole seconds are stored
+
+
+class Identity(NamedTuple):
+    """Which file with which content, as far as metadata tell, and under which path.
+
+    `path` should be absolute: it is what a later run will ask for. A chmod or a rename makes
+    another identity; that only costs another check.
+    """
+
+    path: str
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, path: str, status: os.stat_result) -> Identity:
+        s = status
+        return cls(path, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+
+    @classmethod
+    def of_open(cls, fd: int) -> Identity:
+        """That of an open file, under its real path, by which any later run will know it."""
+        return cls.of(os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd))
+
+    def is_final(self, since_ns: int) -> bool:
+        """Whether a store after the time `since_ns` would make another identity for certain.
+
+        Time stamps tick: a store within the tick of the last one moves none of them.
+        """
+        tick = _TICK_NS if self.ctime_ns % 1_000_000_000 else _COARSE_TICK_NS
+        return self.ctime_ns + tick < since_ns
+
+
+class Remembered:
+    """What was verified of files, kept over runs; safe for several threads, forks and processes.
+
+    `directory` is where it is kept: by default `default_directory()`. It is made when something
+    is first remembered. One that is not owned by the effective user, or that others may write to,
+    is not believed, since anyone could have planted 'verified' there. Nothing here raises: where
+    the directory or the database cannot be used, the reason is logged once, and nothing is known.
+    A database that is damaged is set aside as `*.corrupt`. At most `MAX_REMEMBERED` entries are
+    kept, one for each kind and path; the oldest go first.
+
+    A kind is 'sha256' (the value is the hex digest of the file's content) or 'seal' (the value is
+    the sha256 of the seal whose checks the file passed); `contentverdicts` has kinds of its own.
+    """
+
+    def __init__(self, directory: str | None = None) -> None:
+        self._said = False
+        self._directory = directory
+        if directory is None:
+            try:
+                self._directory = default_directory()
+            except KeyError:
+                self._say(f"user {os.geteuid()} has no home directory; --state-dir names another")
+
+    def recall(self, kind: str, identity: Identity) -> str | None:
+        """The value remembered for the file with exactly this identity, or None."""
+        with (
+            self._forgiven(),
+            suppress(FileNotFoundError),  # nothing was remembered yet
+            closing(self._connection(make=False)) as connection,
+        ):
+            row = connection.execute(
+                "SELECT value FROM verified WHERE kind = ? AND path = ? AND identity = ?",
+                (kind, os.fsencode(identity.path), _facts(identity)),
+            ).fetchone()
+            return row[0] if row and isinstance(row[0], str) else None
+        return None
+
+    def remember(
+        self, kind: str, identity: Identity, value: str, since_ns: int | None = None
+    ) -> None:
+        """Keep `value` for the file with this identity, in place of what its path had before.
+
+        `since_ns` is the `time.time_ns()` before the first byte was read, by default now: if the
+        file was changed so shortly before that a store while it was read might not show in its
+        identity, nothing is kept.
+        """
+        if not identity.is_final(time.time_ns() if since_ns is None else since_ns):
+            return
+        with self._forgiven(), closing(self._connection(make=True)) as connection, connection:
+            connection.execute(
+                "INSERT INTO verified VALUES (?, ?, ?, ?)",
+                (kind, os.fsencode(identity.path), _facts(identity), value),
+            )
+            connection.execute(_DROP_OLDEST, (MAX_REMEMBERED,))
+
+    def _connection(self, *, make: bool) -> sqlite3.Connection:
+        # One for each call, so that none is shared by threads or carried over a fork.
+        if self._directory is None:
+            raise FileNotFoundError  # said when this was made
+        path = os.path.join(self._directory, _DATABASE)
+        if make:
+            os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        require_own(self._directory, os.stat(self._directory))
+        if make:
+            # Not by open(): closing a descriptor drops the locks that another thread's SQLite has.
+            with suppress(FileExistsError):
+                os.mknod(path, stat.S_IFREG | 0o600)
+        require_own(path, os.lstat(path))
+        connection = sqlite3.connect(path, timeout=_BUSY_SECONDS)
+        try:
+            connection.execute(_TABLE)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @contextmanager
+    def _forgiven(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._say(f"{error.filename or self._directory}: {error.strerror}")
+        except sqlite3.OperationalError as error:
+            self._say(f"{self._directory}: {error}")
+        except sqlite3.DatabaseError as error:
+            self._set_aside(error)
+
+    def _set_aside(self, error: sqlite3.DatabaseError) -> None:
+        path = os.path.join(self._directory or "", _DATABASE)
+        self._say(f"{path}: {error}; set aside as {_DATABASE}.corrupt")
+        with suppress(OSError):
+            os.replace(path, f"{path}.corrupt")
+
+    def _say(self, reason: str) -> None:
+        if not self._said:
+            self._said = True
+            log.warning(
+                "%s: what was verified is not remembered and will be verified again",
+                one_line(reason),
+            )
+
+
+def default_directory() -> str:
+    """The state directory of the effective user; raises KeyError if that user has no home.
+
+    Root's is fixed: an environment variable of whoever called it could name a directory of theirs.
+    """
+    if os.geteuid() == 0:
+        return ROOTS_DIRECTORY
+    states = os.environ.get("XDG_STATE_HOME", "")
+    if not states.startswith("/"):
+        states = os.path.join(pwd.getpwuid(os.geteuid()).pw_dir, ".local/state")
+    return os.path.join(states, "diffmergefs")
+
+
+def _facts(identity: Identity) -> str:
+    # As text: device and inode numbers have 64 bits, SQLite's integers 63.
+    return ":".join(str(number) for number in identity[1:])
+
+
+def require_own(path: str, status: os.stat_result) -> None:
+    """Raise OSError unless this is the effective user's, and nobody else may write to it.
+
+    It is a directory or a regular file. What others could have planted is not believed.
+    """
+    kind = stat.S_IFMT(status.st_mode)
+    if kind not in (stat.S_IFDIR, stat.S_IFREG):
+        raise OSError(0, "is neither a directory nor a file", path)
+    if status.st_uid != os.geteuid():
+        raise OSError(0, f"belongs to user {status.st_uid}, not to {os.geteuid()}", path)
+    if status.st_mode & 0o022:
+        mode = stat.S_IMODE(status.st_mode)
+        raise OSError(0, f"others may write to it (mode {mode:04o}); chmod go-w", path)

@@ -1,0 +1,1 @@
+"""A directory becomes snapshots and their chains."""

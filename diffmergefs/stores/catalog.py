@@ -1,0 +1,230 @@
+"""A directory of snapshots, judged by metadata only: the only reader of layouts on disk.
+
+A look at a directory gives a `Catalog`: its snapshots, each with its chain or the reason why it
+is broken. No image file is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from diffmergefs.core import foreign
+from diffmergefs.core.beneath import Reach
+from diffmergefs.core.errors import BrokenChainError, DiffMergeError, FileAccessError
+from diffmergefs.core.extents import MAX_LAYERS
+from diffmergefs.core.layer import require_size
+from diffmergefs.core.names import STATUS_FOLDER
+from diffmergefs.core.view import require_equal_size
+from diffmergefs.sidecars.bmap import SEAL_SUFFIX
+from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
+from diffmergefs.stores import chain
+from diffmergefs.stores.cloudhypervisor import CloudHypervisorReader
+from diffmergefs.stores.forkd import ForkdReader
+from diffmergefs.stores.numbered import NumberedReader
+from diffmergefs.stores.ranges import require_equal_ranges
+from diffmergefs.stores.reader import Reader, Source, names_of, open_source
+from diffmergefs.stores.snapshot import Snapshot, StoredFile, is_left_out, status_of
+from diffmergefs.stores.superserve import SuperserveReader
+
+_NAME_IS_TAKEN = (
+    f"no tag can be called {STATUS_FOLDER!r}, which in a mount is its own directory; rename it"
+)
+_RECORDS = (SEAL_SUFFIX, PRESENCE_SUFFIX)
+
+# A new layout is a line here. See docs/adding-a-store.md.
+READERS: dict[str, Reader] = {
+    reader.name: reader
+    for reader in (ForkdReader(), NumberedReader(), SuperserveReader(), CloudHypervisorReader())
+}
+LAYOUTS = tuple(READERS)
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What one look at a directory of snapshots found.
+
+    `root` is the directory as given, `layout` the name of its reader, `snapshots` by tag.
+    """
+
+    root: str
+    layout: str
+    snapshots: Mapping[str, Snapshot]
+    _verdicts: dict[str, list[Snapshot] | DiffMergeError] = field(
+        default_factory=dict, compare=False
+    )
+    _rejected: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def chain(self, tag: str) -> list[Snapshot]:
+        """The snapshots whose layers make up `tag`, base first.
+
+        Raises BrokenChainError or SizeMismatchError with the reason where the tag cannot be shown
+        as complete, as far as metadata tell: its own defect, or an ancestor's.
+        """
+        if tag not in self._verdicts:
+            try:
+                self._verdicts[tag] = self._resolve(tag)
+            except DiffMergeError as error:
+                self._verdicts[tag] = error.anew()
+        verdict = self._verdicts[tag]
+        if isinstance(verdict, DiffMergeError):
+            raise verdict.anew()
+        return verdict
+
+    def reachable(self, tag: str) -> list[Snapshot]:
+        """The snapshots from `tag` down as far as parents can be followed, the lowest first.
+
+        For one that `chain` gives, the same; else what there is of it, each snapshot once, at most
+        1,000. Empty if there is no such tag.
+        """
+        links: dict[str, Snapshot] = {}
+        link = self.snapshots.get(tag)
+        while link is not None and link.tag not in links and len(links) < MAX_LAYERS:
+            links[link.tag] = link
+            link = self.snapshots.get(link.parent) if link.parent else None
+        return list(links.values())[::-1]
+
+    def reject(self, tag: str, problem: str) -> None:
+        """Mark `tag` as broken for a reason that this look alone does not show.
+
+        Call it before the first `chain`: verdicts are kept.
+        """
+        self._rejected[tag] = problem
+
+    def _resolve(self, tag: str) -> list[Snapshot]:
+        links = chain.resolve(tag, lambda name: self._sound(name, tag))
+        base = links[0].layer
+        require_size(base.path, base.key.size)
+        for link in links[1:]:
+            require_equal_size(base.path, base.key.size, link.layer.path, link.layer.key.size)
+            require_equal_ranges(base.path, links[0].ranges, link.layer.path, link.ranges)
+        return links
+
+    def _sound(self, tag: str, head: str) -> Snapshot | None:
+        # Its own defect, or the nearest ancestor's, says more than what is missing further up.
+        snapshot = self.snapshots.get(tag)
+        problem = snapshot and (snapshot.problem or self._rejected.get(tag))
+        if problem:
+            where = "" if tag == head else f"ancestor '{tag}' is broken: "
+            raise BrokenChainError(where + problem)
+        return snapshot
+
+    def recall(self, older: Catalog) -> None:
+        """Take over the layers that `older` knew, of those snapshots whose own is unknown now.
+
+        Call it before `hidden` and `layer_files` are asked for.
+        """
+        for tag in (self.snapshots.keys() - self._layers.keys()) & older._layers.keys():
+            self._layers[tag] = older._layers[tag]
+
+    @cached_property
+    def _layers(self) -> dict[str, StoredFile]:
+        return {tag: s.memory for tag, s in self.snapshots.items() if s.memory}
+
+    @cached_property
+    def hidden(self) -> frozenset[str]:
+        """The paths beneath the root that are never passed through: layers and their records."""
+        layers = [layer.path for layer in self._layers.values()]
+        paths = frozenset(path + suffix for path in layers for suffix in ("", *_RECORDS))
+        return paths.union(*(snapshot.withheld for snapshot in self.snapshots.values()))
+
+    @cached_property
+    def layer_files(self) -> frozenset[tuple[int, int]]:
+        """Device and inode of each layer: under no other name is one passed through either."""
+        return frozenset(layer.key[:2] for layer in self._layers.values())
+
+
+def read_catalog(
+    root: str,
+    layout: str | None = None,
+    suffix: str | None = None,
+    at: int | None = None,
+    outside: Iterable[str] = (),
+    *,
+    allow_gaps: bool = False,
+) -> Catalog:
+    """Look over the directory `root`.
+
+    `layout` is the name of one of READERS, by default found out; `suffix` (`.mem`) names the memory
+    files of a numbered directory; `at` is an open descriptor of `root`, if the caller has one.
+    `outside` are directories beside `root` in which a store's files may lie, if they are recorded
+    there: the path of such a file is absolute. `allow_gaps` is `Source`'s. Reads
+    names, sizes and JSON, never an image. Raises FileAccessError if `root` is no readable
+    directory, BrokenChainError where the directory as a whole is ambiguous, and ForeignFormatError
+    where it is in a format that is declined.
+    """
+    fd = open_source(root, at)
+    try:
+        with os.scandir(fd) as entries:
+            statuses, refused = _statuses_of(entries)
+        foreign.require_own_directory(statuses.keys() | refused.keys(), root)
+        source = Source(root, Reach(fd, outside), statuses, suffix, allow_gaps, refused)
+        reader = READERS[layout] if layout else _find_reader(source)
+        snapshots = reader.read(source)
+        if named := snapshots.get(STATUS_FOLDER):
+            snapshots[STATUS_FOLDER] = replace(named, problem=_NAME_IS_TAKEN)
+    except OSError as error:
+        raise FileAccessError(f"{root}: {error.strerror} while it was looked over") from error
+    finally:
+        os.close(fd)
+    return Catalog(root, reader.name, snapshots)
+
+
+def _statuses_of(
+    entries: Iterable[os.DirEntry[str]],
+) -> tuple[dict[str, os.stat_result], dict[str, tuple[int, str]]]:
+    # The lstat of each entry, and apart from them those that refuse it (somebody's FUSE mount).
+    statuses, refused = {}, {}
+    for entry in entries:
+        try:
+            if status := status_of(entry):
+                statuses[entry.name] = status
+        except OSError as error:
+            refused[entry.name] = _kind_of(entry), os.strerror(error.errno or 0)
+    return statuses, refused
+
+
+def _kind_of(entry: os.DirEntry[str]) -> int:
+    # As its directory has it; 0 where it does not say.
+    try:
+        if entry.is_dir(follow_symlinks=False):
+            return stat.S_IFDIR
+        return stat.S_IFREG if entry.is_file(follow_symlinks=False) else stat.S_IFLNK
+    except OSError:
+        return 0
+
+
+def _find_reader(source: Source) -> Reader:
+    found = [reader for reader in READERS.values() if reader.finds(source)]
+    if len(found) > 1:
+        names = [reader.name for reader in found]
+        raise BrokenChainError(
+            f"{source.path}: holds snapshots of several layouts ({', '.join(names)});"
+            f" say which is meant with {' or '.join(f'--layout={name}' for name in names)}"
+        )
+    return found[0] if found else READERS["forkd"]
+
+
+def layout_of(folder: str) -> str | None:
+    """The layout of which the directory `folder` is by itself a snapshot, or None.
+
+    Raises ForeignFormatError where it is in a format that is declined.
+    """
+    try:
+        fd = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    name = os.path.basename(folder)
+    try:
+        foreign.require_own_directory(names_of(fd, name), folder)
+        for reader in READERS.values():
+            with contextlib.suppress(OSError):
+                if not is_left_out(name) and reader.is_tag(fd, name):
+                    return reader.name
+    finally:
+        os.close(fd)
+    return None

@@ -1,0 +1,60 @@
+"""forkd's store: one directory a tag, described by its snapshot.json (also our native form)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from diffmergefs.core.beneath import Root
+from diffmergefs.stores import ranges
+from diffmergefs.stores.document import describe
+from diffmergefs.stores.reader import FolderReader, Source, has_file
+from diffmergefs.stores.snapshot import (
+    DOCUMENT,
+    Snapshot,
+    find_regular,
+    undocumented,
+    version_of,
+    with_records,
+)
+
+_MEMORY = "memory.bin"
+_VMSTATE = "vmstate"
+_LEGAL_TAG = re.compile(r"[A-Za-z0-9_-](?:[A-Za-z0-9_.+-]{0,62}[A-Za-z0-9_-])?")
+
+
+class ForkdReader(FolderReader):
+    """Directories with a `snapshot.json`; without one, `memory.bin` and `vmstate` are a base.
+
+    That is so only if the memory has no hole: it may be a diff whose document is still to come.
+
+    One with a `memory-ranges` is Cloud Hypervisor's, whose reader takes a `snapshot.json` too.
+    """
+
+    name = "forkd"
+    documents = (DOCUMENT,)
+
+    def is_tag(self, root: Root, name: str) -> bool:
+        if has_file(root, f"{name}/{DOCUMENT}"):
+            return not has_file(root, f"{name}/{ranges.MEMORY}")
+        return has_file(root, f"{name}/{_MEMORY}") and has_file(root, f"{name}/{_VMSTATE}")
+
+    def describe(self, source: Source, tag: str, seen: Snapshot) -> Snapshot:
+        if has_file(source.root, f"{tag}/{DOCUMENT}"):
+            found = describe(source.root, seen, source.paths)
+        else:
+            memory = find_regular(source.root, f"{tag}/{_MEMORY}")
+            layer = memory and with_records(source.root, memory, is_diff=False)
+            path = f"{tag}/{_VMSTATE}"
+            device_state = {path: version_of(source.root, path)}
+            doubt = undocumented(tag, _MEMORY)
+            found = replace(seen, memory=layer, device_state=device_state, doubt=doubt)
+        return ranges.with_ranges(source.root, found)
+
+    def read_folder(self, source: Source, path: str) -> Snapshot | None:
+        """As every reader's, but for what forkd itself would not take as a tag."""
+        found = super().read_folder(source, path)
+        if found is None or _LEGAL_TAG.fullmatch(path) or found.folder is None:
+            return found
+        problem = f"{path!r} is no legal tag (1 to 64 of letters, digits, - and _, . and + inside)"
+        return replace(found, problem=problem)

@@ -1,0 +1,216 @@
+"""What reads a directory of snapshots: one reader a layout, all behind one interface.
+
+docs/adding-a-store.md shows how to write the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
+
+from diffmergefs.core import beneath, foreign
+from diffmergefs.core.beneath import Reach, Root
+from diffmergefs.core.errors import DiffMergeError, FileAccessError
+from diffmergefs.stores.snapshot import Snapshot, is_left_out, key_of, version_of
+
+
+@dataclass(frozen=True)
+class Source:
+    """A directory of snapshots, as a reader gets it.
+
+    `path` is the directory as given, for messages; `root` leads to its files, all of which are
+    reached by it and the functions of `beneath`. `statuses` has the lstat of each name in it, but
+    for those of `refused`, of which only the file type (0 if not even that) and the reason are
+    known. `suffix` is the user's choice of one for memory files. With `allow_gaps` numbered layers
+    may leave numbers out.
+    """
+
+    path: str
+    root: Reach
+    statuses: Mapping[str, os.stat_result]
+    suffix: str | None = None
+    allow_gaps: bool = False
+    refused: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+
+    @cached_property
+    def kinds(self) -> dict[str, int]:
+        """The file type of each name (`stat.S_IFDIR` and the like)."""
+        seen = {name: stat.S_IFMT(status.st_mode) for name, status in self.statuses.items()}
+        return seen | {name: kind for name, (kind, _) in self.refused.items()}
+
+    @cached_property
+    def folders(self) -> list[str]:
+        """The names that are directories, or may be."""
+        return [name for name, kind in self.kinds.items() if kind in (stat.S_IFDIR, 0)]
+
+    @cached_property
+    def paths(self) -> frozenset[str]:
+        """The absolute paths by which a snapshot may have recorded this directory."""
+        return frozenset({os.path.abspath(self.path), os.path.realpath(self.path)})
+
+
+class Reader(Protocol):
+    """Reads one layout. All methods look at metadata only: no image file is opened."""
+
+    @property
+    def name(self) -> str:
+        """What `--layout` calls it."""
+
+    def finds(self, source: Source) -> bool:
+        """Whether anything in the directory looks like this layout, complete or not.
+
+        Raises BrokenChainError where it does but is ambiguous.
+        """
+
+    def is_tag(self, root: Root, name: str) -> bool:
+        """Whether the directory `name` beneath `root` is by itself a snapshot of this layout.
+
+        Raises OSError where that cannot be told.
+        """
+
+    def read(self, source: Source) -> dict[str, Snapshot]:
+        """All snapshots by tag, the broken ones with their `problem`: none is left out.
+
+        Raises OSError and BrokenChainError only where the directory as a whole cannot be read.
+        """
+
+
+class FolderReader(ABC):
+    """A reader of layouts with one directory a snapshot, named by its tag.
+
+    A subclass has a `name`, and says what is a tag and how to describe one. In a tag's directory,
+    files of the names `documents` are what it is read from, and those of the names `device_state`
+    belong to the very memory beside them. Any others come and go as they like.
+    """
+
+    name: str
+    documents: tuple[str, ...] = ()
+    device_state: tuple[str, ...] = ()
+
+    @abstractmethod
+    def is_tag(self, root: Root, name: str) -> bool:
+        """`Reader.is_tag`."""
+
+    @abstractmethod
+    def describe(self, source: Source, tag: str, seen: Snapshot) -> Snapshot:
+        """The snapshot in the directory `tag`.
+
+        `seen` has its folder, documents and device state: to be returned with what is known besides
+        (`dataclasses.replace`). A DiffMergeError or OSError that is raised becomes the snapshot's
+        problem.
+        """
+
+    def finds(self, source: Source) -> bool:
+        """Whether any directory is a tag; one that cannot be looked into is none."""
+        return any(self._is_surely_tag(source.root, name) for name in source.folders)
+
+    def read(self, source: Source) -> dict[str, Snapshot]:
+        """The snapshots in the source's directories.
+
+        One that cannot be looked into counts as a snapshot, which is broken; so does one in a
+        format that is known and declined.
+        """
+        found = ((name, self.read_folder(source, name)) for name in source.folders)
+        return {name: snapshot for name, snapshot in found if snapshot}
+
+    def read_folder(self, source: Source, path: str) -> Snapshot | None:
+        """The snapshot in the directory `path` beneath the source, if it is one."""
+        if is_left_out(os.path.basename(path)):
+            return None
+        try:
+            is_tag = self.is_tag(source.root, path)
+            names = listed_names(source.root, path) if is_tag else names_of(source.root, path)
+        except OSError as error:
+            return Snapshot(path, problem=f"{path}: {error.strerror}")
+        declined = _declined(path, names)
+        return self._read_tag(source, path) if is_tag and declined is None else declined
+
+    def _read_tag(self, source: Source, path: str) -> Snapshot:
+        seen = Snapshot(path, folder=path)
+        try:
+            # Before they are read: what is written meanwhile shows as a change at the next look.
+            documents = {p: key_of(source.root, p) for p in _within(path, self.documents)}
+            states = {p: version_of(source.root, p) for p in _within(path, self.device_state)}
+            known = {p: key for p, key in documents.items() if key}
+            seen = replace(seen, documents=known, device_state=states)
+            return self.describe(source, path, seen)
+        except DiffMergeError as error:
+            return replace(seen, problem=str(error))
+        except OSError as error:
+            return replace(seen, problem=f"{path}: {error.strerror}")
+
+    def _is_surely_tag(self, root: Root, name: str) -> bool:
+        # What cannot be looked into (somebody's lost+found) says nothing about the layout.
+        try:
+            return not is_left_out(name) and self.is_tag(root, name)
+        except OSError:
+            return False
+
+
+def _within(path: str, names: Iterable[str]) -> list[str]:
+    return [f"{path}/{name}" for name in names]
+
+
+def _declined(path: str, names: Collection[str]) -> Snapshot | None:
+    declined = foreign.of_directory(names)
+    return None if declined is None else Snapshot(path, problem=f"{path}: {declined}")
+
+
+def open_source(path: str, at: int | None = None) -> int:
+    """A new descriptor of the directory `path`, or of the one that the descriptor `at` is.
+
+    Raises FileAccessError, and ForeignFormatError for a file of a format that is declined.
+    """
+    try:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        return os.open(path if at is None else ".", flags, dir_fd=at)
+    except OSError as error:
+        require_own_path(path)
+        raise FileAccessError(f"{path}: {error.strerror}") from error
+
+
+def require_own_path(path: str) -> None:
+    """`foreign.require_own_file` for a path; what is no regular file, or unreadable, passes."""
+    with suppress(OSError, FileAccessError):
+        fd = beneath.open_regular(None, path)
+        try:
+            foreign.require_own_file(fd, path)
+            foreign.require_own_neighbours(path)
+        finally:
+            os.close(fd)
+
+
+def names_of(root: Root, path: str) -> frozenset[str]:
+    """The names in the directory `path` beneath `root`; none where it cannot be listed."""
+    try:
+        return listed_names(root, path)
+    except OSError:
+        return frozenset()
+
+
+def has_file(root: Root, path: str) -> bool:
+    """Whether anything stands at `path` beneath `root`.
+
+    Any other failure is no answer and raises OSError: a diff whose record cannot be seen must not
+    become a base.
+    """
+    try:
+        beneath.stat_beneath(root, path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def listed_names(root: Root, path: str) -> frozenset[str]:
+    """The names in the directory `path` beneath `root`. Raises OSError."""
+    fd = beneath.open_directory(root, path)
+    try:
+        return frozenset(os.listdir(fd))
+    finally:
+        os.close(fd)

@@ -1,1 +1,0 @@
-"""Record and prefetch: the pages that a restore touches first."""

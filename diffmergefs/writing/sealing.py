@@ -1,0 +1,232 @@
+"""Making seals, and taking them away from files that are written."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+from diffmergefs.core.buffers import page_aligned
+from diffmergefs.core.errors import DenseDiffError, SealError
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.view import MergedView, require_equal_size
+from diffmergefs.opening.contentchecks import Hint, hints, require_exact
+from diffmergefs.opening.contentverdicts import Parents, Verdicts
+from diffmergefs.opening.explicit import require_distinct, warn_of_order
+from diffmergefs.opening.trust import PAGE, TrustPolicy, require_trust
+from diffmergefs.opening.writers import require_no_writers
+from diffmergefs.sidecars import bmap, seal
+from diffmergefs.sidecars.bmap import ABSENT, SEAL_SUFFIX, BlockMap
+from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
+from diffmergefs.sidecars.verified import Remembered
+from diffmergefs.writing.copying import failures
+from diffmergefs.writing.output import OutputFile
+
+_BLOCK = 1 << 20
+_MODES = 0o666
+
+
+@dataclass(frozen=True)
+class SealResult:
+    """What `seal_layer` did: the seal at `path` was 'written', 'rewritten' or is 'unchanged'.
+
+    It has `ranges` of `data_bytes` bytes in all, in units of `block` bytes. `overridden` has a line
+    for each check that failed and that the policy overrode, `hints` for what may be wrong with
+    the layer though nothing proves it.
+    """
+
+    path: str
+    outcome: str
+    ranges: int
+    data_bytes: int
+    block: int
+    overridden: tuple[str, ...]
+    hints: tuple[str, ...]
+
+
+def seal_layer(
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    policy: TrustPolicy | None = None,
+    parents: Sequence[Layer] = (),
+    progress: Callable[[int], None] = lambda done: None,
+) -> SealResult:
+    """Write the seal of a layer whose extents are known to be right: `FILE.bmap` beside it.
+
+    First the layer is held to law 4 as a diff, whatever it is, and to having no writer; one without
+    a hole needs `policy.dense`. With the open layers below it, base first, as `parents`, its pages
+    are held against theirs too, and their order is looked at (see `diffmergefs.opening.explicit`).
+    With a presence file beside it, that one's extents are sealed. The seal is written atomically,
+    with the layer's mode and, by root, its owner. One that is there is replaced if it has the same
+    extents and its checksums are right; if it says anything else, only with `force`: it may be the
+    only record of a diff that a copy has harmed. The layer is synced and read, never written.
+    `progress` gets the bytes done so far.
+
+    Raises UntrustedExtentsError, DenseDiffError, WriterError, SealError (another seal is there),
+    SizeMismatchError, LayerChangedError, NoSpaceError, and FileAccessError for every other failure
+    of a file.
+    """
+    policy = policy or TrustPolicy()
+    opener = seal.Opener(replace(policy, no_seal=True))
+    opened = opener.open(os.fspath(path), is_diff=True)
+    with closing(opened) as layer, failures(os.fspath(path)):
+        require_distinct([*parents, layer])
+        overridden = _require_known(layer, policy)
+        below = Parents(parents) if parents else None
+        hinted = _require_exact(below, layer, policy, overridden)
+        known = None if force else _known(layer)
+        made = _map_of(layer, layer.extents, policy.page_size, progress)
+        document = bmap.dump(made)
+        where = _place(layer.path)
+        outcome = "rewritten" if os.path.lexists(where) else "written"
+        if known is not None and _is_same(known, document):
+            outcome = "unchanged"
+        else:
+            _publish(where, document, layer, force=force or known is not None)
+    data = sum(made.stops) - sum(made.starts)
+    numbers = len(made), data, made.block
+    return SealResult(where, outcome, *numbers, tuple(overridden), tuple(map(str, hinted)))
+
+
+def write_seal(path: str, extents: ExtentList, page_size: int = PAGE) -> None:
+    """Seal a file that was just written with data in just these extents, in place of any seal.
+
+    A presence file beside it is taken away. What lies outside them must read as zeros. Raises
+    LayerChangedError, NoSpaceError and FileAccessError.
+    """
+    with closing(Layer.open(path)) as layer, failures(path):
+        made = _map_of(layer, extents, page_size, lambda done: None)
+        _publish(_place(path), bmap.dump(made), layer, force=True)
+    _remove(path, PRESENCE_SUFFIX)
+
+
+def remove_seal(path: str) -> None:
+    """Take the seal of a file away that is about to be written, or was, and make that last.
+
+    Its presence file too, which would be as false. Nothing is done where there is none. Raises
+    FileAccessError.
+    """
+    _remove(path, SEAL_SUFFIX)
+    _remove(path, PRESENCE_SUFFIX)
+
+
+def _remove(path: str, suffix: str) -> None:
+    for place in dict.fromkeys((path, os.path.realpath(path))):
+        with failures(place + suffix):
+            try:
+                os.unlink(place + suffix)
+            except OSError as error:
+                if error.errno not in ABSENT:
+                    raise
+                continue
+            directory = os.open(os.path.dirname(place) or ".", os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+
+
+def _require_known(layer: Layer, policy: TrustPolicy) -> list[str]:
+    overridden = require_no_writers([layer], allowed=policy.allow_writers)
+    dense = layer.extents.covers(layer.size)
+    overridden += require_trust(layer, policy, complete=dense and policy.dense)
+    if dense and not policy.dense:
+        raise DenseDiffError(
+            f"{layer.path}: no hole in {layer.size} bytes: a diff whose holes a copy has filled"
+            " looks like that; if it is a base or another complete image, say so with --dense"
+        )
+    return overridden
+
+
+def _require_exact(
+    parents: Parents | None, layer: Layer, policy: TrustPolicy, overridden: list[str]
+) -> list[Hint]:
+    verdicts = Verdicts(Remembered(policy.state_dir))
+    if parents:
+        base = parents.layers[0]
+        require_equal_size(base.path, base.size, layer.path, layer.size)
+        warn_of_order(MergedView([*parents.layers, layer]))
+        overridden += require_exact(parents, layer, policy, verdicts)
+    return hints(parents, layer, policy, verdicts)
+
+
+def _known(layer: Layer) -> seal.StoredSeal | None:
+    # The seal that is there, if it says what is found now: anything else may be worth more.
+    way_out = "; replace it with --force only if you know that the layer's holes are right now"
+    try:
+        found = seal.find(layer.path)
+        if found is None:
+            return None
+        seal.compare(layer, found)
+    except SealError as error:
+        raise SealError(f"{error}{way_out}") from error
+    if found.map.extents() != layer.extents:
+        raise SealError(
+            f"{found.path}: a seal whose checksums are right, but with {len(found.map.extents())}"
+            f" extents of {found.map.extents().data_bytes} bytes, while the filesystem reports"
+            f" {len(layer.extents)} of {layer.extents.data_bytes}: a copy may have harmed them, so"
+            f" the seal is kept, and stays in force{way_out}"
+        )
+    return found
+
+
+def _is_same(known: seal.StoredSeal, document: bytes) -> bool:
+    return bmap.dump(known.map) == document
+
+
+def _map_of(
+    layer: Layer, extents: ExtentList, page: int, progress: Callable[[int], None]
+) -> BlockMap:
+    buffer = page_aligned(_BLOCK)
+    digests = bytearray()
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done)
+
+    for start, stop in extents:
+        digests += seal.sha256(layer, start, stop, buffer, report)
+    layer.settle()
+    starts, stops = array("Q", extents.starts), array("Q", extents.stops)
+    block = _block(layer.size, extents, page)
+    return BlockMap(layer.size, block, starts, stops, bytes(digests), frozenset())
+
+
+def _block(size: int, extents: ExtentList, page: int) -> int:
+    # The guest's page, or the largest power of two below it on which all extents begin and end.
+    for border in _borders(size, extents):
+        while border % page:
+            page //= 2
+    return page
+
+
+def _borders(size: int, extents: ExtentList) -> Iterator[int]:
+    yield from extents.starts
+    yield from (stop for stop in extents.stops if stop != size)
+
+
+def _place(path: str) -> str:
+    beside = path + SEAL_SUFFIX
+    if not os.path.islink(path) or os.path.lexists(beside):
+        return beside
+    return os.path.realpath(path) + SEAL_SUFFIX
+
+
+def _publish(where: str, document: bytes, layer: Layer, *, force: bool) -> None:
+    with OutputFile(where, [layer.status], force=force) as file:
+        with failures(where, file.target):
+            with open(file.target.fd, "wb", closefd=False) as stream:
+                stream.write(document)
+            if os.geteuid() == 0:
+                os.fchown(file.target.fd, layer.status.st_uid, layer.status.st_gid)
+        with failures(where):
+            mode = layer.mode & _MODES
+        file.finish(mode)
+        layer.settle()
+        file.publish()
