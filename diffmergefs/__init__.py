@@ -18,6 +18,7 @@ from diffmergefs.analysis.compare import Comparison, compare
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.extents import Extent, Segment
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.version import __version__ as __version__
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.images import Image, open_chain, open_image
 from diffmergefs.opening.sides import open_side
@@ -28,8 +29,6 @@ from diffmergefs.writing.newdiff import WrittenDiff
 from diffmergefs.writing.rediff import RediffResult, rediff
 from diffmergefs.writing.sealing import SealResult, seal_layer
 from diffmergefs.writing.squash import SquashResult, squash
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Comparison",

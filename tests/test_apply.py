@@ -24,6 +24,7 @@ from diffmergefs.core.errors import (
     SizeMismatchError,
     UntrustedExtentsError,
 )
+from diffmergefs.core.failures import BLOCK
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing import copying
 from diffmergefs.writing.apply import apply_diff
@@ -146,7 +147,7 @@ def test_a_base_behind_a_symlink(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
 @pytest.mark.parametrize(
     ("length", "buffers"),
-    [(3 * PAGE, [3 * PAGE]), (2 * copying.BLOCK + PAGE, [copying.BLOCK])],
+    [(3 * PAGE, [3 * PAGE]), (2 * BLOCK + PAGE, [BLOCK])],
 )
 def test_the_buffer_is_capped(
     tmp_path: Path,
@@ -156,7 +157,7 @@ def test_the_buffer_is_capped(
     buffers: list[int],
 ) -> None:
     """By 1 MiB, and by the data, whichever is less."""
-    size = 4 * copying.BLOCK
+    size = 4 * BLOCK
     content = signed(1, PAGE, length)
     diff, base = pair(tmp_path, [], [(PAGE, content)], size)
     made: list[int] = []

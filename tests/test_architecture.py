@@ -37,17 +37,12 @@ LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in fol
 
 # What is to be cut next.
 STILL_UP = {
-    ("analysis.compare", "writing.copying"),
-    ("analysis.zeros", "writing.copying"),
-    ("cli", ROOT),
-    ("fuse.operations", ROOT),
     ("fuse.session", "prefetch.adviser"),
     ("fuse.session", "prefetch.connection"),
     ("fuse.session", "prefetch.guarded"),
     ("fuse.session", "prefetch.prefetcher"),
     ("fuse.session", "prefetch.record"),
     ("fuse.session", "prefetch.recorder"),
-    ("sidecars.seal", "opening.trust"),
 }
 
 SEES_FUSE = {"fuse.operations", "fuse.session", "fuse.readloop", "fuse.threads"}

@@ -617,8 +617,6 @@ def test_the_changelog_begins_with_this_version() -> None:
     text = (DOCS / "changelog.md").read_text(encoding="utf-8")
     versions = re.findall(r"^## (\S+)", text, re.MULTILINE)
     assert versions[0] == diffmergefs.__version__
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'\nversion = "{diffmergefs.__version__}"\n' in project
 
 
 # (d) Links

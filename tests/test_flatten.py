@@ -31,6 +31,7 @@ from diffmergefs.core.errors import (
     VerificationError,
 )
 from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.failures import BLOCK
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.writing import copying
@@ -1025,8 +1026,8 @@ def test_verify_finds_a_file_that_is_too_short(
 def test_verify_compares_beyond_the_first_block(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size = 3 * copying.BLOCK + 5
-    wrong = 2 * copying.BLOCK + 7
+    size = 3 * BLOCK + 5
+    wrong = 2 * BLOCK + 7
     base = write_layer(tmp_path / "base", size, [(0, signed(0, 0, size))])
     with open_view([base]) as view:
         flatten(view, out, verify=True)

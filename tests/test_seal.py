@@ -21,9 +21,9 @@ from diffmergefs.core.errors import (
 from diffmergefs.core.extents import ExtentList
 from diffmergefs.core.layer import FileKey, Layer
 from diffmergefs.opening.images import open_chain, open_image
+from diffmergefs.opening.opener import Opener
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.sidecars import bmap, seal
-from diffmergefs.sidecars.seal import Opener
 from diffmergefs.sidecars.verified import Identity, Remembered
 from diffmergefs.writing.sealing import seal_layer
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer

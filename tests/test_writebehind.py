@@ -15,8 +15,8 @@ import pytest
 
 from diffmergefs.core import sparse
 from diffmergefs.core.errors import FileAccessError, NoSpaceError
+from diffmergefs.core.failures import Target
 from diffmergefs.writing import writebehind
-from diffmergefs.writing.copying import Target
 from diffmergefs.writing.writebehind import BUFFER, WriteBehind
 
 WINDOW = writebehind._WINDOW

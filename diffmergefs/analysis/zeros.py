@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from diffmergefs.core.failures import BLOCK, failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
-from diffmergefs.writing.copying import BLOCK, failures
 
 
 class Piece(NamedTuple):

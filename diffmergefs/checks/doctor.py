@@ -15,8 +15,8 @@ from diffmergefs.core.errors import DiffMergeError, FileAccessError, ForeignForm
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.contentverdicts import Parents, Verdicts
 from diffmergefs.opening.images import LayerPool, find_image, require_known_base
+from diffmergefs.opening.opener import Opener
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.sidecars.seal import Opener
 from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.stores.catalog import Catalog, layout_of, read_catalog
 from diffmergefs.stores.snapshot import Snapshot

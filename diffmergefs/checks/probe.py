@@ -14,12 +14,13 @@ from diffmergefs.checks.finding import Finding
 from diffmergefs.core import sparse
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.failures import Target
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.filesystems import untrusted_filesystem
 from diffmergefs.opening.trust import PAGE, grain
 from diffmergefs.opening.writers import Writers, writers
 from diffmergefs.system.mountinfo import mount_of
-from diffmergefs.writing.copying import Target, clone_file
+from diffmergefs.writing.copying import clone_file
 
 _SIZE = 16 << 20
 _MIDDLE = 8 << 20  # on a border of any page, huge ones too

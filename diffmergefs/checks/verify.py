@@ -19,6 +19,7 @@ from diffmergefs.opening.contentchecks import Hint, hints
 from diffmergefs.opening.contentverdicts import Parents, Verdicts
 from diffmergefs.opening.explicit import require_distinct, warn_of_order
 from diffmergefs.opening.images import LayerPool, find_image, judge_diff, require_known_base
+from diffmergefs.opening.opener import Opener
 from diffmergefs.opening.pins import Hashes, is_pinned, require_pin
 from diffmergefs.opening.trust import TrustPolicy, require_trust
 from diffmergefs.opening.writers import require_no_writers
@@ -208,7 +209,7 @@ def open_layers(base: str, diffs: Sequence[str], policy: TrustPolicy) -> Verific
     """
     faults = Faults()
     items = [_Item(path, None, number > 0) for number, path in enumerate((base, *diffs))]
-    opener = seal.Opener(replace(policy, no_seal=True, verify="full"))
+    opener = Opener(replace(policy, no_seal=True, verify="full"))
     with faults.noted():
         require_base(base)
         require_mergeable(base, diffs)

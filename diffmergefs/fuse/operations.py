@@ -17,13 +17,13 @@ import pyfuse3
 import trio
 from pyfuse3 import FUSEError
 
-from diffmergefs import __version__
 from diffmergefs.core import background, sparse
 from diffmergefs.core.buffers import Buffers
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.singleflight import Once
+from diffmergefs.core.version import __version__
 from diffmergefs.fuse import xattrs
 from diffmergefs.fuse.contents import Contents
 from diffmergefs.fuse.dropbehind import DropBehind

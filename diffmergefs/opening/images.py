@@ -27,12 +27,12 @@ from diffmergefs.core.view import MergedView, require_equal_size
 from diffmergefs.opening.contentchecks import Hint, hints, require_exact, require_meant
 from diffmergefs.opening.contentverdicts import Parents, Verdicts
 from diffmergefs.opening.explicit import require_distinct, warn_of_order
+from diffmergefs.opening.opener import Opener
 from diffmergefs.opening.pins import Hashes, require_pin
 from diffmergefs.opening.trust import TrustPolicy, require_trust
 from diffmergefs.opening.writers import Leases, Writers, require_no_writers, writers
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
 from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
-from diffmergefs.sidecars.seal import Opener
 from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.stores.catalog import Catalog, layout_of, read_catalog
 from diffmergefs.stores.numbered import SUFFIXES
@@ -102,7 +102,7 @@ class LayerPool:
         self._opening: Once[Layer] = Once()
 
     def layer(self, file: StoredFile) -> Layer:
-        """The open layer of `file`, opened by `seal.Opener` if it is not open yet.
+        """The open layer of `file`, opened by `Opener` if it is not open yet.
 
         Raises LayerChangedError if another content stands at its path, or a record's, by now.
         """
@@ -179,7 +179,7 @@ def open_chain(
 
     The files must exist and have one size; they are synced and walked, never written. A layer with
     a seal beside it has the seal's extents, a diff with a presence file that one's, compared with
-    its bytes first (`seal.Opener`). The
+    its bytes first (`Opener`). The
     diffs are held to law 4, and one without a hole is refused unless `policy.dense`. A layer that
     someone has open for writing is refused, unless `policy.allow_writers`, where that can be told
     (see `lease.writers`); with `leases`, for a process that serves them, leases are kept on the

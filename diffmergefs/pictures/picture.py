@@ -9,8 +9,8 @@ import os
 from collections.abc import Callable, Collection
 
 from diffmergefs.core.errors import MissingExtraError
+from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
-from diffmergefs.writing.copying import failures
 from diffmergefs.writing.output import OutputFile
 
 FORMATS = ("png", "svg")

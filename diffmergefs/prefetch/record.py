@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from diffmergefs.core.errors import FileAccessError
 from diffmergefs.core.extents import MAX_LAYERS, Extent
+from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.view import MergedView
 from diffmergefs.sidecars import verified
-from diffmergefs.writing.copying import failures
 from diffmergefs.writing.output import OutputFile
 
 FORMAT = "diffmergefs working set"

@@ -15,8 +15,7 @@ from diffmergefs.core.errors import FileAccessError, SealError
 from diffmergefs.core.extents import Extent
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer, Record
-from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.sidecars import bmap, presence
+from diffmergefs.sidecars import bmap
 from diffmergefs.sidecars.bmap import ABSENT, SEAL_SUFFIX, BlockMap
 from diffmergefs.sidecars.verified import Identity, Remembered
 
@@ -79,45 +78,6 @@ def find(path: str, root: beneath.Root | None = None, name: str | None = None) -
         with contextlib.suppress(FileNotFoundError):
             return read(place + SEAL_SUFFIX, root, called + SEAL_SUFFIX)
     return None
-
-
-class Opener:
-    """Opens layers, each with the records beside it in force, as `policy` says; for any threads.
-
-    Records are a seal, and for a diff a presence file. With the policy's `no_seal` no seal is
-    looked at. With `verify` 'pins' a record is compared with its file once, which is remembered;
-    with 'full' each time that a layer is opened; with 'no' never.
-    """
-
-    def __init__(self, policy: TrustPolicy) -> None:
-        self.policy = policy
-        self._memory = Remembered(policy.state_dir)
-
-    def open(
-        self,
-        path: str,
-        root: beneath.Root | None = None,
-        name: str | None = None,
-        *,
-        is_diff: bool = False,
-    ) -> Layer:
-        """`Layer.open`, and then the extents of the layer's records in place of the filesystem's.
-
-        Blocks for the fsync and the walk, and where a record must be compared, for a read of all
-        data. Raises SealError and PresenceError for a record that is not right or does not fit, and
-        FileAccessError.
-        """
-        layer = Layer.open(path, root, name)
-        is_checked, anew = self.policy.verify != "no", self.policy.verify == "full"
-        if is_diff and (bits := presence.find(path, root, name)) is not None:
-            presence.adopt(layer, bits)
-            if is_checked:
-                presence.compare_once(layer, bits, self._memory, anew=anew)
-        if not self.policy.no_seal and (seal := find(path, root, name)) is not None:
-            adopt(layer, seal, is_checked=is_checked)
-            if is_checked:
-                compare_once(layer, seal, self._memory, anew=anew)
-        return layer
 
 
 def adopt(layer: Layer, seal: StoredSeal, *, is_checked: bool) -> None:

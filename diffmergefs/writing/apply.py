@@ -10,14 +10,15 @@ from contextlib import closing, contextmanager
 
 from diffmergefs.core import beneath, foreign, sparse
 from diffmergefs.core.errors import DenseDiffError, OutputRefusedError
+from diffmergefs.core.failures import Target, failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import require_equal_size
 from diffmergefs.opening.contentchecks import require_exact_over
+from diffmergefs.opening.opener import Opener
 from diffmergefs.opening.trust import TrustPolicy, require_trust
 from diffmergefs.opening.writers import require_no_writers
-from diffmergefs.sidecars.seal import Opener
 from diffmergefs.stores.ranges import require_mergeable
-from diffmergefs.writing.copying import Target, copy_range, failures
+from diffmergefs.writing.copying import copy_range
 from diffmergefs.writing.dependants import require_free
 from diffmergefs.writing.sealing import remove_seal
 

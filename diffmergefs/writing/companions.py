@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from diffmergefs.core import beneath
 from diffmergefs.core.beneath import Root
+from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.permissions import copied_bits
 from diffmergefs.core.view import MergedView
 from diffmergefs.stores.snapshot import is_left_out, status_of
-from diffmergefs.writing.copying import failures
 from diffmergefs.writing.flatten import flatten
 from diffmergefs.writing.outputdir import sync_directory
 

@@ -13,19 +13,10 @@ from itertools import chain, islice
 from diffmergefs.core import sparse
 from diffmergefs.core.errors import NoSpaceError, VerificationError
 from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.failures import BLOCK, Target, block_size, described, failures, free_bytes
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
-from diffmergefs.writing.copying import (
-    BLOCK,
-    Target,
-    block_size,
-    clone_file,
-    clone_ranges,
-    copy_range,
-    described,
-    failures,
-    free_bytes,
-)
+from diffmergefs.writing.copying import clone_file, clone_ranges, copy_range
 from diffmergefs.writing.output import OutputFile
 from diffmergefs.writing.sealing import remove_seal, write_seal
 from diffmergefs.writing.writebehind import BUFFER, WriteBehind

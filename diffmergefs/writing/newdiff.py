@@ -12,18 +12,11 @@ from dataclasses import dataclass
 
 from diffmergefs.core.errors import NoSpaceError, UntrustedExtentsError
 from diffmergefs.core.extents import ExtentList, Segment
+from diffmergefs.core.failures import BLOCK, block_size, failures, free_bytes
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.trust import TrustPolicy, problems
-from diffmergefs.writing.copying import (
-    BLOCK,
-    block_size,
-    clone_ranges,
-    copy_through_buffer,
-    failures,
-    free_bytes,
-    write_at,
-)
+from diffmergefs.writing.copying import clone_ranges, copy_through_buffer, write_at
 from diffmergefs.writing.output import OutputFile
 from diffmergefs.writing.sealing import remove_seal, write_seal
 

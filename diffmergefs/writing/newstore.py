@@ -12,6 +12,7 @@ from diffmergefs.analysis.compare import require_equal
 from diffmergefs.core import beneath
 from diffmergefs.core.beneath import Root
 from diffmergefs.core.errors import LayerChangedError
+from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.permissions import copied_bits
@@ -28,7 +29,6 @@ from diffmergefs.stores.snapshot import (
     read_with_status,
 )
 from diffmergefs.writing.companions import Kept, copy_file, copy_folder, take_over
-from diffmergefs.writing.copying import failures
 from diffmergefs.writing.flatten import flatten
 from diffmergefs.writing.newdiff import NewDiff
 from diffmergefs.writing.outputdir import OutputDirectory, sync_directory

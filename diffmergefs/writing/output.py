@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 from diffmergefs.core.errors import NoSpaceError, OutputRefusedError
-from diffmergefs.writing.copying import NO_SPACE, Target, failures, free_bytes
+from diffmergefs.core.failures import NO_SPACE, Target, failures, free_bytes
 
 log = logging.getLogger(__name__)
 

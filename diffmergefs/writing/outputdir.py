@@ -12,7 +12,7 @@ import stat
 from contextlib import ExitStack
 
 from diffmergefs.core.errors import OutputRefusedError
-from diffmergefs.writing.copying import failures
+from diffmergefs.core.failures import failures
 
 log = logging.getLogger(__name__)
 

@@ -11,18 +11,19 @@ from dataclasses import dataclass, replace
 from diffmergefs.core.buffers import page_aligned
 from diffmergefs.core.errors import DenseDiffError, SealError
 from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView, require_equal_size
 from diffmergefs.opening.contentchecks import Hint, hints, require_exact
 from diffmergefs.opening.contentverdicts import Parents, Verdicts
 from diffmergefs.opening.explicit import require_distinct, warn_of_order
+from diffmergefs.opening.opener import Opener
 from diffmergefs.opening.trust import PAGE, TrustPolicy, require_trust
 from diffmergefs.opening.writers import require_no_writers
 from diffmergefs.sidecars import bmap, seal
 from diffmergefs.sidecars.bmap import ABSENT, SEAL_SUFFIX, BlockMap
 from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
 from diffmergefs.sidecars.verified import Remembered
-from diffmergefs.writing.copying import failures
 from diffmergefs.writing.output import OutputFile
 
 _BLOCK = 1 << 20
@@ -71,7 +72,7 @@ def seal_layer(
     of a file.
     """
     policy = policy or TrustPolicy()
-    opener = seal.Opener(replace(policy, no_seal=True))
+    opener = Opener(replace(policy, no_seal=True))
     opened = opener.open(os.fspath(path), is_diff=True)
     with closing(opened) as layer, failures(os.fspath(path)):
         require_distinct([*parents, layer])

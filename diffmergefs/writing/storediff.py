@@ -15,6 +15,7 @@ from diffmergefs.core.errors import (
     LayerChangedError,
     OutputRefusedError,
 )
+from diffmergefs.core.failures import failures
 from diffmergefs.core.permissions import copied_bits
 from diffmergefs.opening.images import LayerPool, open_snapshot
 from diffmergefs.opening.pins import Hashes, require_pin
@@ -23,7 +24,6 @@ from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.stores.catalog import Catalog, read_catalog
 from diffmergefs.stores.snapshot import DOCUMENT
 from diffmergefs.writing.companions import take_over
-from diffmergefs.writing.copying import failures
 from diffmergefs.writing.newstore import Link, NewStore, StoreWriter, Tally, WriteOptions
 from diffmergefs.writing.outputdir import OutputDirectory
 

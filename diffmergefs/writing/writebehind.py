@@ -9,7 +9,8 @@ from types import TracebackType
 
 from diffmergefs.core import sparse
 from diffmergefs.core.buffers import page_aligned
-from diffmergefs.writing.copying import Target, failures, write_at
+from diffmergefs.core.failures import Target, failures
+from diffmergefs.writing.copying import write_at
 
 #: The bytes of a buffer: the more, the less often the threads wait for the interpreter.
 BUFFER = 2 << 20
