@@ -24,7 +24,7 @@ PROFILE_PACKAGES := linux-perf
 help:
 	@echo 'make demo   show the filesystem at work on a chain it makes itself'
 	@echo 'make test   lint, type-check and test (as root: many tests mount file systems)'
-	@echo '            one file: make test PYTEST_ARGS=tests/test_support.py'
+	@echo '            one file: make test PYTEST_ARGS=tests/project/test_support.py'
 	@echo 'make test-lowest  mount, flatten and restore with the lowest versions of what it needs'
 	@echo 'make soak   the fault tests and the fuzzing at their full counts (half an hour);'
 	@echo '            writes what it saw to docs/reliability.md'
@@ -46,10 +46,10 @@ test: $(VENV)/.stamp-test lint | test-packages
 
 # Each package with a lower bound in pyproject.toml is used. Old versions warn of much that cannot be
 # mended here.
-LOWEST_TESTS := tests/test_mount_read.py tests/test_operations.py tests/test_nextrequest.py \
-	tests/test_lifecycle.py tests/test_mount_helper.py tests/vm/test_restore.py \
-	tests/test_flatten.py tests/test_bmap.py tests/test_metrics.py tests/test_picture.py \
-	tests/test_completion.py tests/test_wheel.py
+LOWEST_TESTS := $(addprefix tests/,mount/test_read.py mount/test_lifecycle.py mount/test_helper.py \
+	vm/test_restore.py cli/test_completion.py project/test_wheel.py) \
+	$(addprefix tests/unit/,fuse/test_operations.py fuse/test_readloop.py fuse/test_metrics.py \
+	writing/test_flatten.py sidecars/test_bmap.py pictures/test_picture.py)
 
 test-lowest: $(LOWEST)/.stamp | test-packages
 	@$(LOWEST)/bin/python -m pytest -o filterwarnings=default --disable-warnings $(LOWEST_TESTS)
@@ -58,7 +58,7 @@ test-lowest: $(LOWEST)/.stamp | test-packages
 # of a hundred thousand inputs.
 soak: $(VENV)/.stamp-test | test-packages
 	@$(BIN)/python -m pytest --soak --soak-report docs/reliability.md \
-		-o faulthandler_timeout=0 -o log_level=INFO tests/faults $(wildcard tests/test_fuzz*.py) \
+		-o faulthandler_timeout=0 -o log_level=INFO tests/faults tests/fuzz \
 		$(PYTEST_ARGS)
 
 bench: $(VENV)/.stamp-bench | bench-packages

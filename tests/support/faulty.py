@@ -25,6 +25,7 @@ import trio
 from pyfuse3 import FUSEError
 
 from tests.support import mounts, mounttable, skips
+from tests.support.places import REPOSITORY
 
 _TIMEOUT_SECONDS = 60
 _HUNG = ".hung"
@@ -79,7 +80,7 @@ def mounted(
     real = os.path.realpath(mountpoint)
     kind = "forgetful" if forgetful else "faulty" if statfs else "nostatfs"
     command = [sys.executable, "-m", "tests.support.faulty", str(source), real, kind]
-    root = Path(__file__).parents[2]
+    root = REPOSITORY
     process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root)
     try:
         assert process.stdout is not None and process.stdout.readline() == b"up\n"

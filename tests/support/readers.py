@@ -23,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.places import REPOSITORY
+
 _MAX_LENGTH = 256 << 10
 _WRONG = 99
 _TIMEOUT_SECONDS = 60
@@ -61,7 +63,7 @@ def reading(number: int, pairs: Sequence[tuple[Path, Path]]) -> Iterator[Readers
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=REPOSITORY,
         start_new_session=True,
     )
     try:

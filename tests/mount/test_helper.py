@@ -1,0 +1,318 @@
+"""mount.fuse.diffmergefs: by itself, and run by mount(8) in a namespace that has it in /sbin."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from diffmergefs.cli.helper import NAME, main
+from diffmergefs.cli.mountoptions import split_options
+from tests.support import mounttable
+from tests.support.images import overlay_oracle
+from tests.support.namespaces import Namespace, private_mounts
+from tests.support.places import REPOSITORY
+from tests.support.stores import BASE_PAGES, SIZE, pages, write_chain
+from tests.support.users import NOBODY
+
+HELPER = Path(sys.executable).parent / NAME
+SBIN = Path(os.path.realpath("/sbin")) / NAME
+LEAF = bytes(overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1])]))
+USAGE, FAILED = 1, 32
+
+
+@pytest.fixture
+def store(public_path: Path) -> Path:
+    return write_chain(public_path / "store", ["base", "leaf"])
+
+
+@pytest.fixture
+def namespace(public_path: Path) -> Iterator[Namespace]:
+    """A mount namespace whose /sbin can be written to, with no trace outside of it."""
+    before = os.path.lexists(SBIN)
+    for name in ("dev", "sbin"):
+        (public_path / name).mkdir()
+    with private_mounts(public_path / "dev") as found:
+        found.replace_sbin(public_path / "sbin")
+        found.run(["rm", "-f", SBIN], check=True)
+        try:
+            yield found
+        finally:
+            found.detach_below(public_path)
+    assert os.path.lexists(SBIN) == before
+
+
+def make(namespace: Namespace, target: str, *settings: str) -> subprocess.CompletedProcess[str]:
+    command = ["make", "--no-print-directory", "-C", REPOSITORY, target, f"FROM={HELPER.parent}"]
+    return namespace.run([*command, *settings])
+
+
+@pytest.fixture
+def installed(namespace: Namespace) -> Namespace:
+    """As `make install-mount-helper` leaves it."""
+    namespace.run(["ln", "-sT", HELPER, SBIN], check=True)
+    return namespace
+
+
+def mount(namespace: Namespace, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """mount(8), with an empty environment."""
+    return namespace.run(["/usr/bin/env", "-i", "/bin/mount", *arguments])
+
+
+def umount(namespace: Namespace, path: Path) -> None:
+    done = namespace.run(["/usr/bin/env", "-i", "/bin/umount", path])
+    assert done.returncode == 0, done
+
+
+def options(public_path: Path, *further: str) -> str:
+    """For -o: the log and the state directory of a test, and more."""
+    return ",".join([f"log={public_path}/log", f"state_dir={public_path}/state", *further])
+
+
+def read(namespace: Namespace, path: Path, uid: int = 0) -> bytes | None:
+    done = namespace.run(["od", "-An", "-v", "-tx1", path], uid, uid)
+    return bytes.fromhex(done.stdout) if done.returncode == 0 else None
+
+
+# By mount(8)
+
+
+def test_mount_of_the_type(
+    installed: Namespace, store: Path, mountpoint: Path, public_path: Path
+) -> None:
+    given = options(public_path, "allow_other", "open_rw", "timeout=20")
+    done = mount(installed, "-t", "fuse.diffmergefs", store, mountpoint, "-o", given)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    own, of_filesystem, kind = installed.mount_options(mountpoint) or (set(), set(), "")
+    assert kind == "fuse.diffmergefs"
+    assert own >= {"nosuid", "nodev", "noexec"}
+    assert "allow_other" in of_filesystem
+    assert read(installed, mountpoint / "leaf" / "memory.bin", NOBODY) == LEAF
+    assert "ready" in (public_path / "log").read_text()
+    umount(installed, mountpoint)
+    assert installed.mount_options(mountpoint) is None
+
+
+def test_a_line_of_fstab(
+    installed: Namespace, store: Path, mountpoint: Path, public_path: Path
+) -> None:
+    """With options of mount(8), systemd and desktops; and `mount -a` mounts it once."""
+    words = "defaults,dev,suid,_netdev,nofail,x-systemd.automount,x-gvfs-show,X-mount.mkdir,user"
+    fstab = public_path / "fstab"
+    given = options(public_path, words)
+    fstab.write_text(f"{store} {mountpoint} fuse.diffmergefs {given} 0 0\n")
+    for _ in range(2):
+        done = mount(installed, "-T", fstab, "-a")
+        assert (done.returncode, done.stderr) == (0, ""), done
+    places = installed.run(["findmnt", "-nro", "SOURCE,FSTYPE", mountpoint]).stdout
+    assert places == f"{store} fuse.diffmergefs\n"
+    assert read(installed, mountpoint / "leaf" / "memory.bin") == LEAF
+    umount(installed, mountpoint)
+
+
+def test_a_line_of_fstab_with_explicit_layers(
+    installed: Namespace, store: Path, mountpoint: Path, public_path: Path
+) -> None:
+    base = store / "base" / "memory.bin"
+    diff = store / "leaf" / "a,b c.diff"
+    (store / "leaf" / "memory.bin").rename(diff)
+    escaped = str(diff).replace(",", "\\,").replace(" ", "\\040").replace("\\,", "\\134,")
+    fstab = public_path / "fstab"
+    given = options(public_path, f"diff={escaped}", "ro")
+    fstab.write_text(f"{base} {mountpoint} fuse.diffmergefs {given} 0 0\n")
+    for _ in range(2):
+        done = mount(installed, "-T", fstab, "-a")
+        assert (done.returncode, done.stderr) == (0, ""), done
+    assert installed.run(["findmnt", "-nro", "SOURCE", mountpoint]).stdout == f"{base}\n"
+    assert read(installed, mountpoint / "memory.bin") == LEAF
+    umount(installed, mountpoint)
+
+
+def test_an_ordinary_user_mounts_what_fstab_lets_him(
+    installed: Namespace, store: Path, public_path: Path
+) -> None:
+    home = public_path / "home"
+    (home / "mnt").mkdir(parents=True)
+    for path in (home, home / "mnt"):
+        os.chown(path, NOBODY, NOBODY)
+    # His interpreter must be one that he can run: the environment of the tests may be root's own.
+    python = public_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$(id -u)" "$@" > {home}/ran\n')
+    python.chmod(0o755)
+    installed.run(["ln", "-sfT", python, SBIN], check=True)
+    fstab = public_path / "fstab"
+    fstab.write_text(f"{store} {home}/mnt fuse.diffmergefs user,noauto,log={home}/log 0 0\n")
+    installed.bind(fstab, "/etc/fstab")
+    done = installed.run(["/usr/bin/env", "-i", "/bin/mount", home / "mnt"], NOBODY, NOBODY)
+    assert done.returncode == 0, done
+    uid, *arguments = (home / "ran").read_text().split()
+    assert uid == str(NOBODY)
+    # Just what mount(8) handed over, taken in by the helper itself.
+    assert main([*arguments, "-f"]) == 0
+
+
+@pytest.mark.parametrize("given", ["nonsense", "diff=/nowhere"])
+def test_what_is_refused_is_named(
+    given: str, installed: Namespace, store: Path, mountpoint: Path, public_path: Path
+) -> None:
+    source = store / "base" / "memory.bin" if "diff" in given else store
+    arguments = ["-t", "fuse.diffmergefs", source, mountpoint, "-o", options(public_path, given)]
+    done = mount(installed, *arguments)
+    assert done.returncode == (FAILED if "diff" in given else USAGE), done
+    assert given.removeprefix("diff=") in done.stderr and "Traceback" not in done.stderr
+    assert installed.mount_options(mountpoint) is None
+
+
+def test_sloppy_leaves_out_what_is_unknown(
+    installed: Namespace, store: Path, mountpoint: Path, public_path: Path
+) -> None:
+    arguments = ["-t", "fuse.diffmergefs", store, mountpoint]
+    done = mount(installed, "-s", *arguments, "-o", options(public_path, "nonsense"))
+    assert (done.returncode, done.stderr) == (
+        0,
+        "diffmergefs: -o nonsense: unknown option, left out\n",
+    )
+    umount(installed, mountpoint)
+
+
+def test_a_missing_source_is_one_line_and_a_status_of_mount(
+    installed: Namespace, mountpoint: Path, public_path: Path
+) -> None:
+    missing = public_path / "none"
+    arguments = ["-t", "fuse.diffmergefs", missing, mountpoint, "-o", options(public_path)]
+    done = mount(installed, *arguments)
+    assert done.returncode == FAILED
+    assert done.stderr == f"diffmergefs: {missing}: No such file or directory\n"
+
+
+def test_fake_and_verbose_and_without_mtab(
+    installed: Namespace, store: Path, mountpoint: Path, public_path: Path
+) -> None:
+    arguments = ["-t", "fuse.diffmergefs", store, mountpoint, "-o", options(public_path)]
+    done = mount(installed, "-f", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert installed.mount_options(mountpoint) is None
+    assert not (public_path / "log").exists()
+    done = mount(installed, "-nv", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert installed.mount_options(mountpoint) is not None
+    umount(installed, mountpoint)
+
+
+# By itself
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("nonsense", "-o nonsense: unknown option"),
+        ("open_rw,nonsense=3", "-o nonsense=3: unknown option"),
+        ("page_size=7", "7 is no power of two"),
+        ("layout=other", "'other' is not one of"),
+        ("allow_other=1", "does not take a value"),
+        ("remount", "-o remount: a view's options are those it was mounted with"),
+        ("foreground", "-o foreground: mount(8) would wait"),
+        ("base=/a", "-o base=/a: SOURCE is the base already"),
+        ("max_read=1", "-o max_read=1: unknown option"),
+    ],
+)
+def test_a_wrong_option_is_bad_usage(
+    given: str, text: str, store: Path, mountpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(store), str(mountpoint), "-o", given]) == USAGE
+    assert text in capfd.readouterr().err
+    assert not mounttable.at(str(mountpoint))
+
+
+@pytest.mark.parametrize("switches", [[], ["-s"], ["-f"], ["-sfnv"], ["-n", "-v"]], ids=str)
+def test_all_of_mounts_own_options_are_taken(
+    switches: list[str], store: Path, mountpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    known = (
+        "rw,ro,defaults,suid,nosuid,dev,nodev,exec,noexec,auto,noauto,user,nouser,users,owner,"
+        "group,nofail,_netdev,sync,async,dirsync,atime,noatime,relatime,strictatime,lazytime,"
+        "diratime,nodiratime,silent,loud,mand,iversion,x-systemd.automount,x-systemd.requires=a,"
+        "X-mount.mkdir=0755,user=nobody,comment=x,uhelper=udisks2,default_permissions,,"
+    )
+    arguments = [str(store), str(mountpoint), *switches, "-o", known, "-f", "-t"]
+    assert main([*arguments, "fuse.diffmergefs"]) == 0
+    assert capfd.readouterr() == ("", "")
+    assert main([*arguments, "ext4"]) == USAGE
+    assert "-t ext4: this mounts fuse.diffmergefs only" in capfd.readouterr().err
+    assert not mounttable.at(str(mountpoint))
+
+
+@pytest.mark.parametrize("source", ["none", "/b"])
+def test_a_base_may_be_named_as_an_option_too(
+    source: str, mountpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([source, str(mountpoint), "-f", "-o", "base=/b,diff=/c"]) == 0
+    assert main([source, str(mountpoint), "-f", "-o", "base=/b,base=/d"]) == USAGE
+    assert "-o base=/d: SOURCE is the base already" in capfd.readouterr().err
+
+
+def test_a_comma_of_a_value_is_escaped() -> None:
+    given = ["a,log=/x\\,y\\\\,ro", "b,,c=\\040\\"]
+    assert split_options(given) == ["a", "log=/x,y\\", "b", "c=\\040\\"]
+
+
+def test_usage_and_bugs_have_mounts_statuses(
+    monkeypatch: pytest.MonkeyPatch, mountpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([]) == USAGE
+    assert main(["--nonsense"]) == USAGE
+    assert "Usage: mount.fuse.diffmergefs" in capfd.readouterr().err
+    monkeypatch.setattr("diffmergefs.cli.mount.Request", lambda *_: 1 // 0)
+    assert main(["/nowhere", str(mountpoint)]) == 4
+    assert "this is a bug" in capfd.readouterr().err
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffmergefs.cli.mount.Request", interrupt)
+    assert main(["/nowhere", str(mountpoint)]) == 8
+
+
+# make install-mount-helper
+
+
+def test_the_link_leads_to_a_script_with_an_absolute_interpreter(namespace: Namespace) -> None:
+    assert make(namespace, "install-mount-helper").returncode == 0
+    assert namespace.run(["readlink", SBIN]).stdout == f"{HELPER}\n"
+    assert str(Path(sys.executable).parent) in HELPER.read_text().split("\n\n")[0]
+    done = namespace.run(["/usr/bin/env", "-i", SBIN, "--help"])
+    assert done.returncode == 0 and done.stdout.startswith("Usage: mount.fuse.diffmergefs")
+    assert make(namespace, "install-mount-helper").returncode == 0  # again, as after an upgrade
+    assert make(namespace, "uninstall-mount-helper").returncode == 0
+    assert namespace.run(["ls", SBIN]).returncode != 0
+    done = make(namespace, "uninstall-mount-helper")
+    assert done.returncode != 0 and "no link of ours" in done.stderr
+
+
+def test_a_package_installs_below_its_own_root(namespace: Namespace, public_path: Path) -> None:
+    (public_path / "root/sbin").mkdir(parents=True)
+    done = make(namespace, "install-mount-helper", f"DESTDIR={public_path}/root")
+    assert done.returncode == 0, done
+    assert (public_path / "root/sbin" / NAME).readlink() == HELPER
+    assert namespace.run(["ls", SBIN]).returncode != 0
+
+
+def test_what_is_not_ours_is_not_replaced(namespace: Namespace, public_path: Path) -> None:
+    (public_path / "root/sbin").mkdir(parents=True)
+    other = public_path / "root/sbin" / NAME
+    shutil.copy("/bin/true", other)
+    for target in ("install-mount-helper", "uninstall-mount-helper"):
+        done = make(namespace, target, f"DESTDIR={public_path}/root")
+        assert done.returncode != 0 and "no link of ours" in done.stderr
+    assert other.read_bytes() == Path("/bin/true").read_bytes()
+
+
+def test_an_installation_without_the_helper_is_named(namespace: Namespace) -> None:
+    done = make(namespace, "install-mount-helper", "FROM=/nowhere")
+    assert done.returncode != 0
+    assert f"/nowhere/{NAME}: not there" in done.stderr

@@ -1,0 +1,183 @@
+"""Pictures as files: refused before any work, whole or not there; and the histograms of `info`."""
+
+from __future__ import annotations
+
+import io
+import os
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffmergefs.analysis.info import run_lengths
+from diffmergefs.core import errors
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.layer import Layer
+from diffmergefs.pictures import raster
+from diffmergefs.pictures.extents_picture import ExtentsPicture
+from diffmergefs.pictures.legend import BASE, Kinds
+from diffmergefs.pictures.map_picture import LEFT, TOP
+from diffmergefs.pictures.picture import picture_format, publish
+from tests.support import sample_map
+from tests.support.commands import diffmergefs, mistake
+from tests.support.images import PAGE, signed, write_layer
+from tests.support.inputs import unchanged
+from tests.support.places import DOCS
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def layer(tmp_path: Path) -> Layer:
+    return Layer.open(str(write_layer(tmp_path / "base", 4 * PAGE, [(0, signed(0, 0, PAGE))])))
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [("a.png", "png"), ("a.SVG", "svg"), ("a.b/c", None), ("a.pdf", None), (".png", None)],
+)
+def test_the_end_of_the_name_says_the_format(path: str, found: str | None) -> None:
+    assert picture_format(path) == found
+
+
+def test_what_cannot_be_written_is_not_drawn(layer: Layer, tmp_path: Path) -> None:
+    (tmp_path / "there.png").write_bytes(b"mine")
+
+    def draw() -> bytes:
+        raise AssertionError("drawn")
+
+    with pytest.raises(errors.OutputRefusedError):
+        publish(str(tmp_path / "there.png"), [layer], draw)
+    with pytest.raises(errors.FileAccessError):
+        publish(str(tmp_path / "no/such/new.png"), [layer], draw)
+
+
+def test_what_fails_while_it_is_drawn_leaves_nothing(layer: Layer, tmp_path: Path) -> None:
+    (tmp_path / "there.png").write_bytes(b"mine")
+
+    def draw() -> bytes:
+        raise errors.LayerChangedError("base: changed")
+
+    for name, force in (("new.png", False), ("there.png", True)):
+        with pytest.raises(errors.LayerChangedError):
+            publish(str(tmp_path / name), [layer], draw, force=force)
+    assert sorted(os.listdir(tmp_path)) == ["base", "there.png"]
+    assert (tmp_path / "there.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(("modes", "mode"), [((0o644, 0o644), 0o644), ((0o644, 0o640), 0o640)])
+def test_a_picture_is_for_those_who_may_read_all_layers(
+    tmp_path: Path, modes: tuple[int, int], mode: int
+) -> None:
+    layers = []
+    for number, bits in enumerate(modes):
+        path = write_layer(tmp_path / str(number), PAGE, [])
+        path.chmod(bits)
+        layers.append(Layer.open(str(path)))
+    publish(str(tmp_path / "new.png"), layers, lambda: b"drawn")
+    assert (tmp_path / "new.png").stat().st_mode & 0o777 == mode
+    assert (tmp_path / "new.png").read_bytes() == b"drawn"
+
+
+def test_lengths_are_counted_by_powers_of_two() -> None:
+    lengths = [1, 1, 2, 3, 4, 7, 8, 1000]
+    starts = [4096 * n for n in range(len(lengths))]
+    pages = [(s * PAGE, (s + n) * PAGE) for s, n in zip(starts, lengths, strict=True)]
+    assert run_lengths(ExtentList(pages), PAGE) == [2, 2, 2, 1, 0, 0, 0, 0, 0, 1]
+    assert run_lengths(ExtentList(), PAGE) == []
+    assert run_lengths(ExtentList([(0, 512), (1024, 2048)]), PAGE) == [2]
+    assert run_lengths(ExtentList([(0, 3 * PAGE - 1)]), PAGE) == [0, 1]
+
+
+def histogram(layers: int = 3) -> ExtentsPicture:
+    lengths = [[0, 0, 0, 1], [1300, 20], *([n + 1] for n in range(layers - 2))]
+    return ExtentsPicture("an image", [f"layer{n}" for n in range(layers)], lengths, PAGE)
+
+
+def words(picture: ExtentsPicture) -> list[str]:
+    root = ET.fromstring(picture.svg())
+    return ["".join(text.itertext()) for text in root.iter(f"{SVG}text")]
+
+
+def test_a_histogram_has_each_layer_s_extents_and_how_many_are_how_long() -> None:
+    found = words(histogram())
+    assert found[0] == "an image: data extents"
+    rows = found[found.index("0") :]
+    assert rows[: 3 + 4 + 5] == [
+        *("0", "layer0", "1", "1"),
+        *("1", "layer1", "1,320", "1,300", "20"),
+        *("2", "layer2", "1"),
+    ]
+    assert {"4 KiB", "8 KiB", "16 KiB", "32 KiB"} <= set(found)
+    assert "64 KiB" not in found
+
+
+def test_a_bar_is_there_for_a_single_extent() -> None:
+    """Beside one of 1,300: in the layer's colour, and shorter."""
+    pixels = np.asarray(Image.open(io.BytesIO(histogram().png())).convert("RGB")).astype(int)
+    areas = []
+    for kind in range(BASE, BASE + 3):
+        colour = bytes.fromhex(raster.colours(Kinds(3))[kind][1:])
+        areas.append(int((pixels == np.array(list(colour))).all(axis=2).sum()))
+    assert areas[1] > 4 * areas[0] and min(areas) > 500
+
+
+def test_the_histogram_groups_many_layers_too() -> None:
+    found = words(histogram(30))
+    assert any("30 layers are drawn as 12" in word for word in found)
+    # The second group: layers 4 to 6, with 3, 4 and 5 extents.
+    assert found[found.index("4-6") + 1 :][:2] == ["layer4 .. layer6", "12"]
+
+
+def test_layers_without_extents_have_no_bars() -> None:
+    picture = ExtentsPicture("empty", ["base", "diff"], [[], []], PAGE)
+    assert words(picture).count("0") == 3  # the base's number, and two counts
+    assert picture.png().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("form", ["png", "svg"])
+def test_info_draws_it(tmp_path: Path, form: str) -> None:
+    base = write_layer(tmp_path / "base", 64 * PAGE, [(0, signed(0, 0, 16 * PAGE))])
+    pages = [(n * PAGE, signed(1, n * PAGE, PAGE)) for n in range(0, 64, 2)]
+    diff = write_layer(tmp_path / "diff", 64 * PAGE, pages)
+    output = tmp_path / f"extents.{form}"
+    arguments = ["info", "--base", base, "--diff", diff]
+    with unchanged([base, diff]):
+        done = diffmergefs(*arguments, "--plot", output)
+    assert (done.returncode, done.stderr) == (0, f"diffmergefs: {output}: written\n")
+    if form == "png":
+        assert output.read_bytes().startswith(b"\x89PNG")
+        return
+    assert done.stdout == diffmergefs(*arguments).stdout
+    text = output.read_text()
+    assert ">32<" in text and ">64 KiB<" in text
+    line = mistake(errors.OutputRefusedError.exit_code, *arguments, "--plot", output)
+    assert "--force" in line
+    assert diffmergefs(*arguments, "--plot", output, "--force").returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [["--force"], ["--plot", "a.gif"]])
+def test_a_wrong_use_of_plot_ends_with_2(tmp_path: Path, arguments: list[str]) -> None:
+    base = write_layer(tmp_path / "base", 4 * PAGE, [])
+    done = diffmergefs("info", "--base", base, *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert os.listdir(tmp_path) == ["base"]
+
+
+def test_the_picture_in_readme_is_what_is_drawn_today(tmp_path: Path) -> None:
+    """Its cells, that is: letters differ a little from one version of the fonts to the next."""
+    assert sample_map.draw(tmp_path / "map.png") == 0
+    kept = DOCS / "map.png"
+    assert kept.stat().st_size < 100_000
+    width, height = raster.Placing(7, parted=True).size
+    box = (LEFT, TOP, LEFT + width, TOP + height)
+    ours, theirs = (
+        np.asarray(Image.open(path).convert("RGB").crop(box))
+        for path in (tmp_path / "map.png", kept)
+    )
+    cells = np.ones(ours.shape[:2], bool)
+    for row in range(4):  # the addresses above the parts
+        cells[row * (256 + raster.GAP + raster.STRIP) :][: raster.STRIP] = False
+    assert (ours == theirs)[cells].all()
