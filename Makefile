@@ -69,6 +69,7 @@ bench-quick: $(VENV)/.stamp-bench | bench-packages
 
 lint: $(VENV)/.stamp-test
 	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy
 
 clean:

@@ -171,9 +171,7 @@ def _examine_extents(
         yield Finding(layer.path, "extents", "fine", text)
 
 
-def _examine_dense(
-    layer: Layer, parents: Parents | None, verdicts: Verdicts
-) -> Iterator[Finding]:
+def _examine_dense(layer: Layer, parents: Parents | None, verdicts: Verdicts) -> Iterator[Finding]:
     why = "as a diff it hides all layers below; one whose holes a copy has filled looks so too"
     if parents is None:
         text = f"no hole in {layer.size} bytes"
@@ -189,7 +187,5 @@ def _examine_dense(
     if is_complete(pages):
         yield Finding(layer.path, "dense", "fine", f"no hole: a complete image; {text}")
         return
-    remedy = (
-        "take the diff again, or put its seal beside it; --dense vouches for a complete image"
-    )
+    remedy = "take the diff again, or put its seal beside it; --dense vouches for a complete image"
     yield Finding(layer.path, "dense", "wrong", f"no hole, and {text}", why, remedy)

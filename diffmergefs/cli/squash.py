@@ -87,8 +87,9 @@ def _position(found: Image, tag: str, option: str) -> int:
     if tag not in found.tags:
         raise click.UsageError(f"{option} {tag} is no tag of the chain {_named(found)}")
     if found.tags[0] == tag:
-        raise click.UsageError(f"{option} {tag} is the base of the chain {_named(found)}; name a"
-                               " diff")
+        raise click.UsageError(
+            f"{option} {tag} is the base of the chain {_named(found)}; name a diff"
+        )
     return found.tags.index(tag)
 
 

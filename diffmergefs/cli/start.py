@@ -65,9 +65,7 @@ class Request:
         return self.source or self.layers[0]
 
 
-def serve_in_front(
-    request: Request, handler: QueuedHandler, level: int, notifier: Notifier
-) -> int:
+def serve_in_front(request: Request, handler: QueuedHandler, level: int, notifier: Notifier) -> int:
     """Mount, and serve until the end, in this process; the exit code.
 
     What is logged from `level` on goes to `handler`. So does a DiffMergeError if that is stderr,

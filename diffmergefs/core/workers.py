@@ -20,9 +20,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_order(
-    work: Callable[[T], R], items: Sequence[T], jobs: int = 1
-) -> Generator[R, None, None]:
+def in_order(work: Callable[[T], R], items: Sequence[T], jobs: int = 1) -> Generator[R, None, None]:
     """`work(item)` for each of the items, in their order, by up to `jobs` processes.
 
     With one job, or one item, it happens in this process. The others are forks of it: they share

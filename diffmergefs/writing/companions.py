@@ -119,9 +119,7 @@ def _entries(folder: int) -> Iterator[tuple[str, os.stat_result]]:
         os.close(fd)
 
 
-def _copy_symlink(
-    folder: int, name: str, target: str, status: os.stat_result, called: str
-) -> None:
+def _copy_symlink(folder: int, name: str, target: str, status: os.stat_result, called: str) -> None:
     with failures(called):
         handle = beneath.open_handle(folder, name)
         try:

@@ -35,9 +35,7 @@ def store(public_path: Path) -> Path:
 
 def run(*arguments: object, cwd: Path | str = "/") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "diffmergefs", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=90, cwd=cwd
-    )
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=90, cwd=cwd)
 
 
 def is_mounted(path: Path) -> bool:
@@ -542,9 +540,7 @@ def files_of(mountpoint: Path) -> list[str]:
     return [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
 
 
-def test_what_its_caller_left_open_is_closed(
-    store: Path, mountpoint: Path, tmp_path: Path
-) -> None:
+def test_what_its_caller_left_open_is_closed(store: Path, mountpoint: Path, tmp_path: Path) -> None:
     """flock(1) holds its lock by such a descriptor."""
     lock = tmp_path / "lock"
     with lock.open("w") as file:

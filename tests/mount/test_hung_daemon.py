@@ -60,9 +60,7 @@ def test_no_argument_is_asked_for_its_attributes_while_it_is_parsed() -> None:
 
 @pytest.mark.parametrize("options", [(), ("--lazy",)])
 @pytest.mark.parametrize("how", ["plain", "inside", "link"])
-def test_it_is_unmounted(
-    options: tuple[str, ...], how: str, store: Path, mountpoint: Path
-) -> None:
+def test_it_is_unmounted(options: tuple[str, ...], how: str, store: Path, mountpoint: Path) -> None:
     (mountpoint.parent / "link").symlink_to("mnt")
     with hung(store, mountpoint):
         if how == "inside":
@@ -194,9 +192,7 @@ def test_paths_are_judged_by_the_table_of_mounts(store: Path, mountpoint: Path) 
         assert other is not None and other.path != real
 
 
-def test_a_covered_mount_is_not_the_one_that_paths_lead_to(
-    store: Path, mountpoint: Path
-) -> None:
+def test_a_covered_mount_is_not_the_one_that_paths_lead_to(store: Path, mountpoint: Path) -> None:
     with mounted(store, mountpoint):
         for point in (mountpoint, mountpoint.parent):
             subprocess.run(["mount", "-t", "tmpfs", "cover", str(point)], check=True)

@@ -170,9 +170,7 @@ NO_PROC = "diffmergefs: /proc is not mounted, and without it no file can be open
         "demo",
     ],
 )
-def test_without_proc_there_is_one_clear_line(
-    command: str, store: Path, mountpoint: Path
-) -> None:
+def test_without_proc_there_is_one_clear_line(command: str, store: Path, mountpoint: Path) -> None:
     skips.require_mounts()
     words = [w.replace("S", str(store)).replace("M", str(mountpoint)) for w in command.split()]
     done = subprocess.run(

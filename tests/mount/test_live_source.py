@@ -152,9 +152,7 @@ def test_a_replaced_parent(public_path: Path, mountpoint: Path) -> None:
     """Its descendants are gone, but for one that records the hash of the new file."""
     store = write_chain(public_path / "store", ["base", "work", "leaf"])
     new = image_of((21, BASE_PAGES))
-    write_tag(
-        store, "pinned", "base", layer=4, parent_content_hash=hashlib.sha256(new).hexdigest()
-    )
+    write_tag(store, "pinned", "base", layer=4, parent_content_hash=hashlib.sha256(new).hexdigest())
     expected = ("not shown: parent replaced: ", "not shown: ancestor 'work' is broken: ")
     with mounted(store, mountpoint, expect_log=expected) as mount:
         with (mountpoint / "leaf" / "memory.bin").open("rb", buffering=0) as old:

@@ -26,9 +26,7 @@ class Swapped:
         for name in ("open", "stat", "readlink"):
             monkeypatch.setattr(os, name, self._counting(getattr(os, name)))
 
-    def moments(
-        self, run: Callable[[], object], apart: int = _APART
-    ) -> Iterator[tuple[int, ...]]:
+    def moments(self, run: Callable[[], object], apart: int = _APART) -> Iterator[tuple[int, ...]]:
         """For `during`: each call that `run` makes, and each with one of those soon after it."""
         self._calls = 0
         run()

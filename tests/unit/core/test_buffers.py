@@ -31,4 +31,3 @@ def test_replies_begin_on_a_page(size: int) -> None:
     assert (offset_in_page(shared), offset_in_page(taken)) == (0, 0)
     taken[:] = b"x" * size
     assert not any(shared)
-

@@ -205,8 +205,8 @@ def test_read_nowait_raises_other_errors(tmp_path: Path, monkeypatch: pytest.Mon
 def test_read_nowait_gives_the_same_bytes_once_they_are_cached(real_fs: Path) -> None:
     chain = [[data(0, 0, 4)], [data(1, 1, 1), (2 * PAGE, bytes(PAGE))]]
     view = open_view(real_fs, 4 * PAGE, chain)
-    assert view.read(0, 4 * PAGE) == view.read_nowait(0, 4 * PAGE) == overlay_oracle(
-        4 * PAGE, chain
+    assert (
+        view.read(0, 4 * PAGE) == view.read_nowait(0, 4 * PAGE) == overlay_oracle(4 * PAGE, chain)
     )
 
 

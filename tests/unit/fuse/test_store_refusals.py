@@ -100,9 +100,7 @@ def test_a_refusal_asked_for_again_and_again_does_not_grow(
     assert lengths[1] == lengths[2] == lengths[3]
 
 
-def test_an_empty_layer_is_never_shown(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_empty_layer_is_never_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_tag(tmp_path, "base", size=0, numbers=[])
     assert looked(tmp_path).tags() == []
     assert "base: not shown: base/memory.bin: is empty (0 bytes)" in warnings(caplog)[0]

@@ -52,9 +52,7 @@ def test_an_empty_tag_as_parent_is_missing_and_no_end_of_the_chain() -> None:
         ({"a": "b", "b": "c", "c": "b"}, "b -> c -> b"),
     ],
 )
-def test_a_cycle_is_told_without_the_way_to_it(
-    parents: dict[str, str | None], cycle: str
-) -> None:
+def test_a_cycle_is_told_without_the_way_to_it(parents: dict[str, str | None], cycle: str) -> None:
     assert f"cycle: {cycle}, " in refusal("a", parents)
 
 

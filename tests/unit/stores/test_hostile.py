@@ -243,9 +243,7 @@ def test_names_that_the_locale_cannot_write_are_refused(store: Path) -> None:
     assert "which is no text" in done.stdout
 
 
-def test_a_name_forges_no_line_of_the_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_name_forges_no_line_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_tag(tmp_path, "x\n2030-01-01 INFO all is well\x1b[2J")
     store = Store(str(tmp_path), TrustPolicy(), clock=lambda: OLD_NS + 100 * SECOND_NS)
     store.look()
