@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from diffmergefs.checks.finding import Finding, Severity
-from diffmergefs.core.beneath import Reach
+from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.contentchecks import copied_up, hint_of_filled, is_complete, sampled
@@ -51,7 +51,7 @@ def examine_layer(
     parents: Parents | None,
     policy: TrustPolicy,
     verdicts: Verdicts,
-    root: Reach | None = None,
+    root: AllowedRoots | None = None,
     path: str | None = None,
 ) -> Iterator[Finding]:
     """The findings on an open layer, whose seal, if it has one, is not in force yet.
@@ -117,7 +117,7 @@ def _examine_writers(layer: Layer) -> Iterator[Finding]:
 
 
 def _examine_seal(
-    layer: Layer, memory: Remembered, root: Reach | None, path: str | None
+    layer: Layer, memory: Remembered, root: AllowedRoots | None, path: str | None
 ) -> Iterator[Finding]:
     # Where the seal cannot be used the extents known before stay in force, so that what else is
     # wrong is found too.

@@ -10,7 +10,7 @@ from dataclasses import replace
 from diffmergefs.checks.diagnosis import examine_layer, wrong
 from diffmergefs.checks.finding import Finding
 from diffmergefs.checks.probe import examine_filesystem
-from diffmergefs.core.beneath import Reach
+from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import DiffMergeError, FileAccessError, ForeignFormatError
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.contentverdicts import Parents, Verdicts
@@ -83,8 +83,8 @@ def _examine_snapshots(
 ) -> Iterator[Finding]:
     root = os.open(catalog.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        reach = Reach(root, policy.allow_outside)
-        pool = LayerPool(reach, policy, os.path.abspath(catalog.root))
+        roots = AllowedRoots(root, policy.allow_outside)
+        pool = LayerPool(roots, policy, os.path.abspath(catalog.root))
         layers: dict[str, Layer] = {}
         for tag in tags:
             snapshot = catalog.snapshots[tag]
@@ -104,7 +104,7 @@ def _examine_snapshots(
             in_doubt = list(_examine_base(layer, snapshot, policy))
             yield from in_doubt
             parents = None if in_doubt else parents
-            yield from examine_layer(layer, parents, policy, pool.verdicts, reach, path)
+            yield from examine_layer(layer, parents, policy, pool.verdicts, roots, path)
     finally:
         os.close(root)
 

@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 from diffmergefs.checks.verdict import Fault, Faults, LayerVerdict, Verdict
-from diffmergefs.core.beneath import Reach
+from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import BrokenChainError, PinError
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView, require_equal_size
@@ -164,12 +164,12 @@ def open_image(path: str, policy: TrustPolicy) -> Verification:
                 require_equal_ranges(base.memory.path, base.ranges, link.memory.path, link.ranges)
     root = os.open(catalog.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        reach = Reach(root, policy.allow_outside)
-        pool = LayerPool(reach, replace(policy, no_seal=True, verify="full"), catalog.root)
+        roots = AllowedRoots(root, policy.allow_outside)
+        pool = LayerPool(roots, replace(policy, no_seal=True, verify="full"), catalog.root)
         items = [_opened(link, pool, catalog.root, faults) for link in links]
         if not policy.no_seal:
             for item in items:
-                _adopt_seal(item, faults, reach)
+                _adopt_seal(item, faults, roots)
     finally:
         os.close(root)
     return Verification(items, faults, policy)
@@ -187,7 +187,7 @@ def _opened(link: Snapshot, pool: LayerPool, root: str, faults: Faults) -> _Item
     return item
 
 
-def _adopt_seal(item: _Item, faults: Faults, root: Reach | None = None) -> None:
+def _adopt_seal(item: _Item, faults: Faults, root: AllowedRoots | None = None) -> None:
     # It counts as wrong until it has been compared; where it cannot be used, the filesystem's
     # extents stay in force, so that what else is wrong is found too.
     if item.layer is None:

@@ -23,7 +23,7 @@ from diffmergefs.cli.common import (
 from diffmergefs.cli.picture import draw_extents, picture_path
 from diffmergefs.cli.progress import progress
 from diffmergefs.cli.tables import new_table, print_table
-from diffmergefs.core.beneath import Reach
+from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.images import LayerPool, open_snapshot
@@ -90,7 +90,7 @@ def list_(
     )
     root = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        pool = LayerPool(Reach(root, policy.allow_outside), policy)
+        pool = LayerPool(AllowedRoots(root, policy.allow_outside), policy)
         held: list[Layer] = []  # so that each layer that is shared is walked once
         rows = []
         with progress("list", len(catalog.snapshots), unit="snapshots") as moved:

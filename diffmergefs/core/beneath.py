@@ -15,7 +15,7 @@ _PASS_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_REGULAR = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
-class Reach:
+class AllowedRoots:
     """The directory `root`, an open descriptor, and the directories `outside` that a user allows.
 
     As the `root` of the functions here: a relative path leads beneath `root`, an absolute one
@@ -35,7 +35,7 @@ class Reach:
         return next(within, None)
 
 
-Root = int | Reach
+Root = int | AllowedRoots
 
 
 def open_directory(root: Root, relative: str = "") -> int:
@@ -135,7 +135,7 @@ def _walk(root: Root, path: str) -> tuple[int, str]:
 
 
 def _start(root: Root, path: str) -> tuple[int, list[str]]:
-    if isinstance(root, Reach):
+    if isinstance(root, AllowedRoots):
         if top := root.allowed(path):
             names = _components(path[len(top) :].lstrip("/"))
             return os.open(top, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), names

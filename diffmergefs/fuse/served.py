@@ -110,8 +110,8 @@ class Store:
         self._policy = policy
         self._leases = leases
         self._clock = clock
-        self.reach = beneath.Reach(self.fd, policy.allow_outside)
-        self._pool = LayerPool(self.reach, policy)
+        self.roots = beneath.AllowedRoots(self.fd, policy.allow_outside)
+        self._pool = LayerPool(self.roots, policy)
         self._hashes = Hashes(Remembered(policy.state_dir), anew=policy.verify == "full")
         self._replacements = HashQueue(lambda file: self._hashes.of(self._pool.layer(file)))
         self._watch = Watch(self._replacements.ask)
@@ -230,7 +230,7 @@ class Store:
         found: set[Folder] = set()
         for path in {above for place in places for above in _between(place)}:
             try:
-                with beneath.passing(self.reach, path) as fd:
+                with beneath.passing(self.roots, path) as fd:
                     found.add(Folder.of(fd))
             except OSError:
                 found.add(Folder(os.geteuid(), os.getegid(), 0o700))
@@ -255,7 +255,7 @@ class Store:
         # A layer that is shared or was renamed was opened by another path than this chain's: who
         # may read the view follows from where its layers are now.
         paths = [link.layer.path for link in links]
-        return os.path.basename(paths[-1]), view_access(image.view.layers, self.reach, paths)
+        return os.path.basename(paths[-1]), view_access(image.view.layers, self.roots, paths)
 
     def _say_changes(
         self, catalog: Catalog, shown: dict[str, list[Snapshot]], unsettled: set[str]

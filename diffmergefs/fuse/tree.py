@@ -294,7 +294,7 @@ class Tree:
 
     def _passing(self, path: str) -> AbstractContextManager[int]:
         assert self.store is not None
-        return beneath.passing(self.store.reach, path)
+        return beneath.passing(self.store.roots, path)
 
     def memory_name(self, tag: str) -> str | None:
         """The name of the tag's memory file, or None if the tag is not shown."""
@@ -524,7 +524,7 @@ class Tree:
         EBUSY for device state that may be of another memory than is shown (`Store.require_seen`).
         """
         assert self.store is not None
-        fd = beneath.open_regular(self.store.reach, node.path)
+        fd = beneath.open_regular(self.store.roots, node.path)
         try:
             require_spare_descriptors(fd, node.path)
             status = os.fstat(fd)

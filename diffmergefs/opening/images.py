@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from diffmergefs.core import beneath, sparse
-from diffmergefs.core.beneath import Reach, Root
+from diffmergefs.core.beneath import AllowedRoots, Root
 from diffmergefs.core.errors import (
     BrokenChainError,
     DiffMergeError,
@@ -85,7 +85,7 @@ def require_spare_descriptors(fd: int, path: str) -> None:
 class LayerPool:
     """The open layers of a directory of snapshots, each file once, however many views share it.
 
-    `root` is a descriptor of that directory, kept by the caller (or a `beneath.Reach` of it, where
+    `root` is a descriptor of that directory, kept by the caller (or a `beneath.AllowedRoots` of it, where
     layers lie outside), and `where` what messages put before the paths beneath it. A layer lives as
     long as a view uses it. Safe to use from several threads: a layer that one of them opens is
     waited for by the others. `verdicts` are what was found in the layers' pages.
@@ -217,7 +217,7 @@ def open_image(path: str | os.PathLike[str], policy: TrustPolicy | None = None) 
         raise type(error)(f"in {catalog.root}: {error}") from None
     root = os.open(catalog.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        pool = LayerPool(Reach(root, policy.allow_outside), policy, catalog.root)
+        pool = LayerPool(AllowedRoots(root, policy.allow_outside), policy, catalog.root)
         image = open_snapshot(links, pool, policy)
     finally:
         os.close(root)

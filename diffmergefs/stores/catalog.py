@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from diffmergefs.core import foreign
-from diffmergefs.core.beneath import Reach
+from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import BrokenChainError, DiffMergeError, FileAccessError
 from diffmergefs.core.extents import MAX_LAYERS
 from diffmergefs.core.layer import require_size
@@ -162,7 +162,7 @@ def read_catalog(
         with os.scandir(fd) as entries:
             statuses, refused = _statuses_of(entries)
         foreign.require_own_directory(statuses.keys() | refused.keys(), root)
-        source = Source(root, Reach(fd, outside), statuses, suffix, allow_gaps, refused)
+        source = Source(root, AllowedRoots(fd, outside), statuses, suffix, allow_gaps, refused)
         reader = READERS[layout] if layout else _find_reader(source)
         snapshots = reader.read(source)
         if named := snapshots.get(STATUS_FOLDER):

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Protocol
 
 from diffmergefs.core import beneath, foreign
-from diffmergefs.core.beneath import Reach, Root
+from diffmergefs.core.beneath import AllowedRoots, Root
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.stores.snapshot import Snapshot, is_left_out, key_of, version_of
 
@@ -32,7 +32,7 @@ class Source:
     """
 
     path: str
-    root: Reach
+    root: AllowedRoots
     statuses: Mapping[str, os.stat_result]
     suffix: str | None = None
     allow_gaps: bool = False

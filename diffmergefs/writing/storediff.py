@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from diffmergefs.core.beneath import Reach
+from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import (
     BrokenChainError,
     DiffMergeError,
@@ -58,7 +58,7 @@ class StoreRediff:
         self._links: dict[str, Link] = {}
         with failures(self.source):
             self._root = os.open(self.source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._reach = Reach(self._root, self._policy.allow_outside)
+        self._roots = AllowedRoots(self._root, self._policy.allow_outside)
         try:
             self._judge()
         except BaseException:
@@ -116,7 +116,7 @@ class StoreRediff:
         with OutputDirectory(output) as directory:
             self._require_pins(tally)
             parents = {link.snapshot.parent or "" for link in self._links.values()}
-            writer = StoreWriter(directory, self._reach, self._catalog, parents, tally)
+            writer = StoreWriter(directory, self._roots, self._catalog, parents, tally)
             options = WriteOptions(self._policy, verify=verify, seal=seal, jobs=jobs)
             done = [writer.write(link, options) for link in self._links.values()]
             self._require_unchanged()
@@ -131,7 +131,7 @@ class StoreRediff:
         return read_catalog(self.source, "forkd", outside=self._policy.allow_outside)
 
     def _judge(self) -> None:
-        pool = LayerPool(self._reach, self._policy, self.source)
+        pool = LayerPool(self._roots, self._policy, self.source)
         chains = []
         for tag in sorted(self._catalog.snapshots):
             try:

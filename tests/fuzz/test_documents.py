@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmergefs.core.beneath import Reach
+from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import (
     BrokenChainError,
     DenseDiffError,
@@ -186,7 +186,7 @@ def test_directories(
             return
         root = os.open(store, os.O_PATH | os.O_DIRECTORY)
         try:
-            pool = LayerPool(Reach(root, policy.allow_outside), policy)
+            pool = LayerPool(AllowedRoots(root, policy.allow_outside), policy)
             for tag in catalog.snapshots:
                 examine_tag(catalog, tag, pool, made)
         finally:

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmergefs.core.beneath import Reach
+from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import (
     BrokenChainError,
     DenseDiffError,
@@ -241,7 +241,7 @@ def test_superserve_directories(
             return
         root = os.open(store, os.O_PATH | os.O_DIRECTORY)
         try:
-            pool = LayerPool(Reach(root), policy, catalog.root)
+            pool = LayerPool(AllowedRoots(root), policy, catalog.root)
             for tag in catalog.snapshots:
                 try:
                     links = catalog.chain(tag)

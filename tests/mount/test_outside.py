@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from diffmergefs.cli.mount import mount
-from diffmergefs.core.beneath import Reach, open_directory, open_regular, stat_beneath
+from diffmergefs.core.beneath import AllowedRoots, open_directory, open_regular, stat_beneath
 from diffmergefs.core.errors import BrokenChainError, FileAccessError, MountpointError
 from diffmergefs.fuse.served import Store
 from diffmergefs.opening.images import find_image, open_image
@@ -177,25 +177,25 @@ def inside(root: Path) -> Any:
 
 def test_the_deepest_allowed_directory_counts(root: Path, inside: int) -> None:
     record(root, root)
-    reach = Reach(inside, [str(root), str(root / "alias")])
-    os.close(open_regular(reach, f"{root}/alias/deep/work.vmstate"))
-    os.close(open_directory(reach, f"{root}/alias"))
-    assert stat.S_ISLNK(stat_beneath(Reach(inside, [str(root)]), f"{root}/alias").st_mode)
+    roots = AllowedRoots(inside, [str(root), str(root / "alias")])
+    os.close(open_regular(roots, f"{root}/alias/deep/work.vmstate"))
+    os.close(open_directory(roots, f"{root}/alias"))
+    assert stat.S_ISLNK(stat_beneath(AllowedRoots(inside, [str(root)]), f"{root}/alias").st_mode)
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "{}/pool-2/x", "{}/pool/../x", "../pool", "{}"])
 def test_reach_lets_nothing_else_through(root: Path, inside: int, path: str) -> None:
-    reach = Reach(inside, [str(root / "pool")])
+    roots = AllowedRoots(inside, [str(root / "pool")])
     with pytest.raises(FileAccessError, match="not a path beneath its directory"):
-        open_regular(reach, path.format(root))
+        open_regular(roots, path.format(root))
 
 
 def test_the_whole_machine_can_be_allowed(root: Path, inside: int) -> None:
-    reach = Reach(inside, ["/"])
-    os.close(open_regular(reach, f"{root}/pool/deep/work.vmstate"))
-    os.close(open_directory(reach, "/"))
-    assert stat_beneath(reach, "").st_ino == (root / "store").stat().st_ino
-    assert stat_beneath(reach, "base").st_ino == (root / "store" / "base").stat().st_ino
+    roots = AllowedRoots(inside, ["/"])
+    os.close(open_regular(roots, f"{root}/pool/deep/work.vmstate"))
+    os.close(open_directory(roots, "/"))
+    assert stat_beneath(roots, "").st_ino == (root / "store").stat().st_ino
+    assert stat_beneath(roots, "base").st_ino == (root / "store" / "base").stat().st_ino
 
 
 def test_who_may_read_follows_from_the_directories_outside_too(root: Path) -> None:
