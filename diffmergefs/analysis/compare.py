@@ -93,7 +93,7 @@ def compare(
                 progress(compared)
     ranges = ExtentList(itertools.chain.from_iterable(found))
     first = _first_difference(a, b, ranges, page_size)
-    settle(a, b)
+    check_unchanged(a, b)
     return Comparison(a.size, page_size, first, ranges, compared)
 
 
@@ -102,8 +102,8 @@ def windows(
 ) -> Generator[Window, None, None]:
     """The differences of two views, part by part in ascending order; the parts tile the image.
 
-    No page stands in two parts. Fingerprints are not compared: call `settle` when all bytes were
-    read. Close the generator. Raises like `compare`.
+    No page stands in two parts. Fingerprints are not compared: call `check_unchanged` when all
+    bytes were read. Close the generator. Raises like `compare`.
     """
     comparing = _Comparing(Pair(a, b), page_size)
     if page_size < 1 or page_size & (page_size - 1):
@@ -112,14 +112,14 @@ def windows(
     return in_order(comparing.window, _pieces(0, a.size, step), jobs)
 
 
-def settle(*views: MergedView) -> None:
+def check_unchanged(*views: MergedView) -> None:
     """Compare each layer of the views with its fingerprint.
 
     Raises LayerChangedError, and FileAccessError in place of OSError.
     """
     for layer in dict.fromkeys(layer for view in views for layer in view.layers):
         with failures(layer.path):
-            layer.settle()
+            layer.check_unchanged()
 
 
 class Pair:

@@ -52,7 +52,7 @@ def scanned_pieces(
         for first, last, zero in _joined(judged):
             yield Piece(first, last, number, zero)
         with failures(layer.path):
-            layer.settle()
+            layer.check_unchanged()
     progress(meter.done)
 
 

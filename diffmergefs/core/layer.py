@@ -152,10 +152,10 @@ class Layer:
     def read_into(self, buffer: memoryview, offset: int, *, nowait: bool = False) -> None:
         """Fill the whole of `buffer` with the layer's bytes from `offset` on.
 
-        The fingerprint is not compared: call `settle` after the bytes were read and before they
-        are used. Raises LayerChangedError if the layer is tainted or ends early, OSError with
-        `path` as its filename for a failed read, and with `nowait` BlockingIOError if the bytes are
-        not in the page cache.
+        The fingerprint is not compared: call `check_unchanged` after the bytes were read and
+        before they are used. Raises LayerChangedError if the layer is tainted or ends early,
+        OSError with `path` as its filename for a failed read, and with `nowait` BlockingIOError if
+        the bytes are not in the page cache.
         """
         if self.tainted:
             raise self._changed()
@@ -172,8 +172,8 @@ class Layer:
                 raise BlockingIOError(errno.EAGAIN, "a short read with RWF_NOWAIT", self.path)
             self._taint(f"it ends before byte {offset + len(buffer)}, it had {self.size}")
 
-    def is_settled(self) -> bool:
-        """Whether the fingerprint is that of the walk; if not, `settle` must judge.
+    def is_unchanged(self) -> bool:
+        """Whether the fingerprint is that of the walk; if not, call `check_unchanged`.
 
         Raises LayerChangedError if the layer is tainted or its size or mtime moved. Costs an
         fstat; never blocks.
@@ -194,7 +194,7 @@ class Layer:
             self._taint(f"its mtime moved from {known.mtime_ns} to {now.st_mtime_ns} ns")
         return False
 
-    def settle(self) -> None:
+    def check_unchanged(self) -> None:
         """Return if the bytes read so far are those of the view; raise LayerChangedError if not.
 
         A moved ctime or block count alone is no proof of a change (chmod, rename, writeback and a
@@ -202,10 +202,10 @@ class Layer:
         that reads as zeros, or less where nothing was written but only preallocated or cached,
         leave the extents known before in force. Blocks for the walk.
         """
-        if self.is_settled():
+        if self.is_unchanged():
             return
         with self._recheck:
-            if self.is_settled():
+            if self.is_unchanged():
                 return
             _sync(self.fd)
             now = Fingerprint.of(self.fd)
@@ -229,14 +229,14 @@ class Layer:
                 if len(lost)
                 else "the same extents",
             )
-            # Size and mtime may have moved since is_settled: then the next comparison sees it,
+            # Size and mtime may have moved since is_unchanged: then the next comparison sees it,
             # because the fingerprint accepted is the one taken before the walk.
             self.fingerprint = now._replace(
                 size=self.fingerprint.size, mtime_ns=self.fingerprint.mtime_ns
             )
 
     def is_zero(self, start: int, stop: int) -> bool:
-        """Whether the bytes of a range are zeros; `settle` is for the caller to call.
+        """Whether the bytes of a range are zeros; the caller must call `check_unchanged`.
 
         Raises LayerChangedError if the layer ends before `stop`, and OSError.
         """

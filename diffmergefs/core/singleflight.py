@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Once(Generic[T]):
+class SingleFlight(Generic[T]):
     """Work that is done once for each key, however many ask for it while it is under way.
 
     All of them get what it gives, or its error. Nothing is remembered: whoever asks after its end

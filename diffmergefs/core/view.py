@@ -100,7 +100,7 @@ class MergedView:
         """
         done = self._pour(buffer, offset, supplied, 0, True)
         for number in supplied:
-            if number != HOLE and not self.layers[number].is_settled():
+            if number != HOLE and not self.layers[number].is_unchanged():
                 supplied.clear()
                 return 0
         return done
@@ -116,7 +116,7 @@ class MergedView:
         self._pour(buffer, offset, supplied, done, False)
         for number in supplied:
             if number != HOLE:
-                self.layers[number].settle()
+                self.layers[number].check_unchanged()
 
     def _pour(
         self,
@@ -143,10 +143,10 @@ class MergedView:
             supplied[number] = supplied.get(number, 0) + stop - start
         return len(buffer)
 
-    def settle(self) -> None:
+    def check_unchanged(self) -> None:
         """Compare every layer with its fingerprint; raises LayerChangedError."""
         for layer in self.layers:
-            layer.settle()
+            layer.check_unchanged()
 
     def visible_bytes(self) -> list[int]:
         """For each layer, how many bytes of the view it supplies."""

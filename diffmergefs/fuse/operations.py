@@ -22,7 +22,7 @@ from diffmergefs.core.buffers import Buffers
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.singleflight import Once
+from diffmergefs.core.singleflight import SingleFlight
 from diffmergefs.core.version import __version__
 from diffmergefs.fuse import xattrs
 from diffmergefs.fuse.contents import Contents
@@ -127,7 +127,7 @@ class Operations(pyfuse3.Operations):
         self._replies = Buffers()
         self._next_handle = 1
         self._lookups: Counter[int] = Counter()
-        self._shared: Once[object] = Once()
+        self._shared: SingleFlight[object] = SingleFlight()
         self._opening = Lanes(_OPENING_THREADS)
         self._reading = Lanes(_READING_THREADS)
         self._hashing = Lanes(os.cpu_count() or 1)

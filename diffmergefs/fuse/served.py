@@ -23,7 +23,7 @@ from diffmergefs.core.errors import (
 )
 from diffmergefs.core.identity import FileKey, FileVersion
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.singleflight import Once
+from diffmergefs.core.singleflight import SingleFlight
 from diffmergefs.fuse.access import Access, Folder, view_access
 from diffmergefs.fuse.hashqueue import HashQueue
 from diffmergefs.opening.contentchecks import Hint, must_read
@@ -116,7 +116,7 @@ class Store:
         self._replacements = HashQueue(lambda file: self._hashes.of(self._pool.layer(file)))
         self._watch = Watch(self._replacements.ask)
         self._right: set[tuple[FileKey, str | None]] = set()  # parents and their recorded hashes
-        self._opening: Once[OpenImage] = Once()
+        self._opening: SingleFlight[OpenImage] = SingleFlight()
         self._lock = threading.Lock()
         self._catalog = Catalog(self.root, layout or "forkd", {})
         self._shown: dict[str, list[Snapshot]] = {}

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import trio
 
 from diffmergefs.core import background
-from diffmergefs.core.singleflight import Once
+from diffmergefs.core.singleflight import SingleFlight
 
 T = TypeVar("T")
 
@@ -132,7 +132,7 @@ class Lanes:
 
 
 async def once_in_thread(
-    shared: Once[T],
+    shared: SingleFlight[T],
     key: Hashable,
     work: Callable[[], T],
     run: Callable[..., Awaitable[None]] = in_thread,
@@ -156,7 +156,7 @@ async def once_in_thread(
 
 
 async def _lead(
-    shared: Once[T],
+    shared: SingleFlight[T],
     key: Hashable,
     future: Future[T],
     work: Callable[[], T],

@@ -68,7 +68,7 @@ def compare_pages(
 
     `stop` is at most the layer's size. Pages are counted from `start` on. Without `parents` every
     page counts as one over other bytes. All of the range is read, a MiB or a page at a time. Law 6
-    is the caller's to see to (`Layer.settle`). Raises LayerChangedError and OSError.
+    is the caller's to see to (`Layer.check_unchanged`). Raises LayerChangedError and OSError.
     """
     zero = equal = other = new = 0
     zeros = bytes(page)
@@ -107,7 +107,7 @@ def sample(parents: Read, below: ExtentList, layer: Layer) -> Pages:
         stop = min(offset + PAGE, layer.size)
         pages = compare_pages(parents, layer, offset, stop)
         found = _sum((found, pages))
-    layer.settle()
+    layer.check_unchanged()
     return found
 
 
@@ -125,9 +125,9 @@ def find_copy_up(parents: Read | None, layer: Layer, page: int = PAGE) -> tuple[
         pages = compare_pages(parents, layer, start, stop, page)
         # A short end of the file is often written to, so a page of zeros there is no sign yet.
         if pages.written and (pages.mostly_zero or (pages.zero and stop - start >= MIB)):
-            layer.settle()
+            layer.check_unchanged()
             return start, stop, pages.zero
-    layer.settle()
+    layer.check_unchanged()
     return ()
 
 
@@ -186,7 +186,7 @@ def find_filled(parents: Read, layer: Layer, page: int = PAGE) -> tuple[int, ...
             sign = _is_suspect
         elif mixed >= _MANY and mixed >= 3 * more * sum(map(_is_mixed, beside)):
             sign = _is_mixed
-    layer.settle()
+    layer.check_unchanged()
     named = [each for each in found if sign and each.count(sign)]
     if not named:
         return ()

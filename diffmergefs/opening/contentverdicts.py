@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.singleflight import Once
+from diffmergefs.core.singleflight import SingleFlight
 from diffmergefs.sidecars.verified import MAX_REMEMBERED, Identity, Remembered
 
 #: What a look has found, in numbers of its own; none if nothing.
@@ -61,7 +61,7 @@ class Verdicts:
         self._anew = anew
         self._known: dict[str, Finding] = {}
         self._guard = threading.Lock()
-        self._once: Once[Finding] = Once()
+        self._running: SingleFlight[Finding] = SingleFlight()
 
     def of(self, kind: str, parents: Parents, layer: Layer, look: Callable[[], Finding]) -> Finding:
         """What `look`, of this kind, finds in `layer` over `parents`; it is called if not known.
@@ -74,7 +74,7 @@ class Verdicts:
             found = self._recall(kind, chain, layer)
             return self._look(kind, chain, layer, look) if found is None else found
 
-        return self._once.do(chain, recall_or_look)
+        return self._running.do(chain, recall_or_look)
 
     def is_known(self, kind: str, parents: Parents, layer: Layer) -> bool:
         """Whether `of` would not have to look."""

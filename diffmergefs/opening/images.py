@@ -22,7 +22,7 @@ from diffmergefs.core.errors import (
 )
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.singleflight import Once
+from diffmergefs.core.singleflight import SingleFlight
 from diffmergefs.core.view import MergedView, require_equal_size
 from diffmergefs.opening.contentchecks import Hint, hints, require_exact, require_meant
 from diffmergefs.opening.contentverdicts import Parents, Verdicts
@@ -85,10 +85,10 @@ def require_spare_descriptors(fd: int, path: str) -> None:
 class LayerPool:
     """The open layers of a directory of snapshots, each file once, however many views share it.
 
-    `root` is a descriptor of that directory, kept by the caller (or a `beneath.AllowedRoots` of it, where
-    layers lie outside), and `where` what messages put before the paths beneath it. A layer lives as
-    long as a view uses it. Safe to use from several threads: a layer that one of them opens is
-    waited for by the others. `verdicts` are what was found in the layers' pages.
+    `root` is a descriptor of that directory, kept by the caller (or a `beneath.AllowedRoots` of it,
+    where layers lie outside), and `where` what messages put before the paths beneath it. A layer
+    lives as long as a view uses it. Safe to use from several threads: while one of them opens a
+    layer, the others that need it wait. `verdicts` are what was found in the layers' pages.
     """
 
     def __init__(self, root: Root, policy: TrustPolicy, where: str = "") -> None:
@@ -99,7 +99,7 @@ class LayerPool:
         self._layers: weakref.WeakValueDictionary[_Content, Layer] = weakref.WeakValueDictionary()
         # Where the first of a layer's holes lies that looked like data when it was opened.
         self._cached: dict[FileKey, int] = {}
-        self._opening: Once[Layer] = Once()
+        self._opening: SingleFlight[Layer] = SingleFlight()
 
     def layer(self, file: StoredFile) -> Layer:
         """The open layer of `file`, opened by `Opener` if it is not open yet.

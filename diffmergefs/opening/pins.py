@@ -10,7 +10,7 @@ from diffmergefs.core import sparse
 from diffmergefs.core.buffers import page_aligned
 from diffmergefs.core.errors import PinError
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.singleflight import Once
+from diffmergefs.core.singleflight import SingleFlight
 from diffmergefs.sidecars.verified import Identity, Remembered
 from diffmergefs.stores.snapshot import Snapshot
 
@@ -44,7 +44,7 @@ def content_hash(layer: Layer, report: Callable[[int], None] = _ignore) -> str:
             report(len(block))
         position = stop
     _add_zeros(digest, layer.size - position, report)
-    layer.settle()
+    layer.check_unchanged()
     return digest.hexdigest()
 
 
@@ -67,7 +67,7 @@ class Hashes:
         self._anew = anew
         self._computed: dict[tuple[int, ...], str] = {}
         self._recalled: dict[Identity, str] = {}
-        self._computing: Once[tuple[str, object]] = Once()
+        self._computing: SingleFlight[tuple[str, object]] = SingleFlight()
 
     def of(
         self, layer: Layer, expected: str | None = None, report: Callable[[int], None] = _ignore
@@ -87,7 +87,7 @@ class Hashes:
             known, by = self._computing.do(key, lambda: self._compute(layer, identity, report, me))
             if by is me:
                 return known
-        layer.settle()
+        layer.check_unchanged()
         report(layer.size)
         return known
 

@@ -95,7 +95,7 @@ def compare(layer: Layer, found: StoredPresence) -> None:
                 f"{found.path}: leaves out bytes [{start}, {stop}) of {layer.path}, which are not"
                 " zeros: it is of another save; copy both files again, or save the snapshot again"
             )
-    layer.settle()
+    layer.check_unchanged()
 
 
 def compare_once(
@@ -108,7 +108,7 @@ def compare_once(
     try:
         identity, since_ns = Identity.of_open(layer.fd), time.time_ns()
         if not anew and memory.recall(KIND, identity) == found.digest:
-            layer.settle()
+            layer.check_unchanged()
             return
         compare(layer, found)
         memory.remember(KIND, identity, found.digest, since_ns)

@@ -106,7 +106,7 @@ def compare_once(layer: Layer, seal: StoredSeal, memory: Remembered, *, anew: bo
     try:
         identity = Identity.of_open(layer.fd)
         if not anew and memory.recall(KIND, identity) == seal.digest:
-            layer.settle()
+            layer.check_unchanged()
         else:
             compare_and_remember(layer, seal, memory)
     except OSError as error:
@@ -157,7 +157,7 @@ def compare(
             )
     for start, stop in _outside(layer, seal):
         _require_zeros(layer, start, stop, buffer, report, seal, "a hole by its seal, and")
-    layer.settle()
+    layer.check_unchanged()
 
 
 def compared_bytes(layer: Layer, seal: StoredSeal) -> int:
@@ -173,7 +173,7 @@ def sha256(
     buffer: memoryview,
     report: Callable[[int], None] = lambda count: None,
 ) -> bytes:
-    """The sha256 of a range of the layer's file; `settle` is for the caller to call."""
+    """The sha256 of a range of the layer's file; the caller must call `check_unchanged`."""
     digest = hashlib.sha256()
     for part in _parts(layer, start, stop, buffer):
         digest.update(part)

@@ -149,7 +149,9 @@ def _locate(root: Root, tag: str, recorded: str, paths: Collection[str]) -> Stor
 
 def is_reachable(root: Root, path: str) -> bool:
     """Whether `root` leads to a path that `beneath_source` gave: beneath it, or one it allows."""
-    return not path.startswith("/") or (isinstance(root, AllowedRoots) and root.allowed(path) is not None)
+    return not path.startswith("/") or (
+        isinstance(root, AllowedRoots) and root.allowed(path) is not None
+    )
 
 
 def beneath_source(path: str, paths: Collection[str]) -> str:

@@ -34,8 +34,9 @@ class StoredFile(NamedTuple):
     """A file of a directory of snapshots: its path and which content it has.
 
     The path is relative to the directory, or absolute and beneath one that the user allows
-    (`beneath.AllowedRoots`). `records` are, for a layer, the files beside it by which its extents go: what
-    their names have after the layer's (`.bmap`, for a diff also `.presence`), and which they are.
+    (`beneath.AllowedRoots`). `records` are the layer's sidecars whose extents override the
+    filesystem's: the suffix that their names add to the layer's (`.bmap`, for a diff also
+    `.presence`), and which files they are.
     """
 
     path: str

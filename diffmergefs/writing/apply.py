@@ -74,7 +74,7 @@ def apply_diff(
                 remove_seal(target.path)
             copied = _copy_extents(layer, target, progress)
             with failures(layer.path):
-                layer.settle()
+                layer.check_unchanged()
             if sync:
                 with failures(target.path, target):
                     os.fsync(target.fd)

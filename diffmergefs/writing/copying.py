@@ -76,8 +76,8 @@ def copy_range(
 
     By copy_file_range(2), and where that is not possible through a buffer of at most `BLOCK` bytes
     and no larger than the range. `moved` is called with the bytes of each step. Nothing is synced
-    and the fingerprint is not compared: call `layer.settle` afterwards. Raises LayerChangedError
-    if the layer ends early, FileAccessError, NoSpaceError.
+    and the fingerprint is not compared: call `layer.check_unchanged` afterwards. Raises
+    LayerChangedError if the layer ends early, FileAccessError, NoSpaceError.
     """
     position = start
     while position < stop:

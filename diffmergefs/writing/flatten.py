@@ -90,7 +90,7 @@ def flatten(
         if verify:
             _verify(view, file.target)
         for layer in view.layers:
-            _settle(layer)
+            _check_unchanged(layer)
         file.publish()
     if seal:
         write_seal(os.fspath(output), _data(view))
@@ -111,9 +111,9 @@ def _mode(view: MergedView) -> int:
     return modes[0] & (functools.reduce(operator.and_, modes) | ~_READ_BITS)
 
 
-def _settle(layer: Layer) -> None:
+def _check_unchanged(layer: Layer) -> None:
     try:
-        layer.settle()
+        layer.check_unchanged()
     except OSError as error:
         raise described(error, layer.path) from error
 
@@ -130,7 +130,7 @@ class _Merge:
         self.copied = [0] * len(view.layers)
         self.shared = [0] * len(view.layers)
         self._done = self._told = 0
-        self._unsettled: set[int] = set()
+        self._unchecked: set[int] = set()
         self._progress = progress
 
     def run(self) -> FlattenResult:
@@ -230,15 +230,15 @@ class _Merge:
     def _moved(self, number: int, count: int) -> None:
         # The layers are compared, and who watches is told, a MiB at a time: either may take longer
         # than the copy of a page.
-        self._unsettled.add(number)
+        self._unchecked.add(number)
         self._done += count
         if self._done - self._told >= BLOCK:
             self._tell()
 
     def _tell(self) -> None:
-        for number in self._unsettled:
-            _settle(self.view.layers[number])
-        self._unsettled.clear()
+        for number in self._unchecked:
+            _check_unchanged(self.view.layers[number])
+        self._unchecked.clear()
         self._told = self._done
         if self._progress:
             self._progress(self._done)

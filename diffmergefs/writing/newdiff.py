@@ -138,7 +138,7 @@ class NewDiff:
             check(layer)
         for given in self._inputs:
             with failures(given.path):
-                given.settle()
+                given.check_unchanged()
         self._file.publish()
         if seal:
             write_seal(self.path, extents, self._policy.page_size)

@@ -193,7 +193,7 @@ def _map_of(
 
     for start, stop in extents:
         digests += seal.sha256(layer, start, stop, buffer, report)
-    layer.settle()
+    layer.check_unchanged()
     starts, stops = array("Q", extents.starts), array("Q", extents.stops)
     block = _block(layer.size, extents, page)
     return BlockMap(layer.size, block, starts, stops, bytes(digests), frozenset())
@@ -229,5 +229,5 @@ def _publish(where: str, document: bytes, layer: Layer, *, force: bool) -> None:
         with failures(where):
             mode = layer.mode & _MODES
         file.finish(mode)
-        layer.settle()
+        layer.check_unchanged()
         file.publish()

@@ -135,7 +135,7 @@ def test_an_open_layer_stays_right_and_is_not_lost(
     else:
         diff.chmod(0o600)
         assert everything(layer) == overlay_oracle(SIZE, [NEW])
-    assert list(layer.extents) == DATA and layer.is_settled()
+    assert list(layer.extents) == DATA and layer.is_unchanged()
     (record,) = caplog.records
     said = "became written zeros: still as it was" if is_mapped else "the same extents"
     assert record.levelno == logging.INFO and said in record.getMessage()

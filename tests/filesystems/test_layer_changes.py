@@ -68,7 +68,7 @@ def test_a_changed_layer_fails_for_good_with_one_warning(
         assert str(path) in str(caught.value) and reason in str(caught.value)
         assert "\n" not in str(caught.value)
     with pytest.raises(LayerChangedError):
-        layer.is_settled()
+        layer.is_unchanged()
     with pytest.raises(LayerChangedError):
         MergedView([layer]).read_nowait(2 * PAGE, PAGE)
     (warning,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
@@ -111,10 +111,10 @@ def test_what_is_no_change_leaves_the_layer_right_with_one_quiet_line(
     os.utime(path, ns=(10**9, 10**9))
     layer = Layer.open(str(path))
     HARMLESS[change](path)
-    assert not layer.is_settled()
+    assert not layer.is_unchanged()
     for _ in range(2):
         assert read(layer) == signed(1, 2 * PAGE, PAGE)
-        assert layer.is_settled()
+        assert layer.is_unchanged()
     assert layer.extents == ExtentList(DATA)
     (record,) = caplog.records
     assert record.levelno == logging.INFO
@@ -218,10 +218,10 @@ def test_a_view_fails_only_where_a_read_reaches_the_changed_layer(tmp_path: Path
     with pytest.raises(LayerChangedError, match=str(diff)):
         view.read(PAGE, 2 * PAGE)
     with pytest.raises(LayerChangedError, match=str(diff)):
-        view.settle()
+        view.check_unchanged()
 
 
-def test_many_threads_settle_one_moved_layer_with_one_walk(
+def test_many_threads_check_one_moved_layer_with_one_walk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written(tmp_path)
@@ -232,13 +232,13 @@ def test_many_threads_settle_one_moved_layer_with_one_walk(
     monkeypatch.setattr(sparse, "data_extents", lambda *a: (walks.append(1), walk(*a))[1])
     failures: list[BaseException] = []
 
-    def settle() -> None:
+    def check() -> None:
         try:
             assert read(layer) == signed(1, 2 * PAGE, PAGE)
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=settle) for _ in range(16)]
+    threads = [threading.Thread(target=check) for _ in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:

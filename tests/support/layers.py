@@ -23,7 +23,7 @@ def read(layer: Layer, offset: int = 2 * PAGE, length: int = PAGE) -> bytes:
     """As a view reads: the bytes, and then the judgement of them."""
     buffer = bytearray(length)
     layer.read_into(memoryview(buffer), offset)
-    layer.settle()
+    layer.check_unchanged()
     return bytes(buffer)
 
 

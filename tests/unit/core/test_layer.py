@@ -75,7 +75,7 @@ def test_the_sync_comes_before_the_fingerprint_and_the_walk(
     monkeypatch.setattr(sparse, "data_extents", walked)
     layer = Layer.open(str(path))
     assert order == ["fsync", "walk"]
-    assert layer.is_settled()
+    assert layer.is_unchanged()
 
 
 def test_a_store_during_the_walk_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

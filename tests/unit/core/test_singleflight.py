@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from diffmergefs.core.singleflight import Once
+from diffmergefs.core.singleflight import SingleFlight
 from diffmergefs.fuse.threads import in_thread, once_in_thread
 from tests.support.live import until
 
@@ -61,25 +61,25 @@ def join(threads: list[threading.Thread]) -> None:
 
 @pytest.mark.parametrize("end", ["done", None, OSError(5, "on purpose")], ids=repr)
 def test_all_who_ask_get_the_one_outcome(end: object) -> None:
-    once, work = Once[object](), Work(end)
-    threads, outcomes = in_threads(8, lambda: once.do("key", work))
+    flights, work = SingleFlight[object](), Work(end)
+    threads, outcomes = in_threads(8, lambda: flights.do("key", work))
     until(lambda: work.begun, "nobody began")
     # Others have their own.
-    assert once.do("another key", lambda: 7) == 7
+    assert flights.do("another key", lambda: 7) == 7
     work.go_on.set()
     join(threads)
     assert len(outcomes) == 8 and all(outcome is end for outcome in outcomes)
     # Not one was late enough to begin it again, or it says so; nothing is remembered.
     work.begun.clear()
     work.end = "again"
-    assert once.do("key", work) == "again" and len(work.begun) == 1
+    assert flights.do("key", work) == "again" and len(work.begun) == 1
 
 
 def test_when_the_one_who_does_it_is_interrupted_another_does_it() -> None:
-    once, first, second = Once[object](), Work(KeyboardInterrupt()), Work("done")
-    leader, interrupted = in_threads(1, lambda: once.do("key", first))
+    flights, first, second = SingleFlight[object](), Work(KeyboardInterrupt()), Work("done")
+    leader, interrupted = in_threads(1, lambda: flights.do("key", first))
     until(lambda: first.begun, "nobody began")
-    threads, outcomes = in_threads(4, lambda: once.do("key", second))
+    threads, outcomes = in_threads(4, lambda: flights.do("key", second))
     assert not second.begun
     first.go_on.set()
     join(leader)
@@ -104,12 +104,12 @@ def test_an_error_keeps_nothing_alive() -> None:
 
     async def in_the_loop() -> None:
         with pytest.raises(OSError):
-            await once_in_thread(Once[None](), "key", fail)
+            await once_in_thread(SingleFlight[None](), "key", fail)
 
     gc.disable()
     try:
         with pytest.raises(OSError):
-            Once[None]().do("key", fail)
+            SingleFlight[None]().do("key", fail)
         assert alive[0]() is None
     finally:
         gc.enable()
@@ -121,13 +121,13 @@ def test_an_error_keeps_nothing_alive() -> None:
 
 @pytest.mark.parametrize("end", ["done", None, OSError(5, "on purpose")], ids=repr)
 def test_many_tasks_wait_for_it_in_one_thread(end: object) -> None:
-    once, work = Once[object](), Work(end)
+    flights, work = SingleFlight[object](), Work(end)
     outcomes: list[object] = []
 
     async def ask(limiter: trio.CapacityLimiter) -> None:
         try:
             run = partial(in_thread, limiter=limiter)
-            outcomes.append(await once_in_thread(once, "key", work, run))
+            outcomes.append(await once_in_thread(flights, "key", work, run))
         except OSError as error:
             outcomes.append(error)
 
@@ -147,13 +147,13 @@ def test_many_tasks_wait_for_it_in_one_thread(end: object) -> None:
 
 @pytest.mark.parametrize("end", ["done", OSError(5, "on purpose")], ids=repr)
 def test_when_the_first_is_cancelled_the_others_get_it_all_the_same(end: object) -> None:
-    once, work = Once[object](), Work(end)
+    flights, work = SingleFlight[object](), Work(end)
     outcomes: list[object] = []
 
     async def ask(scope: trio.CancelScope) -> None:
         with scope:
             try:
-                outcomes.append(await once_in_thread(once, "key", work))
+                outcomes.append(await once_in_thread(flights, "key", work))
             except OSError as error:
                 outcomes.append(error)
 
@@ -176,13 +176,13 @@ def test_when_the_first_is_cancelled_the_others_get_it_all_the_same(end: object)
 
 
 def test_the_first_may_be_cancelled_before_there_is_a_thread_for_it() -> None:
-    once, work = Once[object](), Work()
+    flights, work = SingleFlight[object](), Work()
     outcomes: list[object] = []
 
     async def ask(scope: trio.CancelScope, limiter: trio.CapacityLimiter) -> None:
         with scope:
             run = partial(in_thread, limiter=limiter)
-            outcomes.append(await once_in_thread(once, "key", work, run))
+            outcomes.append(await once_in_thread(flights, "key", work, run))
 
     async def main() -> None:
         limiter, first = trio.CapacityLimiter(1), trio.CancelScope()
@@ -202,7 +202,7 @@ def test_the_first_may_be_cancelled_before_there_is_a_thread_for_it() -> None:
 
 
 def test_what_the_end_of_the_loop_gives_up_is_done_by_who_waits_in_a_thread() -> None:
-    once, waiter = Once[object](), Work()
+    flights, waiter = SingleFlight[object](), Work()
     waiter.go_on.set()
 
     async def main() -> None:
@@ -210,9 +210,9 @@ def test_what_the_end_of_the_loop_gives_up_is_done_by_who_waits_in_a_thread() ->
         await limiter.acquire()
         run = partial(in_thread, limiter=limiter)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(once_in_thread, once, "key", Work("never"), run)
+            nursery.start_soon(once_in_thread, flights, "key", Work("never"), run)
             await trio.testing.wait_all_tasks_blocked()
-            threads.extend(in_threads(1, lambda: outcomes.append(once.do("key", waiter)))[0])
+            threads.extend(in_threads(1, lambda: outcomes.append(flights.do("key", waiter)))[0])
             nursery.cancel_scope.cancel()
 
     threads: list[threading.Thread] = []

@@ -210,7 +210,7 @@ def test_read_nowait_gives_the_same_bytes_once_they_are_cached(real_fs: Path) ->
     )
 
 
-def test_read_nowait_leaves_an_unsettled_layer_to_read(tmp_path: Path) -> None:
+def test_read_nowait_leaves_a_layer_with_a_moved_fingerprint_to_read(tmp_path: Path) -> None:
     view = open_view(tmp_path, PAGE, [[data(0, 0, 1)]])
     view.read(0, PAGE)
     (tmp_path / "0.mem").chmod(0o600)
@@ -247,7 +247,7 @@ def test_a_fill_says_who_supplied_how_much_and_goes_on_where_it_could_not_wait(
     assert (buffer, supplied) == (oracle[10 : 5 * PAGE], told)
     assert asked == [("1.mem", 4 * PAGE, PAGE)]
 
-    # Nothing counts as filled while a layer that was asked is not settled.
+    # Nothing counts as filled while the fingerprint of a layer that was read has moved.
     (tmp_path / "0.mem").chmod(0o600)
     monkeypatch.setattr(os, "preadv", preadv)
     supplied = {}

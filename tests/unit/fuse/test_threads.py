@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from diffmergefs.core.singleflight import Once
+from diffmergefs.core.singleflight import SingleFlight
 from diffmergefs.fuse import threads
 from diffmergefs.fuse.handles import lane_of
 from diffmergefs.fuse.threads import Lanes, in_thread, once_in_thread
@@ -94,7 +94,7 @@ def test_threads_that_were_kept_do_what_no_other_can(no_more: NoMore) -> None:
 def test_without_any_the_event_loop_does_it(no_more: NoMore) -> None:
     async def main() -> None:
         assert await in_thread(threading.current_thread) is threading.main_thread()
-        assert await once_in_thread(Once[int](), "key", lambda: 7) == 7
+        assert await once_in_thread(SingleFlight[int](), "key", lambda: 7) == 7
 
     no_more.begins()
     with threads.reserved():

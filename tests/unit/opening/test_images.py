@@ -246,7 +246,7 @@ def test_a_tainted_layer_is_opened_anew(tmp_path: Path, root_fd: int) -> None:
     old = pool.layer(file)
     os.utime(path, ns=(1, 1))
     with pytest.raises(LayerChangedError):
-        old.settle()
+        old.check_unchanged()
     os.utime(path, ns=(1, file.key.mtime_ns))
     new = pool.layer(file)
     assert new is not old and not new.tainted

@@ -82,7 +82,7 @@ def test_the_extents_are_those_of_the_seal(diff: Path) -> None:
     (record,) = layer.records
     assert (record.path, record.block, record.unchecked) == (f"{diff}.bmap", PAGE, 0)
     assert layer.record(".bmap") is record and layer.record(".presence") is None
-    layer.settle()
+    layer.check_unchanged()
 
 
 def test_a_layer_without_a_seal_is_as_it_is_walked(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_comparison_is_paid_once_for_a_file(
     diff: Path, tmp_path: Path, compared: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settle(monkeypatch)
+    accept_recent_files(monkeypatch)
     directory = str(tmp_path / "state")
     for _ in range(3):
         assert list(opened(diff, state_dir=directory).extents) == EXTENTS
@@ -240,7 +240,7 @@ def test_a_comparison_is_paid_once_for_a_file(
 def test_another_seal_is_compared_again(
     diff: Path, tmp_path: Path, compared: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settle(monkeypatch)
+    accept_recent_files(monkeypatch)
     directory = str(tmp_path / "state")
     opened(diff, state_dir=directory)
     edit(Path(f"{diff}.bmap"), "<!-- The", "<!--  The")
@@ -251,7 +251,7 @@ def test_another_seal_is_compared_again(
 def test_what_failed_is_not_remembered(
     diff: Path, tmp_path: Path, compared: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settle(monkeypatch)
+    accept_recent_files(monkeypatch)
     directory = str(tmp_path / "state")
     poke(diff, 2 * PAGE, b"!")
     for _ in range(2):
@@ -294,8 +294,8 @@ def test_what_is_remembered_is_no_good_to_a_layer_that_changed_since_it_was_open
         seal.compare_once(Layer.open(str(diff)), stored, Memory())
 
 
-def settle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have files of just now count as settled: their identity would be forgotten otherwise."""
+def accept_recent_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remember the identities of files that were just written, which otherwise are not kept."""
     monkeypatch.setattr(
         "diffmergefs.sidecars.verified.Identity.is_final", lambda identity, since_ns: True
     )
@@ -323,13 +323,13 @@ def test_a_sealed_layer_whose_bytes_change_is_tainted(diff: Path) -> None:
     layer = opened(diff)
     poke(diff, 2 * PAGE, b"!")
     with pytest.raises(LayerChangedError):
-        layer.settle()
+        layer.check_unchanged()
 
 
 def test_a_sealed_layer_is_walked_again_as_the_filesystem_has_it(diff: Path) -> None:
     layer = opened(diff)
     diff.chmod(0o600)
-    layer.settle()
+    layer.check_unchanged()
     assert layer.tainted is None and list(layer.extents) == EXTENTS
 
 
@@ -344,7 +344,7 @@ def test_holes_that_vanish_from_a_sealed_file_are_no_change_if_they_are_zeros(
         file.seek(10 * PAGE)
         file.write(bytes(PAGE))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    layer.settle()
+    layer.check_unchanged()
     assert list(layer.extents) == EXTENTS
     assert (10 * PAGE, 11 * PAGE) not in list(layer.extents)
 

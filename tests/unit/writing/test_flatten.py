@@ -448,9 +448,9 @@ def test_layers_are_compared_after_each_batch_that_is_shared(
     monkeypatch.setattr(FLATTEN, "BLOCK", PAGE)
     monkeypatch.setattr(copying, "fcntl", Sharing(set()))
     events: list[str] = []
-    settle, ioctl = Layer.settle, copying.fcntl.ioctl
+    check, ioctl = Layer.check_unchanged, copying.fcntl.ioctl
     monkeypatch.setattr(
-        Layer, "settle", lambda self: (events.append(Path(self.path).stem), settle(self))[1]
+        Layer, "check_unchanged", lambda self: (events.append(Path(self.path).stem), check(self))[1]
     )
     monkeypatch.setattr(copying.fcntl, "ioctl", lambda *a: (events.append("share"), ioctl(*a))[1])
     flatten(chain, out)
@@ -963,9 +963,9 @@ def test_a_layer_is_compared_after_each_piece(
 ) -> None:
     """And all of them once more after the file was synced and before it is linked."""
     events: list[str] = []
-    settle, link, fsync = Layer.settle, os.link, os.fsync
+    check, link, fsync = Layer.check_unchanged, os.link, os.fsync
     monkeypatch.setattr(
-        Layer, "settle", lambda self: (events.append(Path(self.path).stem), settle(self))[1]
+        Layer, "check_unchanged", lambda self: (events.append(Path(self.path).stem), check(self))[1]
     )
     monkeypatch.setattr(os, "link", lambda *a, **k: (events.append("link"), link(*a, **k))[1])
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd))[1])
