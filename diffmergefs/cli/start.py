@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, cast
 
 from diffmergefs.cli import logs
 from diffmergefs.cli.common import talk, told
@@ -24,12 +23,18 @@ from diffmergefs.core.errors import (
 )
 from diffmergefs.core.names import STATUS_FOLDER
 from diffmergefs.fuse.access import view_access
+from diffmergefs.fuse.observer import MountedSession, NullObserver, Observer
 from diffmergefs.fuse.served import OpenImage, Store
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.opening.writers import Leases
+from diffmergefs.prefetch.adviser import Adviser
+from diffmergefs.prefetch.connection import Connection
+from diffmergefs.prefetch.guarded import GuardedNotify
+from diffmergefs.prefetch.prefetcher import Notify, Prefetcher
 from diffmergefs.prefetch.record import WorkingSets
+from diffmergefs.prefetch.recorder import Recorder
 from diffmergefs.system import daemon
 from diffmergefs.system import mountpoint as mountpoints
 from diffmergefs.system.mountinfo import Mount
@@ -110,9 +115,7 @@ def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | Non
             " a wrong file shows as wrong bytes in guests",
             request.name,
         )
-    restoring = None
-    if sets := _working_sets(request):
-        restoring = mounts.Restoring(sets, cast(Any, request.prefetch))
+    observe = functools.partial(_observer, _working_sets(request), request.prefetch)
     leases = Leases()
     if request.source is None:
         tree = Tree(real, explicit=_explicit_image(request, leases), open_rw=request.open_rw)
@@ -134,7 +137,7 @@ def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | Non
         leases,
         notifier or Notifier(),
         request.tuning,
-        restoring,
+        observe,
         drop_behind=request.drop_behind,
     )
 
@@ -152,6 +155,28 @@ def _working_sets(request: Request) -> WorkingSets | None:
         log.info("nothing is prefetched: %s", error)
         return None
     return sets
+
+
+def _observer(sets: WorkingSets | None, how: str, session: MountedSession) -> Observer:
+    if sets is not None and how == "record":
+        return Recorder(sets)
+    if sets is None or session.device is None:
+        return NullObserver()  # nobody asked for one, or the log has the reason
+    adviser = Adviser(os.makedev(*map(int, session.device.split(":"))), session.path_of)
+    if how == "fadvise":
+        return Prefetcher(sets, adviser)
+    connection = Connection(session.device)
+    if sets.has_any():
+        # Started now, so that the first push need not wait. That push reports what fails here.
+        with contextlib.suppress(OSError):
+            connection.guard()
+
+    def start_guard() -> None:
+        session.run_in_main_thread(connection.guard)
+        connection.wait_for_guard()
+
+    notify = GuardedNotify(Notify(session.store_pages), adviser, start_guard)
+    return Prefetcher(sets, notify, connection)
 
 
 def _explicit_image(request: Request, leases: Leases) -> OpenImage:

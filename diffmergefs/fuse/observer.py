@@ -1,25 +1,46 @@
-"""Who is told of the opens and reads of memory files: the adapter's side of record and prefetch."""
+"""The interface of an observer: what the mount reports to it, and what it may use of the mount."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from diffmergefs.fuse.served import OpenImage
 
 
 class Caller(Protocol):
-    """Who asks: of a request's context, the process."""
+    """The process that sent a request."""
 
     @property
     def pid(self) -> int: ...
 
 
-class OpenWatch(Protocol):
-    """Told in the event loop, where nothing may block, of what happens to memory files.
+@dataclass(frozen=True)
+class MountedSession:
+    """What an observer may use of the session that it observes.
 
-    `file` is the number of an open file, never used twice. `pushed_bytes` counts what was brought
-    into the page cache so far, and `hit_bytes` what of it nobody had to ask for: see `Prefetcher`.
+    `device` is the device number of the mount (`major:minor`), or None if the mount table cannot
+    be read. `path_of` returns the path of an image in the mount, or None if the mount no longer
+    shows it. `store_pages(inode, offset, data)` puts data into the page cache of a mounted file. It
+    waits for pages that a client is waiting for, so never call it in the event loop.
+    `run_in_main_thread` runs a function in the event loop, which is the main thread, and waits for
+    it. It raises OSError if the mount is ending.
+    """
+
+    device: str | None
+    path_of: Callable[[OpenImage], str | None]
+    store_pages: Callable[[int, int, bytes], None]
+    run_in_main_thread: Callable[[Callable[[], None]], None]
+
+
+class Observer(Protocol):
+    """Receives the events of memory files: opens, reads and closes.
+
+    The methods are called in the event loop and must not block, except `stop` and `close`. `file`
+    is the number of an open file and is never reused. `pushed_bytes` counts the bytes that were
+    prefetched into the page cache, and `hit_bytes` those of them that no reader had to request: see
+    `Prefetcher`.
     """
 
     pushed_bytes: int
@@ -28,24 +49,35 @@ class OpenWatch(Protocol):
     def opened(
         self, file: int, inode: int, shown: OpenImage, caller: Caller, *, writing: bool
     ) -> bool:
-        """A file of the image was opened; False if the kernel is to drop the pages it has of it."""
+        """A file of the image was opened. Return False to have the kernel drop its cached pages."""
         ...
 
     def read(self, file: int, offset: int, length: int) -> None:
-        """A request came for this range."""
+        """A read of this range was requested."""
         ...
 
     def closed(self, file: int) -> Callable[[], object] | None:
-        """The file was closed; what is left to do for it, which may block, if anything is."""
+        """The file was closed. Return the work that remains, which may block, or None."""
         ...
 
     def stop(self, seconds: float) -> bool:
-        """End all work; blocks until that is done, or for about so long. Whether it is done."""
+        """End all work, and return whether it ended. Blocks for a small multiple of `seconds`.
+
+        Safe to call again, and from any thread.
+        """
+        ...
+
+    def ready(self, readahead_kib: int | None) -> None:
+        """The mount answers requests. The kernel reads ahead this much (None: unknown)."""
+        ...
+
+    def close(self) -> None:
+        """Release what the observer holds of the mount. Called once, after `stop`."""
         ...
 
 
-class Unwatched:
-    """An `OpenWatch` that does nothing."""
+class NullObserver:
+    """An `Observer` that does nothing."""
 
     pushed_bytes = hit_bytes = 0
 
@@ -62,3 +94,9 @@ class Unwatched:
 
     def stop(self, seconds: float) -> bool:
         return True
+
+    def ready(self, readahead_kib: int | None) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

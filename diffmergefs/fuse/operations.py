@@ -29,7 +29,7 @@ from diffmergefs.fuse.contents import Contents
 from diffmergefs.fuse.dropbehind import DropBehind
 from diffmergefs.fuse.handles import Handle, lane_of
 from diffmergefs.fuse.metrics import Metrics
-from diffmergefs.fuse.observer import OpenWatch, Unwatched
+from diffmergefs.fuse.observer import NullObserver, Observer
 from diffmergefs.fuse.openmetrics import exposition
 from diffmergefs.fuse.served import OpenImage, Store
 from diffmergefs.fuse.status import METRICS_FILE, Status, status_of
@@ -111,12 +111,12 @@ class Operations(pyfuse3.Operations):
     enable_acl = False
 
     def __init__(
-        self, tree: Tree, drop_behind: DropBehind | None = None, watch: OpenWatch | None = None
+        self, tree: Tree, drop_behind: DropBehind | None = None, observer: Observer | None = None
     ) -> None:
         super().__init__()
         self.tree = tree
         self.metrics = Metrics()
-        self.watch = watch or Unwatched()
+        self.observer = observer or NullObserver()
         self.answers = trio.Event()  # set at the kernel's first request
         self._drop_behind = drop_behind
         # Inode numbers begin anew with each mount: a file handle from an earlier one, which NFS and
@@ -281,7 +281,7 @@ class Operations(pyfuse3.Operations):
                 # every reader's page cache; MAP_PRIVATE, which a VMM uses, it lets through.
                 handle = self._register(Handle(shown=shown))
                 self._handles[handle].supplied = self.metrics.of_tag(shown.tag)
-                keep = self.watch.opened(handle, inode, shown, ctx, writing=writing)
+                keep = self.observer.opened(handle, inode, shown, ctx, writing=writing)
                 keep = keep and not writing
                 return pyfuse3.FileInfo(fh=handle, keep_cache=keep, direct_io=writing)
             case Document():
@@ -312,7 +312,7 @@ class Operations(pyfuse3.Operations):
             if view is None:
                 return await self._read_other(handle, off, size)
             size = min(size, max(0, view.size - off))
-            self.watch.read(fh, off, size)
+            self.observer.read(fh, off, size)
             # One buffer serves all requests: nothing awaits between here and the reply, which
             # pyfuse3 sends before anything else runs.
             buffer = self._replies.shared(size)
@@ -358,7 +358,7 @@ class Operations(pyfuse3.Operations):
         handle = self._handles.pop(fh, None)
         if handle is not None and handle.fd is not None:
             background.close(handle.fd, handle.device)
-        if (work := self.watch.closed(fh)) is not None:
+        if (work := self.observer.closed(fh)) is not None:
             await self._opening.run("watch", work)
 
     async def flush(self, fh: int) -> None:
@@ -405,8 +405,8 @@ class Operations(pyfuse3.Operations):
             self.metrics,
             version=__version__,
             pid=os.getpid(),
-            pushed_bytes=self.watch.pushed_bytes,
-            hit_bytes=self.watch.hit_bytes,
+            pushed_bytes=self.observer.pushed_bytes,
+            hit_bytes=self.observer.hit_bytes,
             taints=Layer.taints,
             images=self.tree.open_images(),
             files=len(opened),

@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Literal, NamedTuple
 
 import pyfuse3
 import trio
@@ -21,7 +20,7 @@ from diffmergefs.core.background import closing_in_threads
 from diffmergefs.core.errors import DiffMergeError, MountAbortedError, MountFailedError
 from diffmergefs.fuse import threads
 from diffmergefs.fuse.dropbehind import DropBehind
-from diffmergefs.fuse.observer import OpenWatch, Unwatched
+from diffmergefs.fuse.observer import MountedSession, Observer
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.readloop import few_switches
 from diffmergefs.fuse.served import Store
@@ -29,12 +28,6 @@ from diffmergefs.fuse.threads import in_thread
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import raise_descriptor_limit
 from diffmergefs.opening.writers import SIGNAL, Leases
-from diffmergefs.prefetch.adviser import Adviser
-from diffmergefs.prefetch.connection import Connection
-from diffmergefs.prefetch.guarded import GuardedNotify
-from diffmergefs.prefetch.prefetcher import Notify, Prefetcher
-from diffmergefs.prefetch.record import WorkingSets
-from diffmergefs.prefetch.recorder import Recorder
 from diffmergefs.sidecars import (
     bmapreader,  # noqa: F401  (a daemon outlives an upgrade of the package, and meets new seals)
 )
@@ -63,13 +56,6 @@ _REFUSED_OPTIONS = {
     *("rw", "suid", "dev", "exec"),
     *("max_read", "fsname", "subtype", "fd", "rootmode", "user_id", "group_id"),
 }
-
-
-class Restoring(NamedTuple):
-    """What is done with working sets: each is recorded, or brought into the page cache."""
-
-    sets: WorkingSets
-    how: Literal["record", "notify", "fadvise"]
 
 
 def session_options(
@@ -107,7 +93,7 @@ def serve(
     leases: Leases,
     notifier: Notifier,
     wanted: Tuning = Tuning(),  # noqa: B008  (it is frozen)
-    restoring: Restoring | None = None,
+    observe: Callable[[MountedSession], Observer] | None = None,
     *,
     drop_behind: bool = False,
 ) -> None:
@@ -117,7 +103,8 @@ def serve(
     `mountpoint` is a real path that `check_mountpoint` accepted. `leases` are those kept on the
     tree's layers: one that is being broken is given back at once. `notifier` is told how many
     snapshots are shown and files open, and of the stop. `wanted` is asked of the kernel before it
-    is ready. With `drop_behind`, layers' pages are dropped from the page cache once they were
+    is ready. `observe` makes the observer of what clients open and
+    read. With `drop_behind`, layers' pages are dropped from the page cache once they were
     served. Call it in the main thread. On SIGTERM and SIGINT (and SIGHUP, unless it is ignored) the
     mount is detached and served on until its last file is closed; a second signal ends it at once.
     Raises MountFailedError, and MountAbortedError if the connection to the kernel was ended by
@@ -134,16 +121,15 @@ def serve(
             raise MountFailedError(f"{mountpoint}: {_why_not(error, options)}") from error
         entry = _entry_at(mountpoint)
         own = OwnMount(entry) if entry else None
-        connection = Connection(own.device) if own else None
         try:
-            operations.watch = _watch_of(tree, connection, own.device if own else "", restoring)
+            if observe is not None:
+                operations.observer = observe(_as_observed(tree, own))
             run = functools.partial(_run, operations, own, ready, early, leases, notifier)
-            is_cut_off = trio.run(run, wanted, connection)
+            is_cut_off = trio.run(run, wanted)
         finally:
             # Nothing may call into a session that is closed.
-            _stop_watch(operations, connection)
-            if connection is not None:
-                connection.close()
+            operations.observer.stop(_STOP_SECONDS)
+            operations.observer.close()
             # Once detached, another mount may stand at the same place: that one is not ours to end.
             pyfuse3.close(unmount=_entry_at(mountpoint) == entry)
             if dropping is not None:
@@ -162,41 +148,20 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 << 10)
 
 
-def _watch_of(
-    tree: Tree, connection: Connection | None, device: str, restoring: Restoring | None
-) -> OpenWatch:
-    if restoring is None:
-        return Unwatched()
-    if restoring.how == "record":
-        return Recorder(restoring.sets)
-    if connection is None:
-        return Unwatched()  # the log said that the table of mounts cannot be read
-    adviser = Adviser(os.makedev(*map(int, device.split(":"))), tree.path_of)
-    if restoring.how == "fadvise":
-        return Prefetcher(restoring.sets, adviser)
-    if restoring.sets.has_any():
-        # So that the first push need not wait for it; what is wrong with it the push will say.
-        with suppress(OSError):
-            connection.guard()
-    start = functools.partial(_guard, connection)
-    notify = Notify(pyfuse3.notify_store)
-    return Prefetcher(restoring.sets, GuardedNotify(notify, adviser, start))
+def _as_observed(tree: Tree, own: OwnMount | None) -> MountedSession:
+    return MountedSession(
+        device=own.device if own else None,
+        path_of=tree.path_of,
+        store_pages=pyfuse3.notify_store,
+        run_in_main_thread=_run_in_main_thread,
+    )
 
 
-def _guard(connection: Connection) -> None:
-    # In the event loop, which is the main thread's: it takes the loop a millisecond or two, once.
+def _run_in_main_thread(function: Callable[[], None]) -> None:
     try:
-        trio.from_thread.run_sync(connection.guard, trio_token=pyfuse3.trio_token)
+        trio.from_thread.run_sync(function, trio_token=pyfuse3.trio_token)
     except RuntimeError as error:
         raise OSError(errno.ENOTCONN, "the mount is ending") from error
-    connection.wait_for_guard()
-
-
-def _stop_watch(operations: Operations, connection: Connection | None) -> None:
-    if not operations.watch.stop(_STOP_SECONDS) and connection is not None:
-        # It waits for a page of a request whose storage hangs: the kernel can end that request.
-        connection.abort()
-        operations.watch.stop(_STOP_SECONDS)
 
 
 def _why_not(error: RuntimeError, options: set[str]) -> str:
@@ -253,7 +218,6 @@ async def _run(
     leases: Leases,
     notifier: Notifier,
     wanted: Tuning,
-    connection: Connection | None,
 ) -> bool:
     # Whether the connection was ended while the kernel still had the mount.
     service = _Service(operations, notifier, own)
@@ -261,7 +225,7 @@ async def _run(
     async with trio.open_nursery() as nursery:
         await nursery.start(_watch_leases, leases)
         watch = functools.partial(_watch_signals, operations, own, nursery, early)
-        await nursery.start(watch, service, connection)
+        await nursery.start(watch, service)
         if notifier:
             nursery.start_soon(service.tell_on)
         if operations.tree.store is not None:
@@ -341,10 +305,8 @@ async def _say_ready(
 ) -> None:
     # The answer to the first request undoes what was set before it.
     await operations.answers.wait()
-    if own is not None:
-        readahead = await in_thread(tuning.tune, own.device, wanted)
-        if isinstance(operations.watch, Recorder):
-            operations.watch.readahead_kib = readahead
+    readahead = await in_thread(tuning.tune, own.device, wanted) if own is not None else None
+    operations.observer.ready(readahead)
     log.info("ready")
     up.set()
     ready()
@@ -416,7 +378,6 @@ async def _watch_signals(
     nursery: trio.Nursery,
     early: Sequence[int],
     service: _Service,
-    connection: Connection | None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     with trio.open_signal_receiver(*_ending_signals()) as signals:
@@ -432,7 +393,7 @@ async def _watch_signals(
                 # While requests are still answered: a push may wait for a page that one of them
                 # brings, where no signal reaches it.
                 with trio.move_on_after(3 * _STOP_SECONDS):
-                    await in_thread(_stop_watch, operations, connection)
+                    await in_thread(operations.observer.stop, _STOP_SECONDS)
                     if own is not None:
                         await in_thread(own.detach)
                 # Requests that are being answered are not waited for: their storage may hang.

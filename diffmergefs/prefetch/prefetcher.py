@@ -23,6 +23,7 @@ from diffmergefs.core.identity import FileKey
 from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.observer import Caller
 from diffmergefs.fuse.served import OpenImage
+from diffmergefs.prefetch.connection import Connection
 from diffmergefs.prefetch.record import Identity, WorkingSets, identity_of_view
 from diffmergefs.prefetch.touches import PIECE, pieces
 
@@ -81,8 +82,7 @@ class Way(Protocol):
 class Notify:
     """The way of `--prefetch=notify`: the layers are read here, and the pages handed to the kernel.
 
-    `store(inode, offset, data)` is pyfuse3's notify_store. It waits for pages that a client is
-    waiting for itself: never call it in the thread that answers clients.
+    `store` is `MountedSession.store_pages`.
     """
 
     def __init__(self, store: Callable[[int, int, bytes], None]) -> None:
@@ -127,7 +127,7 @@ class _Known(NamedTuple):
 
 
 class Prefetcher:
-    """An `observer.OpenWatch` that brings recorded working sets into the page cache.
+    """An `Observer` that brings recorded working sets into the page cache.
 
     Everything is done in one worker thread, a piece of each image in turn. An image is pushed at
     its first open, and again when a file that was opened later asks for a page of the working set:
@@ -137,12 +137,14 @@ class Prefetcher:
     or that cannot be used, is ignored with a line in the log. `pushes` counts those that were
     made to their end, and `pushed_bytes` what was brought in all. `hit_bytes` are those of whole
     working sets of which no reader asked for any part until the image's last close, when they are
-    counted: they came from the page cache, or were not touched.
+    counted: they came from the page cache, or were not touched. `stop` aborts the `connection` if a
+    push does not end, and `close` closes it.
     """
 
-    def __init__(self, sets: WorkingSets, way: Way) -> None:
+    def __init__(self, sets: WorkingSets, way: Way, connection: Connection | None = None) -> None:
         self._sets = sets
         self._way = way
+        self._connection = connection
         # Only the event loop's:
         self._images: dict[OpenImage, _Opened] = {}
         self._files: dict[int, _Opened] = {}
@@ -211,8 +213,19 @@ class Prefetcher:
             self._changed.notify_all()
         if self._worker is not None:
             self._worker.join(seconds)
+            if self._worker.is_alive() and self._connection is not None:
+                # It waits for a page of a request whose storage hangs. The kernel can end that.
+                self._connection.abort()
+                self._worker.join(seconds)
             return not self._worker.is_alive()
         return True
+
+    def ready(self, readahead_kib: int | None) -> None:
+        pass
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
 
     def _is_wanted(self, shown: OpenImage, offset: int, length: int) -> bool:
         with self._changed:

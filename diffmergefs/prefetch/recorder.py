@@ -26,19 +26,19 @@ class _Session:
 
 
 class Recorder:
-    """An `observer.OpenWatch` that writes a working set for each image that a guest ran from.
+    """An `Observer` that writes a working set for each image that a guest ran from.
 
     Files that were read in order, or hardly at all, leave nothing. The first open of an image has
     the kernel drop what it still has of it, or the record would lack that; the touches of files
     that are open together go into one record, by the order of their opening. At most
     `record.MAX_RANGES` runs are kept of an image (4 MiB); what comes after them is not
-    recorded. `readahead_kib` is what the record is to say of the kernel's readahead.
+    recorded.
     """
 
     pushed_bytes = hit_bytes = 0
 
     def __init__(self, sets: WorkingSets) -> None:
-        self.readahead_kib: int | None = None
+        self._readahead_kib: int | None = None
         self._sets = sets
         self._sessions: dict[OpenImage, _Session] = {}
         self._files: dict[int, tuple[_Session, Touches]] = {}
@@ -83,6 +83,13 @@ class Recorder:
             self._save(session)
         return True
 
+    def ready(self, readahead_kib: int | None) -> None:
+        """Write this readahead into each record."""
+        self._readahead_kib = readahead_kib
+
+    def close(self) -> None:
+        pass
+
     def _save(self, session: _Session) -> None:
         try:
             self._write(session)
@@ -103,7 +110,7 @@ class Recorder:
             return
         runs = [run for touches in restores for run in touches]
         ranges = limited(first_touches(runs), view.size)[:MAX_RANGES]
-        record = WorkingSet(identity_of_view(view), tuple(ranges), now(), self.readahead_kib)
+        record = WorkingSet(identity_of_view(view), tuple(ranges), now(), self._readahead_kib)
         path = self._sets.save(record)
         log.info(
             "%s: recorded the first touch of %d bytes in %d ranges: %s",

@@ -12,7 +12,7 @@ from typing import Any
 from diffmergefs import open_chain
 from diffmergefs.core.extents import Extent
 from diffmergefs.fuse.access import Access
-from diffmergefs.fuse.observer import OpenWatch
+from diffmergefs.fuse.observer import Observer
 from diffmergefs.fuse.served import OpenImage
 from diffmergefs.prefetch.record import WorkingSet, WorkingSets, identity_of_view, now
 from tests.support.images import PAGE, overlay_oracle, write_layer
@@ -60,25 +60,25 @@ def save(sets: WorkingSets, image: OpenImage, numbers: Iterable[int]) -> Working
 
 
 class Client:
-    """Opens, reads and closes as the adapter tells a watch of it."""
+    """Opens, reads and closes as the adapter reports them to an observer."""
 
     _numbers = itertools.count(1)
 
     def __init__(
-        self, watch: OpenWatch, image: OpenImage, *, writing: bool = False, caller: Any = CLIENT
+        self, observer: Observer, image: OpenImage, *, writing: bool = False, caller: Any = CLIENT
     ) -> None:
-        self.watch = watch
+        self.observer = observer
         self.file = next(self._numbers)
-        self.keeps_cache = watch.opened(self.file, 7, image, caller, writing=writing)
+        self.keeps_cache = observer.opened(self.file, 7, image, caller, writing=writing)
 
     def touch(self, *numbers: int) -> None:
         """Ask for these pages, one after the other."""
         for number in numbers:
-            self.watch.read(self.file, number * PAGE, PAGE)
+            self.observer.read(self.file, number * PAGE, PAGE)
 
     def close(self) -> bool:
         """Close the file, do what is then to be done, and say whether there was anything."""
-        work = self.watch.closed(self.file)
+        work = self.observer.closed(self.file)
         if work is not None:
             work()
         return work is not None

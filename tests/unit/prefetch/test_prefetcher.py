@@ -16,6 +16,7 @@ import pytest
 
 from diffmergefs.core.extents import Extent, ExtentList
 from diffmergefs.fuse.served import OpenImage
+from diffmergefs.prefetch import connection
 from diffmergefs.prefetch import prefetcher as module
 from diffmergefs.prefetch.guarded import GuardedNotify
 from diffmergefs.prefetch.prefetcher import Notify, Prefetcher, Push
@@ -565,6 +566,30 @@ def test_a_push_takes_a_guard_which_is_started_when_there_is_something_to_push(
     assert other.ranges == ([] if can_be_had else WANTED * 2)
     lines = [line for line in messages(caplog) if "takes the place of notify" in line]
     assert len(lines) == (not can_be_had) and all("/sys/abort" in line for line in lines)
+
+
+def test_stop_aborts_the_connection_of_a_push_that_hangs(
+    sets: WorkingSets, image: OpenImage, kernel: Kernel
+) -> None:
+    events = []
+
+    class Connection(connection.Connection):
+        def abort(self) -> None:
+            events.append("abort")
+            kernel.gate.set()
+
+        def close(self) -> None:
+            events.append("close")
+
+    save(sets, image, TOUCHED)
+    kernel.gate.clear()
+    prefetcher = Prefetcher(sets, Notify(kernel.store), Connection("0:45"))
+    client = Client(prefetcher, image)
+    assert kernel.inside.wait(20)
+    assert prefetcher.stop(0.1) and prefetcher.stop(0.1)
+    prefetcher.close()
+    assert events == ["abort", "close"]
+    client.close()
 
 
 def test_a_bug_is_logged_and_ends_that_push_alone(

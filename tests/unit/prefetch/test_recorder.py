@@ -46,7 +46,7 @@ def test_first_touches_are_recorded_in_order_at_the_last_close(
     recorder: Recorder, sets: WorkingSets, image: OpenImage, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    recorder.readahead_kib = 4
+    recorder.ready(4)
     touched = scattered(100)
     client = Client(recorder, image)
     client.touch(*touched, *touched[::-1])
