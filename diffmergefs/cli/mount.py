@@ -62,6 +62,11 @@ from diffmergefs.system.tuning import MAX_BACKGROUND, READAHEAD_KIB, Tuning
     is_flag=True,
     help="Drop the layers' pages from the page cache once they were served: the views keep them.",
 )
+@click.option(
+    "--no-fast-loop",
+    is_flag=True,
+    help="Let pyfuse3 wait for requests in its own way, which takes more CPU time for small reads.",
+)
 @click.option("--layout", type=click.Choice(LAYOUTS), help="What SOURCE holds, if it is unclear.")
 @click.option("--suffix", help="The suffix of numbered memory files (.mem).")
 @click.option(
@@ -132,6 +137,7 @@ def mount(
     allow_other: bool,
     open_rw: bool,
     drop_behind: bool,
+    no_fast_loop: bool,
     layout: str | None,
     suffix: str | None,
     timeout: float,
@@ -187,6 +193,7 @@ def mount(
         "record" if record else prefetch or "notify",
         working_set_dir,
         drop_behind,
+        not no_fast_loop,
     )
     level = logging.DEBUG if verbose else logging.INFO
     notifier = Notifier.from_environment(os.environ)

@@ -63,6 +63,7 @@ class Request:
     prefetch: str  # or 'record'
     working_set_dir: str | None
     drop_behind: bool
+    fast_loop: bool
 
     @property
     def name(self) -> str:
@@ -139,6 +140,7 @@ def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | Non
         request.tuning,
         observe,
         drop_behind=request.drop_behind,
+        fast_loop=request.fast_loop,
     )
 
 

@@ -119,6 +119,7 @@ def _tables(found: Status) -> list[Table]:
 def _facts(found: Status) -> Iterator[tuple[str, str]]:
     up = timedelta(seconds=max(0, int(time.time() - found.started)))
     yield "daemon", f"pid {found.pid}, version {found.version}, up {up}"
+    yield "read loop", "fast" if found.fast_loop else "pyfuse3's own"
     yield "open", f"{found.open_images} images, {found.open_files} files"
     requests = [f"{each.operation} {each.requests}" for each in found.operations]
     yield "requests", ", ".join(requests) or "none"

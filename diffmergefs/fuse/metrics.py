@@ -17,11 +17,13 @@ class Metrics:
     `requests` is by operation, `errors` by operation and errno. `supplied` is, by tag, how many
     bytes each layer of the chain has supplied to reads, by its position (0 is the base;
     `view.HOLE`: zeros that no layer supplied). `waited` counts the reads that went to a thread,
-    because not all of their bytes were in the page cache.
+    because not all of their bytes were in the page cache. `fast_loop` is no counter: whether the
+    fast read loop is in force (`readloop`).
     """
 
     __slots__ = (
-        *("errors", "read_buckets", "read_ns", "requests", "started", "supplied", "waited"),
+        *("errors", "fast_loop", "read_buckets", "read_ns"),
+        *("requests", "started", "supplied", "waited"),
     )
 
     def __init__(self) -> None:
@@ -30,6 +32,7 @@ class Metrics:
         self.errors: defaultdict[tuple[str, int], int] = defaultdict(int)
         self.supplied: dict[str, dict[int, int]] = {}
         self.waited = 0
+        self.fast_loop = False
         self.read_ns = 0
         self.read_buckets = [0] * _BUCKETS
 

@@ -41,6 +41,7 @@ def _families(status: Status) -> Iterator[Metric]:
         ("start_time_seconds", "When the mount was made, as a Unix time.", status.started),
         ("open_images", "Images whose layers are open.", status.open_images),
         ("open_files", "Open files of memory images.", status.open_files),
+        ("fast_loop", "1 if the fast read loop is in force, else 0.", status.fast_loop),
     ):
         yield core.GaugeMetricFamily(f"diffmergefs_{name}", text, number)
     for name, text, number in (

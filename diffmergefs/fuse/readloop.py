@@ -1,9 +1,18 @@
-"""How the tasks of pyfuse3 wait for the next request: with few switches and few system calls.
+"""How `pyfuse3.main` waits for the next request, and all that we assume of pyfuse3's inside.
 
-pyfuse3 has several tasks, of which the one that has its lock waits for a request, reads it and
-gives the lock back before it answers. With trio's lock and trio's waiting, each request takes two
-switches of tasks and three system calls beside those that read and answer it; more than half of the
-processor's time that a small read takes, and it is what decides how many a mount can answer.
+With trio's own lock and wait, each request costs two task switches and three system calls beside
+those that read and answer it: more than half of the CPU time of a small read. This module replaces
+both. It relies on three facts that pyfuse3 does not document. They hold for 3.2.1 to 3.5.0:
+
+1. pyfuse3 looks `trio` up in its own module (`pyfuse3.trio`) at each use. `pyfuse3.asyncio`
+   replaces it there too.
+2. Its session loop enters one `trio.Lock()`, calls `trio.lowlevel.wait_readable(fd)` with the
+   descriptor of the FUSE device, leaves the lock, and reads the descriptor without another await.
+3. A read that a signal ends (EINTR) is not an error: the loop waits for the next request.
+
+If 1 or 2 does not hold, or the user switched the fast loop off, pyfuse3 waits in its own way.
+`ReadLoop.check` tells which of them is in force. tests/unit/fuse/test_readloop.py fails with a
+pyfuse3 for which one of the facts does not hold.
 """
 
 from __future__ import annotations
@@ -11,9 +20,10 @@ from __future__ import annotations
 import logging
 import os
 import select
+import signal
 from collections import deque
 from collections.abc import Awaitable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter_ns
 from typing import Any
 
@@ -21,45 +31,85 @@ import pyfuse3
 import trio
 from trio.lowlevel import Abort, Task
 
-from diffmergefs.fuse.readalarm import ALWAYS_SECONDS, ReadAlarm
-
 log = logging.getLogger(__name__)
 
-#: For how long a request is looked for before trio waits for one, if they come that fast. A client
-#: that touches page after page sends the next within this time of its answer, and to be woken from
-#: sleep, perhaps by another CPU, takes longer.
+#: How long to poll for the next request before trio waits for it, if requests come that fast. A
+#: client that touches page after page sends the next one within this time. A wake-up from sleep,
+#: perhaps by another CPU, takes longer.
 SPIN_NS = 50_000
-#: For how long requests are answered one after another before all other tasks have their turn.
+#: How long to answer one request after another before all other tasks run.
 TURN_NS = 1_000_000
+#: The interval of the alarm: a read that finds nothing takes hardly more than twice as long.
+ALARM_SECONDS = 0.05
+#: The interval of the alarm where nothing tells when pyfuse3 tries to read.
+CONSTANT_ALARM_SECONDS = 0.2
 
 
 @contextmanager
-def few_switches() -> Iterator[None]:
-    """Inside, `pyfuse3.main` waits for requests as this module has it. For the main thread.
+def read_loop(*, fast: bool = True) -> Iterator[ReadLoop]:
+    """Make `pyfuse3.main` wait for requests as this module does, inside `with`.
 
-    `pyfuse3.init` belongs inside too: pyfuse3 3.2.1 makes its lock there. Nothing else that uses
-    trio is touched. A pyfuse3 that was told to use something else than trio is left as it is, but
-    for the alarm (`readalarm`), which then rings all the time.
+    Call it in the main thread, before `pyfuse3.init`: pyfuse3 3.2.1 makes its lock there. It
+    changes what pyfuse3 sees as trio, and nothing for other users of trio. If `fast` is False, or
+    pyfuse3 does not use trio as expected, pyfuse3 waits in its own way and the alarm rings all the
+    time.
     """
     original = getattr(pyfuse3, "trio", None)
-    if original is not trio:
-        log.debug("pyfuse3 does not use trio as it is known: it waits for requests in its own way")
-        with ReadAlarm(ALWAYS_SECONDS) as alarm:
-            alarm.expect()
-            yield
-        return
     with ReadAlarm() as alarm:
-        lowlevel = _Module(trio.lowlevel, wait_readable=RequestWait(alarm))
-        # pyfuse3 looks names up in this module each time; its asyncio support replaces it likewise.
-        pyfuse3.trio = _Module(trio, Lock=ReadLock, lowlevel=lowlevel)  # type: ignore[attr-defined]
+        loop = ReadLoop(alarm, fast=fast)
+        if not fast or original is not trio:
+            alarm.ring_on()
+            yield loop
+            return
+        pyfuse3.trio = loop.as_trio()  # type: ignore[attr-defined]
         try:
-            yield
+            yield loop
         finally:
             pyfuse3.trio = original  # type: ignore[attr-defined]
 
 
+class ReadLoop:
+    """The lock and the wait that pyfuse3 gets, and whether it uses them."""
+
+    def __init__(self, alarm: ReadAlarm, *, fast: bool) -> None:
+        self._alarm = alarm
+        self._is_wanted = fast
+        self._has_lock = False
+        self._wait = RequestWait(alarm)
+
+    def as_trio(self) -> object:
+        """The module trio, except for the lock and the wait."""
+        lowlevel = _Module(trio.lowlevel, wait_readable=self._wait)
+        return _Module(trio, Lock=self._new_lock, lowlevel=lowlevel)
+
+    def _new_lock(self) -> ReadLock:
+        self._has_lock = True
+        return ReadLock()
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether pyfuse3 uses both; known once it has answered a request."""
+        return self._has_lock and self._wait.is_used
+
+    def check(self) -> bool:
+        """Log whether the fast loop is in force, and return it; call it after the first answer."""
+        if self.is_fast:
+            log.info("the fast read loop is in force")
+        elif not self._is_wanted:
+            log.info("the fast read loop is switched off")
+        else:
+            log.warning(
+                "the fast read loop is not in force: pyfuse3 %s does not wait for requests as"
+                " expected; the mount works, but small reads take about twice the CPU time",
+                getattr(pyfuse3, "__version__", "of an unknown version"),
+            )
+            if not self._wait.is_used:
+                self._alarm.ring_on()
+        return self.is_fast
+
+
 class _Module:
-    # A module, but for some of its names.
+    # A module, except for some of its names.
 
     def __init__(self, module: object, **own: object) -> None:
         self.__dict__.update(own)
@@ -70,7 +120,7 @@ class _Module:
 
 
 class _AtOnce:
-    # To await this is no wait, and no checkpoint.
+    # Awaiting this does not wait, and is no checkpoint.
 
     def __await__(self) -> Generator[Any, Any, None]:
         return _NOTHING  # type: ignore[return-value]
@@ -81,18 +131,19 @@ _AT_ONCE = _AtOnce()
 
 
 class ReadLock(trio.abc.Instrument):
-    """A lock that a task gives back for nothing, if it takes it again before it waits.
+    """A lock that costs a task nothing to release and to take again before it waits.
 
-    Whoever gives it back keeps the others waiting until a step of a task ends: who has answered a
-    request without a wait has taken it again by then. Else (the answer waits for a thread, or the
-    task has ended) the one that has waited longest gets it then, so that it is never free while
-    somebody waits for it. To take it while it is free is no checkpoint. For one run of trio.
+    A release wakes nobody at once: the other tasks wait until the current step of a task ends. A
+    task that answered a request without a wait has taken the lock again by then. Otherwise (the
+    answer waits for a thread, or the task has ended) the task that has waited longest gets it, so
+    the lock is never free while a task waits for it. Taking a free lock is no checkpoint. A lock
+    serves one run of trio.
     """
 
     def __init__(self) -> None:
         self._taken = False
         self._waiting: deque[Task] = deque()
-        self._is_told = False
+        self._is_instrument = False
 
     def __aenter__(self) -> Awaitable[None]:
         if self._taken:
@@ -105,16 +156,16 @@ class ReadLock(trio.abc.Instrument):
         return _AT_ONCE
 
     def after_task_step(self, task: Task) -> None:
-        """Called by trio whenever any task waits, or ends."""
+        """Hand the lock on; trio calls this whenever any task waits or ends."""
         if not self._taken and self._waiting:
-            self._taken = True  # for the one that is woken
+            self._taken = True  # for the task that is woken
             trio.lowlevel.reschedule(self._waiting.popleft())
 
     async def _wait(self) -> None:
-        if not self._is_told:
-            # Not when it is made, which may be before trio runs.
+        if not self._is_instrument:
+            # Not in __init__, which may run before trio does.
             trio.lowlevel.add_instrument(self)
-            self._is_told = True
+            self._is_instrument = True
         task = trio.lowlevel.current_task()
         self._waiting.append(task)
 
@@ -126,13 +177,13 @@ class ReadLock(trio.abc.Instrument):
 
 
 class RequestWait:
-    """`trio.lowlevel.wait_readable`, for one descriptor on which requests follow each other fast.
+    """`trio.lowlevel.wait_readable` for one descriptor on which requests follow each other fast.
 
-    One that is there already is found without trio; one that comes within SPIN_NS too, if the last
-    that trio waited for came fast. Meanwhile the processor is offered to others (sched_yield(2)).
-    Other tasks have their turn once in TURN_NS, and the cancellation of this one is seen then.
-    From its end until it begins anew the `alarm` is expected to end a read that finds nothing.
-    Raises what wait_readable raises.
+    It finds a request that is there already without trio. It also polls for up to SPIN_NS for the
+    next one, if the last request that trio waited for came fast. While it polls it offers the
+    processor to other processes (sched_yield(2)). Other tasks run once in TURN_NS, and then this
+    task sees its cancellation. From the end of a wait until the next one begins, the `alarm` rings
+    to end a read that finds nothing. Raises what wait_readable raises.
     """
 
     def __init__(self, alarm: ReadAlarm | None = None) -> None:
@@ -141,6 +192,11 @@ class RequestWait:
         self._fd: int | None = None
         self._spin_ns = SPIN_NS
         self._turn_began = 0
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything has waited by it."""
+        return self._fd is not None
 
     def __call__(self, fd: int) -> Awaitable[None]:
         self._alarm.is_expected = False
@@ -160,6 +216,60 @@ class RequestWait:
     async def _wait(self, fd: int, began: int) -> None:
         await trio.lowlevel.wait_readable(fd)
         self._turn_began = perf_counter_ns()
-        # As KVM's halt polling: worth it as long as it would not have to be much longer.
+        # As in KVM's halt polling: polling pays as long as it need not last much longer.
         self._spin_ns = SPIN_NS if self._turn_began - began < 2 * SPIN_NS else 0
         self._alarm.expect()
+
+
+class ReadAlarm(AbstractContextManager["ReadAlarm"]):
+    """A signal (SIGALRM) that ends a read of the FUSE device that finds nothing to read.
+
+    pyfuse3 reads a blocking descriptor once it is readable, and holds the interpreter's lock
+    meanwhile. If the kernel takes the only request back in between, because its client got
+    SIGKILL, read(2) sleeps until the next request comes. No thread and no timer runs meanwhile, and
+    a guest whose CPUs all wait for pages sends no request. A signal ends the read with EINTR, and
+    pyfuse3 waits anew.
+
+    From `expect` on the alarm rings again and again, until it finds that `is_expected` is False.
+    Enter it in the main thread, which is the one that it wakes. The end of `with` restores the
+    signal's handler and its timer. Outside of `with` it does nothing. A mount without requests has
+    no alarms: while nothing is read no timer is set, and setting a timer twice for each request
+    would cost more than the check. No child inherits the timer, and Python repeats any call of its
+    own that the signal interrupts.
+    """
+
+    def __init__(self, seconds: float = ALARM_SECONDS) -> None:
+        self.is_expected = False
+        self._seconds = seconds
+        self._is_set = True  # as long as there is no handler
+
+    def __enter__(self) -> ReadAlarm:
+        self._timer_before = signal.setitimer(signal.ITIMER_REAL, 0)
+        self._handler_before = signal.signal(signal.SIGALRM, self._ring)
+        self._is_set = False
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_set = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._handler_before)
+        signal.setitimer(signal.ITIMER_REAL, *self._timer_before)
+
+    def expect(self) -> None:
+        """Ring while a read is tried, which may find nothing; set `is_expected` to False after."""
+        self.is_expected = True
+        if not self._is_set:
+            self._is_set = True
+            signal.setitimer(signal.ITIMER_REAL, self._seconds, self._seconds)
+
+    def ring_on(self) -> None:
+        """Ring all the time from now on, because nothing tells when a read is tried."""
+        self._seconds = CONSTANT_ALARM_SECONDS
+        self.expect()
+
+    def _ring(self, number: int, frame: object) -> None:
+        # The signal itself does the work. This runs in the same thread as `expect`, between two of
+        # its steps: a later read sets the timer again.
+        if not self.is_expected:
+            self._is_set = False
+            signal.setitimer(signal.ITIMER_REAL, 0)

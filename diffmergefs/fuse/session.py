@@ -22,7 +22,7 @@ from diffmergefs.fuse import threads
 from diffmergefs.fuse.dropbehind import DropBehind
 from diffmergefs.fuse.observer import MountedSession, Observer
 from diffmergefs.fuse.operations import Operations
-from diffmergefs.fuse.readloop import few_switches
+from diffmergefs.fuse.readloop import ReadLoop, read_loop
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.threads import in_thread
 from diffmergefs.fuse.tree import Tree
@@ -96,6 +96,7 @@ def serve(
     observe: Callable[[MountedSession], Observer] | None = None,
     *,
     drop_behind: bool = False,
+    fast_loop: bool = True,
 ) -> None:
     """Mount the tree on `mountpoint` and serve until it is unmounted; `ready` is called once it
     answers.
@@ -103,9 +104,10 @@ def serve(
     `mountpoint` is a real path that `check_mountpoint` accepted. `leases` are those kept on the
     tree's layers: one that is being broken is given back at once. `notifier` is told how many
     snapshots are shown and files open, and of the stop. `wanted` is asked of the kernel before it
-    is ready. `observe` makes the observer of what clients open and
-    read. With `drop_behind`, layers' pages are dropped from the page cache once they were
-    served. Call it in the main thread. On SIGTERM and SIGINT (and SIGHUP, unless it is ignored) the
+    is ready. `observe` makes the observer of what clients open and read. With `drop_behind`,
+    layers' pages are dropped from the page cache once they were served. With `fast_loop` pyfuse3
+    waits for requests as `readloop` does. Call it in the main thread. On SIGTERM and SIGINT (and
+    SIGHUP, unless it is ignored) the
     mount is detached and served on until its last file is closed; a second signal ends it at once.
     Raises MountFailedError, and MountAbortedError if the connection to the kernel was ended by
     somebody else while the kernel still had the mount; that is logged too.
@@ -114,7 +116,8 @@ def serve(
     _give_memory_back()
     dropping = DropBehind() if drop_behind else None
     operations = Operations(tree, dropping)
-    with _signals_kept() as early, few_switches(), closing_in_threads(), threads.reserved():
+    waiting = read_loop(fast=fast_loop)
+    with _signals_kept() as early, waiting as loop, closing_in_threads(), threads.reserved():
         try:
             pyfuse3.init(operations, mountpoint, {_Option(option) for option in options})
         except RuntimeError as error:
@@ -124,7 +127,7 @@ def serve(
         try:
             if observe is not None:
                 operations.observer = observe(_as_observed(tree, own))
-            run = functools.partial(_run, operations, own, ready, early, leases, notifier)
+            run = functools.partial(_run, operations, own, ready, early, leases, notifier, loop)
             is_cut_off = trio.run(run, wanted)
         finally:
             # Nothing may call into a session that is closed.
@@ -217,6 +220,7 @@ async def _run(
     early: Sequence[int],
     leases: Leases,
     notifier: Notifier,
+    loop: ReadLoop,
     wanted: Tuning,
 ) -> bool:
     # Whether the connection was ended while the kernel still had the mount.
@@ -231,7 +235,7 @@ async def _run(
         if operations.tree.store is not None:
             nursery.start_soon(_watch_source, operations.tree.store)
         up = trio.Event()
-        nursery.start_soon(_say_ready, operations, own, ready, wanted, up)
+        nursery.start_soon(_say_ready, operations, own, loop, ready, wanted, up)
         try:
             await pyfuse3.main(max_tasks=_MAX_REQUESTS)
         except* ConnectionAbortedError:
@@ -299,12 +303,14 @@ def _counted(number: int, what: str) -> str:
 async def _say_ready(
     operations: Operations,
     own: OwnMount | None,
+    loop: ReadLoop,
     ready: Callable[[], None],
     wanted: Tuning,
     up: trio.Event,
 ) -> None:
     # The answer to the first request undoes what was set before it.
     await operations.answers.wait()
+    operations.metrics.fast_loop = loop.check()
     readahead = await in_thread(tuning.tune, own.device, wanted) if own is not None else None
     operations.observer.ready(readahead)
     log.info("ready")

@@ -49,11 +49,13 @@ class Status:
     `started` is a Unix time, `read_seconds` what all `reads` of views took together. `reads` counts
     the successful ones, `reads_in_threads` those of them that had to wait for their bytes.
     `open_images` are those whose layers are open, `open_files` the open files of memory images.
+    `fast_loop` is True if the daemon waits for requests in the fast read loop (`readloop`).
     """
 
     version: str
     pid: int
     started: float
+    fast_loop: bool
     operations: tuple[Operation, ...]
     reads: int
     reads_in_threads: int
@@ -99,6 +101,7 @@ def status_of(
         version=version,
         pid=pid,
         started=metrics.started,
+        fast_loop=metrics.fast_loop,
         operations=_operations(metrics),
         reads=sum(metrics.read_buckets),
         reads_in_threads=metrics.waited,

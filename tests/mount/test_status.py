@@ -252,6 +252,24 @@ def test_an_explicit_mount_has_it_too_and_taints_are_counted(
         assert {each.tag for each in after.supplied} == {"mem_file"}
 
 
+def test_the_fast_loop_is_in_force_unless_it_is_switched_off(
+    public_path: Path, mountpoint: Path
+) -> None:
+    store = write_chain(public_path / "store", ["base"])
+    for options, is_fast, line in (
+        ((), True, "the fast read loop is in force"),
+        (("-o", "no_fast_loop"), False, "the fast read loop is switched off"),
+    ):
+        with mounted(store, mountpoint, *options) as mount:
+            (mountpoint / "base" / "memory.bin").read_bytes()
+            assert status_in(mountpoint).fast_loop is is_fast
+            metrics = (mountpoint / STATUS_FOLDER / "metrics").read_text()
+            assert f"diffmergefs_fast_loop {float(is_fast)}" in metrics
+            assert line in mount.log()
+            shown = run("status", mountpoint).stdout
+            assert re.search(r"^read loop +fast$", shown, re.M) is not None or not is_fast
+
+
 def test_the_command_prints_a_table_or_json(public_path: Path, mountpoint: Path) -> None:
     store = write_chain(public_path / "store", ["base", "leaf"])
     with mounted(store, mountpoint) as mount:

@@ -1,12 +1,17 @@
-"""How tasks wait for the next request: who has the lock, what is looked for, who has a turn."""
+"""The read loop: the lock, the wait, the alarm, and what this pyfuse3 makes of them."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyfuse3
@@ -15,8 +20,17 @@ import trio
 import trio.testing
 
 from diffmergefs.fuse import readloop
-from diffmergefs.fuse.readloop import SPIN_NS, TURN_NS, ReadLock, RequestWait, few_switches
+from diffmergefs.fuse.readloop import (
+    CONSTANT_ALARM_SECONDS,
+    SPIN_NS,
+    TURN_NS,
+    ReadAlarm,
+    ReadLock,
+    RequestWait,
+    read_loop,
+)
 from tests.support import mounttable, skips
+from tests.support.live import until
 
 # The lock
 
@@ -330,13 +344,107 @@ def test_one_that_is_being_closed_raises_what_trio_does(pipe: tuple[int, int]) -
     trio.run(main)
 
 
-# What pyfuse3 is given
+# The alarm
+
+OFF = (0.0, 0.0)
+_read = ctypes.CDLL(None, use_errno=True).read
+
+
+def read_as_pyfuse3(pipe: tuple[int, int]) -> int:
+    """The errno of a read(2), which Python's own would take up again; 0 if there was something.
+
+    One that would sleep for ever finds something after a while.
+    """
+    late = threading.Timer(20, os.write, (pipe[1], b"late"))
+    late.start()
+    try:
+        count = _read(pipe[0], ctypes.create_string_buffer(1), 1)
+        return ctypes.get_errno() if count < 0 else 0
+    finally:
+        late.cancel()
+        late.join()
+
+
+@pytest.mark.parametrize("needs_trio", [True, False])
+def test_a_request_that_is_taken_back_does_not_keep_the_reader(
+    pipe: tuple[int, int], needs_trio: bool
+) -> None:
+    async def main() -> None:
+        with ReadAlarm() as alarm:
+            wait = RequestWait(alarm)
+            for _ in range(1 if needs_trio else 2):
+                os.write(pipe[1], b"x")
+                await wait(pipe[0])
+                os.read(pipe[0], 1)
+            for _ in range(3):  # not the first alarm only
+                assert read_as_pyfuse3(pipe) == errno.EINTR
+
+    trio.run(main)
+
+
+def test_nothing_rings_once_nothing_is_read(pipe: tuple[int, int]) -> None:
+    async def main() -> None:
+        with ReadAlarm() as alarm:
+            wait = RequestWait(alarm)
+            assert signal.getitimer(signal.ITIMER_REAL) == OFF
+            for _ in range(2):
+                os.write(pipe[1], b"x")
+                await wait(pipe[0])
+                assert signal.getitimer(signal.ITIMER_REAL) != OFF
+                os.read(pipe[0], 1)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(wait, pipe[0])  # as an idle mount waits
+                    while signal.getitimer(signal.ITIMER_REAL) != OFF:
+                        await trio.sleep(0.01)
+                    nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_it_rings_on_while_a_read_is_tried_and_no_longer() -> None:
+    rings = 0
+
+    class Counting(ReadAlarm):
+        def _ring(self, number: int, frame: object) -> None:
+            nonlocal rings
+            rings += 1
+            super()._ring(number, frame)
+
+    with Counting(0.001) as alarm:
+        alarm.expect()
+        until(lambda: rings > 20, "it does not ring")
+        alarm.is_expected = False
+        until(lambda: signal.getitimer(signal.ITIMER_REAL) == OFF, "it rings on")
+
+
+def test_handler_and_timer_are_put_back() -> None:
+    def other(number: int, frame: object) -> None: ...
+
+    handler, timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    signal.signal(signal.SIGALRM, other)
+    signal.setitimer(signal.ITIMER_REAL, 1000, 2000)
+    try:
+        with ReadAlarm() as alarm:
+            alarm.expect()
+        assert signal.getsignal(signal.SIGALRM) is other
+        left, interval = signal.getitimer(signal.ITIMER_REAL)
+        assert interval == 2000 and 900 < left <= 1000
+        # Outside it sets nothing.
+        alarm.expect()
+        ReadAlarm().expect()
+        assert signal.getitimer(signal.ITIMER_REAL)[1] == 2000
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+# What pyfuse3 gets
 
 
 def test_pyfuse3_sees_these_inside_and_all_else_of_trio() -> None:
-    with pytest.raises(ValueError, match="inside"), few_switches():
+    with pytest.raises(ValueError, match="inside"), read_loop():
         inside = pyfuse3.trio  # type: ignore[attr-defined]
-        assert inside.Lock is ReadLock
+        assert isinstance(inside.Lock(), ReadLock)
         assert isinstance(inside.lowlevel.wait_readable, RequestWait)
         assert inside.lowlevel.notify_closing is trio.lowlevel.notify_closing
         assert inside.open_nursery is trio.open_nursery
@@ -345,16 +453,50 @@ def test_pyfuse3_sees_these_inside_and_all_else_of_trio() -> None:
     assert trio.Lock is not ReadLock
 
 
-def test_a_pyfuse3_that_uses_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pyfuse3_that_uses_something_else_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     other = object()
     monkeypatch.setattr(pyfuse3, "trio", other)
-    with few_switches():
+    with read_loop() as loop:
         assert pyfuse3.trio is other  # type: ignore[attr-defined]
+        assert_rings_all_the_time()
+        assert not loop.check()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "is not in force" in record.message
 
+
+def test_a_pyfuse3_that_does_not_wait_as_expected_is_noticed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with read_loop() as loop:
+        assert signal.getitimer(signal.ITIMER_REAL) == OFF
+        assert not loop.check()
+        assert_rings_all_the_time()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "is not in force" in record.message
+
+
+def test_the_fast_loop_can_be_switched_off(caplog: pytest.LogCaptureFixture) -> None:
+    with read_loop(fast=False) as loop:
+        assert pyfuse3.trio is trio  # type: ignore[attr-defined]
+        assert_rings_all_the_time()
+        assert not loop.check()
+    assert [(r.levelname, r.message) for r in caplog.records] == [
+        ("INFO", "the fast read loop is switched off")
+    ]
+
+
+def assert_rings_all_the_time() -> None:
+    assert signal.getitimer(signal.ITIMER_REAL)[1] == pytest.approx(CONSTANT_ALARM_SECONDS)
+
+
+# What we assume of pyfuse3. If one of these fails with a new version of it, read the top of
+# diffmergefs/fuse/readloop.py before you change anything.
 
 SERVER = """
 import sys, pyfuse3, trio
-from diffmergefs.fuse.readloop import few_switches
+from diffmergefs.fuse import readloop
 from tests.bench import constant
 
 class Steps(trio.abc.Instrument):
@@ -369,31 +511,72 @@ class Counted(constant._Constant):
         return await super().read(fh, off, size)
 
 steps, served = Steps(), Counted(1 << 30)
-with few_switches():
+with readloop.read_loop() as loop:
     pyfuse3.init(served, sys.argv[1], {"fsname=constant", "ro"})
     print("up", flush=True)
     trio.run(pyfuse3.main, instruments=[steps])
-print(served.reads, steps.count)
+print(int(loop.is_fast), served.reads, steps.count)
 pyfuse3.close()
 """
 
+# Every tenth wait ends although no request is there, as if the kernel had taken it back.
+TAKEN_BACK = """
+from diffmergefs.fuse import readloop
+call, count = readloop.RequestWait.__call__, 0
+def wait(self, fd):
+    global count
+    count += 1
+    if count % 10:
+        return call(self, fd)
+    self._alarm.expect()
+    return readloop._AT_ONCE
+readloop.RequestWait.__call__ = wait
+"""
 
-def test_a_request_takes_one_step_of_a_task_at_most(mountpoint: Path) -> None:
-    # And a mount that is unmounted ends, though a task waits for the lock.
+
+@contextmanager
+def served(mountpoint: Path, code: str) -> Iterator[Callable[[], list[int]]]:
+    """A server with the read loop; what it printed at its end, once it is unmounted."""
     skips.require_fuse()
-    command = [sys.executable, "-c", SERVER, str(mountpoint)]
+    command = [sys.executable, "-c", code, str(mountpoint)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None and server.stdout.readline() == "up\n"
-            with (mountpoint / "image").open("rb", buffering=0) as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-                for n in range(1000):
-                    assert os.pread(file.fileno(), 4096, n << 20) == bytes(4096)
+        assert server.stdout is not None
+
+        def end() -> list[int]:
             mounttable.unmount(str(mountpoint))
-            reads, steps = map(int, server.stdout.read().split())
+            assert server.stdout is not None
+            return [int(number) for number in server.stdout.read().split()]
+
+        try:
+            assert server.stdout.readline() == "up\n"
+            yield end
         finally:
             server.kill()
             if mounttable.at(str(mountpoint)):
                 mounttable.unmount(str(mountpoint))
+
+
+def read_pages(mountpoint: Path, count: int) -> None:
+    with (mountpoint / "image").open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for n in range(count):
+            assert os.pread(file.fileno(), 4096, n << 20) == bytes(4096)
+
+
+def test_the_fast_loop_is_in_force_and_a_request_takes_one_step_of_a_task_at_most(
+    mountpoint: Path,
+) -> None:
+    # And a mount that is unmounted ends, though a task waits for the lock.
+    with served(mountpoint, SERVER) as end:
+        read_pages(mountpoint, 1000)
+        is_fast, reads, steps = end()
+    assert is_fast, f"pyfuse3 {pyfuse3.__version__} breaks fact 1 or 2 of fuse/readloop.py"
     assert reads >= 1000
     assert steps < reads + 50  # those of the start, of opening, and of the end
+
+
+def test_a_read_that_a_signal_ends_is_no_error_to_pyfuse3(mountpoint: Path) -> None:
+    with served(mountpoint, TAKEN_BACK + SERVER) as end:
+        read_pages(mountpoint, 100)
+        is_fast, reads, _ = end()
+    assert is_fast and reads >= 100, f"pyfuse3 {pyfuse3.__version__} breaks fact 3"
