@@ -23,8 +23,9 @@ from diffmergefs.core.errors import (
 )
 from diffmergefs.core.names import STATUS_FOLDER
 from diffmergefs.fuse.access import view_access
+from diffmergefs.fuse.image import OpenImage
 from diffmergefs.fuse.observer import MountedSession, NullObserver, Observer
-from diffmergefs.fuse.served import OpenImage, Store
+from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
@@ -197,7 +198,7 @@ def _explicit_image(request: Request, leases: Leases) -> OpenImage:
         raise FileAccessError(
             f"{error.filename or base}: {error.strerror} while it was found out who may read it"
         ) from error
-    return OpenImage.of(image, os.path.basename(base), access)
+    return OpenImage.of(image.view, os.path.basename(base), access)
 
 
 def serve_in_background(

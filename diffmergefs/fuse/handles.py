@@ -1,50 +1,112 @@
-"""What is open: one handle for each open file or directory of a mount."""
+"""Open files and directories of a mount, and the contents that several of them share."""
 
 from __future__ import annotations
 
+import errno
+import os
+import weakref
 from collections.abc import Hashable
 
+from diffmergefs.core import sparse
 from diffmergefs.core.identity import FileKey
-from diffmergefs.fuse.contents import Content
-from diffmergefs.fuse.served import OpenImage
+from diffmergefs.fuse.image import OpenImage
 from diffmergefs.fuse.tree import Node, Passed
+
+MAX_BYTES = 64 << 20
+_OVERHEAD = 48  # bytes that Python takes for a part besides its own
+
+
+class Content:
+    """The names in a directory, in the order in which they are read, or one text."""
+
+    __slots__ = ("__weakref__", "parts")
+
+    def __init__(self, parts: tuple[bytes, ...]) -> None:
+        self.parts = parts
+
+
+class Contents:
+    """The contents that are in use. Not safe for several threads.
+
+    Together they take at most `limit` bytes, however many are open and however often they change.
+    Only the first one may be larger.
+    """
+
+    def __init__(self, limit: int = MAX_BYTES) -> None:
+        self._limit = limit
+        self._taken = 0
+        self._newest: weakref.WeakValueDictionary[Hashable, Content] = weakref.WeakValueDictionary()
+
+    def shared(self, of: Hashable, *parts: bytes) -> Content:
+        """A content of these parts: the one in use, or a new one that counts while it lives.
+
+        `of` identifies what is read. Raises OSError (ENFILE) if there is no room for a new one.
+        """
+        known = self._newest.get(of)
+        if known is not None and known.parts == parts:
+            return known
+        size = sum(map(len, parts)) + _OVERHEAD * len(parts)
+        if self._taken and self._taken + size > self._limit:
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+        content = self._newest[of] = Content(parts)
+        self._taken += size
+        weakref.finalize(content, self._give_back, size)
+        return content
+
+    def _give_back(self, size: int) -> None:
+        self._taken -= size
 
 
 def lane_of(*devices: int) -> Hashable:
-    """The lane of work on files of these filesystems (st_dev): see `threads.Lanes`."""
+    """The lane for work on files of these filesystems (st_dev): see `threads.Lanes`."""
     return frozenset(devices)
 
 
 class Handle:
-    """An open file or directory: exactly one of the four is what it reads from.
+    """An open file or directory. It reads from exactly one of `image`, `fd`, `text` and `names`.
 
-    `fd` is of the file `node`, on the filesystem `device`.
+    `fd` is a descriptor of the passed-through file `node`, on the filesystem `device`; `names` are
+    those in the directory `node`. With a `key`, the file behind `fd` must keep that identity.
     """
 
     __slots__ = (
-        *("device", "fd", "key", "names", "node", "shown", "supplied", "text", "view"),
+        *("device", "fd", "image", "key", "names", "node", "supplied", "text", "view"),
         "_devices",
     )
 
     def __init__(
         self,
-        shown: OpenImage | None = None,
+        image: OpenImage | None = None,
         fd: int | None = None,
         text: Content | None = None,
         names: Content | None = None,
         node: Node | None = None,
         key: FileKey | None = None,
     ) -> None:
-        self.shown, self.fd, self.text, self.names = shown, fd, text, names
-        self.node = node  # what `fd` or `names` are of
-        self.key = key  # what `fd` must stay
+        self.image, self.fd, self.text, self.names = image, fd, text, names
+        self.node = node
+        self.key = key
         self.device = node.device if isinstance(node, Passed) else 0
-        self.view = shown.image.view if shown else None
+        self.view = image.view if image else None
         self._devices = [layer.status.st_dev for layer in self.view.layers] if self.view else []
         self.supplied: dict[int, int] = {}
 
     def lane(self, start: int, length: int) -> Hashable:
-        """That of the filesystems from which the image's bytes of this range come."""
+        """The lane of the filesystems that hold the image's bytes in this range."""
         assert self.view is not None
         numbers = {segment.layer for segment in self.view.segments(start, length)}
         return lane_of(*(self._devices[number] for number in numbers if number is not None))
+
+    def read_file(self, offset: int, size: int) -> bytes:
+        """Read from the passed-through file; blocks. Short only at the file's present end.
+
+        Raises OSError, EIO if the file is no longer the one that `key` identifies.
+        """
+        assert self.fd is not None
+        buffer = bytearray(size)
+        count = sparse.read_into(self.fd, memoryview(buffer), offset)
+        if self.key is not None and FileKey.of(os.fstat(self.fd)) != self.key:
+            path = os.readlink(f"/proc/self/fd/{self.fd}")
+            reason = "overwritten while it was open, as device state must not be"
+            raise OSError(errno.EIO, reason, path)
+        return bytes(buffer[:count])

@@ -17,22 +17,19 @@ import pyfuse3
 import trio
 from pyfuse3 import FUSEError
 
-from diffmergefs.core import background, sparse
+from diffmergefs.core import background
 from diffmergefs.core.buffers import Buffers
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.singleflight import SingleFlight
 from diffmergefs.core.version import __version__
-from diffmergefs.fuse import xattrs
-from diffmergefs.fuse.contents import Contents
 from diffmergefs.fuse.dropbehind import DropBehind
-from diffmergefs.fuse.handles import Handle, lane_of
-from diffmergefs.fuse.metrics import Metrics
+from diffmergefs.fuse.handles import Contents, Handle, lane_of
+from diffmergefs.fuse.image import XATTRS, OpenImage, xattr
 from diffmergefs.fuse.observer import NullObserver, Observer
-from diffmergefs.fuse.openmetrics import exposition
-from diffmergefs.fuse.served import OpenImage, Store
-from diffmergefs.fuse.status import METRICS_FILE, Status, status_of
+from diffmergefs.fuse.served import Store
+from diffmergefs.fuse.status import METRICS_FILE, Metrics, Status, exposition, status_of
 from diffmergefs.fuse.threads import Lanes, once_in_thread
 from diffmergefs.fuse.tree import (
     Attributes,
@@ -184,7 +181,7 @@ class Operations(pyfuse3.Operations):
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         answer = pyfuse3.StatvfsData()
         store, explicit = self.tree.store, self.tree.explicit
-        size = store.total_bytes() if store else explicit.image.view.size if explicit else 0
+        size = store.total_bytes() if store else explicit.view.size if explicit else 0
         answer.f_bsize = answer.f_frsize = 4096
         answer.f_blocks = -(-size // 4096)
         answer.f_bfree = answer.f_bavail = 0
@@ -279,7 +276,7 @@ class Operations(pyfuse3.Operations):
                     await self._in_thread(node, self.tree.require_same_access, shown)
                 # With direct_io the kernel refuses MAP_SHARED, through which a store would reach
                 # every reader's page cache; MAP_PRIVATE, which a VMM uses, it lets through.
-                handle = self._register(Handle(shown=shown))
+                handle = self._register(Handle(image=shown))
                 self._handles[handle].supplied = self.metrics.of_tag(shown.tag)
                 keep = self.observer.opened(handle, inode, shown, ctx, writing=writing)
                 keep = keep and not writing
@@ -349,9 +346,7 @@ class Operations(pyfuse3.Operations):
             return handle.text.parts[0][off : off + size]
         if handle.fd is None:
             raise FUSEError(errno.EISDIR)
-        return await self._reading.run(
-            lane_of(handle.device), _read_file, handle.fd, off, size, handle.key
-        )
+        return await self._reading.run(lane_of(handle.device), handle.read_file, off, size)
 
     @answering
     async def release(self, fh: int) -> None:
@@ -376,14 +371,14 @@ class Operations(pyfuse3.Operations):
     @answering
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         node = self.tree.node(inode)
-        if not isinstance(node, MemoryFile) or name not in xattrs.NAMES:
+        if not isinstance(node, MemoryFile) or name not in XATTRS:
             raise FUSEError(pyfuse3.ENOATTR)
         root = self.tree.store.root if self.tree.store else "/"
-        return await self._in_thread(node, xattrs.value, node.shown.image.view.layers, root, name)
+        return await self._in_thread(node, xattr, node.shown.view, root, name)
 
     @answering
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        return list(xattrs.NAMES) if isinstance(self.tree.node(inode), MemoryFile) else []
+        return list(XATTRS) if isinstance(self.tree.node(inode), MemoryFile) else []
 
     # Changes: none is ever made
 
@@ -398,9 +393,9 @@ class Operations(pyfuse3.Operations):
     def _status(self) -> Status:
         # Of this moment, so in the event loop; to write it out takes longer and may wait.
         store = self.tree.store
-        opened = [handle.shown for handle in self._handles.values() if handle.shown]
+        opened = [handle.image for handle in self._handles.values() if handle.image]
         if store is not None:
-            self.metrics.fold({*store.tags(), *(shown.tag for shown in opened)})
+            self.metrics.fold({*store.tags(), *(image.tag for image in opened)})
         return status_of(
             self.metrics,
             version=__version__,
@@ -514,7 +509,7 @@ class Operations(pyfuse3.Operations):
             case Passed() | TagFolder() | Document():
                 return lane_of(node.device)
             case MemoryFile():
-                return lane_of(*(layer.key.device for layer in node.shown.image.view.layers))
+                return lane_of(*(layer.key.device for layer in node.shown.view.layers))
             case Root() if name is not None:
                 return self._lane_of_tag(name)
         return type(node).__name__
@@ -522,17 +517,6 @@ class Operations(pyfuse3.Operations):
     def _lane_of_tag(self, tag: str) -> Hashable:
         links = self.tree.store.chain(tag) if self.tree.store else None
         return lane_of(*(link.layer.key.device for link in links or []))
-
-
-def _read_file(fd: int, off: int, size: int, key: FileKey | None) -> bytes:
-    # Short only at the end of the file as it is now: it is passed through, and may shrink. With a
-    # `key` it must be what it was when it was opened.
-    buffer = bytearray(size)
-    count = sparse.read_into(fd, memoryview(buffer), off)
-    if key is not None and FileKey.of(os.fstat(fd)) != key:
-        path = os.readlink(f"/proc/self/fd/{fd}")
-        raise OSError(errno.EIO, "overwritten while it was open, as device state must not be", path)
-    return bytes(buffer[:count])
 
 
 def _rendered(name: str, status: Status) -> bytes:

@@ -11,7 +11,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from diffmergefs.core import beneath
 from diffmergefs.core.errors import (
@@ -24,12 +23,14 @@ from diffmergefs.core.errors import (
 from diffmergefs.core.identity import FileKey, FileVersion
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.singleflight import SingleFlight
+from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.access import Access, Folder, view_access
 from diffmergefs.fuse.hashqueue import HashQueue
+from diffmergefs.fuse.image import OpenImage
 from diffmergefs.opening.contentchecks import Hint, must_read
 from diffmergefs.opening.contentchecks import read as read_pages
 from diffmergefs.opening.contentverdicts import Parents
-from diffmergefs.opening.images import Image, LayerPool, open_snapshot
+from diffmergefs.opening.images import LayerPool, open_snapshot
 from diffmergefs.opening.pins import Hashes, require_pin
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.opening.writers import Leases
@@ -56,28 +57,6 @@ Answers = dict[tuple[Question, FileKey], bool]
 
 def _keys_of(links: Sequence[Snapshot]) -> Keys:
     return [(s.layer.key, s.layer.records, s.parent_hash, s.doubt) for s in links]
-
-
-@dataclass(frozen=True, eq=False)
-class OpenImage:
-    """One image as it is shown: a file name, a view, who may read it, one inode number's worth.
-
-    `tag` is what it counts under: its tag, or without one its name. Compares by identity: a changed
-    chain, or changed access, is another OpenImage.
-    """
-
-    name: str
-    image: Image
-    access: Access
-    visible: int
-    mtime_ns: int
-    tag: str
-
-    @classmethod
-    def of(cls, image: Image, name: str, access: Access, tag: str | None = None) -> OpenImage:
-        visible = sum(image.view.visible_bytes())
-        newest = max(layer.status.st_mtime_ns for layer in image.view.layers)
-        return cls(name, image, access, visible, newest, name if tag is None else tag)
 
 
 class Store:
@@ -237,25 +216,25 @@ class Store:
         return frozenset(found)
 
     def _renewed(self, tag: str, keys: Keys, shown: OpenImage) -> tuple[Keys, OpenImage] | None:
-        layers = shown.image.view.layers
+        layers = shown.view.layers
         links = self.chain(tag)
         if links is None or any(layer.tainted for layer in layers):
             return None
         if _keys_of(links) != keys:
             return None
         try:
-            name, access = self._name_and_access(shown.image, links)
+            name, access = self._name_and_access(shown.view, links)
         except OSError:
             return None
         if (name, access) != (shown.name, shown.access):
-            return keys, OpenImage.of(shown.image, name, access, tag)
+            return keys, OpenImage.of(shown.view, name, access, tag)
         return keys, shown
 
-    def _name_and_access(self, image: Image, links: list[Snapshot]) -> tuple[str, Access]:
+    def _name_and_access(self, view: MergedView, links: list[Snapshot]) -> tuple[str, Access]:
         # A layer that is shared or was renamed was opened by another path than this chain's: who
         # may read the view follows from where its layers are now.
         paths = [link.layer.path for link in links]
-        return os.path.basename(paths[-1]), view_access(image.view.layers, self.roots, paths)
+        return os.path.basename(paths[-1]), view_access(view.layers, self.roots, paths)
 
     def _say_changes(
         self, catalog: Catalog, shown: dict[str, list[Snapshot]], unsettled: set[str]
@@ -407,7 +386,7 @@ class Store:
             image = open_snapshot(links, self._pool, self._policy, self._leases)
             for parent, link in self._pins(links):
                 self.require_pin(parent, link)
-            shown = OpenImage.of(image, *self._name_and_access(image, links), tag)
+            shown = OpenImage.of(image.view, *self._name_and_access(image.view, links), tag)
         except OSError as error:
             self._complain(tag, keys, str(error))
             raise FileAccessError(f"{tag}: {error.strerror}, it may have moved") from error

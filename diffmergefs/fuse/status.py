@@ -1,21 +1,77 @@
-"""What a mount says of itself: the facts, and the file in the mount where they stand."""
+"""The counters of a mount, and its status as JSON and as OpenMetrics text."""
 
 from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Sequence
+import os
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from diffmergefs.fuse.metrics import Metrics
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 METRICS_FILE = "metrics"
 STATUS_FILE = "status.json"
+#: Stands for all tags that no longer exist. No tag has parentheses.
+GONE = "(gone)"
+_BUCKETS = 65
+
+
+class Metrics:
+    """Counters that start at zero with the mount and only grow. Use them from the event loop only.
+
+    `requests` is by operation, `errors` by operation and errno. `supplied` is by tag: how many
+    bytes each layer of the chain supplied to reads, by its position (0 is the base; `view.HOLE`
+    stands for zeros that no layer supplied). `waited` counts the reads that went to a worker thread
+    because some of their bytes were not in the page cache. `fast_loop` is no counter: it tells
+    whether the fast read loop is in force (`readloop`).
+    """
+
+    __slots__ = (
+        *("errors", "fast_loop", "read_buckets", "read_ns"),
+        *("requests", "started", "supplied", "waited"),
+    )
+
+    def __init__(self) -> None:
+        self.started = time.time()
+        self.requests: defaultdict[str, int] = defaultdict(int)
+        self.errors: defaultdict[tuple[str, int], int] = defaultdict(int)
+        self.supplied: dict[str, dict[int, int]] = {}
+        self.waited = 0
+        self.fast_loop = False
+        self.read_ns = 0
+        self.read_buckets = [0] * _BUCKETS
+
+    def of_tag(self, tag: str) -> dict[int, int]:
+        """The entry of `supplied` for this tag. It counts until a `fold` without this tag."""
+        return self.supplied.setdefault(tag, {})
+
+    def read(self, nanoseconds: int, supplied: dict[int, int], totals: dict[int, int]) -> None:
+        """Count one read of a view: its duration, and the bytes that each layer supplied.
+
+        `totals` comes from `of_tag`. Bucket n of `read_buckets` holds the reads that took more
+        than 2**(n - 1) and at most 2**n nanoseconds.
+        """
+        self.read_ns += nanoseconds
+        self.read_buckets[(nanoseconds - 1).bit_length() if nanoseconds > 0 else 0] += 1
+        for layer, count in supplied.items():
+            totals[layer] = totals.get(layer, 0) + count
+
+    def fold(self, tags: Collection[str]) -> None:
+        """Move the entries of all other tags into that of `GONE`, so that the table stays small."""
+        for tag in self.supplied.keys() - {*tags, GONE}:
+            totals = self.of_tag(GONE)
+            for layer, count in self.supplied.pop(tag).items():
+                totals[layer] = totals.get(layer, 0) + count
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One kind of request: how many came, and how many got an error, by the errno's name."""
+    """One kind of request: how many came, and how many failed, by the errno's name."""
 
     operation: str
     requests: int
@@ -36,7 +92,7 @@ class Supplied:
 
 @dataclass(frozen=True)
 class Bucket:
-    """How many reads took at most so many seconds; those of the buckets before it included."""
+    """How many reads took at most this many seconds. It includes the buckets before it."""
 
     seconds: float
     reads: int
@@ -44,11 +100,11 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Status:
-    """One look at the counters of a mount. It holds tags and numbers, and no path.
+    """The counters of a mount at one moment. It holds tags and numbers, but no path.
 
-    `started` is a Unix time, `read_seconds` what all `reads` of views took together. `reads` counts
-    the successful ones, `reads_in_threads` those of them that had to wait for their bytes.
-    `open_images` are those whose layers are open, `open_files` the open files of memory images.
+    `started` is a Unix time, `read_seconds` the total duration of all `reads` of views. `reads`
+    counts the successful ones, `reads_in_threads` those of them that a worker thread served.
+    `open_images` counts images whose layers are open, `open_files` open files of memory images.
     `fast_loop` is True if the daemon waits for requests in the fast read loop (`readloop`).
     """
 
@@ -69,12 +125,12 @@ class Status:
     open_files: int
 
     def to_json(self) -> str:
-        """As a JSON object with the same names."""
+        """This status as a JSON object with the same names."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Status:
-        """What `to_json` gave. Raises ValueError for anything else."""
+        """Parse the result of `to_json`. Raises ValueError for anything else."""
         try:
             known = json.loads(text)
             known["operations"] = tuple(Operation(**each) for each in known["operations"])
@@ -96,7 +152,7 @@ def status_of(
     images: int,
     files: int,
 ) -> Status:
-    """The facts that the counters hold now, and those told beside them."""
+    """The status that the counters and the other arguments give now."""
     return Status(
         version=version,
         pid=pid,
@@ -130,9 +186,104 @@ def _operations(metrics: Metrics) -> tuple[Operation, ...]:
     )
 
 
-# From 1 us to 17 s: what lies outside counts in the first of them, and in all alone.
+# From 1 us to 17 s. The first bucket includes faster reads; only the total includes slower ones.
 _FIRST, _LAST = 10, 34
 
 
 def _buckets(counts: Sequence[int]) -> tuple[Bucket, ...]:
     return tuple(Bucket(2**n / 1e9, sum(counts[: n + 1])) for n in range(_FIRST, _LAST + 1))
+
+
+def exposition(status: Status) -> bytes:
+    """The status in the OpenMetrics text format, by prometheus_client.
+
+    Raises ImportError if that package is missing.
+    """
+    # Imported here because it takes 14 MiB of a daemon's memory, and few mounts are scraped.
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.openmetrics.exposition import generate_latest
+    from prometheus_client.registry import Collector
+
+    class Snapshot(Collector):
+        def collect(self) -> Iterator[Metric]:
+            return _families(status)
+
+    registry = CollectorRegistry()
+    registry.register(Snapshot())
+    text: bytes = generate_latest(registry)  # type: ignore[no-untyped-call]  # it is not annotated
+    return text
+
+
+def _families(status: Status) -> Iterator[Metric]:
+    from prometheus_client import metrics_core as core
+
+    build = {"version": status.version}
+    yield core.InfoMetricFamily("diffmergefs_build", "Version of the daemon.", build)
+    for name, text, number in (
+        ("start_time_seconds", "Start of the mount, as a Unix time.", status.started),
+        ("open_images", "Images whose layers are open.", status.open_images),
+        ("open_files", "Open files of memory images.", status.open_files),
+        ("fast_loop", "1 if the fast read loop is in force, else 0.", status.fast_loop),
+    ):
+        yield core.GaugeMetricFamily(f"diffmergefs_{name}", text, number)
+    for name, text, number in (
+        (
+            "thread_reads",
+            "Reads served from a worker thread (page-cache miss).",
+            status.reads_in_threads,
+        ),
+        ("prefetch_pushed_bytes", "Prefetched bytes.", status.prefetch_pushed_bytes),
+        (
+            "prefetch_hit_bytes",
+            "Prefetched bytes that no client requested.",
+            status.prefetch_hit_bytes,
+        ),
+        ("tainted_layers", "Layers that changed while in use.", status.tainted_layers),
+    ):
+        yield core.CounterMetricFamily(f"diffmergefs_{name}", text, number)
+    yield from _requests(status)
+    yield _supplied(status)
+    yield core.HistogramMetricFamily(
+        "diffmergefs_read_duration_seconds",
+        "Time that the daemon took to serve a read of a memory file.",
+        buckets=[
+            *((str(bucket.seconds), float(bucket.reads)) for bucket in status.read_buckets),
+            ("+Inf", float(status.reads)),
+        ],
+        sum_value=status.read_seconds,
+    )
+
+
+def _requests(status: Status) -> Iterator[Metric]:
+    from prometheus_client.metrics_core import CounterMetricFamily
+
+    total = CounterMetricFamily(
+        "diffmergefs_requests", "Requests from the kernel.", labels=["operation"]
+    )
+    failed = CounterMetricFamily(
+        "diffmergefs_request_errors",
+        "Requests answered with an error.",
+        labels=["operation", "errno"],
+    )
+    for each in status.operations:
+        total.add_metric([each.operation], each.requests)
+        for name, count in each.errors.items():
+            failed.add_metric([each.operation, name], count)
+    yield total
+    yield failed
+
+
+def _supplied(status: Status) -> Metric:
+    from prometheus_client.metrics_core import CounterMetricFamily
+
+    family = CounterMetricFamily(
+        "diffmergefs_supplied_bytes",
+        "Bytes that each layer of a tag's chain supplied to reads.",
+        labels=["tag", "layer"],
+    )
+    for each in status.supplied:
+        layer = "hole" if each.layer is None else str(each.layer)
+        # The text is UTF-8, but a file's name may be any bytes.
+        tag = os.fsencode(each.tag).decode("utf-8", "backslashreplace")
+        family.add_metric([tag, layer], each.bytes)
+    return family

@@ -31,7 +31,8 @@ from diffmergefs.fuse.access import (
     require_same,
     view_access,
 )
-from diffmergefs.fuse.served import OpenImage, Store
+from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.status import METRICS_FILE, STATUS_FILE
 from diffmergefs.opening.images import require_spare_descriptors
 from diffmergefs.stores.snapshot import DOCUMENT, Snapshot, is_left_out
@@ -322,7 +323,7 @@ class Tree:
         That is asked of one that is not shown any more, and that somebody opens anew by a handle
         or a link in /proc: its mode is that of the day when it was shown.
         """
-        now = view_access(shown.image.view.layers)
+        now = view_access(shown.view.layers)
         if now[:2] != shown.access[:2] or shown.access.mode & ~now.mode:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), shown.name)
 
@@ -442,7 +443,7 @@ class Tree:
     def open_images(self) -> int:
         """How many images have their layers open: those that are shown, and those held open."""
         with self._lock:
-            return len({id(shown.image) for shown in self._image_inodes})
+            return len({id(shown.view) for shown in self._image_inodes})
 
     def _root_attributes(self) -> Attributes:
         # Those last known where the directory was deleted: the mountpoint does not vanish, and what
@@ -464,7 +465,7 @@ class Tree:
             listing = reachable(self.store.named, found.uid, found.gid, LISTING)
             return found._replace(mode=found.mode & ~(0o444 & ~listing))
         assert self.explicit is not None
-        base = self.explicit.image.view.layers[0]
+        base = self.explicit.view.layers[0]
         folder = os.path.dirname(os.readlink(f"/proc/self/fd/{base.fd}"))
         with beneath.passing(None, folder) as fd:
             return _mirror_folder(fd)
@@ -477,7 +478,7 @@ class Tree:
             stat.S_IFREG | mode,
             uid,
             gid,
-            shown.image.view.size,
+            shown.view.size,
             -(-shown.visible // 512),
             1,
             shown.mtime_ns,

@@ -21,8 +21,8 @@ from diffmergefs.core.errors import DiffMergeError, LayerChangedError
 from diffmergefs.core.extents import Extent, ExtentList
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.view import MergedView
+from diffmergefs.fuse.image import OpenImage
 from diffmergefs.fuse.observer import Caller
-from diffmergefs.fuse.served import OpenImage
 from diffmergefs.prefetch.connection import Connection
 from diffmergefs.prefetch.record import Identity, WorkingSets, identity_of_view
 from diffmergefs.prefetch.touches import PIECE, pieces
@@ -89,7 +89,7 @@ class Notify:
         self._store = store
 
     def bring(self, push: Push, wanted: Sequence[Extent]) -> Generator[int, None, None]:
-        view = push.shown.image.view
+        view = push.shown.view
         buffer = page_aligned(PIECE)
         for start, stop in wanted:
             data = buffer[: stop - start]
@@ -275,7 +275,7 @@ class Prefetcher:
             del push
 
     def _step(self, push: Push) -> bool:
-        name = push.shown.image.view.layers[-1].path
+        name = push.shown.view.layers[-1].path
         assert push.steps is not None
         try:
             if push.cancelled:
@@ -297,7 +297,7 @@ class Prefetcher:
         wanted, push.wanted = self._wanted(push.shown)
         if not wanted:
             return
-        total, view = 0, push.shown.image.view
+        total, view = 0, push.shown.view
         _require_unchanged(view)
         with contextlib.closing(self._way.bring(push, wanted)) as steps:
             for count in steps:
@@ -312,13 +312,13 @@ class Prefetcher:
             log.info("%s: prefetched %d bytes in %d pieces", name, total, len(wanted))
 
     def _wanted(self, shown: OpenImage) -> tuple[list[Extent], ExtentList]:
-        layers = identity_of_view(shown.image.view)
+        layers = identity_of_view(shown.view)
         # Looked at first: a record that is replaced meanwhile is then read once more.
         record = self._sets.key(layers)
         with self._changed:
             known = self._known.get(shown)
         if known is None or known.record != record:
-            found = self._load(layers, shown.image.view.size)
+            found = self._load(layers, shown.view.size)
             borders = array("Q", itertools.chain.from_iterable(found))
             known = _Known(record, borders, ExtentList(sorted(found)))
             with self._changed:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.fuse.image import OpenImage
 from diffmergefs.fuse.observer import Caller
-from diffmergefs.fuse.served import OpenImage
 from diffmergefs.prefetch.record import MAX_RANGES, WorkingSet, WorkingSets, identity_of_view, now
 from diffmergefs.prefetch.touches import Touches, first_touches, limited
 
@@ -50,7 +50,7 @@ class Recorder:
         is_first = session is None
         if session is None:
             session = self._sessions[shown] = _Session(shown)
-        touches = session.files[file] = Touches(shown.image.view.size)
+        touches = session.files[file] = Touches(shown.view.size)
         session.opened.add(file)
         self._files[file] = session, touches
         return not is_first
@@ -99,7 +99,7 @@ class Recorder:
             log.exception("writing a working set failed: this is a bug")
 
     def _write(self, session: _Session) -> None:
-        view = session.shown.image.view
+        view = session.shown.view
         name = view.layers[-1].path
         restores = [touches for touches in session.files.values() if touches.is_restore]
         if not restores:

@@ -30,8 +30,8 @@ from unittest import mock
 import pyfuse3
 import trio
 
+from diffmergefs.fuse.image import OpenImage
 from diffmergefs.fuse.operations import Operations
-from diffmergefs.fuse.served import OpenImage
 from diffmergefs.fuse.tree import ROOT_INODE, Tree
 from diffmergefs.opening.images import open_chain
 from tests.support.mounts import mounted
@@ -76,8 +76,8 @@ async def microseconds(operations: Operations, fh: int, size: int, reads: int) -
 
 
 async def in_the_handler(base: Path, diffs: list[Path], reads: int) -> None:
-    image = open_chain(base, diffs)
-    operations = Operations(Tree("/nowhere", explicit=OpenImage.of(image, "base", (0, 0, 0o400))))
+    view = open_chain(base, diffs).view
+    operations = Operations(Tree("/nowhere", explicit=OpenImage.of(view, "base", (0, 0, 0o400))))
     inode = (await operations.lookup(ROOT_INODE, b"base", CTX)).st_ino
     fh = (await operations.open(inode, os.O_RDONLY, CTX)).fh
     assert len(await operations.read(fh, 0, SIZE)) == SIZE
@@ -85,16 +85,16 @@ async def in_the_handler(base: Path, diffs: list[Path], reads: int) -> None:
         count = reads if size == PAGE else reads * PAGE * 8 // size
         took = await microseconds(operations, fh, size, count)
         print(f"  {size >> 10:5d} KiB: {took:7.2f} us a read, {size / took / 1024:6.2f} GiB/s")
-    image.view.close()
+    view.close()
 
 
 async def of_a_slow_store(base: Path, diffs: list[Path]) -> None:
     """Eight clients of layers whose every read takes 5 ms, as on a network: they wait together."""
-    image = open_chain(base, diffs)
-    operations = Operations(Tree("/nowhere", explicit=OpenImage.of(image, "base", (0, 0, 0o400))))
+    view = open_chain(base, diffs).view
+    operations = Operations(Tree("/nowhere", explicit=OpenImage.of(view, "base", (0, 0, 0o400))))
     inode = (await operations.lookup(ROOT_INODE, b"base", CTX)).st_ino
     fh = (await operations.open(inode, os.O_RDONLY, CTX)).fh
-    for layer in image.view.layers:
+    for layer in view.layers:
         layer._nowait = os.RWF_NOWAIT  # as if they were not on a tmpfs, which is never slow
     preadv = os.preadv
 
@@ -116,7 +116,7 @@ async def of_a_slow_store(base: Path, diffs: list[Path]) -> None:
                     nursery.start_soon(client, number)
             each = (time.perf_counter() - began) / 50 / clients
             print(f"  {clients} clients of a store of 5 ms: {each * 1e3:5.2f} ms a read")
-    image.view.close()
+    view.close()
 
 
 def cpu_seconds(pid: int) -> float:

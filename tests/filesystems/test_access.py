@@ -24,7 +24,8 @@ from diffmergefs.fuse.access import (
     reachable,
     view_access,
 )
-from diffmergefs.fuse.served import OpenImage, Store
+from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.served import Store
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
 from tests.support import skips
@@ -299,7 +300,7 @@ def test_no_moment_of_an_exchange_opens_a_door(
                 seen.add(check(image))
 
     def check(image: OpenImage) -> int:
-        content = bytes(image.image.view.read(0, SIZE))
+        content = bytes(image.view.read(0, SIZE))
         assert image.access.mode | ours[content] == ours[content]
         return image.access.mode
 

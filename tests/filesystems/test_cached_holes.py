@@ -205,7 +205,7 @@ def test_a_store_asks_again_at_each_look_without_a_walk(
     store.look()
     gone = "no layer of it is known to be with holes that look like data any more"
     assert sorted(caplog.messages) == [f"leaf: {gone}", f"work: {gone}"]
-    assert store.open("work").image.view.read(0, SIZE) == ORACLE
+    assert store.open("work").view.read(0, SIZE) == ORACLE
     assert store.open("leaf") and times(root / "work" / "memory.bin") == before
 
 
@@ -280,8 +280,8 @@ def test_a_layer_that_a_base_holds_open_is_walked_again_for_a_diff(place: Path) 
     store.look()
     with mapped(shared):
         twin = store.open("twin")
-    assert store.open("work").image.view.read(0, SIZE) == ORACLE
-    assert twin.image.view.read(0, SIZE) == overlay_oracle(SIZE, [NEW])
+    assert store.open("work").view.read(0, SIZE) == ORACLE
+    assert twin.view.read(0, SIZE) == overlay_oracle(SIZE, [NEW])
 
 
 @pytest.mark.parametrize("moment", ["before the map", "between the two", "after the data"])

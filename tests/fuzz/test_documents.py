@@ -256,7 +256,7 @@ def test_directories(
                 case TagFolder() | Passed(kind=stat.S_IFDIR):
                     walk(tree, node, made)
                 case MemoryFile(shown=image):
-                    assert attributes.size == image.image.view.size
+                    assert attributes.size == image.view.size
                 case _:
                     raise AssertionError(f"{name!r}: {node}")
 

@@ -19,8 +19,8 @@ import trio
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.dropbehind import DropBehind, drop
+from diffmergefs.fuse.image import OpenImage
 from diffmergefs.fuse.operations import Operations
-from diffmergefs.fuse.served import OpenImage
 from diffmergefs.fuse.tree import ROOT_INODE, Tree
 from diffmergefs.opening.images import open_chain
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
@@ -265,7 +265,7 @@ def test_a_mount_drops_its_layers_pages_and_keeps_its_own(
 def test_without_it_no_page_is_dropped(tmp_path: Path, advised: Advised) -> None:
     base, diff = write_layers(tmp_path)
     image = open_chain(base, [diff])
-    shown = OpenImage.of(image, "image", (0, 0, 0o400))
+    shown = OpenImage.of(image.view, "image", (0, 0, 0o400))
     operations = Operations(Tree("/nowhere", explicit=shown))
 
     async def read() -> None:

@@ -22,11 +22,9 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from diffmergefs import __version__
 from diffmergefs.core.errors import BrokenChainError
 from diffmergefs.core.names import STATUS_FOLDER
-from diffmergefs.fuse.metrics import Metrics
-from diffmergefs.fuse.openmetrics import exposition
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.served import Store
-from diffmergefs.fuse.status import Status, status_of
+from diffmergefs.fuse.status import Metrics, Status, exposition, status_of
 from diffmergefs.fuse.tree import ROOT_INODE, Tree
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import LAYOUTS, read_catalog

@@ -181,7 +181,7 @@ def test_a_tag_with_a_writer_and_its_descendants_are_refused_until_it_is_closed(
     gone = "no layer of it is known to be open for writing any more"
     assert sorted(caplog.messages) == [f"{tag}: {gone}" for tag in ("leaf", "work")]
     assert refused(store) == set()
-    assert store.open("leaf").image.view.read(0, SIZE) == LEAF
+    assert store.open("leaf").view.read(0, SIZE) == LEAF
     assert warnings(caplog) == []
 
 
@@ -268,7 +268,7 @@ def test_a_broken_lease_taints_no_view_and_a_store_does(root: Path) -> None:
     with opened_for_writing(*chain_of(root)):
         store.look()
         assert store.opened("leaf") is shown
-        assert shown.image.view.read(0, SIZE) == LEAF
+        assert shown.view.read(0, SIZE) == LEAF
         assert refused(store) == {"base", "work", "side"}  # they are opened only now
     store.look()
     assert refused(store) == set()
@@ -278,7 +278,7 @@ def test_a_broken_lease_taints_no_view_and_a_store_does(root: Path) -> None:
     with memory(root, "work").open("r+b", buffering=0) as file:
         file.write(b"x")
     with pytest.raises(LayerChangedError):
-        shown.image.view.read(0, SIZE)
+        shown.view.read(0, SIZE)
     store.look()
     assert store.opened("leaf") is None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.fuse import xattrs
+from diffmergefs.fuse import image as images
 from diffmergefs.fuse.served import Store
 from diffmergefs.opening.trust import TrustPolicy
 from tests.support.commands import succeed
@@ -109,15 +109,15 @@ def test_a_chain_that_is_too_long_for_an_attribute_is_an_error_of_its_own(
 ) -> None:
     store = Store(str(write_chain(tmp_path / "store", ["base", "leaf"])), TrustPolicy())
     store.look()
-    layers = store.open("leaf").image.view.layers
-    full = xattrs.value(layers, store.root, CHAIN.encode())
-    monkeypatch.setattr(xattrs, "LONGEST", len(full))
-    assert xattrs.value(layers, store.root, CHAIN.encode()) == full
-    monkeypatch.setattr(xattrs, "LONGEST", len(full) - 1)
+    view = store.open("leaf").view
+    full = images.xattr(view, store.root, CHAIN.encode())
+    monkeypatch.setattr(images, "LONGEST_XATTR", len(full))
+    assert images.xattr(view, store.root, CHAIN.encode()) == full
+    monkeypatch.setattr(images, "LONGEST_XATTR", len(full) - 1)
     with pytest.raises(OSError) as caught:
-        xattrs.value(layers, store.root, CHAIN.encode())
+        images.xattr(view, store.root, CHAIN.encode())
     assert caught.value.errno == errno.E2BIG
-    assert xattrs.value(layers, store.root, LAYERS.encode()) == b"2"
+    assert images.xattr(view, store.root, LAYERS.encode()) == b"2"
 
 
 def test_a_long_chain_is_handed_on_whole_and_one_beyond_the_kernels_limit_is_refused(

@@ -12,8 +12,8 @@ from typing import Any
 from diffmergefs import open_chain
 from diffmergefs.core.extents import Extent
 from diffmergefs.fuse.access import Access
+from diffmergefs.fuse.image import OpenImage
 from diffmergefs.fuse.observer import Observer
-from diffmergefs.fuse.served import OpenImage
 from diffmergefs.prefetch.record import WorkingSet, WorkingSets, identity_of_view, now
 from tests.support.images import PAGE, overlay_oracle, write_layer
 from tests.support.stores import age, pages
@@ -38,7 +38,7 @@ def write_pair(folder: Path) -> tuple[Path, Path]:
 
 def shown(base: Path, diff: Path) -> OpenImage:
     """The image of the two, as a mount shows it."""
-    return OpenImage.of(open_chain(base, [diff]), "base.mem", Access(0, 0, 0o400))
+    return OpenImage.of(open_chain(base, [diff]).view, "base.mem", Access(0, 0, 0o400))
 
 
 def scattered(count: int, seed: int = 3) -> list[int]:
@@ -53,7 +53,7 @@ def ranges_of(numbers: Iterable[int]) -> list[Extent]:
 
 def save(sets: WorkingSets, image: OpenImage, numbers: Iterable[int]) -> WorkingSet:
     """Record that these pages of the image were touched, in this order."""
-    layers = identity_of_view(image.image.view)
+    layers = identity_of_view(image.view)
     record = WorkingSet(layers, tuple(ranges_of(numbers)), now(), 4)
     sets.save(record)
     return record

@@ -115,14 +115,14 @@ def test_a_closed_store_closes_its_directory_once_and_no_image(root: Path) -> No
         store.close()
         os.close(fd)
     image = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2])])
-    assert shown.image.view.read(0, SIZE) == image
+    assert shown.view.read(0, SIZE) == image
 
 
 def test_an_opened_image_is_the_chain_merged(root: Path) -> None:
     store = looked(root)
     shown = store.open("leaf")
     expected = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2])])
-    assert shown.image.view.read(0, SIZE) == expected
+    assert shown.view.read(0, SIZE) == expected
     assert (shown.name, shown.visible, shown.mtime_ns) == ("memory.bin", 15 * PAGE, OLD_NS)
     assert store.opened("leaf") is shown
     assert store.open("leaf") is shown
@@ -130,7 +130,7 @@ def test_an_opened_image_is_the_chain_merged(root: Path) -> None:
 
 def test_layers_that_chains_share_are_opened_once(root: Path) -> None:
     store = looked(root)
-    leaf, work = store.open("leaf").image.view, store.open("work").image.view
+    leaf, work = store.open("leaf").view, store.open("work").view
     assert leaf.layers[:2] == work.layers
 
 
@@ -167,7 +167,7 @@ def test_a_layer_replaced_since_the_look_fails_and_the_next_look_helps(root: Pat
     with pytest.raises(LayerChangedError, match=r"base/memory\.bin"):
         store.open("base")
     store.look()
-    assert store.open("base").image.view.read(0, PAGE) == signed(9, 0, PAGE)
+    assert store.open("base").view.read(0, PAGE) == signed(9, 0, PAGE)
 
 
 def test_a_look_forgets_an_image_whose_chain_changed(root: Path) -> None:
@@ -178,8 +178,8 @@ def test_a_look_forgets_an_image_whose_chain_changed(root: Path) -> None:
     assert store.opened("base") is None
     new = store.open("base")
     assert new is not old
-    assert old.image.view.read(0, PAGE) == signed(0, 0, PAGE)
-    assert new.image.view.read(0, PAGE) == signed(9, 0, PAGE)
+    assert old.view.read(0, PAGE) == signed(0, 0, PAGE)
+    assert new.view.read(0, PAGE) == signed(9, 0, PAGE)
 
 
 def test_a_look_forgets_an_image_with_a_tainted_layer(root: Path) -> None:
@@ -189,13 +189,13 @@ def test_a_look_forgets_an_image_with_a_tainted_layer(root: Path) -> None:
     with memory.open("r+b") as file:
         file.write(signed(7, 0, PAGE))
     with pytest.raises(LayerChangedError):
-        old.image.view.read(0, SIZE)
+        old.view.read(0, SIZE)
     age(memory)
     store.look()
     assert store.opened("leaf") is None
     new = store.open("leaf")
-    assert new.image.view.read(0, PAGE) == signed(7, 0, PAGE)
-    assert new.image.view.layers[0] is old.image.view.layers[0]
+    assert new.view.read(0, PAGE) == signed(7, 0, PAGE)
+    assert new.view.layers[0] is old.view.layers[0]
 
 
 def test_without_a_change_a_look_keeps_the_image(root: Path) -> None:
@@ -213,7 +213,7 @@ def test_changed_access_is_another_image_with_the_same_view(public_path: Path) -
     store.look()
     new = store.opened("leaf")
     assert new is not None and new is not old
-    assert new.image is old.image
+    assert new.view is old.view
     assert (old.access.mode, new.access.mode) == (0o444, 0o400)
 
 
@@ -224,13 +224,13 @@ def test_a_layer_that_was_renamed_while_open_is_served_under_its_new_name(root: 
     write_document(root, "base2", '{"memory": "memory.bin"}')
     store.look()
     shown = store.open("base2")
-    assert shown.image.view.layers == held.image.view.layers
+    assert shown.view.layers == held.view.layers
     (root / "base2" / "memory.bin").rename(root / "base2" / "other.mem")
     write_document(root, "base2", '{"memory": "other.mem"}')
     store.look()
     renamed = store.opened("base2")
     assert renamed is not None
-    assert (renamed.name, renamed.image) == ("other.mem", shown.image)
+    assert (renamed.name, renamed.view) == ("other.mem", shown.view)
 
 
 def test_a_look_that_fails_leaves_what_was_shown_and_the_next_one_recovers(
@@ -252,7 +252,7 @@ def test_a_look_that_fails_leaves_what_was_shown_and_the_next_one_recovers(
     with pytest.raises(DiffMergeError):
         store.open("work")
     store.look()
-    assert store.open("work").image.view.read(0, PAGE) == signed(7, 0, PAGE)
+    assert store.open("work").view.read(0, PAGE) == signed(7, 0, PAGE)
 
 
 def test_what_is_not_shown_is_logged_once_with_its_reason(
@@ -409,8 +409,8 @@ def test_a_directory_that_is_deleted_and_made_anew_is_followed(
     write_tag(root, "leaf", layer=7, numbers=BASE_PAGES)
     store.look()
     assert store.tags() == ["leaf"]
-    assert store.open("leaf").image.view.read(0, PAGE) == signed(7, 0, PAGE)
-    assert old.image.view.read(PAGE, PAGE) == signed(1, PAGE, PAGE)
+    assert store.open("leaf").view.read(0, PAGE) == signed(7, 0, PAGE)
+    assert old.view.read(PAGE, PAGE) == signed(1, PAGE, PAGE)
     assert where(store) == str(root)
     moved = f"{root}: another directory stands there now, and is shown instead"
     assert [text for text in warnings(caplog) if "another directory" in text] == [moved]

@@ -14,8 +14,8 @@ import trio
 import trio.testing
 
 from diffmergefs.core.buffers import LARGEST, Buffers
+from diffmergefs.fuse.image import OpenImage
 from diffmergefs.fuse.operations import Operations
-from diffmergefs.fuse.served import OpenImage
 from diffmergefs.fuse.tree import ROOT_INODE, Tree
 from diffmergefs.opening.images import open_chain
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
@@ -61,7 +61,7 @@ def chain(tmp_path: Path) -> Iterator[tuple[Operations, bytes]]:
     image = open_chain(paths[0], paths[1:])
     with image.view as view:
         view.read(0, SIZE)
-        shown = OpenImage.of(image, "0.mem", (0, 0, 0o400))
+        shown = OpenImage.of(image.view, "0.mem", (0, 0, 0o400))
         yield Operations(Tree("/somewhere", explicit=shown)), bytes(overlay_oracle(SIZE, layers))
 
 

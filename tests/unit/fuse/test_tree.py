@@ -19,7 +19,8 @@ import pytest
 
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.fuse.access import view_access
-from diffmergefs.fuse.served import OpenImage, Store
+from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.tree import ROOT_INODE, Document, MemoryFile, Passed, Root, TagFolder, Tree
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
@@ -287,7 +288,7 @@ def test_a_replaced_passed_file_has_a_new_number(root: Path) -> None:
 def test_explicit_layers_are_one_file_under_the_bases_name(public_path: Path) -> None:
     base = write_layer(public_path / "mem_file", SIZE, pages(0, BASE_PAGES))
     image = open_chain(base, [write_layer(public_path / "mem_diff", SIZE, pages(1, [1]))])
-    shown = OpenImage.of(image, "mem_file", view_access(image.view.layers))
+    shown = OpenImage.of(image.view, "mem_file", view_access(image.view.layers))
     tree = Tree(MOUNTPOINT, explicit=shown)
     assert tree.children(Root()) == {"mem_file": MemoryFile(shown)}
     assert tree.attributes(tree.child(Root(), "mem_file")).size == SIZE

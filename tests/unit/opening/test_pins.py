@@ -340,7 +340,7 @@ def test_a_wrong_pin_refuses_the_tag_and_its_descendants_once(
 ) -> None:
     store = looked(root)
     for tag in ("base", "work", "free"):
-        assert store.open(tag).image.view.layers
+        assert store.open(tag).view.layers
     for _ in range(2):
         for tag in ("leaf", "on-leaf"):
             with pytest.raises(PinError, match=r"work/memory\.bin: its sha256 is"):
@@ -389,7 +389,7 @@ def test_what_proved_right_is_noted_while_no_look_goes_through_it(root: Path) ->
 
 
 def test_no_believes_all_and_full_reads_anew(root: Path, settled: None, hashed: list[str]) -> None:
-    assert looked(root, "no").open("leaf").image.view.layers
+    assert looked(root, "no").open("leaf").view.layers
     assert looked(root, "no").pins("leaf") == []
     assert hashed == []
     looked(root).open("work")
@@ -409,7 +409,7 @@ def test_a_corrected_pin_is_taken_up(root: Path) -> None:
     age(document)
     store.look()
     assert store.opened("leaf") is None
-    assert store.open("leaf").image.view.layers
+    assert store.open("leaf").view.layers
 
 
 def test_a_pin_that_is_recorded_later_is_checked(root: Path) -> None:
@@ -445,7 +445,7 @@ def test_a_parent_that_changes_while_it_is_hashed_is_tried_again(
         return "work" in store.tags()
 
     until(is_shown, "the tag did not come back")
-    assert store.open("work").image.view.layers
+    assert store.open("work").view.layers
 
 
 def test_an_unreadable_parent_is_no_lasting_verdict(
@@ -461,7 +461,7 @@ def test_an_unreadable_parent_is_no_lasting_verdict(
         with pytest.raises(Exception, match="Input/output error"):
             store.open("work")
     monkeypatch.setattr(pins, "content_hash", content_hash)
-    assert store.open("work").image.view.layers
+    assert store.open("work").view.layers
 
 
 # Images

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from diffmergefs.core.extents import Extent, ExtentList
-from diffmergefs.fuse.served import OpenImage
+from diffmergefs.fuse.image import OpenImage
 from diffmergefs.prefetch import connection
 from diffmergefs.prefetch import prefetcher as module
 from diffmergefs.prefetch.guarded import GuardedNotify
@@ -226,7 +226,7 @@ def test_a_record_that_cannot_be_used_is_ignored_and_said_once(
         os.utime(diff)
         image = shown(base, diff)
     else:
-        Path(sets.path(identity_of_view(image.image.view))).write_bytes(b"{}")
+        Path(sets.path(identity_of_view(image.view))).write_bytes(b"{}")
     for _ in range(3):
         client = Client(prefetcher, image)
         settle(prefetcher)
@@ -305,7 +305,7 @@ def test_a_record_is_read_again_only_once_it_was_replaced(
     open_and_touch(others[0])
     assert kernel.ranges == pieces(ranges_of(others), SIZE) * 2 and len(loads) == 2
     kernel.calls.clear()
-    assert sets.forget(identity_of_view(image.image.view))
+    assert sets.forget(identity_of_view(image.view))
     open_and_touch(others[0])
     open_and_touch(others[0])
     assert not kernel.calls
@@ -430,7 +430,7 @@ def test_a_taint_ends_the_push(
     kernel.gate.clear()
     client = Client(prefetcher, image)
     assert kernel.inside.wait(20)
-    os.utime(image.image.view.layers[0].path)
+    os.utime(image.view.layers[0].path)
     kernel.gate.set()
     settle(prefetcher)
     # Pieces of the diff alone would still be right, until the taint is seen.
@@ -490,7 +490,7 @@ def test_nothing_is_stored_once_a_stop_was_asked_for(
     """Not even by a push that hangs in a layer's storage until after the session was closed."""
     save(sets, image, TOUCHED)
     reading, storage = threading.Event(), threading.Event()
-    view = image.image.view
+    view = image.view
 
     def slow(buffer: memoryview, offset: int, supplied: dict[int, int]) -> None:
         reading.set()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.core.errors import LayerChangedError
-from diffmergefs.fuse.served import OpenImage
+from diffmergefs.fuse.image import OpenImage
 from diffmergefs.prefetch import recorder as recorders
 from diffmergefs.prefetch.record import WorkingSet, WorkingSets, identity_of_view
 from diffmergefs.prefetch.recorder import Recorder
@@ -35,7 +35,7 @@ def recorder(sets: WorkingSets) -> Recorder:
 
 
 def recorded(sets: WorkingSets, image: OpenImage) -> WorkingSet | None:
-    return sets.load(identity_of_view(image.image.view))
+    return sets.load(identity_of_view(image.view))
 
 
 def messages(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> list[str]:
@@ -55,7 +55,7 @@ def test_first_touches_are_recorded_in_order_at_the_last_close(
     found = recorded(sets, image)
     assert found is not None
     assert list(found.ranges) == ranges_of(touched)
-    assert found.readahead_kib == 4 and found.stale(identity_of_view(image.image.view)) is None
+    assert found.readahead_kib == 4 and found.stale(identity_of_view(image.view)) is None
     (line,) = messages(caplog)
     assert f"recorded the first touch of {100 * PAGE} bytes in 100 ranges: " in line
 
@@ -142,9 +142,9 @@ def test_an_image_whose_layer_changed_leaves_no_record(
     caplog.set_level(logging.INFO)
     client = Client(recorder, image)
     client.touch(*scattered(100))
-    os.utime(image.image.view.layers[1].path)
+    os.utime(image.view.layers[1].path)
     with pytest.raises(LayerChangedError):
-        image.image.view.read(3 * PAGE, PAGE)
+        image.view.read(3 * PAGE, PAGE)
     client.close()
     assert "not recorded: a layer of it changed" in messages(caplog)[-1]
     assert recorded(sets, image) is None

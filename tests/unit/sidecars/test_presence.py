@@ -265,11 +265,11 @@ def test_a_diff_of_any_layout_goes_by_it(tmp_path: Path) -> None:
         store.look()
         first = store.open("work")
         image = overlay_oracle(SIZE, [pages(0, BASE_PAGES), DIFF])
-        assert first.image.view.read(0, SIZE) == image
+        assert first.view.read(0, SIZE) == image
         beside(diff).write_bytes(bits([1, 5, 9, 15]))  # another record is another image
         store.look()
         again = store.open("work")
-        assert again is not first and again.image.view.read(15 * PAGE, PAGE) == bytes(PAGE)
+        assert again is not first and again.view.read(15 * PAGE, PAGE) == bytes(PAGE)
         beside(diff).write_bytes(b"")
         store.look()
         with pytest.raises(PresenceError, match="the save was torn"):

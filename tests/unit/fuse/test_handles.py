@@ -7,7 +7,7 @@ import gc
 
 import pytest
 
-from diffmergefs.fuse.contents import Contents
+from diffmergefs.fuse.handles import Contents
 
 NAMES = (b"a" * 100, b"b" * 100)
 SIZE = 2 * 148

@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from diffmergefs.core.view import HOLE
-from diffmergefs.fuse.metrics import GONE, Metrics
-from diffmergefs.fuse.openmetrics import exposition
-from diffmergefs.fuse.status import Operation, Status, Supplied, status_of
+from diffmergefs.fuse.status import (
+    GONE,
+    Metrics,
+    Operation,
+    Status,
+    Supplied,
+    exposition,
+    status_of,
+)
 from tests.support.counters import NOTHING
 
 
