@@ -14,11 +14,12 @@ from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import DiffMergeError, FileAccessError, ForeignFormatError
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.contentverdicts import Parents, Verdicts
-from diffmergefs.opening.images import LayerPool, find_image, require_known_base
+from diffmergefs.opening.images import LayerPool, require_known_base
 from diffmergefs.opening.opener import Opener
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.sidecars.verified import Remembered
-from diffmergefs.stores.catalog import Catalog, layout_of, read_catalog
+from diffmergefs.stores.catalog import Catalog, read_catalog
+from diffmergefs.stores.lookup import find_image, layout_of
 from diffmergefs.stores.snapshot import Snapshot
 
 
@@ -59,12 +60,12 @@ def _snapshots_of(path: str, policy: TrustPolicy) -> tuple[Catalog, list[str]] |
     image = os.path.realpath(path)
     for candidate in (image, os.path.dirname(image)):
         if os.path.isdir(candidate) and layout_of(candidate) is not None:
-            catalog, tag = find_image(candidate, policy)
+            catalog, tag = find_image(candidate, policy.allow_outside)
             if candidate == image or _is_layer(catalog, tag, image):
                 return catalog, [link.tag for link in catalog.reachable(tag)]
     with suppress(FileAccessError, ForeignFormatError):  # for _examine_file to say
         if not os.path.isdir(path):
-            catalog, tag = find_image(path, policy)
+            catalog, tag = find_image(path, policy.allow_outside, allow_gaps=policy.allow_gaps)
             return catalog, [link.tag for link in catalog.reachable(tag)]
     return None
 

@@ -93,6 +93,10 @@ class Verdict:
 class Faults(list[Fault]):
     """The faults that were found so far."""
 
+    def add(self, error: DiffMergeError) -> None:
+        """Make a fault of an error."""
+        self.append(Fault(_KINDS.get(type(error), "other"), str(error)))
+
     @contextmanager
     def noted(self, path: str | None = None) -> Iterator[None]:
         """Make a fault of the DiffMergeError or OSError that ends the block; `path` names its file.
@@ -102,6 +106,6 @@ class Faults(list[Fault]):
         try:
             yield
         except DiffMergeError as error:
-            self.append(Fault(_KINDS.get(type(error), "other"), str(error)))
+            self.add(error)
         except OSError as error:
             self.append(Fault("access", f"{path or error.filename}: {error.strerror}"))

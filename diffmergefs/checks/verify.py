@@ -18,7 +18,7 @@ from diffmergefs.core.view import MergedView, require_equal_size
 from diffmergefs.opening.contentchecks import Hint, hints
 from diffmergefs.opening.contentverdicts import Parents, Verdicts
 from diffmergefs.opening.explicit import require_distinct, warn_of_order
-from diffmergefs.opening.images import LayerPool, find_image, judge_diff, require_known_base
+from diffmergefs.opening.images import LayerPool, judge_diff, require_known_base
 from diffmergefs.opening.opener import Opener
 from diffmergefs.opening.pins import Hashes, is_pinned, require_pin
 from diffmergefs.opening.trust import TrustPolicy, require_trust
@@ -26,10 +26,8 @@ from diffmergefs.opening.writers import require_no_writers
 from diffmergefs.sidecars import seal
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
 from diffmergefs.sidecars.verified import Remembered
-from diffmergefs.stores import chain
-from diffmergefs.stores.ranges import require_equal_ranges, require_mergeable
+from diffmergefs.stores.lookup import find_image, require_mergeable
 from diffmergefs.stores.snapshot import Snapshot
-from diffmergefs.stores.superserve import require_base
 
 
 @dataclass
@@ -151,17 +149,13 @@ def open_image(path: str, policy: TrustPolicy) -> Verification:
     What breaks its chain (a missing parent, a cycle, metadata) is a fault of the answer, and the
     layers above are opened all the same. Raises DiffMergeError where `path` is no image.
     """
-    catalog, tag = find_image(path, policy)
+    catalog, tag = find_image(path, policy.allow_outside, allow_gaps=policy.allow_gaps)
     if tag not in catalog.snapshots:
         catalog.chain(tag)
     faults = Faults()
-    with faults.noted():
-        chain.resolve(tag, catalog.snapshots.get)
+    for misfit in catalog.misfits(tag):
+        faults.add(misfit)
     links = catalog.reachable(tag)
-    for base, link in ((links[0], link) for link in links[1:]):
-        if base.memory is not None and link.memory is not None:
-            with faults.noted(os.path.join(catalog.root, link.memory.path)):
-                require_equal_ranges(base.memory.path, base.ranges, link.memory.path, link.ranges)
     root = os.open(catalog.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         roots = AllowedRoots(root, policy.allow_outside)
@@ -211,7 +205,6 @@ def open_layers(base: str, diffs: Sequence[str], policy: TrustPolicy) -> Verific
     items = [_Item(path, None, number > 0) for number, path in enumerate((base, *diffs))]
     opener = Opener(replace(policy, no_seal=True, verify="full"))
     with faults.noted():
-        require_base(base)
         require_mergeable(base, diffs)
     for item in items:
         with faults.noted(item.path):

@@ -21,10 +21,10 @@ from diffmergefs.cli.common import (
 )
 from diffmergefs.cli.tables import new_table, print_table
 from diffmergefs.core.errors import DiffMergeError
-from diffmergefs.opening.images import find_image
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.prefetch.record import Identity, WorkingSet, WorkingSets, identity_of_files
 from diffmergefs.prefetch.touches import pieces
+from diffmergefs.stores.lookup import find_image
 
 
 @click.command()
@@ -69,7 +69,7 @@ def prefetch(
 
 
 def _layers_of(image: str, policy: TrustPolicy) -> list[str]:
-    catalog, tag = find_image(image, policy)
+    catalog, tag = find_image(image, policy.allow_outside, allow_gaps=policy.allow_gaps)
     try:
         links = catalog.chain(tag)
     except DiffMergeError as error:

@@ -34,12 +34,8 @@ from diffmergefs.opening.writers import Leases, Writers, require_no_writers, wri
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
 from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
 from diffmergefs.sidecars.verified import Remembered
-from diffmergefs.stores.catalog import Catalog, layout_of, read_catalog
-from diffmergefs.stores.numbered import SUFFIXES
-from diffmergefs.stores.ranges import require_mergeable
-from diffmergefs.stores.reader import require_own_path
+from diffmergefs.stores.lookup import find_image, require_mergeable
 from diffmergefs.stores.snapshot import Snapshot, StoredFile
-from diffmergefs.stores.superserve import require_base
 
 _SPARE = 128
 
@@ -188,7 +184,6 @@ def open_chain(
     `diffmergefs.core.errors`).
     """
     policy = policy or TrustPolicy()
-    require_base(os.fspath(base))
     require_mergeable(os.fspath(base), [os.fspath(diff) for diff in diffs])
     opener = Opener(policy)
     layers = [opener.open(os.fspath(base))]
@@ -210,7 +205,7 @@ def open_image(path: str | os.PathLike[str], policy: TrustPolicy | None = None) 
     whole file is read for that, once ('pins'), or each time ('full'). Raises DiffMergeError.
     """
     policy = policy or TrustPolicy()
-    catalog, tag = find_image(path, policy)
+    catalog, tag = find_image(path, policy.allow_outside, allow_gaps=policy.allow_gaps)
     try:
         links = catalog.chain(tag)
     except DiffMergeError as error:
@@ -233,47 +228,6 @@ def _require_pins(layers: Sequence[Layer], links: Sequence[Snapshot], policy: Tr
             require_pin(parent, link, hashes)
         except OSError as error:
             raise FileAccessError(f"{parent.path}: {error.strerror}") from error
-
-
-def find_image(path: str | os.PathLike[str], policy: TrustPolicy) -> tuple[Catalog, str]:
-    """The catalog of the directory in which the IMAGE `path` lies, and its tag there.
-
-    Of `policy` count `allow_outside` and `allow_gaps`. Raises DiffMergeError where `path` names no
-    image.
-    """
-    if not os.fspath(path):
-        raise FileAccessError("'': an empty path names no image")
-    image = os.path.abspath(path)
-    image = os.path.realpath(image) if os.path.islink(image) else image
-    root, name = os.path.split(image)
-    if os.path.isdir(image):
-        layout = layout_of(image) or "forkd"
-        return read_catalog(root, layout, outside=policy.allow_outside), name
-    require_own_path(image)
-    if not os.path.exists(image):
-        raise FileAccessError(f"{os.fspath(path)}: No such file or directory")
-    if found := find_numbered(root, name, allow_gaps=policy.allow_gaps):
-        return found
-    raise FileAccessError(
-        f"{os.fspath(path)}: neither a snapshot directory nor a numbered layer (002-name.mem);"
-        " name its layers with --base and --diff"
-    )
-
-
-def find_numbered(root: str, name: str, *, allow_gaps: bool = False) -> tuple[Catalog, str] | None:
-    """The catalog of the numbered layers in `root`, and the tag of the layer `name`, if it is one.
-
-    `allow_gaps` is `read_catalog`'s. Raises DiffMergeError where the directory cannot be read, or
-    is ambiguous.
-    """
-    suffix = os.path.splitext(name)[1]
-    # One of the usual suffixes is a layer's only if the lowest number's memory file has it too.
-    chosen = None if suffix in SUFFIXES else suffix or None
-    catalog = read_catalog(root, "numbered", chosen, allow_gaps=allow_gaps)
-    for tag, snapshot in catalog.snapshots.items():
-        if snapshot.memory and snapshot.memory.path == name:
-            return catalog, tag
-    return None
 
 
 def open_snapshot(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from diffmergefs.opening.images import Image, find_numbered, open_chain, open_image
+from diffmergefs.opening.images import Image, open_chain, open_image
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.stores.numbered import is_numbered
+from diffmergefs.stores.lookup import is_image
 
 
 def open_side(
@@ -24,15 +24,6 @@ def open_side(
     `images.open_chain`. That a file is a diff and no image by itself cannot be told. Raises
     DiffMergeError.
     """
-    if diffs or plain or not _is_image(path):
+    if diffs or plain or not is_image(path):
         return open_chain(path, diffs, policy)
     return open_image(path, policy)
-
-
-def _is_image(path: str | os.PathLike[str]) -> bool:
-    place = os.path.realpath(path)
-    if os.path.isdir(place):
-        return True
-    # The directory of a file is looked over only if the name could be a numbered layer's.
-    root, name = os.path.split(place)
-    return is_numbered(name) and find_numbered(root, name) is not None

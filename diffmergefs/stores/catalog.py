@@ -6,10 +6,9 @@ is broken. No image file is opened.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -22,18 +21,17 @@ from diffmergefs.core.names import STATUS_FOLDER
 from diffmergefs.core.view import require_equal_size
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
 from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
-from diffmergefs.stores import chain
-from diffmergefs.stores.cloudhypervisor import CloudHypervisorReader
+from diffmergefs.stores.cloudhypervisor import CloudHypervisorReader, require_equal_ranges
 from diffmergefs.stores.forkd import ForkdReader
 from diffmergefs.stores.numbered import NumberedReader
-from diffmergefs.stores.ranges import require_equal_ranges
-from diffmergefs.stores.reader import Reader, Source, names_of, open_source
-from diffmergefs.stores.snapshot import Snapshot, StoredFile, is_left_out, status_of
+from diffmergefs.stores.reader import Reader, Source, open_source
+from diffmergefs.stores.snapshot import Snapshot, StoredFile, status_of
 from diffmergefs.stores.superserve import SuperserveReader
 
 _NAME_IS_TAKEN = (
     f"no tag can be called {STATUS_FOLDER!r}, which in a mount is its own directory; rename it"
 )
+_NAMED = 8  # tags of a cycle that stand in its message
 _RECORDS = (SEAL_SUFFIX, PRESENCE_SUFFIX)
 
 # A new layout is a line here. See docs/adding-a-store.md.
@@ -96,13 +94,30 @@ class Catalog:
         self._rejected[tag] = problem
 
     def _resolve(self, tag: str) -> list[Snapshot]:
-        links = chain.resolve(tag, lambda name: self._sound(name, tag))
+        links = resolve(tag, lambda name: self._sound(name, tag))
         base = links[0].layer
         require_size(base.path, base.key.size)
         for link in links[1:]:
             require_equal_size(base.path, base.key.size, link.layer.path, link.layer.key.size)
-            require_equal_ranges(base.path, links[0].ranges, link.layer.path, link.ranges)
+            _require_fit(links[0], link)
         return links
+
+    def misfits(self, tag: str) -> Iterator[BrokenChainError]:
+        """What is wrong with how the snapshots that `reachable` gives hang together.
+
+        That is a parent that is missing, a cycle, and images of different parts of the guest's
+        memory. It is neither a snapshot's own `problem` nor its layer's size.
+        """
+        try:
+            resolve(tag, self.snapshots.get)
+        except BrokenChainError as error:
+            yield error
+        links = self.reachable(tag)
+        for link in links[1:]:
+            try:
+                _require_fit(links[0], link)
+            except BrokenChainError as error:
+                yield error
 
     def _sound(self, tag: str, head: str) -> Snapshot | None:
         # Its own defect, or the nearest ancestor's, says more than what is missing further up.
@@ -209,22 +224,39 @@ def _find_reader(source: Source) -> Reader:
     return found[0] if found else READERS["forkd"]
 
 
-def layout_of(folder: str) -> str | None:
-    """The layout of which the directory `folder` is by itself a snapshot, or None.
+def _require_fit(base: Snapshot, link: Snapshot) -> None:
+    if base.memory is not None and link.memory is not None:
+        require_equal_ranges(base.memory.path, base.ranges, link.memory.path, link.ranges)
 
-    Raises ForeignFormatError where it is in a format that is declined.
+
+def resolve(head: str, lookup: Callable[[str], Snapshot | None]) -> list[Snapshot]:
+    """The chain that ends in `head`, base first.
+
+    `lookup` gives the snapshot of a tag, or None. Raises BrokenChainError for a missing parent, a
+    cycle and a chain of more than 1,000 layers, naming the tags.
     """
-    try:
-        fd = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    name = os.path.basename(folder)
-    try:
-        foreign.require_own_directory(names_of(fd, name), folder)
-        for reader in READERS.values():
-            with contextlib.suppress(OSError):
-                if not is_left_out(name) and reader.is_tag(fd, name):
-                    return reader.name
-    finally:
-        os.close(fd)
-    return None
+    chain: list[Snapshot] = []
+    seen: set[str] = set()
+    tag: str | None = head
+    while tag is not None:
+        if tag in seen:
+            tags = [link.tag for link in chain]
+            raise BrokenChainError(_cycle(tags[tags.index(tag) :]))
+        link = lookup(tag)
+        if link is None:
+            child = chain[-1].tag if chain else None
+            of = f"parent '{tag}' of '{child}' is missing" if child else f"no snapshot '{tag}'"
+            raise BrokenChainError(of)
+        seen.add(tag)
+        chain.append(link)
+        if len(chain) > MAX_LAYERS:
+            raise BrokenChainError(f"the chain has more than {MAX_LAYERS} layers; squash some")
+        tag = link.parent
+    return chain[::-1]
+
+
+def _cycle(tags: list[str]) -> str:
+    # Each tag's parent follows it; the first is the parent of the last.
+    more = [f"{len(tags) - _NAMED} more"] if len(tags) > _NAMED else []
+    path = " -> ".join([*tags[:_NAMED], *more, tags[0]])
+    return f"cycle: {path}, each followed by its parent; a chain ends in a base"

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 from diffmergefs.core.beneath import Root
-from diffmergefs.stores import ranges
+from diffmergefs.stores import cloudhypervisor
 from diffmergefs.stores.document import describe
 from diffmergefs.stores.reader import FolderReader, Source, has_file
 from diffmergefs.stores.snapshot import (
@@ -36,7 +36,7 @@ class ForkdReader(FolderReader):
 
     def is_tag(self, root: Root, name: str) -> bool:
         if has_file(root, f"{name}/{DOCUMENT}"):
-            return not has_file(root, f"{name}/{ranges.MEMORY}")
+            return not has_file(root, f"{name}/{cloudhypervisor.MEMORY}")
         return has_file(root, f"{name}/{_MEMORY}") and has_file(root, f"{name}/{_VMSTATE}")
 
     def describe(self, source: Source, tag: str, seen: Snapshot) -> Snapshot:
@@ -49,7 +49,7 @@ class ForkdReader(FolderReader):
             device_state = {path: version_of(source.root, path)}
             doubt = undocumented(tag, _MEMORY)
             found = replace(seen, memory=layer, device_state=device_state, doubt=doubt)
-        return ranges.with_ranges(source.root, found)
+        return cloudhypervisor.with_ranges(source.root, found)
 
     def read_folder(self, source: Source, path: str) -> Snapshot | None:
         """As every reader's, but for what forkd itself would not take as a tag."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -90,6 +90,9 @@ class NumberedReader:
             snapshots[layer.stem] = _snapshot(source, layer, below, files[layer.number])
             below = layer
         return snapshots
+
+    def require_mergeable(self, base: str, diffs: Sequence[str]) -> None:
+        """Nothing: a file given by its path may have any number, or none."""
 
 
 def _snapshot(

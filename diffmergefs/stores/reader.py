@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -80,6 +80,13 @@ class Reader(Protocol):
         Raises OSError and BrokenChainError only where the directory as a whole cannot be read.
         """
 
+    def require_mergeable(self, base: str, diffs: Sequence[str]) -> None:
+        """Raise BrokenChainError if explicit files of this layout cannot be merged.
+
+        `base` is given as the base and `diffs` as the diffs over it, oldest first, by their paths.
+        Files of other layouts pass. Raises FileAccessError where one cannot be found.
+        """
+
 
 class FolderReader(ABC):
     """A reader of layouts with one directory a snapshot, named by its tag.
@@ -105,6 +112,10 @@ class FolderReader(ABC):
         (`dataclasses.replace`). A DiffMergeError or OSError that is raised becomes the snapshot's
         problem.
         """
+
+    def require_mergeable(self, base: str, diffs: Sequence[str]) -> None:
+        """`Reader.require_mergeable`: by default nothing is known of single files."""
+        return
 
     def finds(self, source: Source) -> bool:
         """Whether any directory is a tag; one that cannot be looked into is none."""

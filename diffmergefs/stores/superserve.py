@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from diffmergefs.core import beneath
@@ -91,6 +91,15 @@ class SuperserveReader(FolderReader):
             found = replace(found, problem=f"{tag}: {error.strerror}")
         return found
 
+    def require_mergeable(self, base: str, diffs: Sequence[str]) -> None:
+        """Raise BrokenChainError if `base` is a `mem.diff` that has a base itself."""
+        real = os.path.realpath(base)
+        if os.path.basename(real) == DIFF and os.path.lexists(real + BASE_SUFFIX):
+            raise BrokenChainError(
+                f"{base}: is a diff, and {real}{BASE_SUFFIX} names the image that it lies over;"
+                " give that one with --base, and this one with --diff"
+            )
+
 
 def _two_of(tag: str, one: Snapshot, other: Snapshot) -> Snapshot:
     # Neither can be shown, and neither's layer is passed through.
@@ -102,16 +111,6 @@ def _two_of(tag: str, one: Snapshot, other: Snapshot) -> Snapshot:
 def tag_of(path: str) -> str:
     """The tag of the snapshot in the directory `path`, beneath the source or absolute."""
     return path.strip("/").replace("/", _SEPARATOR)
-
-
-def require_base(path: str) -> None:
-    """Raise BrokenChainError if the explicit base `path` is a `mem.diff` that has a base itself."""
-    real = os.path.realpath(path)
-    if os.path.basename(real) == DIFF and os.path.lexists(real + BASE_SUFFIX):
-        raise BrokenChainError(
-            f"{path}: is a diff, and {real}{BASE_SUFFIX} names the image that it lies over; give"
-            " that one with --base, and this one with --diff"
-        )
 
 
 def _folders(root: Root, path: str, depth: int = _DEPTH) -> Iterator[str]:

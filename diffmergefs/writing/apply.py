@@ -17,7 +17,7 @@ from diffmergefs.opening.contentchecks import require_exact_over
 from diffmergefs.opening.opener import Opener
 from diffmergefs.opening.trust import TrustPolicy, require_trust
 from diffmergefs.opening.writers import require_no_writers
-from diffmergefs.stores.ranges import require_mergeable
+from diffmergefs.stores.lookup import require_mergeable
 from diffmergefs.writing.copying import copy_range
 from diffmergefs.writing.dependants import require_free
 from diffmergefs.writing.sealing import remove_seal

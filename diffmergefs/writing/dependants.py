@@ -15,7 +15,8 @@ from diffmergefs.core.extents import ExtentList
 from diffmergefs.opening.writers import is_open_elsewhere
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
 from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
-from diffmergefs.stores.catalog import LAYOUTS, Catalog, layout_of, read_catalog
+from diffmergefs.stores.catalog import LAYOUTS, Catalog, read_catalog
+from diffmergefs.stores.lookup import layout_of
 from diffmergefs.system.mounttable import FILESYSTEM_TYPE, MountTable, mounts, resolved
 
 #: The reasons why a file is not overwritten, by the names under which each can be overridden.

@@ -14,9 +14,10 @@ from diffmergefs.cli.mount import mount
 from diffmergefs.core.beneath import AllowedRoots, open_directory, open_regular, stat_beneath
 from diffmergefs.core.errors import BrokenChainError, FileAccessError, MountpointError
 from diffmergefs.fuse.served import Store
-from diffmergefs.opening.images import find_image, open_image
+from diffmergefs.opening.images import open_image
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import read_catalog
+from diffmergefs.stores.lookup import find_image
 from diffmergefs.system.mountpoint import check_mountpoint
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import overlay_oracle, write_layer
@@ -90,7 +91,7 @@ def problem_of_inside(root: Path) -> str:
 def test_a_file_beneath_an_allowed_directory_is_a_layer(root: Path, allowed: str) -> None:
     assert content(root, root / allowed) == MERGED
     policy = TrustPolicy(allow_outside=(str(root / allowed),))
-    catalog, tag = find_image(root / "store" / "work", policy)
+    catalog, tag = find_image(root / "store" / "work", policy.allow_outside)
     link = catalog.snapshots[tag]
     assert link.layer.path == f"{root}/pool/deep/work.memory.bin"
     assert link.files == {"work.vmstate": f"{root}/pool/deep/work.vmstate"}

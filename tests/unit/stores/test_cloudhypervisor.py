@@ -12,7 +12,7 @@ import pytest
 
 from diffmergefs import apply_diff, open_chain, open_image
 from diffmergefs.core.errors import BrokenChainError, DiffMergeError, FileAccessError
-from diffmergefs.stores import ranges
+from diffmergefs.stores import cloudhypervisor
 from diffmergefs.stores.catalog import read_catalog
 from tests.support.cloudhypervisor import TABLE, state, write_snapshot
 from tests.support.commands import diffmergefs, mistake, succeed
@@ -169,7 +169,7 @@ def test_a_state_that_is_malformed_or_does_not_fit_is_refused(
 
 
 def test_a_missing_or_huge_state_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranges, "MAX_STATE", 4096)
+    monkeypatch.setattr(cloudhypervisor, "MAX_STATE", 4096)
     write_state(store, json.dumps(state()) + " " * 4096)
     assert "over 4096 bytes, too large for a state.json" in reason(store, "work")
     (store / "work" / "state.json").unlink()

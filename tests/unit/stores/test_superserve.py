@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from diffmergefs import open_chain, open_image
+from diffmergefs import apply_diff, open_chain, open_image
 from diffmergefs.core.errors import BrokenChainError, DiffMergeError
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import read_catalog
@@ -253,6 +253,8 @@ def test_a_diff_is_no_explicit_base(store: Path) -> None:
         with pytest.raises(BrokenChainError, match=r"is a diff, and .*mem\.diff\.base names"):
             open_chain(layers[0], layers[1:])
     assert diffmergefs("verify", "--base", diff).returncode == 1
+    with pytest.raises(BrokenChainError, match=r"is a diff, and .*mem\.diff\.base names"):
+        apply_diff(store / "vm-1/snap-2/mem.diff", diff)
     beside(store, ".base").unlink()
     with open_chain(diff).view as view:
         assert view.size == SIZE

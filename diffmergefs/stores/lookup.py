@@ -1,0 +1,97 @@
+"""What the stores know of a path that a user gives: an IMAGE, or explicit layers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+
+from diffmergefs.core import foreign
+from diffmergefs.core.errors import FileAccessError
+from diffmergefs.stores.catalog import READERS, Catalog, read_catalog
+from diffmergefs.stores.numbered import SUFFIXES, is_numbered
+from diffmergefs.stores.reader import names_of, require_own_path
+from diffmergefs.stores.snapshot import is_left_out
+
+
+def require_mergeable(base: str, diffs: Sequence[str]) -> None:
+    """Raise BrokenChainError if some store knows that these files are no base and diffs over it.
+
+    `diffs` are oldest first. What the stores record of the files beside them is compared; no image
+    is opened. Raises FileAccessError where a file cannot be found.
+    """
+    for reader in READERS.values():
+        reader.require_mergeable(base, diffs)
+
+
+def find_image(
+    path: str | os.PathLike[str], outside: Iterable[str] = (), *, allow_gaps: bool = False
+) -> tuple[Catalog, str]:
+    """The catalog of the directory in which the IMAGE `path` lies, and its tag there.
+
+    `path` is a snapshot's directory or a numbered layer file. `outside` and `allow_gaps` are
+    `read_catalog`'s. The catalog may lack the tag, and the tag's chain may be broken. Raises
+    DiffMergeError where `path` names no image.
+    """
+    if not os.fspath(path):
+        raise FileAccessError("'': an empty path names no image")
+    image = os.path.abspath(path)
+    image = os.path.realpath(image) if os.path.islink(image) else image
+    root, name = os.path.split(image)
+    if os.path.isdir(image):
+        layout = layout_of(image) or "forkd"
+        return read_catalog(root, layout, outside=outside), name
+    require_own_path(image)
+    if not os.path.exists(image):
+        raise FileAccessError(f"{os.fspath(path)}: No such file or directory")
+    if found := _find_numbered(root, name, allow_gaps=allow_gaps):
+        return found
+    raise FileAccessError(
+        f"{os.fspath(path)}: neither a snapshot directory nor a numbered layer (002-name.mem);"
+        " name its layers with --base and --diff"
+    )
+
+
+def _find_numbered(root: str, name: str, *, allow_gaps: bool = False) -> tuple[Catalog, str] | None:
+    suffix = os.path.splitext(name)[1]
+    # One of the usual suffixes is a layer's only if the lowest number's memory file has it too.
+    chosen = None if suffix in SUFFIXES else suffix or None
+    catalog = read_catalog(root, "numbered", chosen, allow_gaps=allow_gaps)
+    for tag, snapshot in catalog.snapshots.items():
+        if snapshot.memory and snapshot.memory.path == name:
+            return catalog, tag
+    return None
+
+
+def is_image(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a directory or a numbered layer file, which `find_image` may take.
+
+    The directory of a file is read only if the name could be a numbered layer's. Raises
+    DiffMergeError where it cannot be read, or is ambiguous.
+    """
+    place = os.path.realpath(path)
+    if os.path.isdir(place):
+        return True
+    root, name = os.path.split(place)
+    return is_numbered(name) and _find_numbered(root, name) is not None
+
+
+def layout_of(folder: str) -> str | None:
+    """The layout of which the directory `folder` is by itself a snapshot, or None.
+
+    Raises ForeignFormatError where it is in a format that is declined.
+    """
+    try:
+        fd = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    name = os.path.basename(folder)
+    try:
+        foreign.require_own_directory(names_of(fd, name), folder)
+        for reader in READERS.values():
+            with contextlib.suppress(OSError):
+                if not is_left_out(name) and reader.is_tag(fd, name):
+                    return reader.name
+    finally:
+        os.close(fd)
+    return None
