@@ -28,14 +28,13 @@ def seen(record_property):
 TESTS = '''
 """A group."""
 import pytest
-from tests.support.places import REPOSITORY
 
 def test_that_tells(seen):
     """Something happens often."""
-    seen(kills=12345, left={"b": 1, "a": 2})
+    seen(kills=12345, longest_ms=20, left={"b": 1, "a": 2})
 
 def test_another(seen):
-    seen(kills=5, rounds=1)
+    seen(kills=5, longest_ms=9, rounds=1)
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_that_is_quiet(n):
@@ -98,8 +97,8 @@ def test_the_page(tmp_path: Path) -> None:
     assert f"| processors | {os.cpu_count()} |" in page
     rows = page[page.index("## A group") :].splitlines()[4:]
     assert rows == [
-        "| Something happens often |  | kills: 12,345; left: a 2, b 1 | passed |",
-        "| another |  | kills: 5; rounds: 1 | passed |",
+        "| Something happens often |  | kills: 12,345; longest ms: 20; left: a 2, b 1 | passed |",
+        "| another |  | kills: 5; longest ms: 9; rounds: 1 | passed |",
         "| that is quiet | 2 cases |  | passed |",
         "| that is quiet | 3 |  | failed |",
         "| fuzzed things | bytes | inputs: 20,000 | passed |",
@@ -107,6 +106,6 @@ def test_the_page(tmp_path: Path) -> None:
         "| with a bad end |  | kills: 1 | failed |",
         "| with a broken fixture |  |  | failed |",
         "",
-        "Together: kills: 12,351; inputs: 25,000.",
+        "Together: kills: 12,351; longest ms: 20; inputs: 25,000.",
     ]
     assert socket.gethostname() not in page and str(tmp_path) not in page and "/root" not in page

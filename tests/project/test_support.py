@@ -192,7 +192,6 @@ def _pytest(directory: Path, ci: str) -> subprocess.CompletedProcess[str]:
 ISOLATED = """
 import subprocess, sys
 from tests.support import isolation, mounttable
-from tests.support.places import REPOSITORY
 folder = sys.argv[1]
 assert isolation.enter_own_mounts()
 theirs = [entry.path for entry in mounttable.entries() if entry.path.startswith(folder)]

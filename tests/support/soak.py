@@ -136,10 +136,13 @@ def _in_words(numbers: Mapping[str, object]) -> str:
 
 
 def _totals(rows: Iterable[Row]) -> dict[str, object]:
-    """The sums of the numbers that several tests told under one name."""
+    """The sums of numbers that several tests noted under one name; of `longest_...` the most."""
     told = [(name, n) for row in rows for name, n in row.seen.items() if isinstance(n, int)]
     often = [name for name, times in Counter(name for name, _ in told).items() if times > 1]
-    return {name: sum(n for other, n in told if other == name) for name in often}
+    return {
+        name: (max if name.startswith("longest") else sum)(n for other, n in told if other == name)
+        for name in often
+    }
 
 
 def _said(value: object) -> str:
