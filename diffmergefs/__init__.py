@@ -20,8 +20,7 @@ from diffmergefs.core.extents import Extent, Segment
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.version import __version__ as __version__
 from diffmergefs.core.view import MergedView
-from diffmergefs.opening.images import Image, open_chain, open_image
-from diffmergefs.opening.sides import open_side
+from diffmergefs.opening.images import Image, open_chain, open_image, open_side
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.apply import apply_diff
 from diffmergefs.writing.flatten import FlattenResult, flatten

@@ -10,12 +10,11 @@ from dataclasses import replace
 from diffmergefs.checks.diagnosis import examine_layer, wrong
 from diffmergefs.checks.finding import Finding
 from diffmergefs.checks.probe import examine_filesystem
-from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import DiffMergeError, FileAccessError, ForeignFormatError
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.contentverdicts import Parents, Verdicts
-from diffmergefs.opening.images import LayerPool, require_known_base
-from diffmergefs.opening.opener import Opener
+from diffmergefs.opening.images import require_known_base
+from diffmergefs.opening.opener import Opener, opened_store
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.stores.catalog import Catalog, read_catalog
@@ -82,10 +81,7 @@ def _is_layer(catalog: Catalog, tag: str, path: str) -> bool:
 def _examine_snapshots(
     catalog: Catalog, tags: Sequence[str], policy: TrustPolicy
 ) -> Iterator[Finding]:
-    root = os.open(catalog.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        roots = AllowedRoots(root, policy.allow_outside)
-        pool = LayerPool(roots, policy, os.path.abspath(catalog.root))
+    with opened_store(catalog.root, policy, os.path.abspath(catalog.root)) as pool:
         layers: dict[str, Layer] = {}
         for tag in tags:
             snapshot = catalog.snapshots[tag]
@@ -105,9 +101,7 @@ def _examine_snapshots(
             in_doubt = list(_examine_base(layer, snapshot, policy))
             yield from in_doubt
             parents = None if in_doubt else parents
-            yield from examine_layer(layer, parents, policy, pool.verdicts, roots, path)
-    finally:
-        os.close(root)
+            yield from examine_layer(layer, parents, policy, pool.verdicts, pool.roots, path)
 
 
 def _subject(catalog: Catalog, snapshot: Snapshot) -> str:

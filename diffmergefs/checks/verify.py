@@ -17,9 +17,13 @@ from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView, require_equal_size
 from diffmergefs.opening.contentchecks import Hint, hints
 from diffmergefs.opening.contentverdicts import Parents, Verdicts
-from diffmergefs.opening.explicit import require_distinct, warn_of_order
-from diffmergefs.opening.images import LayerPool, judge_diff, require_known_base
-from diffmergefs.opening.opener import Opener
+from diffmergefs.opening.images import (
+    judge_diff,
+    require_distinct,
+    require_known_base,
+    warn_of_order,
+)
+from diffmergefs.opening.opener import LayerPool, Opener, opened_store
 from diffmergefs.opening.pins import Hashes, is_pinned, require_pin
 from diffmergefs.opening.trust import TrustPolicy, require_trust
 from diffmergefs.opening.writers import require_no_writers
@@ -156,16 +160,11 @@ def open_image(path: str, policy: TrustPolicy) -> Verification:
     for misfit in catalog.misfits(tag):
         faults.add(misfit)
     links = catalog.reachable(tag)
-    root = os.open(catalog.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        roots = AllowedRoots(root, policy.allow_outside)
-        pool = LayerPool(roots, replace(policy, no_seal=True, verify="full"), catalog.root)
+    with opened_store(catalog.root, replace(policy, no_seal=True, verify="full")) as pool:
         items = [_opened(link, pool, catalog.root, faults) for link in links]
         if not policy.no_seal:
             for item in items:
-                _adopt_seal(item, faults, roots)
-    finally:
-        os.close(root)
+                _adopt_seal(item, faults, pool.roots)
     return Verification(items, faults, policy)
 
 

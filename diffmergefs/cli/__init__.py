@@ -20,7 +20,7 @@ from diffmergefs.cli.common import talk
 from diffmergefs.cli.verbs import Verbs
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.core.version import __version__
-from diffmergefs.opening.images import raise_descriptor_limit
+from diffmergefs.opening.opener import raise_descriptor_limit
 from diffmergefs.system.mountpoint import ROOTS_PATH
 from diffmergefs.system.sdnotify import ADDRESS, JOURNAL
 

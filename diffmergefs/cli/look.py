@@ -23,10 +23,10 @@ from diffmergefs.cli.common import (
 from diffmergefs.cli.picture import draw_extents, picture_path
 from diffmergefs.cli.progress import progress
 from diffmergefs.cli.tables import new_table, print_table
-from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.core.layer import Layer
-from diffmergefs.opening.images import LayerPool, open_snapshot
+from diffmergefs.opening.images import open_snapshot
+from diffmergefs.opening.opener import LayerPool, opened_store
 from diffmergefs.opening.pins import is_pinned
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.pictures.picture import require_matplotlib
@@ -88,17 +88,15 @@ def list_(
     catalog = read_catalog(
         source, layout, suffix, outside=policy.allow_outside, allow_gaps=policy.allow_gaps
     )
-    root = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        pool = LayerPool(AllowedRoots(root, policy.allow_outside), policy)
-        held: list[Layer] = []  # so that each layer that is shared is walked once
-        rows = []
-        with progress("list", len(catalog.snapshots), unit="snapshots") as moved:
-            for tag in sorted(catalog.snapshots):
-                rows.append(_row(catalog, tag, pool, policy, held))
-                moved(len(rows))
-    finally:
-        os.close(root)
+    held: list[Layer] = []  # so that each layer that is shared is walked once
+    rows = []
+    with (
+        opened_store(source, policy, where="") as pool,
+        progress("list", len(catalog.snapshots), unit="snapshots") as moved,
+    ):
+        for tag in sorted(catalog.snapshots):
+            rows.append(_row(catalog, tag, pool, policy, held))
+            moved(len(rows))
     if as_json:
         print_json([asdict(row) for row in rows])
         return

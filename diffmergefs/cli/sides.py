@@ -10,7 +10,7 @@ import click
 from diffmergefs.cli.common import PATH, F, talk
 from diffmergefs.cli.progress import progress
 from diffmergefs.core.view import MergedView
-from diffmergefs.opening.sides import open_side
+from diffmergefs.opening.images import open_side
 from diffmergefs.opening.trust import TrustPolicy
 
 

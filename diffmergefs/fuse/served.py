@@ -30,7 +30,8 @@ from diffmergefs.fuse.image import OpenImage
 from diffmergefs.opening.contentchecks import Hint, must_read
 from diffmergefs.opening.contentchecks import read as read_pages
 from diffmergefs.opening.contentverdicts import Parents
-from diffmergefs.opening.images import LayerPool, open_snapshot
+from diffmergefs.opening.images import open_snapshot
+from diffmergefs.opening.opener import LayerPool
 from diffmergefs.opening.pins import Hashes, require_pin
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.opening.writers import Leases

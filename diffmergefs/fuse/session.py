@@ -26,7 +26,7 @@ from diffmergefs.fuse.readloop import ReadLoop, read_loop
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.threads import in_thread
 from diffmergefs.fuse.tree import Tree
-from diffmergefs.opening.images import raise_descriptor_limit
+from diffmergefs.opening.opener import raise_descriptor_limit
 from diffmergefs.opening.writers import SIGNAL, Leases
 from diffmergefs.sidecars import (
     bmapreader,  # noqa: F401  (a daemon outlives an upgrade of the package, and meets new seals)

@@ -34,7 +34,7 @@ from diffmergefs.fuse.access import (
 from diffmergefs.fuse.image import OpenImage
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.status import METRICS_FILE, STATUS_FILE
-from diffmergefs.opening.images import require_spare_descriptors
+from diffmergefs.opening.opener import require_spare_descriptors
 from diffmergefs.stores.snapshot import DOCUMENT, Snapshot, is_left_out
 
 ROOT_INODE = 1

@@ -1,46 +1,32 @@
-"""Opening images: from an IMAGE of the command line, or a snapshot of a catalog, to its view."""
+"""Opening images: from an IMAGE, a snapshot of a catalog, or explicit layers, to a view."""
 
 from __future__ import annotations
 
-import errno
+import logging
 import os
-import resource
-import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from diffmergefs.core import beneath, sparse
-from diffmergefs.core.beneath import AllowedRoots, Root
 from diffmergefs.core.errors import (
     BrokenChainError,
     DiffMergeError,
     FileAccessError,
-    LayerChangedError,
     UntrustedExtentsError,
 )
-from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.singleflight import SingleFlight
 from diffmergefs.core.view import MergedView, require_equal_size
 from diffmergefs.opening.contentchecks import Hint, hints, require_exact, require_meant
 from diffmergefs.opening.contentverdicts import Parents, Verdicts
-from diffmergefs.opening.explicit import require_distinct, warn_of_order
-from diffmergefs.opening.opener import Opener
+from diffmergefs.opening.opener import LayerPool, Opener, opened_store
 from diffmergefs.opening.pins import Hashes, require_pin
 from diffmergefs.opening.trust import TrustPolicy, require_trust
-from diffmergefs.opening.writers import Leases, Writers, require_no_writers, writers
-from diffmergefs.sidecars.bmap import SEAL_SUFFIX
-from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
+from diffmergefs.opening.writers import Leases, require_no_writers
 from diffmergefs.sidecars.verified import Remembered
-from diffmergefs.stores.lookup import find_image, require_mergeable
-from diffmergefs.stores.snapshot import Snapshot, StoredFile
+from diffmergefs.stores.lookup import find_image, is_image, require_mergeable
+from diffmergefs.stores.snapshot import Snapshot
 
-_SPARE = 128
-
-# A layer's file, and the records beside it that are in force, by suffix.
-_Content = tuple[FileKey, frozenset[tuple[str, FileKey]]]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,110 +47,6 @@ class Image:
     hints: tuple[Hint, ...] = ()
 
 
-def raise_descriptor_limit() -> None:
-    """Let this process open as many files as it may: each distinct layer takes a descriptor."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def require_spare_descriptors(fd: int, path: str) -> None:
-    """Raise OSError (EMFILE) if `fd`, just opened, is among the last that this process can have.
-
-    These are left for looking over directories and for what the daemon does for itself: however
-    many files its users open, it goes on.
-    """
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and fd >= soft - min(_SPARE, soft // 4):
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
-
-
-class LayerPool:
-    """The open layers of a directory of snapshots, each file once, however many views share it.
-
-    `root` is a descriptor of that directory, kept by the caller (or a `beneath.AllowedRoots` of it,
-    where layers lie outside), and `where` what messages put before the paths beneath it. A layer
-    lives as long as a view uses it. Safe to use from several threads: while one of them opens a
-    layer, the others that need it wait. `verdicts` are what was found in the layers' pages.
-    """
-
-    def __init__(self, root: Root, policy: TrustPolicy, where: str = "") -> None:
-        self._root = root
-        self._where = where
-        self._opener = Opener(policy)
-        self.verdicts = Verdicts(Remembered(policy.state_dir), anew=policy.verify == "full")
-        self._layers: weakref.WeakValueDictionary[_Content, Layer] = weakref.WeakValueDictionary()
-        # Where the first of a layer's holes lies that looked like data when it was opened.
-        self._cached: dict[FileKey, int] = {}
-        self._opening: SingleFlight[Layer] = SingleFlight()
-
-    def layer(self, file: StoredFile) -> Layer:
-        """The open layer of `file`, opened by `Opener` if it is not open yet.
-
-        Raises LayerChangedError if another content stands at its path, or a record's, by now.
-        """
-        no_seal = self._opener.policy.no_seal
-        records = {r for r in file.records if not (no_seal and r[0] == SEAL_SUFFIX)}
-        content: _Content = file.key, frozenset(records)
-        return self._opening.do(content, lambda: self._known(content) or self._open(file, content))
-
-    def _known(self, content: _Content) -> Layer | None:
-        known = self._layers.get(content)
-        if known is None or known.tainted:
-            return None
-        if len(known.unmapped) and not sparse.stays_data(known.fd, known.unmapped.starts[0]):
-            return None  # it can be walked exactly now
-        return known
-
-    def _open(self, file: StoredFile, content: _Content) -> Layer:
-        name = os.path.join(self._where, file.path)
-        is_diff = any(suffix == PRESENCE_SUFFIX for suffix, _ in content[1])
-        layer = self._opener.open(file.path, self._root, name, is_diff=is_diff)
-        try:
-            require_spare_descriptors(layer.fd, name)
-        except OSError as error:
-            raise FileAccessError(f"{name}: {error.strerror}") from error
-        in_force = frozenset((record.suffix, record.key) for record in layer.records)
-        if (layer.key, in_force) != content:
-            raise LayerChangedError(f"{name}: changed since it was looked over; try again")
-        self._layers[content] = layer
-        self._cached.pop(layer.key, None)
-        if len(layer.unmapped):
-            self._cached[layer.key] = layer.unmapped.starts[0]
-        return layer
-
-    def has_writer(self, file: StoredFile) -> bool:
-        """Whether someone has `file` open for writing now, as far as can be told.
-
-        It is opened for the moment, not walked. Raises OSError, FileAccessError.
-        """
-        with self._opened(file) as fd:
-            return writers(fd) is Writers.SOME
-
-    def has_cached_hole(self, file: StoredFile) -> bool:
-        """Whether the hole of `file` that looked like data when it was last opened still does.
-
-        Its cached pages are dropped for that, where nobody has them mapped; it is opened for the
-        moment, not walked. Raises OSError, FileAccessError.
-        """
-        if (hole := self._cached.get(file.key)) is None:
-            return False
-        with self._opened(file) as fd:
-            return sparse.stays_data(fd, hole)
-
-    @contextmanager
-    def _opened(self, file: StoredFile) -> Iterator[int]:
-        fd = beneath.open_regular(self._root, file.path)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
-    def forget_all_but(self, present: set[FileKey]) -> None:
-        """Forget what is remembered of files that are not open and not among these."""
-        for key in self._cached.keys() - present:
-            self._cached.pop(key, None)
-
-
 def open_chain(
     base: str | os.PathLike[str],
     diffs: Sequence[str | os.PathLike[str]] = (),
@@ -180,7 +62,7 @@ def open_chain(
     someone has open for writing is refused, unless `policy.allow_writers`, where that can be told
     (see `lease.writers`); with `leases`, for a process that serves them, leases are kept on the
     layers. One file in two places, by a hard link too, is refused, and what makes their order look
-    wrong (`explicit.warn_of_order`) is logged as a warning. Raises DiffMergeError (see
+    wrong (`warn_of_order`) is logged as a warning. Raises DiffMergeError (see
     `diffmergefs.core.errors`).
     """
     policy = policy or TrustPolicy()
@@ -210,15 +92,30 @@ def open_image(path: str | os.PathLike[str], policy: TrustPolicy | None = None) 
         links = catalog.chain(tag)
     except DiffMergeError as error:
         raise type(error)(f"in {catalog.root}: {error}") from None
-    root = os.open(catalog.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        pool = LayerPool(AllowedRoots(root, policy.allow_outside), policy, catalog.root)
+    with opened_store(catalog.root, policy) as pool:
         image = open_snapshot(links, pool, policy)
-    finally:
-        os.close(root)
     if policy.verify != "no":
         _require_pins(image.view.layers, links, policy)
     return image
+
+
+def open_side(
+    path: str | os.PathLike[str],
+    diffs: Sequence[str | os.PathLike[str]] = (),
+    policy: TrustPolicy | None = None,
+    *,
+    plain: bool = False,
+) -> Image:
+    """Open an IMAGE, or any other file as a complete image: its holes are zeros.
+
+    A snapshot directory and a numbered layer are opened by `open_image`. Every other file,
+    and any file if it is `plain` or has `diffs` over it, oldest first, is opened as a base by
+    `open_chain`. That a file is a diff and no image by itself cannot be told. Raises
+    DiffMergeError.
+    """
+    if diffs or plain or not is_image(path):
+        return open_chain(path, diffs, policy)
+    return open_image(path, policy)
 
 
 def _require_pins(layers: Sequence[Layer], links: Sequence[Snapshot], policy: TrustPolicy) -> None:
@@ -326,3 +223,37 @@ def judge_diff(
     if dense and not policy.dense:
         require_meant(parents, layer, verdicts, in_store=in_store)
     return Judgement(dense, overridden, hints(parents, layer, policy, verdicts))
+
+
+def require_distinct(layers: Sequence[Layer]) -> None:
+    """Raise BrokenChainError if two of the open layers are one file, whatever their paths."""
+    known: dict[tuple[int, int], Layer] = {}
+    for layer in layers:
+        other = known.setdefault(layer.key[:2], layer)
+        if other is not layer:
+            raise BrokenChainError(
+                f"{layer.path}: is the same file as the layer {other.path}; give the full image"
+                " with --base, and each diff over it once with --diff, oldest first"
+            )
+
+
+def warn_of_order(view: MergedView) -> None:
+    """Log a warning, which names two files, if the view's layers may be in the wrong order.
+
+    Then the base has data and supplies no byte of the view, or it has less data than one of the
+    diffs and less than half of that shows. That is no proof: a guest may have written all of its
+    memory. Reads no file.
+    """
+    base, *diffs = view.layers
+    if not diffs or not base.extents.data_bytes:
+        return
+    held, shown = base.extents.data_bytes, view.visible_bytes()[0]
+    largest = max(diffs, key=lambda diff: diff.extents.data_bytes)
+    most = largest.extents.data_bytes
+    if not shown or (held < most and shown * 2 < held):
+        log.warning(
+            "%s: the base has %d bytes of data, of which %d show in the image; the diff %s has %d:"
+            " are they in the right order? --base is the full image, and each --diff lies over what"
+            " comes before it",
+            *(base.path, held, shown, largest.path, most),
+        )

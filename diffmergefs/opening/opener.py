@@ -1,12 +1,51 @@
-"""Opening a layer with the records beside it in force."""
+"""Opening layers, each file once, with the records beside it in force."""
 
 from __future__ import annotations
 
-from diffmergefs.core import beneath
+import errno
+import os
+import resource
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffmergefs.core import beneath, sparse
+from diffmergefs.core.beneath import AllowedRoots, Root
+from diffmergefs.core.errors import FileAccessError, LayerChangedError
+from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.singleflight import SingleFlight
+from diffmergefs.opening.contentverdicts import Verdicts
 from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.opening.writers import Writers, writers
 from diffmergefs.sidecars import presence, seal
+from diffmergefs.sidecars.bmap import SEAL_SUFFIX
+from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
 from diffmergefs.sidecars.verified import Remembered
+from diffmergefs.stores.reader import open_source
+from diffmergefs.stores.snapshot import StoredFile
+
+_SPARE = 128
+
+# A layer's file, and the records beside it that are in force, by suffix.
+_Content = tuple[FileKey, frozenset[tuple[str, FileKey]]]
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many files as it may: each distinct layer takes a descriptor."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def require_spare_descriptors(fd: int, path: str) -> None:
+    """Raise OSError (EMFILE) if `fd`, just opened, is among the last that this process can have.
+
+    These are left for looking over directories and for what the daemon does for itself: however
+    many files its users open, it goes on.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and fd >= soft - min(_SPARE, soft // 4):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
 
 
 class Opener:
@@ -46,3 +85,106 @@ class Opener:
             if is_checked:
                 seal.compare_once(layer, found, self._memory, anew=anew)
         return layer
+
+
+class LayerPool:
+    """The open layers of a directory of snapshots, each file once, however many views share it.
+
+    `root` is a descriptor of that directory, kept by the caller (or a `beneath.AllowedRoots` of it,
+    where layers lie outside), and `where` what messages put before the paths beneath it. A layer
+    lives as long as a view uses it. Safe to use from several threads: while one of them opens a
+    layer, the others that need it wait. `verdicts` are what was found in the layers' pages.
+    """
+
+    def __init__(self, root: Root, policy: TrustPolicy, where: str = "") -> None:
+        self.roots = root if isinstance(root, AllowedRoots) else AllowedRoots(root)
+        self._where = where
+        self._opener = Opener(policy)
+        self.verdicts = Verdicts(Remembered(policy.state_dir), anew=policy.verify == "full")
+        self._layers: weakref.WeakValueDictionary[_Content, Layer] = weakref.WeakValueDictionary()
+        # Where the first of a layer's holes lies that looked like data when it was opened.
+        self._cached: dict[FileKey, int] = {}
+        self._opening: SingleFlight[Layer] = SingleFlight()
+
+    def layer(self, file: StoredFile) -> Layer:
+        """The open layer of `file`, opened by `Opener` if it is not open yet.
+
+        Raises LayerChangedError if another content stands at its path, or a record's, by now.
+        """
+        no_seal = self._opener.policy.no_seal
+        records = {r for r in file.records if not (no_seal and r[0] == SEAL_SUFFIX)}
+        content: _Content = file.key, frozenset(records)
+        return self._opening.do(content, lambda: self._known(content) or self._open(file, content))
+
+    def _known(self, content: _Content) -> Layer | None:
+        known = self._layers.get(content)
+        if known is None or known.tainted:
+            return None
+        if len(known.unmapped) and not sparse.stays_data(known.fd, known.unmapped.starts[0]):
+            return None  # it can be walked exactly now
+        return known
+
+    def _open(self, file: StoredFile, content: _Content) -> Layer:
+        name = os.path.join(self._where, file.path)
+        is_diff = any(suffix == PRESENCE_SUFFIX for suffix, _ in content[1])
+        layer = self._opener.open(file.path, self.roots, name, is_diff=is_diff)
+        try:
+            require_spare_descriptors(layer.fd, name)
+        except OSError as error:
+            raise FileAccessError(f"{name}: {error.strerror}") from error
+        in_force = frozenset((record.suffix, record.key) for record in layer.records)
+        if (layer.key, in_force) != content:
+            raise LayerChangedError(f"{name}: changed since it was looked over; try again")
+        self._layers[content] = layer
+        self._cached.pop(layer.key, None)
+        if len(layer.unmapped):
+            self._cached[layer.key] = layer.unmapped.starts[0]
+        return layer
+
+    def has_writer(self, file: StoredFile) -> bool:
+        """Whether someone has `file` open for writing now, as far as can be told.
+
+        It is opened for the moment, not walked. Raises OSError, FileAccessError.
+        """
+        with self._opened(file) as fd:
+            return writers(fd) is Writers.SOME
+
+    def has_cached_hole(self, file: StoredFile) -> bool:
+        """Whether the hole of `file` that looked like data when it was last opened still does.
+
+        Its cached pages are dropped for that, where nobody has them mapped; it is opened for the
+        moment, not walked. Raises OSError, FileAccessError.
+        """
+        if (hole := self._cached.get(file.key)) is None:
+            return False
+        with self._opened(file) as fd:
+            return sparse.stays_data(fd, hole)
+
+    @contextmanager
+    def _opened(self, file: StoredFile) -> Iterator[int]:
+        fd = beneath.open_regular(self.roots, file.path)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def forget_all_but(self, present: set[FileKey]) -> None:
+        """Forget what is remembered of files that are not open and not among these."""
+        for key in self._cached.keys() - present:
+            self._cached.pop(key, None)
+
+
+@contextmanager
+def opened_store(root: str, policy: TrustPolicy, where: str | None = None) -> Iterator[LayerPool]:
+    """A pool for the directory of snapshots `root`, which is open until the block ends.
+
+    Layers that the pool has opened stay open. `where` is `LayerPool`'s, by default `root`. Raises
+    FileAccessError where the directory cannot be opened.
+    """
+    fd = open_source(root)
+    try:
+        yield LayerPool(
+            AllowedRoots(fd, policy.allow_outside), policy, root if where is None else where
+        )
+    finally:
+        os.close(fd)

@@ -16,7 +16,7 @@ from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView, require_equal_size
 from diffmergefs.opening.contentchecks import Hint, hints, require_exact
 from diffmergefs.opening.contentverdicts import Parents, Verdicts
-from diffmergefs.opening.explicit import require_distinct, warn_of_order
+from diffmergefs.opening.images import require_distinct, warn_of_order
 from diffmergefs.opening.opener import Opener
 from diffmergefs.opening.trust import PAGE, TrustPolicy, require_trust
 from diffmergefs.opening.writers import require_no_writers
@@ -60,7 +60,7 @@ def seal_layer(
 
     First the layer is held to law 4 as a diff, whatever it is, and to having no writer; one without
     a hole needs `policy.dense`. With the open layers below it, base first, as `parents`, its pages
-    are held against theirs too, and their order is looked at (see `diffmergefs.opening.explicit`).
+    are held against theirs too, and their order is checked (`images.warn_of_order`).
     With a presence file beside it, that one's extents are sealed. The seal is written atomically,
     with the layer's mode and, by root, its owner. One that is there is replaced if it has the same
     extents and its checksums are right; if it says anything else, only with `force`: it may be the

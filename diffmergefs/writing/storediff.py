@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 
-from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import (
     BrokenChainError,
     DiffMergeError,
@@ -17,7 +17,8 @@ from diffmergefs.core.errors import (
 )
 from diffmergefs.core.failures import failures
 from diffmergefs.core.permissions import copied_bits
-from diffmergefs.opening.images import LayerPool, open_snapshot
+from diffmergefs.opening.images import open_snapshot
+from diffmergefs.opening.opener import opened_store
 from diffmergefs.opening.pins import Hashes, require_pin
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.sidecars.verified import Remembered
@@ -56,14 +57,11 @@ class StoreRediff:
         self.left_out: dict[str, str] = {}
         self._overridden: dict[str, None] = {}
         self._links: dict[str, Link] = {}
-        with failures(self.source):
-            self._root = os.open(self.source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._roots = AllowedRoots(self._root, self._policy.allow_outside)
-        try:
+        with ExitStack() as stack:
+            self._pool = stack.enter_context(opened_store(self.source, self._policy))
+            stack.callback(self._close_layers)
             self._judge()
-        except BaseException:
-            self.close()
-            raise
+            self._open = stack.pop_all()
 
     def __enter__(self) -> StoreRediff:
         return self
@@ -73,9 +71,11 @@ class StoreRediff:
 
     def close(self) -> None:
         """Close the layers and the directory."""
+        self._open.close()
+
+    def _close_layers(self) -> None:
         for link in self._links.values():
             link.layer.close()
-        os.close(self._root)
 
     @property
     def total_bytes(self) -> int:
@@ -116,13 +116,13 @@ class StoreRediff:
         with OutputDirectory(output) as directory:
             self._require_pins(tally)
             parents = {link.snapshot.parent or "" for link in self._links.values()}
-            writer = StoreWriter(directory, self._roots, self._catalog, parents, tally)
+            writer = StoreWriter(directory, self._pool.roots, self._catalog, parents, tally)
             options = WriteOptions(self._policy, verify=verify, seal=seal, jobs=jobs)
             done = [writer.write(link, options) for link in self._links.values()]
             self._require_unchanged()
             with failures(self.source):
-                status = os.fstat(self._root)
-                mode = copied_bits(self._root, status.st_mode)
+                status = os.fstat(self._pool.roots.root)
+                mode = copied_bits(self._pool.roots.root, status.st_mode)
             take_over(directory.path, status, mode)
             directory.publish(mode)
         return NewStore(output, tuple(done), self.left_out, tuple(self._overridden))
@@ -131,7 +131,6 @@ class StoreRediff:
         return read_catalog(self.source, "forkd", outside=self._policy.allow_outside)
 
     def _judge(self) -> None:
-        pool = LayerPool(self._roots, self._policy, self.source)
         chains = []
         for tag in sorted(self._catalog.snapshots):
             try:
@@ -141,7 +140,7 @@ class StoreRediff:
         for links in sorted(chains, key=len):
             try:
                 with failures(self.source):
-                    image = open_snapshot(links, pool, self._policy)
+                    image = open_snapshot(links, self._pool, self._policy)
             except DiffMergeError as error:
                 self._leave_out(links[-1].tag, error)
                 continue

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from diffmergefs.opening.sides import open_side
+from diffmergefs.opening.images import open_side
 from diffmergefs.writing.rediff import rediff
 
 MIB = 1 << 20

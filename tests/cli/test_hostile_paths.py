@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from diffmergefs.core import beneath
 from diffmergefs.core.errors import FileAccessError, LayerChangedError
-from diffmergefs.opening.images import LayerPool, open_snapshot
+from diffmergefs.opening.images import open_snapshot
+from diffmergefs.opening.opener import LayerPool
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import read_catalog
 from tests.support import mounttable, openat2, skips

@@ -20,7 +20,8 @@ from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.tree import ROOT_INODE, Tree
 from diffmergefs.opening import content
 from diffmergefs.opening.content import Pages, compare_pages
-from diffmergefs.opening.images import LayerPool, open_chain, open_snapshot
+from diffmergefs.opening.images import open_chain, open_snapshot
+from diffmergefs.opening.opener import LayerPool
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import read_catalog
 from tests.support import loopfs

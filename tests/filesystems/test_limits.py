@@ -14,7 +14,8 @@ import pytest
 from diffmergefs.analysis.info import describe
 from diffmergefs.core.errors import BrokenChainError, SizeMismatchError
 from diffmergefs.core.layer import MAX_SIZE, Layer
-from diffmergefs.opening.images import open_chain, open_image, raise_descriptor_limit
+from diffmergefs.opening.images import open_chain, open_image
+from diffmergefs.opening.opener import raise_descriptor_limit
 from diffmergefs.stores.catalog import read_catalog
 from diffmergefs.writing.flatten import flatten
 from tests.support.commands import mistake, succeed

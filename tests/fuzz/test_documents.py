@@ -33,7 +33,8 @@ from diffmergefs.core.layer import MAX_SIZE
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.tree import Attributes, MemoryFile, Node, Passed, TagFolder, Tree
 from diffmergefs.fuse.tree import Document as DocumentNode
-from diffmergefs.opening.images import LayerPool, open_chain, open_snapshot
+from diffmergefs.opening.images import open_chain, open_snapshot
+from diffmergefs.opening.opener import LayerPool
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.sidecars import bmap, bmapreader
 from diffmergefs.stores.catalog import LAYOUTS, Catalog, read_catalog

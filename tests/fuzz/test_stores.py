@@ -26,7 +26,8 @@ from diffmergefs.core.errors import (
     PresenceError,
     UntrustedExtentsError,
 )
-from diffmergefs.opening.images import LayerPool, open_chain, open_snapshot
+from diffmergefs.opening.images import open_chain, open_snapshot
+from diffmergefs.opening.opener import LayerPool
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.sidecars import presence_format
 from diffmergefs.stores.catalog import read_catalog

@@ -18,7 +18,7 @@ import pytest
 from diffmergefs import apply_diff, open_chain, open_image
 from diffmergefs.core.errors import LayerChangedError, WriterError
 from diffmergefs.fuse.served import Store
-from diffmergefs.opening import images
+from diffmergefs.opening import opener
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.opening.writers import SIGNAL, Leases, Writers, writers
 from tests.support import mounttable, skips
@@ -206,7 +206,7 @@ def test_a_look_asks_once_about_each_layer(root: Path, monkeypatch: pytest.Monke
     store = looked(root)
     with opened_for_writing(memory(root, "base")):
         assert refused(store) == {"base", "work", "leaf", "side"}
-        monkeypatch.setattr(images, "writers", ask)
+        monkeypatch.setattr(opener, "writers", ask)
         store.look()
         assert sorted(asked) == sorted(set(asked)) and asked
     asked.clear()

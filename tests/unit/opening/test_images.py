@@ -1,15 +1,9 @@
-"""Opening images: explicit layers, forkd stores, numbered files; shared layers; dense links."""
+"""Opening images: explicit layers, forkd stores, numbered files, any file as it is."""
 
 from __future__ import annotations
 
-import errno
 import os
-import resource
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,21 +12,10 @@ from diffmergefs.core.errors import (
     DenseDiffError,
     DiffMergeError,
     FileAccessError,
-    LayerChangedError,
     SizeMismatchError,
 )
-from diffmergefs.core.identity import FileKey
-from diffmergefs.core.layer import Layer
-from diffmergefs.opening.images import (
-    LayerPool,
-    open_chain,
-    open_image,
-    open_snapshot,
-    require_spare_descriptors,
-)
+from diffmergefs.opening.images import open_chain, open_image, open_side
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.stores.catalog import read_catalog
-from diffmergefs.stores.snapshot import StoredFile
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.stores import (
@@ -156,113 +139,6 @@ def test_open_image_keeps_the_layers_open_and_nothing_else(tmp_path: Path) -> No
 # Layers that are shared.
 
 
-def stored(root: Path, *names: str) -> list[StoredFile]:
-    return [StoredFile(name, FileKey.of((root / name).stat())) for name in names]
-
-
-@pytest.fixture
-def root_fd(tmp_path: Path) -> Iterator[int]:
-    fd = os.open(tmp_path, os.O_RDONLY)
-    yield fd
-    os.close(fd)
-
-
-def in_threads(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    answers: list[Any] = [None] * len(calls)
-
-    def run(n: int) -> None:
-        answers[n] = calls[n]()
-
-    threads = [threading.Thread(target=run, args=(n,)) for n in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return answers
-
-
-def test_many_threads_open_a_layer_once(
-    tmp_path: Path, root_fd: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_layer(tmp_path / "a", SIZE, [])
-    (file,) = stored(tmp_path, "a")
-    syncs: list[int] = []
-
-    def slow(fd: int) -> None:
-        syncs.append(fd)
-        time.sleep(0.05)
-
-    monkeypatch.setattr(os, "fsync", slow)
-    pool = LayerPool(root_fd, TrustPolicy())
-    layers = in_threads([lambda: pool.layer(file)] * 8)
-    assert isinstance(layers[0], Layer) and {id(layer) for layer in layers} == {id(layers[0])}
-    assert len(syncs) == 1
-
-
-def test_different_layers_are_opened_side_by_side(
-    tmp_path: Path, root_fd: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("a", "b"):
-        write_layer(tmp_path / name, SIZE, [])
-    both = threading.Barrier(2, timeout=20)  # broken if one waits for the other's end
-    monkeypatch.setattr(os, "fsync", lambda _: both.wait())
-    pool = LayerPool(root_fd, TrustPolicy())
-    files = stored(tmp_path, "a", "b")
-    layers = in_threads([lambda: pool.layer(files[0]), lambda: pool.layer(files[1])])
-    assert [layer.path for layer in layers] == ["a", "b"]
-
-
-def test_two_names_of_one_file_are_one_layer(tmp_path: Path, root_fd: int) -> None:
-    os.link(write_layer(tmp_path / "a", SIZE, []), tmp_path / "b")
-    pool = LayerPool(root_fd, TrustPolicy())
-    a, b = (pool.layer(file) for file in stored(tmp_path, "a", "b"))
-    assert a is b
-
-
-def test_views_of_one_directory_share_their_base(tmp_path: Path, root_fd: int) -> None:
-    write_chain(tmp_path, ["base", "one"])
-    write_tag(tmp_path, "other", "base", layer=3)
-    catalog, pool = read_catalog(str(tmp_path)), LayerPool(root_fd, TrustPolicy())
-    one, other = (
-        open_snapshot(catalog.chain(t), pool, TrustPolicy()).view for t in ("one", "other")
-    )
-    assert one.layers[0] is other.layers[0]
-    assert one.layers[1] is not other.layers[1]
-
-
-def test_a_layer_that_no_view_uses_is_closed(tmp_path: Path, root_fd: int) -> None:
-    write_layer(tmp_path / "a", SIZE, [])
-    pool = LayerPool(root_fd, TrustPolicy())
-    layer = pool.layer(*stored(tmp_path, "a"))
-    assert opened_below(tmp_path) == {"a"}
-    del layer
-    assert opened_below(tmp_path) == set()
-
-
-def test_a_tainted_layer_is_opened_anew(tmp_path: Path, root_fd: int) -> None:
-    path = write_layer(tmp_path / "a", SIZE, pages(0, [0]))
-    pool = LayerPool(root_fd, TrustPolicy())
-    (file,) = stored(tmp_path, "a")
-    old = pool.layer(file)
-    os.utime(path, ns=(1, 1))
-    with pytest.raises(LayerChangedError):
-        old.check_unchanged()
-    os.utime(path, ns=(1, file.key.mtime_ns))
-    new = pool.layer(file)
-    assert new is not old and not new.tainted
-    assert pool.layer(file) is new
-
-
-def test_another_content_at_the_path_than_was_looked_at_is_refused(
-    tmp_path: Path, root_fd: int
-) -> None:
-    write_layer(tmp_path / "a", SIZE, [])
-    (file,) = stored(tmp_path, "a")
-    write_layer(tmp_path / "new", SIZE, []).rename(tmp_path / "a")
-    with pytest.raises(LayerChangedError, match="a: changed since it was looked over"):
-        LayerPool(root_fd, TrustPolicy()).layer(file)
-
-
 def test_a_numbered_file_of_another_memory_suffix_than_the_base_is_no_image(tmp_path: Path) -> None:
     write_numbered(tmp_path, ["000-base.mem", "001-one.mem"])
     for name in ("001-one.bin", "002-two.bin"):
@@ -277,53 +153,81 @@ def test_a_suffix_of_ones_own_names_the_layers(tmp_path: Path) -> None:
     assert len(open_image(tmp_path / "001-one.ram").view.layers) == 2
 
 
-def test_messages_name_layers_by_paths_that_can_be_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+BASE = pages(0, BASE_PAGES)
+MERGED = overlay_oracle(SIZE, [BASE, pages(1, [1]), pages(2, [2])])
+
+
+def content(path: Path, *diffs: Path, plain: bool = False) -> bytes:
+    with open_side(path, diffs, plain=plain).view as view:
+        return bytes(view.read(0, view.size))
+
+
+def test_a_snapshot_directory_is_its_image(tmp_path: Path) -> None:
+    store = write_chain(tmp_path, ["base", "work", "leaf"])
+    assert content(store / "leaf") == MERGED
+    (tmp_path / "link").symlink_to(store / "leaf")
+    assert content(tmp_path / "link") == MERGED
+
+
+def test_the_tags_of_a_chain_are_told_where_it_has_some(tmp_path: Path) -> None:
+    store = write_chain(tmp_path / "store", ["base", "work", "leaf"])
+    numbered = write_numbered(tmp_path / "layers", ["000-base.mem", "001-work.mem"])
+    assert open_side(store / "leaf").tags == ("base", "work", "leaf")
+    assert open_side(numbered / "001-work.mem").tags == ("base", "work")
+    assert open_side(numbered / "001-work.mem", plain=True).tags == ()
+
+
+def test_a_numbered_layer_is_its_image_unless_it_is_plain(tmp_path: Path) -> None:
+    write_numbered(tmp_path, ["000-base.mem", "001-work.mem", "002-leaf.mem"])
+    leaf = tmp_path / "002-leaf.mem"
+    assert content(leaf) == MERGED
+    assert content(leaf, plain=True) == overlay_oracle(SIZE, [pages(2, [2])])
+
+
+@pytest.mark.parametrize("name", ["mem_file", "20251125-dump", "memory.bin"])
+def test_any_other_file_is_an_image_as_it_is(tmp_path: Path, name: str) -> None:
+    path = write_layer(tmp_path / name, SIZE, BASE)
+    assert content(path) == overlay_oracle(SIZE, [BASE])
+
+
+def test_a_file_that_may_be_a_layer_above_others_is_an_image_only_if_the_user_says_so(
+    tmp_path: Path,
 ) -> None:
-    store = write_chain(tmp_path / "store", ["base", "one"])
-    write_tag(store, "other", "base", layer=2, size=SIZE + PAGE)
-    write_tag(store, "filled", "base", layer=3, numbers=[3])
-    filled = store / "filled" / "memory.bin"
-    filled.write_bytes(filled.read_bytes())
-    monkeypatch.chdir(tmp_path)
-    layers = open_image("store/one").view.layers
-    assert [layer.path for layer in layers] == [
-        f"{store}/{tag}/memory.bin" for tag in ("base", "one")
-    ]
-    with pytest.raises(SizeMismatchError) as caught:
-        open_image("store/other")
-    assert str(caught.value).startswith(f"in {store}: other/memory.bin: {SIZE + PAGE} bytes")
-    with pytest.raises(DenseDiffError) as refused:
-        open_image("store/filled")
-    assert str(refused.value).startswith(f"{filled}: looks like")
+    path = write_layer(tmp_path / "7-dump.raw", SIZE, BASE)
+    with pytest.raises(BrokenChainError, match="has holes, and 7 layers are missing below it"):
+        content(path)
+    assert content(path, plain=True) == overlay_oracle(SIZE, [BASE])
+    with open_side(path, policy=TrustPolicy(allow_gaps=True)).view as view:
+        assert bytes(view.read(0, view.size)) == overlay_oracle(SIZE, [BASE])
 
 
-def test_a_layer_takes_none_of_the_last_descriptors(
-    tmp_path: Path, root_fd: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_layer(tmp_path / "a", SIZE, [])
-    (file,) = stored(tmp_path, "a")
-    pool = LayerPool(root_fd, TrustPolicy(), "/where")
-    with monkeypatch.context() as patch:
-        patch.setattr(resource, "getrlimit", lambda _: (8, 8))
-        with pytest.raises(FileAccessError) as caught:
-            pool.layer(file)
-    assert str(caught.value) == "/where/a: Too many open files"
-    del caught
-    assert opened_below(tmp_path) == set()
-    assert pool.layer(file).path == "/where/a"
+def test_a_plain_file_is_no_business_of_its_neighbours(tmp_path: Path) -> None:
+    # Two memory files of one number: no directory of layers, and no reason to refuse this one.
+    write_numbered(tmp_path, ["1-a.mem", "01-b.mem"])
+    path = write_layer(tmp_path / "mem_file", SIZE, BASE)
+    assert content(path) == overlay_oracle(SIZE, [BASE])
+    with pytest.raises(BrokenChainError, match="two memory files of one number"):
+        content(tmp_path / "1-a.mem")
+    assert content(tmp_path / "1-a.mem", plain=True) == overlay_oracle(SIZE, [BASE])
 
 
-@pytest.mark.parametrize(
-    ("soft", "last"), [(64, 47), (512, 383), (1024, 895), (1 << 20, (1 << 20) - 129)]
-)
-def test_how_many_descriptors_are_kept_back(
-    soft: int, last: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, soft))
-    require_spare_descriptors(last, "x")
-    with pytest.raises(OSError) as caught:
-        require_spare_descriptors(last + 1, "x")
-    assert (caught.value.errno, caught.value.filename) == (errno.EMFILE, "x")
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
-    require_spare_descriptors(10**9, "x")
+def test_diffs_lie_over_a_plain_file(tmp_path: Path) -> None:
+    write_numbered(tmp_path, ["000-base.mem", "001-work.mem", "002-leaf.mem"])
+    base, work, leaf = (tmp_path / n for n in sorted(os.listdir(tmp_path)))
+    assert content(base, work, leaf) == MERGED
+    # Their checks are those of explicit layers.
+    dense = write_layer(tmp_path / "dense", SIZE, [(0, signed(3, 0, SIZE))])
+    with pytest.raises(DenseDiffError):
+        content(base, dense)
+
+
+@pytest.mark.parametrize("name", ["missing", "3-missing.mem", ""])
+def test_what_is_not_there_is_told(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileAccessError):
+        open_side(tmp_path / name if name else "")
+
+
+def test_a_directory_that_is_no_snapshot_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BrokenChainError, match="no snapshot 'empty'"):
+        open_side(tmp_path / "empty")

@@ -10,8 +10,7 @@ import pytest
 
 from diffmergefs.cli.verbs import NAMES, load
 from diffmergefs.core.errors import BrokenChainError
-from diffmergefs.opening.images import open_chain
-from diffmergefs.opening.sides import open_side
+from diffmergefs.opening.images import open_chain, open_side
 from tests.support.commands import diffmergefs, mistake
 from tests.support.images import PAGE, write_layer
 from tests.support.inputs import unchanged
