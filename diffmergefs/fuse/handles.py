@@ -10,7 +10,8 @@ from collections.abc import Hashable
 from diffmergefs.core import sparse
 from diffmergefs.core.identity import FileKey
 from diffmergefs.fuse.image import OpenImage
-from diffmergefs.fuse.tree import Node, Passed
+from diffmergefs.fuse.nodes import Node, Passed, lane_of
+from diffmergefs.fuse.passthrough import Passthrough
 
 MAX_BYTES = 64 << 20
 _OVERHEAD = 48  # bytes that Python takes for a part besides its own
@@ -57,11 +58,6 @@ class Contents:
         self._taken -= size
 
 
-def lane_of(*devices: int) -> Hashable:
-    """The lane for work on files of these filesystems (st_dev): see `threads.Lanes`."""
-    return frozenset(devices)
-
-
 class Handle:
     """An open file or directory. It reads from exactly one of `image`, `fd`, `text` and `names`.
 
@@ -91,6 +87,13 @@ class Handle:
         self._devices = [layer.status.st_dev for layer in self.view.layers] if self.view else []
         self.supplied: dict[int, int] = {}
 
+    @classmethod
+    def of_file(cls, files: Passthrough, node: Passed) -> Handle:
+        """Open a passed-through file; blocks, and raises what `Passthrough.open` does."""
+        fd = files.open(node)
+        key = FileKey.of(os.fstat(fd)) if files.is_device_state(node) else None
+        return cls(fd=fd, node=node, key=key)
+
     def lane(self, start: int, length: int) -> Hashable:
         """The lane of the filesystems that hold the image's bytes in this range."""
         assert self.view is not None
@@ -110,3 +113,40 @@ class Handle:
             reason = "overwritten while it was open, as device state must not be"
             raise OSError(errno.EIO, reason, path)
         return bytes(buffer[:count])
+
+
+class Handles:
+    """All open files and directories of a mount. Their numbers are never reused."""
+
+    def __init__(self) -> None:
+        self.by_number: dict[int, Handle] = {}
+        self._contents = Contents()
+        self._next = 1
+
+    def add(self, handle: Handle) -> int:
+        """Give the handle a number."""
+        number = self._next
+        self._next += 1
+        self.by_number[number] = handle
+        return number
+
+    def add_text(self, node: Node, text: bytes) -> int:
+        """Add a handle that reads this text of a file. Raises OSError like `Contents.shared`."""
+        return self.add(Handle(text=self._contents.shared(node, text)))
+
+    def add_folder(self, node: Node, names: tuple[bytes, ...]) -> int:
+        """Add a handle of a directory with these names. Raises OSError like `Contents.shared`."""
+        return self.add(Handle(names=self._contents.shared(node, *names), node=node))
+
+    def open_files(self) -> int:
+        """How many files are open or mapped. Directories do not count."""
+        return sum(1 for handle in self.by_number.values() if handle.names is None)
+
+    def images(self) -> list[OpenImage]:
+        """The image of each open memory file."""
+        return [handle.image for handle in self.by_number.values() if handle.image]
+
+    def descriptor_of(self, node: Node) -> int | None:
+        """A descriptor of this passed-through file if it is open."""
+        held = (h.fd for h in self.by_number.values() if h.fd is not None and h.node == node)
+        return next(held, None)

@@ -11,6 +11,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.version import __version__
+
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
@@ -144,18 +147,15 @@ class Status:
 def status_of(
     metrics: Metrics,
     *,
-    version: str,
-    pid: int,
     pushed_bytes: int,
     hit_bytes: int,
-    taints: int,
     images: int,
     files: int,
 ) -> Status:
-    """The status that the counters and the other arguments give now."""
+    """The present status of this process: the counters, and the numbers that others count."""
     return Status(
-        version=version,
-        pid=pid,
+        version=__version__,
+        pid=os.getpid(),
         started=metrics.started,
         fast_loop=metrics.fast_loop,
         operations=_operations(metrics),
@@ -170,10 +170,15 @@ def status_of(
         ),
         prefetch_pushed_bytes=pushed_bytes,
         prefetch_hit_bytes=hit_bytes,
-        tainted_layers=taints,
+        tainted_layers=Layer.taints,
         open_images=images,
         open_files=files,
     )
+
+
+def rendered(name: str, status: Status) -> bytes:
+    """The content of the status file `name`: METRICS_FILE or STATUS_FILE."""
+    return exposition(status) if name == METRICS_FILE else status.to_json().encode()
 
 
 def _operations(metrics: Metrics) -> tuple[Operation, ...]:

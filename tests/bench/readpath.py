@@ -31,8 +31,9 @@ import pyfuse3
 import trio
 
 from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.nodes import ROOT_INODE
 from diffmergefs.fuse.operations import Operations
-from diffmergefs.fuse.tree import ROOT_INODE, Tree
+from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain
 from tests.support.mounts import mounted
 

@@ -15,9 +15,10 @@ from diffmergefs.core.errors import DenseDiffError, UntrustedExtentsError
 from diffmergefs.core.extents import ExtentList
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
+from diffmergefs.fuse.nodes import ROOT_INODE
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.served import Store
-from diffmergefs.fuse.tree import ROOT_INODE, Tree
+from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening import content
 from diffmergefs.opening.content import Pages, compare_pages
 from diffmergefs.opening.images import open_chain, open_snapshot
@@ -307,7 +308,7 @@ def test_a_mount_samples_each_link_once_and_within_the_processors_limit(
     real = content.sample
 
     def counted(parents: content.Read, below: ExtentList, layer: Layer) -> Pages:
-        seen.append((layer.path, operations._hashing.busy))
+        seen.append((layer.path, operations.opener.hashing.busy))
         return real(parents, below, layer)
 
     monkeypatch.setattr(content, "sample", counted)

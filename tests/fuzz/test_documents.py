@@ -30,9 +30,11 @@ from diffmergefs.core.errors import (
     UntrustedExtentsError,
 )
 from diffmergefs.core.layer import MAX_SIZE
+from diffmergefs.fuse.nodes import Attributes, MemoryFile, Node, Passed, TagFolder
+from diffmergefs.fuse.nodes import Document as DocumentNode
+from diffmergefs.fuse.passthrough import rewritten
 from diffmergefs.fuse.served import Store
-from diffmergefs.fuse.tree import Attributes, MemoryFile, Node, Passed, TagFolder, Tree
-from diffmergefs.fuse.tree import Document as DocumentNode
+from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain, open_snapshot
 from diffmergefs.opening.opener import LayerPool
 from diffmergefs.opening.trust import TrustPolicy
@@ -107,7 +109,6 @@ def test_documents(
     path = store / "t" / "snapshot.json"
     places = {trees.STORE: str(store), trees.OUTSIDE: str(ground / "outside")}
     guard = Guard([store], monkeypatch)
-    tree = Tree("/view", Store(str(store), TrustPolicy()))
     met = {"inputs": 0, "complete": 0, "broken": 0}
 
     @inputs(full, soak)
@@ -129,9 +130,9 @@ def test_documents(
         assert links[-1].layer.path in {"t/memory.bin", "t/vmstate", "shared/big.mem"}
         assert [link.tag for link in links[:-1]] in ([], ["a"], ["b"], ["c"], ["d"])
         assert all(catalog.chain(tag) for tag in "abcd")
-        rewritten = strict(tree._rewritten(links[-1]))
-        assert rewritten["memory"] == f"/view/t/{os.path.basename(links[-1].layer.path)}"
-        assert not rewritten.keys() & {"parent_tag", "parent_content_hash"}
+        document = strict(rewritten(links[-1], "/view"))
+        assert document["memory"] == f"/view/t/{os.path.basename(links[-1].layer.path)}"
+        assert not document.keys() & {"parent_tag", "parent_content_hash"}
 
     check()
     seen(**met, opens_watched=guard.opened)
@@ -236,7 +237,7 @@ def test_directories(
                 except DiffMergeError as error:
                     require_one_line(error)
             tree = Tree("/view", shown)
-            walk(tree, tree.node(1), made)
+            walk(tree, tree.inodes.node(1), made)
         finally:
             shown.close()
 
@@ -247,16 +248,16 @@ def test_directories(
             assert isinstance(attributes, Attributes)
             match node:
                 case Passed(kind=stat.S_IFREG):
-                    fd = tree.open_passed(node)
+                    fd = tree.passthrough.open(node)
                     assert os.fstat(fd).st_ino not in hidden(tree)
                     os.close(fd)
                 case Passed(kind=stat.S_IFLNK):
-                    assert tree.link_target(node)
+                    assert tree.passthrough.link_target(node)
                 case DocumentNode():
-                    strict(tree.content(node))
+                    strict(tree.passthrough.content(node))
                 case TagFolder() | Passed(kind=stat.S_IFDIR):
                     walk(tree, node, made)
-                case MemoryFile(shown=image):
+                case MemoryFile(image):
                     assert attributes.size == image.view.size
                 case _:
                     raise AssertionError(f"{name!r}: {node}")

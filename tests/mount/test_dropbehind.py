@@ -20,8 +20,9 @@ from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.dropbehind import DropBehind, drop
 from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.nodes import ROOT_INODE
 from diffmergefs.fuse.operations import Operations
-from diffmergefs.fuse.tree import ROOT_INODE, Tree
+from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.live import until

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.fuse.operations import CHANGING_SECONDS
+from diffmergefs.fuse.replies import CHANGING_SECONDS
 from tests.support import faulty
 from tests.support.images import PAGE, signed
 from tests.support.live import until

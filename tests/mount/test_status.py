@@ -22,10 +22,11 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from diffmergefs import __version__
 from diffmergefs.core.errors import BrokenChainError
 from diffmergefs.core.names import STATUS_FOLDER
+from diffmergefs.fuse.nodes import ROOT_INODE
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.status import Metrics, Status, exposition, status_of
-from diffmergefs.fuse.tree import ROOT_INODE, Tree
+from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import LAYOUTS, read_catalog
 from tests.support.cloudhypervisor import write_snapshot

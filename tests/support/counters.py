@@ -8,13 +8,10 @@ from typing import TypedDict
 class Beside(TypedDict):
     """The keyword arguments of `status_of`."""
 
-    version: str
-    pid: int
     pushed_bytes: int
     hit_bytes: int
-    taints: int
     images: int
     files: int
 
 
-NOTHING = Beside(version="", pid=0, pushed_bytes=0, hit_bytes=0, taints=0, images=0, files=0)
+NOTHING = Beside(pushed_bytes=0, hit_bytes=0, images=0, files=0)

@@ -35,7 +35,9 @@ LEVELS = [
 ]
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
 
-SEES_FUSE = {"fuse.operations", "fuse.session", "fuse.readloop", "fuse.threads"}
+SEES_FUSE = {
+    f"fuse.{name}" for name in ("opener", "operations", "readloop", "replies", "session", "threads")
+}
 DRAWS = {
     f"pictures.{name}"
     for name in ("canvas", "curve", "extents_picture", "map_picture", "picture", "raster")

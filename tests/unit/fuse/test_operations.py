@@ -19,9 +19,10 @@ import trio.testing
 
 from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.handles import Handle
+from diffmergefs.fuse.nodes import ROOT_INODE, Inodes
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.served import Store
-from diffmergefs.fuse.tree import ROOT_INODE, Tree
+from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.trust import TrustPolicy
 from tests.support.images import PAGE, overlay_oracle, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_chain
@@ -160,8 +161,8 @@ BUGS: dict[str, tuple[object, str, Callable[[Operations, int], Coroutine[Any, An
     "lookup": (Tree, "child", lambda o, _: o.lookup(ROOT_INODE, b"leaf", CTX)),
     "getattr": (Tree, "attributes", lambda o, _: o.getattr(ROOT_INODE, CTX)),
     "opendir": (Tree, "names", lambda o, _: o.opendir(ROOT_INODE, CTX)),
-    "open": (Tree, "node", lambda o, inode: o.open(inode, os.O_RDONLY, CTX)),
-    "readlink": (Tree, "node", lambda o, inode: o.readlink(inode, CTX)),
+    "open": (Inodes, "node", lambda o, inode: o.open(inode, os.O_RDONLY, CTX)),
+    "readlink": (Inodes, "node", lambda o, inode: o.readlink(inode, CTX)),
     "statfs": (Store, "total_bytes", lambda o, _: o.statfs(CTX)),
     "read": (MergedView, "fill_nowait", lambda o, _: o.read(1, 0, PAGE)),
     "readdir": (Tree, "attributes", lambda o, _: o.readdir(2, 0, CTX)),
@@ -203,7 +204,7 @@ def test_handles_that_are_odd(operations: Operations, tmp_path: Path) -> None:
     async def main() -> None:
         assert await errno_of(operations.read(77, 0, 1)) == errno.EIO
         fd = os.open(tmp_path / "store" / "leaf" / "vmstate", os.O_RDONLY)
-        operations._handles[5] = Handle(fd=fd)
+        operations._handles.by_number[5] = Handle(fd=fd)
         assert await errno_of(operations.read(5, 2**63, 1)) == errno.EIO
         assert await operations.read(5, 0, 5) == b"state"
         os.close(fd)
@@ -230,7 +231,7 @@ def test_many_open_directories_keep_one_listing(operations: Operations, tmp_path
         finally:
             tracemalloc.stop()
         assert taken < 2_000_000  # four times what a single list of the names takes
-        assert len({id(handle.names) for handle in operations._handles.values()}) == 1
+        assert len({id(handle.names) for handle in operations._handles.by_number.values()}) == 1
 
     trio.run(main)
 
@@ -283,7 +284,7 @@ def test_what_a_listing_added_before_it_failed_counts_as_looked_up(
     async def main() -> None:
         folder = await walk(operations, b"leaf")
         fh = await operations.opendir(folder.st_ino, CTX)
-        real, batches = operations._entries, 0
+        real, batches = operations.tree.entries, 0
 
         def fails_at_the_second(folder: Any, names: Any) -> Any:
             nonlocal batches
@@ -294,7 +295,7 @@ def test_what_a_listing_added_before_it_failed_counts_as_looked_up(
 
         monkeypatch.setattr("diffmergefs.fuse.operations._READDIR_BATCH", 2)
         monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
-        monkeypatch.setattr(operations, "_entries", fails_at_the_second)
+        monkeypatch.setattr(operations.tree, "entries", fails_at_the_second)
         await operations.readdir(fh, 0, CTX)
         assert len(added) == 2
         assert await errno_of(operations.readdir(fh, 2, CTX)) == errno.ENOMEM
@@ -302,7 +303,7 @@ def test_what_a_listing_added_before_it_failed_counts_as_looked_up(
         for inode in added.values():
             assert (await operations.getattr(inode, CTX)).st_ino == inode
             await operations.forget([(inode, 1)])
-        assert not operations._lookups.keys() & set(added.values())
+            assert await errno_of(operations.getattr(inode, CTX)) == errno.ESTALE
 
     trio.run(main)
 
@@ -356,7 +357,7 @@ def test_lookup_answers_the_image_that_was_opened_whatever_a_look_found(
     async def main() -> None:
         old = await walk(operations, b"leaf", b"memory.bin")
         assert old.st_size == SIZE
-        while operations._opening.busy:  # the thread holds what it opened until it ends
+        while operations.opener.lanes.busy:  # the thread holds what it opened until it ends
             await trio.sleep(0.001)
         await trio.testing.wait_all_tasks_blocked()  # and trio what it last gave to a task
         gc.collect()

@@ -15,8 +15,9 @@ import trio.testing
 
 from diffmergefs.core.buffers import LARGEST, Buffers
 from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.nodes import ROOT_INODE
 from diffmergefs.fuse.operations import Operations
-from diffmergefs.fuse.tree import ROOT_INODE, Tree
+from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 

@@ -38,16 +38,8 @@ def counted() -> Metrics:
 
 
 def status() -> Status:
-    return status_of(
-        counted(),
-        version="1.2",
-        pid=7,
-        pushed_bytes=8192,
-        hit_bytes=4096,
-        taints=1,
-        images=2,
-        files=3,
-    )
+    found = status_of(counted(), pushed_bytes=8192, hit_bytes=4096, images=2, files=3)
+    return dataclasses.replace(found, version="1.2", pid=7, tainted_layers=1)
 
 
 def samples(found: Status) -> dict[str, float]:

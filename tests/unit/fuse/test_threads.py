@@ -11,7 +11,7 @@ import trio.testing
 
 from diffmergefs.core.singleflight import SingleFlight
 from diffmergefs.fuse import threads
-from diffmergefs.fuse.handles import lane_of
+from diffmergefs.fuse.nodes import lane_of
 from diffmergefs.fuse.threads import Lanes, in_thread, once_in_thread
 
 

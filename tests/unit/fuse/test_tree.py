@@ -20,8 +20,9 @@ import pytest
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.fuse.access import view_access
 from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.nodes import ROOT_INODE, Document, MemoryFile, Passed, Root, TagFolder
 from diffmergefs.fuse.served import Store
-from diffmergefs.fuse.tree import ROOT_INODE, Document, MemoryFile, Passed, Root, TagFolder, Tree
+from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.sealing import seal_layer
@@ -71,7 +72,7 @@ def opened(tree: Tree, tag: str) -> MemoryFile:
 def document(tree: Tree, tag: str) -> dict[str, object]:
     node = tree.child(folder_of(tree, tag), "snapshot.json")
     assert isinstance(node, Document)
-    found: dict[str, object] = json.loads(tree.content(node))
+    found: dict[str, object] = json.loads(tree.passthrough.content(node))
     return found
 
 
@@ -164,9 +165,9 @@ def test_a_symlink_is_passed_through_as_it_is_and_not_followed(root: Path) -> No
     link = tree.child(folder_of(tree, "work"), "link")
     assert isinstance(link, Passed)
     assert stat.S_ISLNK(tree.attributes(link).mode)
-    assert tree.link_target(link) == "/etc/../nowhere"
+    assert tree.passthrough.link_target(link) == "/etc/../nowhere"
     with pytest.raises((OSError, FileAccessError)):
-        os.close(tree.open_passed(link))
+        os.close(tree.passthrough.open(link))
 
 
 def test_a_passed_file_has_its_own_attributes_and_bytes(root: Path) -> None:
@@ -179,7 +180,7 @@ def test_a_passed_file_has_its_own_attributes_and_bytes(root: Path) -> None:
     assert found.mode == real.st_mode
     assert found[1:4] == (real.st_uid, real.st_gid, real.st_size)
     assert (found.mtime_ns, found.constant) == (real.st_mtime_ns, False)
-    fd = tree.open_passed(node)
+    fd = tree.passthrough.open(node)
     try:
         assert os.read(fd, 100) == path.read_bytes()
     finally:
@@ -222,8 +223,8 @@ def test_a_document_reads_as_a_base_in_the_mountpoint(root: Path) -> None:
     }
     node = tree.child(folder_of(tree, "leaf"), "snapshot.json")
     assert isinstance(node, Document)
-    assert tree.attributes(node).size == len(tree.content(node))
-    assert b"work" not in tree.content(node)
+    assert tree.attributes(node).size == len(tree.passthrough.content(node))
+    assert b"work" not in tree.passthrough.content(node)
 
 
 def test_a_document_without_vmstate_gets_none(public_path: Path) -> None:
@@ -234,55 +235,55 @@ def test_a_document_without_vmstate_gets_none(public_path: Path) -> None:
 def test_inode_numbers_are_stable_until_forgotten_and_never_reused(root: Path) -> None:
     tree = tree_of(root)
     nodes = [*tree.children(folder_of(tree, "work")).values(), folder_of(tree, "work")]
-    numbers = [tree.inode(node) for node in nodes]
+    numbers = [tree.inodes.number(node) for node in nodes]
     assert len({*numbers, ROOT_INODE}) == len(nodes) + 1
-    assert [tree.inode(node) for node in nodes] == numbers
-    assert [tree.node(number) for number in numbers] == nodes
+    assert [tree.inodes.number(node) for node in nodes] == numbers
+    assert [tree.inodes.node(number) for number in numbers] == nodes
     for number in numbers:
-        tree.forget(number)
+        tree.inodes.forget(number)
         with pytest.raises(OSError) as caught:
-            tree.node(number)
+            tree.inodes.node(number)
         assert caught.value.errno == errno.ESTALE
-    again = [tree.inode(node) for node in nodes]
+    again = [tree.inodes.number(node) for node in nodes]
     assert min(again) > max(numbers)
 
 
 def test_the_root_is_never_forgotten(root: Path) -> None:
     tree = tree_of(root)
-    tree.forget(ROOT_INODE)
-    assert tree.node(ROOT_INODE) == Root()
-    assert tree.inode(Root()) == ROOT_INODE
+    tree.inodes.forget(ROOT_INODE)
+    assert tree.inodes.node(ROOT_INODE) == Root()
+    assert tree.inodes.number(Root()) == ROOT_INODE
 
 
 def test_a_memory_file_keeps_its_number_when_it_is_forgotten(root: Path) -> None:
     tree = tree_of(root)
-    number = tree.inode(opened(tree, "work"))
-    tree.forget(number)
+    number = tree.inodes.number(opened(tree, "work"))
+    tree.inodes.forget(number)
     gc.collect()
-    assert tree.inode(opened(tree, "work")) == number
-    assert tree.node(number) == opened(tree, "work")
+    assert tree.inodes.number(opened(tree, "work")) == number
+    assert tree.inodes.node(number) == opened(tree, "work")
 
 
 def test_a_new_image_is_a_file_with_a_new_number_and_the_old_one_is_served_on(root: Path) -> None:
     tree = tree_of(root)
     old = opened(tree, "base")
-    number = tree.inode(old)
+    number = tree.inodes.number(old)
     replace_memory(root, "base")
     assert tree.store is not None
     tree.store.look()
     new = opened(tree, "base")
-    assert tree.inode(new) > number
-    assert tree.node(number) == old
+    assert tree.inodes.number(new) > number
+    assert tree.inodes.node(number) == old
     assert tree.attributes(old).size == SIZE
 
 
 def test_a_replaced_passed_file_has_a_new_number(root: Path) -> None:
     tree = tree_of(root)
     folder = folder_of(tree, "work")
-    number = tree.inode(tree.child(folder, "vmstate"))
+    number = tree.inodes.number(tree.child(folder, "vmstate"))
     (root / "work" / "next").write_text("another")
     (root / "work" / "next").rename(root / "work" / "vmstate")
-    assert tree.inode(tree.child(folder, "vmstate")) > number
+    assert tree.inodes.number(tree.child(folder, "vmstate")) > number
 
 
 def test_explicit_layers_are_one_file_under_the_bases_name(public_path: Path) -> None:
@@ -319,9 +320,9 @@ def tree_of_deleted(root: Path) -> Tree:
 def test_an_image_that_a_look_dropped_is_not_held_by_its_number(root: Path) -> None:
     """The kernel remembers names for days; the layers of a deleted tag must not wait for that."""
     tree = tree_of(root)
-    number = tree.inode(opened(tree, "base"))
+    number = tree.inodes.number(opened(tree, "base"))
     assert tree.store is not None
-    shown = weakref.ref(opened(tree, "base").shown)
+    shown = weakref.ref(opened(tree, "base").image)
     layer = root / "base" / "memory.bin"
     assert shown() is not None and str(layer) in opened_beneath(root)
     replace_memory(root, "base")
@@ -330,7 +331,7 @@ def test_an_image_that_a_look_dropped_is_not_held_by_its_number(root: Path) -> N
     assert shown() is None
     assert opened_beneath(root) == set()
     with pytest.raises(OSError) as caught:
-        tree.node(number)
+        tree.inodes.node(number)
     assert caught.value.errno == errno.ESTALE
 
 
@@ -367,16 +368,16 @@ def test_a_node_is_never_what_has_come_to_stand_at_its_path(root: Path) -> None:
     assert isinstance(file, Passed) and isinstance(link, Passed)
     with put_in_place_of(work / "vmstate", bait / "file"):
         require_stale(lambda: tree.attributes(file))
-        require_stale(lambda: os.close(tree.open_passed(file)))
+        require_stale(lambda: os.close(tree.passthrough.open(file)))
     with put_in_place_of(work / "link", bait / "link"):
         require_stale(lambda: tree.attributes(link))
-        require_stale(lambda: tree.link_target(link))
+        require_stale(lambda: tree.passthrough.link_target(link))
     for place, other, node in (("sub", "dir", sub), (".", ".", folder)):
         with put_in_place_of((work / place).resolve(), (bait / other).resolve()):
             require_stale(lambda node=node: tree.attributes(node))  # type: ignore[misc]
             require_stale(lambda node=node: tree.children(node))  # type: ignore[misc]
             require_stale(lambda node=node: tree.child(node, "note"))  # type: ignore[misc]
-    assert tree.link_target(link) == "secret"
+    assert tree.passthrough.link_target(link) == "secret"
     assert set(tree.children(sub)) == {"note"}
     assert tree.store is not None
     tree.store.look()  # to put it back was a change too
@@ -391,13 +392,13 @@ def test_a_passed_file_that_is_open_keeps_its_attributes_but_lets_nobody_else_in
     tree = tree_of(root)
     node = tree.child(folder_of(tree, "work"), "vmstate")
     assert isinstance(node, Passed)
-    fd = tree.open_passed(node)
-    other = tree.open_passed(tree.child(folder_of(tree, "base"), "vmstate"))  # type: ignore[arg-type]
+    fd = tree.passthrough.open(node)
+    other = tree.passthrough.open(tree.child(folder_of(tree, "base"), "vmstate"))  # type: ignore[arg-type]
     try:
         path.unlink()
-        found = tree.attributes_of_open(node, fd)
+        found = tree.passthrough.attributes_of_open(node, fd)
         assert (found.size, stat.S_IMODE(found.mode)) == (len("state of work"), 0o600)
-        require_stale(lambda: tree.attributes_of_open(node, other))
+        require_stale(lambda: tree.passthrough.attributes_of_open(node, other))
     finally:
         os.close(fd)
         os.close(other)
@@ -417,7 +418,7 @@ def test_a_document_has_the_attributes_of_the_file_that_was_read(root: Path) -> 
         assert stat.S_IMODE(tree.attributes(node).mode) == 0o600
         again = tree.child(folder, "snapshot.json")
         assert isinstance(again, Document) and isinstance(node, Document)
-        assert again.replaced and tree.content(again) == tree.content(node)
+        assert again.replaced and tree.passthrough.content(again) == tree.passthrough.content(node)
     # Nor does it become public again because the file is put back.
     assert stat.S_IMODE(tree.attributes(again).mode) == 0o600
     assert stat.S_IMODE(tree.attributes(tree.child(folder, "snapshot.json")).mode) == 0o640
@@ -427,7 +428,7 @@ def test_a_document_has_the_attributes_of_the_file_that_was_read(root: Path) -> 
     tree.store.look()
     require_stale(lambda: tree.attributes(node))
     with pytest.raises(OSError):
-        tree.content(node)
+        tree.passthrough.content(node)
 
 
 def test_no_moment_of_an_exchange_shows_a_private_directorys_file(
@@ -451,7 +452,7 @@ def test_no_moment_of_an_exchange_shows_a_private_directorys_file(
             node = tree.child(folder, "note")
             assert isinstance(node, Passed)
             assert tree.attributes(node).mode & 0o004
-            with open(tree.open_passed(node), "rb") as file:
+            with open(tree.passthrough.open(node), "rb") as file:
                 text = file.read()
             read.add(text)
             assert closed or text == b"bait"
@@ -471,7 +472,7 @@ def test_a_vmstate_is_shown_whatever_it_is_called(root: Path, name: str) -> None
     node = tree.child(folder_of(tree, "leaf"), name)
     assert isinstance(node, Passed) and node == found[name]
     assert document(tree, "leaf")["vmstate"] == f"{MOUNTPOINT}/leaf/{name}"
-    fd = tree.open_passed(node)
+    fd = tree.passthrough.open(node)
     try:
         assert os.read(fd, 100) == b"state of leaf"
     finally:
@@ -503,6 +504,6 @@ def test_a_passed_file_takes_none_of_the_last_descriptors(
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (8, 8))
     with pytest.raises(OSError) as caught:
-        os.close(tree.open_passed(node))
+        os.close(tree.passthrough.open(node))
     assert caught.value.errno == errno.EMFILE
     assert len(os.listdir("/proc/self/fd")) == before

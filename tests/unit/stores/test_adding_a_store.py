@@ -11,8 +11,9 @@ import pytest
 
 from diffmergefs import flatten, open_image
 from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.fuse.nodes import Root
 from diffmergefs.fuse.served import Store
-from diffmergefs.fuse.tree import Root, Tree
+from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores import catalog
 from diffmergefs.stores.catalog import read_catalog

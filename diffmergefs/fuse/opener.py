@@ -1,0 +1,115 @@
+"""Opening images, and looking at nodes, in worker threads while the event loop goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar, cast
+
+import trio
+
+from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.core.layer import Layer
+from diffmergefs.core.singleflight import SingleFlight
+from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.nodes import MemoryFile, Node, Root, TagFolder, lane_of, lane_of_node
+from diffmergefs.fuse.served import Store
+from diffmergefs.fuse.threads import Lanes, once_in_thread
+from diffmergefs.fuse.tree import Tree
+from diffmergefs.stores.snapshot import Snapshot
+
+T = TypeVar("T")
+
+_OPENING_THREADS = 64
+
+
+class ImageOpener:
+    """Does the work on a tree that may block, and shares it between clients.
+
+    Each layer and each image is opened once, however many clients ask for it. Work on each
+    filesystem has its own threads: see `Lanes`. Call the methods in the event loop. They raise what
+    the methods of `Tree` and `Store` raise.
+    """
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._shared: SingleFlight[object] = SingleFlight()
+        #: For everything that waits for a file.
+        self.lanes = Lanes(_OPENING_THREADS)
+        #: For what keeps a processor busy: hashes, and the comparison of pages.
+        self.hashing = Lanes(os.cpu_count() or 1)
+
+    async def run(self, node: Node, work: Callable[..., T], *args: Any) -> T:
+        """The result of `work(*args)`, called in a thread of the node's filesystem."""
+        return await self.lanes.run(lane_of_node(node), work, *args)
+
+    async def child(self, folder: Node, name: str) -> Node:
+        """The entry `name` of a directory. A memory file is opened if it is not open yet."""
+        if isinstance(folder, TagFolder) and name == self._tree.memory_name(folder.tag):
+            # The image that was opened just now, whatever a look has found meanwhile.
+            return MemoryFile(await self.image(folder.tag))
+        lane = self._lane_of_tag(name) if isinstance(folder, Root) else lane_of_node(folder)
+        return await self.lanes.run(lane, self._tree.child, folder, name)
+
+    async def names(self, folder: Node) -> tuple[bytes, ...]:
+        """The names in a directory, listed once for all clients that ask meanwhile."""
+        work = functools.partial(self._tree.names, folder)
+        names = await self._once(("names", folder), lane_of_node(folder), work)
+        return cast(tuple[bytes, ...], names)
+
+    async def image(self, tag: str) -> OpenImage:
+        """The image of a tag, opened now if it is not open yet."""
+        store = self._tree.store
+        assert store is not None
+        if known := store.opened(tag):
+            return known
+        # Open layer by layer, so that clients wait for each in the event loop and not in a thread:
+        # many clients of one slow layer must not use up the threads that others need. This list
+        # holds the layers until the image does. Store.open judges a layer that cannot be opened.
+        layers: list[Layer] = []
+        links = store.chain(tag) or []
+        for link in links:
+            with contextlib.suppress(DiffMergeError, OSError):
+                work = functools.partial(store.open_layer, link.layer)
+                # The comparison of a record keeps a processor busy, like a hash.
+                lanes = self.hashing if link.layer.records else self.lanes
+                key = link.layer.key, link.layer.records
+                opened = await self._once(key, lane_of(key[0].device), work, lanes)
+                layers.append(cast(Layer, opened))
+        if len(layers) == len(links):
+            await self._read_layers(store, layers)
+        async with trio.open_nursery() as nursery:
+            for parent, link in store.pins(tag):
+                nursery.start_soon(self._hash_parent, store, parent, link)
+        opened = await self._once(tag, self._lane_of_tag(tag), functools.partial(store.open, tag))
+        return cast(OpenImage, opened)
+
+    async def _read_layers(self, store: Store, layers: Sequence[Layer]) -> None:
+        # Reading pages of a layer keeps a processor busy too, and slow storage takes its time: so
+        # not in the threads in which others open theirs. Store.open has the verdict.
+        lane = lane_of(*(layer.key.device for layer in layers))
+        for number in await self.lanes.run(lane, store.unread, layers):
+            with contextlib.suppress(DiffMergeError, OSError):
+                work = functools.partial(store.read, layers[: number + 1])
+                key = "pages", *(layer.key for layer in layers[: number + 1])
+                await self._once(key, lane, work, self.hashing)
+
+    async def _hash_parent(self, store: Store, parent: Snapshot, link: Snapshot) -> None:
+        # A hash keeps a processor busy for a second per gigabyte: never run more of them at a time
+        # than there are processors. Store.open has the verdict.
+        with contextlib.suppress(DiffMergeError, OSError):
+            work = functools.partial(store.require_pin, parent, link)
+            key = parent.layer.key, link.parent_hash
+            await self._once(key, lane_of(key[0].device), work, self.hashing)
+
+    async def _once(
+        self, key: object, lane: Hashable, work: Callable[[], object], lanes: Lanes | None = None
+    ) -> object:
+        run = functools.partial((lanes or self.lanes).run, lane)
+        return await once_in_thread(self._shared, key, work, run)
+
+    def _lane_of_tag(self, tag: str) -> Hashable:
+        links = self._tree.store.chain(tag) if self._tree.store else None
+        return lane_of(*(link.layer.key.device for link in links or []))

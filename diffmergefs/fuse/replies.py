@@ -1,0 +1,93 @@
+"""Replies to the kernel: attributes and errors in the form that pyfuse3 expects."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar, cast
+
+import pyfuse3
+from pyfuse3 import FUSEError
+
+from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.fuse.nodes import Attributes
+from diffmergefs.fuse.status import Metrics
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Names and the attributes of passed-through files may change. A memory file's attributes never do:
+# changed ones would drop its cached pages under live mappings.
+CHANGING_SECONDS = 0.5
+CONSTANT_SECONDS = 365 * 86400
+
+
+def answering(
+    handler: Callable[P, Coroutine[Any, Any, T]],
+) -> Callable[P, Coroutine[Any, Any, T]]:
+    """The handler, with every failure turned into an errno for the client.
+
+    The handler's object has `metrics`, which count the request and its error. After any other
+    exception pyfuse3 ends the daemon, and every VM on the mount would get SIGBUS.
+    """
+
+    @functools.wraps(handler)
+    async def answer(*args: P.args, **kwargs: P.kwargs) -> T:
+        metrics: Metrics = cast(Any, args[0]).metrics
+        metrics.requests[handler.__name__] += 1
+        try:
+            return await handler(*args, **kwargs)
+        except Exception as error:
+            raise fuse_error(metrics, handler.__name__, error) from error
+
+    return answer
+
+
+def fuse_error(metrics: Metrics, handler: str, error: Exception) -> FUSEError:
+    """The reply for a handler's error. It counts the error, and logs it."""
+    number = errno.EIO
+    if isinstance(error, FUSEError):
+        number = error.errno
+    elif isinstance(error, DiffMergeError):
+        log.debug("%s: %s", handler, error)
+        number = error.errno
+    elif isinstance(error, OSError):
+        level = logging.WARNING if error.errno == errno.EIO else logging.DEBUG
+        log.log(level, "%s: %s", handler, error)
+        number = error.errno or errno.EIO
+    else:
+        log.error("%s failed: this is a bug", handler, exc_info=error)
+    metrics.errors[handler, number] += 1
+    return FUSEError(number)
+
+
+def entry_of(inode: int, generation: int, known: Attributes) -> pyfuse3.EntryAttributes:
+    """The reply that describes a node."""
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = inode
+    entry.generation = generation
+    entry.entry_timeout = CHANGING_SECONDS
+    entry.attr_timeout = CONSTANT_SECONDS if known.constant else CHANGING_SECONDS
+    entry.st_mode = known.mode
+    entry.st_uid, entry.st_gid = known.uid, known.gid
+    entry.st_size, entry.st_blocks, entry.st_blksize = known.size, known.blocks, 4096
+    entry.st_nlink = known.nlink
+    entry.st_rdev = 0
+    entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = known.mtime_ns
+    return entry
+
+
+def statvfs_of(size: int, files: int) -> pyfuse3.StatvfsData:
+    """The reply that describes a full filesystem of this many bytes and files."""
+    answer = pyfuse3.StatvfsData()
+    answer.f_bsize = answer.f_frsize = 4096
+    answer.f_blocks = -(-size // 4096)
+    answer.f_bfree = answer.f_bavail = 0
+    answer.f_files = files
+    answer.f_ffree = answer.f_favail = 0
+    answer.f_namemax = 255
+    return answer
