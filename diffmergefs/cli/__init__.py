@@ -15,8 +15,7 @@ from typing import TextIO
 
 import click
 
-from diffmergefs.cli import inherited
-from diffmergefs.cli.common import talk
+from diffmergefs.cli.output import print_diagnostic
 from diffmergefs.cli.verbs import Verbs
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.core.version import __version__
@@ -69,7 +68,7 @@ def main(
     root's, is thrown away but for how a terminal looks, what its user speaks, and whom a service
     tells how it is.
     """
-    inherited.put_right()
+    _repair_process()
     if arguments is None and os.geteuid() == 0:
         _distrust_environment()
     _end_on_signals()
@@ -77,11 +76,41 @@ def main(
     raise_descriptor_limit()
     streams = sys.stdout, sys.stderr
     try:
-        with _warnings_told():
+        with _warnings_printed():
             return _run(arguments, command, name)
     finally:
         for stream in streams:
             _settle(stream)
+
+
+def _repair_process() -> None:
+    """Have the standard streams open, no signal blocked, and SIGCHLD not ignored.
+
+    A closed standard stream is as good as /dev/null; left closed, the first file that is opened
+    would take its place, and get what is said there. SIGTERM would never come if it is blocked, and
+    where SIGCHLD is ignored nobody learns how a child ended. (Ignored signals that end a process
+    stay ignored, as nohup(1) has it.)
+    """
+    for fd in range(3):
+        if not _is_open(fd):
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+    sys.stdout = sys.stdout or _stream(1)
+    sys.stderr = sys.stderr or _stream(2)
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _stream(fd: int) -> TextIO:
+    return open(fd, "w", encoding="utf-8", closefd=False)
 
 
 def _settle(stream: TextIO) -> None:
@@ -106,10 +135,10 @@ def _run(arguments: list[str] | None, command: click.Command, name: str) -> int:
             error.show()
         return USAGE
     except (click.Abort, KeyboardInterrupt):
-        talk("interrupted")
+        print_diagnostic("interrupted")
         return 128 + signal.SIGINT
     except DiffMergeError as error:
-        talk(str(error))
+        print_diagnostic(str(error))
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output went away; nothing more can be said there.
@@ -120,41 +149,41 @@ def _run(arguments: list[str] | None, command: click.Command, name: str) -> int:
             raise
         return 128 + signal.SIGPIPE
     except OSError as error:
-        talk(f"{error.filename or 'output'}: {error.strerror or error}")
+        print_diagnostic(f"{error.filename or 'output'}: {error.strerror or error}")
         return FileAccessError.exit_code
     except Exception:
         with suppress(OSError):
             traceback.print_exc()
-        talk("this is a bug in diffmergefs; please report it with the lines above")
+        print_diagnostic("this is a bug in diffmergefs; please report it with the lines above")
         return BUG
 
 
-class _Teller(logging.Handler):
+class _PrintOnce(logging.Handler):
     # Says the same once: a command may open the same layers several times.
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
-        self._told: set[str] = set()
+        self._printed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         line = record.getMessage()
-        if line not in self._told:
-            talk(line)
-        self._told.add(line)
+        if line not in self._printed:
+            print_diagnostic(line)
+        self._printed.add(line)
 
 
 @contextmanager
-def _warnings_told() -> Iterator[None]:
+def _warnings_printed() -> Iterator[None]:
     # Warnings go to stderr like all talk (`mount` sees to its log itself). What a layer says of
     # its change the error that follows says too.
-    teller = _Teller(logging.WARNING)
-    teller.addFilter(lambda record: record.name != "diffmergefs.core.layer")
+    handler = _PrintOnce(logging.WARNING)
+    handler.addFilter(lambda record: record.name != "diffmergefs.core.layer")
     log = logging.getLogger("diffmergefs")
-    log.addHandler(teller)
+    log.addHandler(handler)
     try:
         yield
     finally:
-        log.removeHandler(teller)
+        log.removeHandler(handler)
 
 
 def _distrust_environment() -> None:

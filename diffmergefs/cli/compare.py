@@ -6,10 +6,9 @@ import click
 
 from diffmergefs.analysis.compare import Comparison, bytes_to_compare, count_pages
 from diffmergefs.analysis.compare import compare as compare_views
-from diffmergefs.cli.common import PATH, print_json, store_options, trust_options
-from diffmergefs.cli.progress import progress
-from diffmergefs.cli.sides import jobs_option, opened_side, plain_option, side_diffs
-from diffmergefs.cli.tables import new_table, print_table
+from diffmergefs.cli.inputs import jobs_option, opened_side, plain_option, side_diffs
+from diffmergefs.cli.options import PATH, json_option, store_options, trust_options
+from diffmergefs.cli.output import new_table, print_json, print_table, progress
 from diffmergefs.core.extents import ExtentList
 from diffmergefs.opening.trust import TrustPolicy
 
@@ -22,7 +21,7 @@ from diffmergefs.opening.trust import TrustPolicy
 @side_diffs("b")
 @plain_option
 @jobs_option
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@json_option
 @trust_options
 @store_options
 def compare(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import click
 
-from diffmergefs.cli.common import print_json
-from diffmergefs.cli.throwaway import served
+from diffmergefs.cli.output import print_json
+from diffmergefs.cli.temporarymount import temporary_mount
 from diffmergefs.core.errors import VerificationError
 from diffmergefs.opening.images import open_image
 from diffmergefs.system import mountpoint as mountpoints
@@ -59,7 +59,7 @@ def _run(folder: Path, say: Callable[[str], None]) -> None:
         " sparse"
     )
     stored = sum(path.stat().st_blocks * 512 for path in store.iterdir())
-    with served(view, f"--state-dir={folder / 'state'}", str(store)):
+    with temporary_mount(view, f"--state-dir={folder / 'state'}", str(store)):
         say(f"mounted them; {len(os.listdir(view))} snapshots are shown")
         merged = view / "numpy" / "002-numpy.mem"
         _require_equal(merged, expected)

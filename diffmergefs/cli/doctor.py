@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
+from pathlib import Path
 
 import click
 
 from diffmergefs.checks.doctor import examine_path
 from diffmergefs.checks.finding import Finding
 from diffmergefs.checks.host import examine_host
-from diffmergefs.cli.common import (
+from diffmergefs.cli.options import (
     PATH,
     page_size_option,
-    print_json,
-    printable,
     state_dir_option,
     store_options,
-    talk,
     with_policy,
 )
-from diffmergefs.cli.progress import progress
-from diffmergefs.cli.trial import try_mount
-from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.cli.output import print_diagnostic, print_json, printable, progress
+from diffmergefs.cli.temporarymount import temporary_mount
+from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.system.asking import ask
 
 _WRONG = 1
+_CONTENT = bytes(range(256)) * 16
+_APART = "from diffmergefs.system.namespace import enter_own; enter_own(); "
+_REMEDY = (
+    "mend what is said above of the kernel, the device and the helper; in a container, --device"
+    " /dev/fuse and --cap-add SYS_ADMIN, and profiles of AppArmor and seccomp that let it mount"
+)
+_finding = partial(Finding, "host", "mount")
 
 
 @click.command()
@@ -59,7 +69,7 @@ def doctor(paths: tuple[str, ...], as_json: bool, policy: TrustPolicy) -> int:
             with progress(f"examine {printable(path)}", unit=""):
                 findings += examine_path(path, policy)
         except DiffMergeError as error:
-            talk(str(error))
+            print_diagnostic(str(error))
             failed = failed or error.exit_code
     if as_json:
         print_json([asdict(finding) for finding in findings])
@@ -81,3 +91,48 @@ def _lines(findings: list[Finding]) -> Iterator[str]:
         for severity in ("wrong", "warning", "fine")
     }
     yield ", ".join(f"{count} {severity}" for severity, count in counts.items())
+
+
+def try_mount() -> Finding:
+    """Mount a view of one page for a moment, and read it: what came of it.
+
+    In a temporary directory, and as root in a mount namespace that nobody else sees. Never raises.
+    """
+    try:
+        folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="diffmergefs-doctor-")))
+    except OSError as error:
+        return _finding(
+            "warning",
+            f"mounting could not be tried: {error}",
+            "only what is said above tells whether something can be mounted",
+            "run doctor where a temporary directory can be made",
+        )
+    try:
+        found = _read_view(folder)
+    except (DiffMergeError, OSError) as error:
+        return _no_mount(f"a view cannot be mounted: {error}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if found != _CONTENT:
+        return _no_mount("a view was mounted, but does not show what it should")
+    return _finding("fine", "a view was mounted and read")
+
+
+def _no_mount(text: str) -> Finding:
+    why = "nothing can be mounted here; flatten, info, verify and seal work all the same"
+    return _finding("wrong", text, why, _REMEDY)
+
+
+def _read_view(folder: Path) -> bytes:
+    base, view = folder / "base.mem", folder / "view"
+    base.write_bytes(_CONTENT)
+    view.mkdir()
+    is_root = os.geteuid() == 0
+    options = (f"--state-dir={folder / 'state'}", f"--base={base}", "--prefetch=no")
+    with temporary_mount(view, *options, before=_APART if is_root else "") as pid:
+        # As root by the eyes of what serves it.
+        file = Path(f"/proc/{pid}/root{view}" if is_root else view, base.name)
+        try:
+            return ask(file.read_bytes)
+        except OSError as error:
+            raise FileAccessError(f"{file}: {error}") from error

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 import click
 
 from diffmergefs import cli
-from diffmergefs.cli.common import talk
-from diffmergefs.cli.mount import mount
-from diffmergefs.cli.mountoptions import option_name, split_options
+from diffmergefs.cli.mount import mount, option_name, split_options
+from diffmergefs.cli.output import print_diagnostic
 
 NAME = "mount.fuse.diffmergefs"
 
@@ -96,7 +95,7 @@ def _sorted(options: Iterable[str], *, sloppy: bool) -> tuple[list[str], list[tu
         elif name in _OF_LIBFUSE:
             arguments += ["-o", option]
         elif sloppy:
-            talk(f"-o {option}: unknown option, left out")
+            print_diagnostic(f"-o {option}: unknown option, left out")
         else:
             raise click.UsageError(f"-o {option}: unknown option; see diffmergefs-mount(1)")
     return arguments, layers

@@ -52,7 +52,7 @@ class QueuedHandler(logging.Handler):
             return
         self._accept(line, is_warning=record.levelno >= logging.WARNING)
 
-    def say(self, line: str) -> None:
+    def write_line(self, line: str) -> None:
         """Have a line written that is no record, as a warning is."""
         self._accept(self._encoded(line), is_warning=True)
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import click
 
 from diffmergefs.analysis import info as infos
-from diffmergefs.cli.common import (
-    PATH,
-    image_options,
-    opened,
+from diffmergefs.cli.inputs import ImageArguments, image_options
+from diffmergefs.cli.options import PATH, json_option, store_options, strict_option, trust_options
+from diffmergefs.cli.output import (
+    new_table,
+    print_diagnostic,
     print_json,
+    print_table,
     printable,
-    store_options,
-    strict_option,
-    talk,
-    trust_options,
+    progress,
 )
 from diffmergefs.cli.picture import draw_extents, picture_path
-from diffmergefs.cli.progress import progress
-from diffmergefs.cli.tables import new_table, print_table
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.images import open_snapshot
@@ -60,7 +56,7 @@ class Row:
 @click.option("--layout", type=click.Choice(LAYOUTS), help="What SOURCE holds, if it is unclear.")
 @click.option("--suffix", help="The suffix of numbered memory files (.mem).")
 @click.option("--why", is_flag=True, help="Say of each that is broken which check, and what helps.")
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@json_option
 @trust_options
 @strict_option
 @store_options
@@ -148,7 +144,7 @@ def _row(
     own = image.view.layers[-1]
     hints = tuple(str(hint) for hint in image.hints if hint.path == own.path)
     for line in (*image.overridden, *hints):
-        talk(line)
+        print_diagnostic(line)
     held.extend(image.view.layers)
     dirty = own.extents.data_bytes
     state = "dense" if image.dense else "complete"
@@ -166,12 +162,9 @@ def _row(
     help="Draw the number of extents of each layer, and how long they are: FILE.png or FILE.svg.",
 )
 @click.option("--force", is_flag=True, help="Replace the picture if it exists, in one step.")
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@json_option
 def info(
-    image: str | None,
-    base: str | None,
-    diffs: tuple[str, ...],
-    policy: TrustPolicy,
+    source: ImageArguments,
     plot: str | None,
     force: bool,
     as_json: bool,
@@ -190,13 +183,13 @@ def info(
         raise click.UsageError("--force is about a picture: name it with --plot")
     if plot is not None:
         require_matplotlib()
-    with (found := opened(image, base, diffs, policy)).view as view:
+    with (found := source.open()).view as view:
         facts = infos.describe(found)
         for line in infos.notices(found):
-            talk(line)
+            print_diagnostic(line)
         if plot is not None:
-            title = printable(image or os.path.basename(base or ""))
-            draw_extents(view, title, policy.page_size, plot, force=force)
+            title = source.title
+            draw_extents(view, title, source.policy.page_size, plot, force=force)
     if as_json:
         print_json(facts.as_dict())
         return

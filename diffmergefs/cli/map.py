@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -13,13 +12,13 @@ import click
 
 from diffmergefs.analysis import zeros
 from diffmergefs.analysis.zeros import Piece
-from diffmergefs.cli.common import PATH, image_options, opened, printable
+from diffmergefs.cli.inputs import ImageArguments, image_options
+from diffmergefs.cli.options import PATH
+from diffmergefs.cli.output import printable, progress
 from diffmergefs.cli.picture import draw_map, picture_path
-from diffmergefs.cli.progress import progress
 from diffmergefs.cli.terminal import TerminalMap
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.images import Image
-from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.pictures.legend import Subject, short_names
 from diffmergefs.pictures.picture import require_matplotlib
 
@@ -77,10 +76,7 @@ def _bytes(text: str) -> int | None:
 @click.option("--zeros", "scan", is_flag=True, help="Read the data once, and tell written zeros.")
 @click.option("--json", "as_json", is_flag=True, help="Print the ranges as JSON.")
 def map_(
-    image: str | None,
-    base: str | None,
-    diffs: tuple[str, ...],
-    policy: TrustPolicy,
+    source: ImageArguments,
     output: str | None,
     force: bool,
     layout: str | None,
@@ -108,12 +104,12 @@ def map_(
         raise click.UsageError("--json prints ranges, -o draws a picture: one at a time")
     if output is not None:
         require_matplotlib()
-    with (found := opened(image, base, diffs, policy)).view as view:
+    with (found := source.open()).view as view:
         start, stop = _within(window, view.size)
         paths = [printable(layer.path) for layer in view.layers]
-        title = printable(image or os.path.basename(base or ""))
+        title = source.title
         names = [printable(name) for name in short_names([layer.path for layer in view.layers])]
-        subject = Subject(title, names, view.size, start, stop, policy.page_size, scan)
+        subject = Subject(title, names, view.size, start, stop, source.policy.page_size, scan)
         found_pieces = _pieces(view, subject, bar=not (as_json and sys.stdout.isatty()))
         if output is not None:
             draw_map(found_pieces, view, subject, layout or "hilbert", output, force=force)

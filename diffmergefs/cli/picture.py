@@ -10,8 +10,7 @@ import click
 
 from diffmergefs.analysis.info import run_lengths
 from diffmergefs.analysis.zeros import Piece
-from diffmergefs.cli.common import printable, talk
-from diffmergefs.cli.progress import progress
+from diffmergefs.cli.output import print_diagnostic, printable, progress
 from diffmergefs.core.view import MergedView
 from diffmergefs.pictures.legend import Subject, short_names
 from diffmergefs.pictures.picture import FORMATS, picture_format, publish
@@ -51,7 +50,7 @@ def draw_map(
         return _drawn(picture, output)
 
     publish(output, view.layers, draw, force=force)
-    talk(f"{output}: written")
+    print_diagnostic(f"{output}: written")
 
 
 def draw_extents(view: MergedView, title: str, page: int, output: str, *, force: bool) -> None:
@@ -64,7 +63,7 @@ def draw_extents(view: MergedView, title: str, page: int, output: str, *, force:
         return _drawn(ExtentsPicture(title, names, lengths, page), output)
 
     publish(output, view.layers, draw, force=force)
-    talk(f"{output}: written")
+    print_diagnostic(f"{output}: written")
 
 
 def _drawn(picture: Picture, output: str) -> bytes:

@@ -7,29 +7,21 @@ from typing import Any
 
 import click
 
-from diffmergefs.cli.common import (
-    PATH,
-    layer_options,
-    print_json,
-    printable,
-    require_one_source,
+from diffmergefs.cli.inputs import ImageArguments, image_argument
+from diffmergefs.cli.options import (
     state_dir_option,
     store_options,
-    talk,
     with_policy,
     working_set_dir_option,
 )
-from diffmergefs.cli.tables import new_table, print_table
+from diffmergefs.cli.output import new_table, print_diagnostic, print_json, print_table, printable
 from diffmergefs.core.errors import DiffMergeError
-from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.prefetch.record import Identity, WorkingSet, WorkingSets, identity_of_files
 from diffmergefs.prefetch.touches import pieces
 from diffmergefs.stores.lookup import find_image
 
 
 @click.command()
-@click.argument("image", required=False, type=PATH)
-@layer_options
 @click.option("--show", is_flag=True, help="Say what is recorded, and whether it still fits.")
 @click.option("--forget", is_flag=True, help="Remove the record.")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts, ranges too, as JSON.")
@@ -37,15 +29,13 @@ from diffmergefs.stores.lookup import find_image
 @state_dir_option
 @store_options
 @with_policy
+@image_argument
 def prefetch(
-    image: str | None,
-    base: str | None,
-    diffs: tuple[str, ...],
+    source: ImageArguments,
     show: bool,
     forget: bool,
     as_json: bool,
     working_set_dir: str | None,
-    policy: TrustPolicy,
 ) -> int:
     """The record of IMAGE's working set: the pages that a restore touched first.
 
@@ -58,18 +48,23 @@ def prefetch(
       diffmergefs prefetch /srv/snapshots/pandas --show
       diffmergefs prefetch --base mem_file --diff mem_diff --forget
     """
-    require_one_source(image, base, diffs, "IMAGE", policy)
     if show == forget:
         raise click.UsageError("say either --show or --forget")
-    sets = WorkingSets(working_set_dir, policy.state_dir)
-    layers = identity_of_files([base, *diffs] if base else _layers_of(image or "", policy))
+    sets = WorkingSets(working_set_dir, source.policy.state_dir)
+    layers = identity_of_files(_layers_of(source))
     if forget:
         return _forget(sets, layers, as_json)
     return _show(sets, layers, as_json)
 
 
-def _layers_of(image: str, policy: TrustPolicy) -> list[str]:
-    catalog, tag = find_image(image, policy.allow_outside, allow_gaps=policy.allow_gaps)
+def _layers_of(source: ImageArguments) -> list[str]:
+    if source.base is not None:
+        return [source.base, *source.diffs]
+    catalog, tag = find_image(
+        source.image or "",
+        source.policy.allow_outside,
+        allow_gaps=source.policy.allow_gaps,
+    )
     try:
         links = catalog.chain(tag)
     except DiffMergeError as error:
@@ -85,7 +80,7 @@ def _forget(sets: WorkingSets, layers: Identity, as_json: bool) -> int:
     elif forgotten:
         click.echo(f"{printable(path)}: removed")
     else:
-        talk(f"{path}: there is no record")
+        print_diagnostic(f"{path}: there is no record")
     return 0
 
 
@@ -95,7 +90,7 @@ def _show(sets: WorkingSets, layers: Identity, as_json: bool) -> int:
     if as_json:
         print_json(_facts(path, record, reason))
     elif record is None:
-        talk(f"{path}: there is no record; mount --record makes one")
+        print_diagnostic(f"{path}: there is no record; mount --record makes one")
     else:
         _print(path, record, reason)
     return 0 if record is not None and reason is None else 1

@@ -7,18 +7,24 @@ from dataclasses import asdict
 import click
 
 from diffmergefs.analysis.compare import bytes_to_compare
-from diffmergefs.cli.common import (
+from diffmergefs.cli.inputs import jobs_option, opened_side, plain_option, side_diffs
+from diffmergefs.cli.options import (
     PATH,
-    count,
-    print_json,
-    printable,
+    force_option,
+    json_option,
+    seal_option,
     store_options,
-    talk,
     trust_options,
 )
-from diffmergefs.cli.progress import progress
-from diffmergefs.cli.sides import jobs_option, opened_side, plain_option, side_diffs
-from diffmergefs.cli.tables import new_table, print_table
+from diffmergefs.cli.output import (
+    count,
+    new_table,
+    print_diagnostic,
+    print_json,
+    print_table,
+    printable,
+    progress,
+)
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.newstore import NewStore
 from diffmergefs.writing.rediff import RediffResult
@@ -42,13 +48,13 @@ from diffmergefs.writing.storediff import StoreRediff
 @side_diffs("parent")
 @side_diffs("child")
 @plain_option
-@click.option("--force", is_flag=True, help="Replace the output if it exists, in one step.")
+@force_option
 @click.option(
     "--verify", is_flag=True, help="Lay the diff over PARENT and compare before it is published."
 )
-@click.option("--seal", is_flag=True, help="Write the output's seal too (see `diffmergefs seal`).")
+@seal_option
 @jobs_option
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@json_option
 @trust_options
 @store_options
 def rediff(
@@ -111,15 +117,17 @@ def rediff(
             policy=policy,
             progress=moved,
         )
-    _tell(output, result, verify, seal, as_json)
+    _report(output, result, verify, seal, as_json)
 
 
-def _tell(output: str, result: RediffResult, verify: bool, seal: bool, as_json: bool) -> None:
+def _report(output: str, result: RediffResult, verify: bool, seal: bool, as_json: bool) -> None:
     written = result.written
     for line in written.overridden:
-        talk(line)
+        print_diagnostic(line)
     if written.dense:
-        talk(f"{output}: every page differs, so it has no hole and is taken with --dense only")
+        print_diagnostic(
+            f"{output}: every page differs, so it has no hole and is taken with --dense only"
+        )
     if as_json:
         facts = {"output": output, **asdict(written), "page_size": result.page_size}
         facts |= {"changed_pages": result.changed_pages, "compared_bytes": result.compared_bytes}
@@ -150,9 +158,9 @@ def _rediff_store(
     with opened, progress("rediff", opened.total_bytes) as moved:
         made = opened.write(output, verify=verify, seal=seal, jobs=jobs, progress=moved)
     for line in made.overridden:
-        talk(line)
+        print_diagnostic(line)
     for tag, reason in made.left_out.items():
-        talk(f"left out '{tag}': {reason}")
+        print_diagnostic(f"left out '{tag}': {reason}")
     if as_json:
         facts = asdict(made) | {"data_before": made.data_before, "data_bytes": made.data_bytes}
         print_json(facts)

@@ -8,17 +8,21 @@ from dataclasses import asdict
 
 import click
 
-from diffmergefs.cli.common import (
+from diffmergefs.cli.options import (
     PATH,
+    json_option,
     layer_options,
-    print_json,
-    printable,
     strict_option,
-    talk,
     vouching_options,
 )
-from diffmergefs.cli.progress import progress
-from diffmergefs.cli.tables import new_table, print_table
+from diffmergefs.cli.output import (
+    new_table,
+    print_diagnostic,
+    print_json,
+    print_table,
+    printable,
+    progress,
+)
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
@@ -34,7 +38,7 @@ from diffmergefs.writing.sealing import SealResult, seal_layer
     help="Replace a seal that says something else. If a copy has harmed the layer's holes, that"
     " seal was the only record of them.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@json_option
 @vouching_options
 @strict_option
 def seal(
@@ -79,7 +83,7 @@ def seal(
         try:
             done.append(_seal(str(chain[number]), below if base else [], force, policy, told))
         except DiffMergeError as error:
-            talk(str(error))
+            print_diagnostic(str(error))
             failed = failed or error.exit_code
     if as_json:
         print_json([asdict(result) for result in done])
@@ -102,6 +106,6 @@ def _seal(
         result = seal_layer(layer, force=force, policy=policy, parents=parents, progress=moved)
     for line in (*(known.overridden if known else ()), *result.overridden, *result.hints):
         if line not in told:  # the layers below are the same for the next, and one more
-            talk(line)
+            print_diagnostic(line)
         told.add(line)
     return result

@@ -6,10 +6,10 @@ from dataclasses import asdict
 
 import click
 
-from diffmergefs.cli.common import PATH, count, image_options, opened, print_json, printable, talk
-from diffmergefs.cli.progress import progress
+from diffmergefs.cli.inputs import ImageArguments, image_options
+from diffmergefs.cli.options import PATH, force_option, json_option, seal_option
+from diffmergefs.cli.output import count, print_diagnostic, print_json, printable, progress
 from diffmergefs.opening.images import Image
-from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.squash import SquashResult, count_data
 from diffmergefs.writing.squash import squash as squash_view
 
@@ -21,17 +21,14 @@ _NAMED = 8  # tags of a chain that stand in a message
 @click.option("-o", "--output", required=True, type=PATH, help="The new diff.")
 @click.option("--from", "from_tag", metavar="TAG", help="The oldest diff; by default the first.")
 @click.option("--to", "to_tag", metavar="TAG", help="The newest diff; by default IMAGE's own.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists, in one step.")
+@force_option
 @click.option(
     "--verify", is_flag=True, help="Compare the chain with it in place before it is published."
 )
-@click.option("--seal", is_flag=True, help="Write the output's seal too (see `diffmergefs seal`).")
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@seal_option
+@json_option
 def squash(
-    image: str | None,
-    base: str | None,
-    diffs: tuple[str, ...],
-    policy: TrustPolicy,
+    source: ImageArguments,
     output: str,
     from_tag: str | None,
     to_tag: str | None,
@@ -52,12 +49,12 @@ def squash(
       diffmergefs squash /srv/layers/002-pandas.mem --from numpy --to pandas -o squashed.diff
       diffmergefs squash --base mem_file --diff mem_diff -o squashed.diff --seal --verify
     """
-    if base is not None and (from_tag is not None or to_tag is not None):
+    if source.base is not None and (from_tag is not None or to_tag is not None):
         raise click.UsageError(
             "--from and --to name tags of IMAGE's chain; with --base and --diff, name just the"
             " diffs to squash"
         )
-    with (found := opened(image, base, diffs, policy)).view as view:
+    with (found := source.open()).view as view:
         if len(view.layers) == 1:
             raise click.UsageError(f"{view.layers[0].path} is a base: there is no diff to squash")
         first = 1 if from_tag is None else _position(found, from_tag, "--from")
@@ -76,11 +73,11 @@ def squash(
                 force=force,
                 verify=verify,
                 seal=seal,
-                policy=policy,
+                policy=source.policy,
                 progress=moved,
             )
         paths = [layer.path for layer in view.layers[first : last + 1]]
-    _tell(output, result, paths, verify, seal, as_json)
+    _report(output, result, paths, verify, seal, as_json)
 
 
 def _position(found: Image, tag: str, option: str) -> int:
@@ -100,14 +97,14 @@ def _named(found: Image) -> str:
     return ", ".join(tags)
 
 
-def _tell(
+def _report(
     output: str, result: SquashResult, paths: list[str], verify: bool, seal: bool, as_json: bool
 ) -> None:
     written = result.written
     for line in written.overridden:
-        talk(line)
+        print_diagnostic(line)
     if written.dense:
-        talk(f"{output}: the diff has no hole: it is taken with --dense only")
+        print_diagnostic(f"{output}: the diff has no hole: it is taken with --dense only")
     if as_json:
         shadowed = {"shadowed_bytes": result.shadowed_bytes}
         print_json({"output": output, **asdict(written), **shadowed, "layers": paths})

@@ -11,9 +11,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from diffmergefs.cli import logs
-from diffmergefs.cli.common import talk, told
-from diffmergefs.cli.logformat import Lines, printable
 from diffmergefs.cli.logqueue import QueuedHandler
+from diffmergefs.cli.output import diagnostic, print_diagnostic, printable
 from diffmergefs.core.errors import (
     DiffMergeError,
     FileAccessError,
@@ -88,8 +87,8 @@ def serve_in_front(request: Request, handler: QueuedHandler, level: int, notifie
         except DiffMergeError as error:
             if handler.fd != _STDERR:
                 raise
-            if isinstance(handler.formatter, Lines):
-                handler.say(told(str(error)))
+            if isinstance(handler.formatter, logs.Lines):
+                handler.write_line(diagnostic(str(error)))
             else:
                 # Whoever reads stderr by priorities or as JSON finds it there.
                 log.error("%s", error)
@@ -251,10 +250,10 @@ def serve_in_background(
         # What libfuse and its helper say on stderr is the reason of the failure that follows.
         reasons = [line for line in lines[:-1] if line.startswith(("fuse: ", "fusermount3: "))]
         last = lines[-1] if lines else f"the daemon ended with status {outcome.status}"
-        talk(" ".join([last, *(f"({reason})" for reason in reasons)]))
+        print_diagnostic(" ".join([last, *(f"({reason})" for reason in reasons)]))
         return outcome.status if outcome.status > 0 else MountFailedError.exit_code
     for line in lines:
-        talk(line)
+        print_diagnostic(line)
     os.stat(request.mountpoint)
     return 0
 

@@ -16,8 +16,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from diffmergefs.cli.common import MOUNTPOINT, printable
-from diffmergefs.cli.tables import new_table, print_table
+from diffmergefs.cli.options import MOUNTPOINT, json_option
+from diffmergefs.cli.output import new_table, print_table, printable
 from diffmergefs.core.errors import FileAccessError, MountFailedError, MountpointError
 from diffmergefs.core.names import STATUS_FOLDER
 from diffmergefs.fuse.status import STATUS_FILE, Status
@@ -27,7 +27,7 @@ from diffmergefs.system import mountpoint as mountpoints
 
 @click.command()
 @click.argument("mountpoint", type=MOUNTPOINT)
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@json_option
 @click.option("--watch", is_flag=True, help="Print them again and again, until interrupted.")
 @click.option(
     "--interval",

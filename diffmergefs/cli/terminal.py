@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from diffmergefs.analysis.zeros import Piece
-from diffmergefs.cli.tables import new_table, print_table
+from diffmergefs.cli.output import new_table, print_table
 from diffmergefs.pictures import cells
 from diffmergefs.pictures.legend import (
     HOLE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from diffmergefs.cli.common import MOUNTPOINT
+from diffmergefs.cli.options import MOUNTPOINT
 from diffmergefs.system import mountpoint as mountpoints
 
 

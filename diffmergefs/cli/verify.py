@@ -6,16 +6,9 @@ import click
 
 from diffmergefs.checks import verify as verification
 from diffmergefs.checks.verdict import Verdict
-from diffmergefs.cli.common import (
-    image_options,
-    print_json,
-    printable,
-    require_one_source,
-    strict_option,
-    talk,
-)
-from diffmergefs.cli.progress import progress
-from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.cli.inputs import ImageArguments, image_options
+from diffmergefs.cli.options import json_option, strict_option
+from diffmergefs.cli.output import print_diagnostic, print_json, printable, progress
 
 _NAMED = 8  # unpinned parents that stand in the summary
 
@@ -29,12 +22,9 @@ _NAMED = 8  # unpinned parents that stand in the summary
     metavar="N",
     help="How many files to read at a time; by default one for each processor.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@json_option
 def verify(
-    image: str | None,
-    base: str | None,
-    diffs: tuple[str, ...],
-    policy: TrustPolicy,
+    source: ImageArguments,
     jobs: int | None,
     as_json: bool,
 ) -> int:
@@ -54,15 +44,14 @@ def verify(
       diffmergefs verify --json /srv/snapshots/pandas | jq -r '.faults[].message'
       diffmergefs verify --base mem_file --diff mem_diff
     """
-    require_one_source(image, base, diffs, "IMAGE", policy)
-    if base is not None:
-        opened = verification.open_layers(base, diffs, policy)
+    if source.base is not None:
+        opened = verification.open_layers(source.base, source.diffs, source.policy)
     else:
-        opened = verification.open_image(image or "", policy)
+        opened = verification.open_image(source.image or "", source.policy)
     with opened, progress("verify", opened.total_bytes) as moved:
         verdict = opened.verify(moved, jobs)
     for line in (*verdict.overridden, *verdict.hints):
-        talk(line)
+        print_diagnostic(line)
     if as_json:
         print_json(verdict.as_dict())
     else:

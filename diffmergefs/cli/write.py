@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import click
 
-from diffmergefs.cli.common import (
+from diffmergefs.cli.inputs import ImageArguments, image_options
+from diffmergefs.cli.options import (
     PATH,
-    image_options,
-    opened,
-    print_json,
-    printable,
+    force_option,
+    json_option,
+    seal_option,
     strict_option,
     trust_options,
 )
-from diffmergefs.cli.progress import progress
-from diffmergefs.cli.tables import new_table, print_table
+from diffmergefs.cli.output import new_table, print_json, print_table, printable, progress
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.apply import apply_diff
 from diffmergefs.writing.dependants import REASONS
@@ -25,15 +24,12 @@ from diffmergefs.writing.flatten import flatten as flatten_view
 @image_options
 @strict_option
 @click.option("-o", "--output", required=True, type=PATH, help="The new image file.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists, in one step.")
+@force_option
 @click.option("--verify", is_flag=True, help="Read both back and compare before it is published.")
-@click.option("--seal", is_flag=True, help="Write the output's seal too (see `diffmergefs seal`).")
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@seal_option
+@json_option
 def flatten(
-    image: str | None,
-    base: str | None,
-    diffs: tuple[str, ...],
-    policy: TrustPolicy,
+    source: ImageArguments,
     output: str,
     force: bool,
     verify: bool,
@@ -49,7 +45,7 @@ def flatten(
       diffmergefs flatten /srv/snapshots/pandas -o pandas.mem
       diffmergefs flatten --base mem_file --diff mem_diff -o whole.mem --verify
     """
-    with (found := opened(image, base, diffs, policy)).view:
+    with (found := source.open()).view:
         view = found.view
         with progress("flatten", sum(view.visible_bytes())) as moved:
             result = flatten_view(

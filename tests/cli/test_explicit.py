@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.cli.verbs import NAMES, load
+from diffmergefs.cli.verbs import TABLE, load
 from diffmergefs.core.errors import BrokenChainError
 from diffmergefs.opening.images import open_chain, open_side
 from tests.support.commands import diffmergefs, mistake
@@ -56,7 +56,7 @@ def asked(log: pytest.LogCaptureFixture) -> list[str]:
 def test_the_table_has_each_verb_that_takes_diffs() -> None:
     taking = {
         name
-        for name in NAMES
+        for name in TABLE
         if (verb := load(name)) and any((p.name or "").endswith("diffs") for p in verb.params)
     }
     assert taking == VERBS.keys() | WITHOUT_OPENING

@@ -10,8 +10,7 @@ import pytest
 
 from diffmergefs import cli
 from diffmergefs.cli import helper
-from diffmergefs.cli.mount import mount
-from diffmergefs.cli.mountoptions import complete_options
+from diffmergefs.cli.mount import complete_options, mount
 from diffmergefs.opening.trust import CHECKS, TrustPolicy
 from tests.support import mounts
 from tests.support.commands import diffmergefs, mistake

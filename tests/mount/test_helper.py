@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.cli.helper import NAME, main
-from diffmergefs.cli.mountoptions import split_options
+from diffmergefs.cli.mount import split_options
 from tests.support import mounttable
 from tests.support.images import overlay_oracle
 from tests.support.namespaces import Namespace, private_mounts
@@ -212,7 +212,7 @@ def test_fake_and_verbose_and_without_mtab(
     [
         ("nonsense", "-o nonsense: unknown option"),
         ("open_rw,nonsense=3", "-o nonsense=3: unknown option"),
-        ("page_size=7", "7 is no power of two"),
+        ("page_size=7", "7 is not a power of two"),
         ("layout=other", "'other' is not one of"),
         ("allow_other=1", "does not take a value"),
         ("remount", "-o remount: a view's options are those it was mounted with"),

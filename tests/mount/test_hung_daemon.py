@@ -15,8 +15,8 @@ from pathlib import Path
 import click
 import pytest
 
-from diffmergefs.cli import common
-from diffmergefs.cli.verbs import NAMES, load
+from diffmergefs.cli import options
+from diffmergefs.cli.verbs import TABLE, load
 from diffmergefs.system.mounttable import mount_entry, mount_over, resolved
 from tests.support import mounttable
 from tests.support.commands import diffmergefs, diffmergefs_as_nobody, one_line
@@ -46,7 +46,7 @@ def hung(store: Path, mountpoint: Path, *options: str) -> Iterator[Mount]:
 
 
 def verbs() -> list[click.Command]:
-    found = [load(name) for name in NAMES]
+    found = [load(name) for name in TABLE]
     return [command for command in found if command is not None]
 
 
@@ -55,7 +55,7 @@ def test_no_argument_is_asked_for_its_attributes_while_it_is_parsed() -> None:
     types = [param.type for command in verbs() for param in command.params]
     paths = [known for known in types if isinstance(known, click.Path | click.File)]
     assert len(paths) > 40
-    assert {type(known) for known in paths} == {type(common.PATH), type(common.MOUNTPOINT)}
+    assert {type(known) for known in paths} == {type(options.PATH), type(options.MOUNTPOINT)}
 
 
 @pytest.mark.parametrize("options", [(), ("--lazy",)])

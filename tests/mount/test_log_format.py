@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.cli.logformat import Json, Lines, Prioritized, priority
+from diffmergefs.cli.logs import Json, Lines, Prioritized, priority
 from tests.support import mounttable
 from tests.support.commands import diffmergefs
 from tests.support.stores import write_chain, write_tag

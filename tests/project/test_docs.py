@@ -38,7 +38,7 @@ import pytest
 import diffmergefs
 from diffmergefs import cli
 from diffmergefs.cli import helper
-from diffmergefs.cli.verbs import NAMES, load
+from diffmergefs.cli.verbs import TABLE, load
 from diffmergefs.core import errors
 from diffmergefs.fuse.session import _REFUSED_OPTIONS
 from diffmergefs.opening import contentchecks, trust
@@ -50,7 +50,7 @@ from tests.unit.test_architecture import LEVEL
 
 README = REPOSITORY / "README.md"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
-VERBS = {name: command for name in NAMES if (command := load(name))}
+VERBS = {name: command for name in TABLE if (command := load(name))}
 MAN_PAGES = {f"diffmergefs-{verb}.md": command for verb, command in VERBS.items()}
 MAN_PAGES["diffmergefs.md"] = cli.cli
 

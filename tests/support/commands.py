@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from diffmergefs import cli
-from diffmergefs.cli.verbs import NAMES, load
+from diffmergefs.cli.verbs import TABLE, load
 from tests.support import skips
 from tests.support.users import NOBODY
 
 # What a command loads when it needs it: `as_user` might look for it in vain.
-for name in NAMES:
+for name in TABLE:
     load(name)
 for name in (
     *("difflib", "pickle", "multiprocessing.connection", "multiprocessing.popen_fork"),

@@ -152,7 +152,13 @@ def test_only_one_module_asks_for_holes(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_import_hides_in_a_string(module: str) -> None:
-    assert not names_used(module) & {"__import__", "import_module", "exec", "eval"}
+    """Except the table of verbs, so that a verb loads only what it needs.
+
+    tests/unit/cli/test_verbs.py checks its targets. They are in cli/, where anything may be
+    imported.
+    """
+    hidden = names_used(module) & {"__import__", "import_module", "exec", "eval"}
+    assert hidden == ({"import_module"} if module == "cli.verbs" else set())
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -357,4 +357,4 @@ def test_warnings_are_no_failure_and_a_path_that_is_missing_is(tmp_path: Path) -
 
 def test_a_page_size_that_is_none_is_a_mistake(tmp_path: Path) -> None:
     done = diffmergefs("doctor", "--page-size=3000", tmp_path)
-    assert done.returncode == 2 and "no power of two" in done.stderr
+    assert done.returncode == 2 and "not a power of two" in done.stderr

@@ -25,7 +25,7 @@ _SERVE = "from diffmergefs.cli import main; sys.exit(main())"
 
 
 @contextmanager
-def served(mountpoint: Path, *arguments: str, before: str = "") -> Iterator[int]:
+def temporary_mount(mountpoint: Path, *arguments: str, before: str = "") -> Iterator[int]:
     """`mount -f *arguments mountpoint`; the pid of what serves it, from when the mount answers.
 
     `before` is Python code that the process runs first. Afterwards the mount is gone, whoever uses

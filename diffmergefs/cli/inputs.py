@@ -1,0 +1,131 @@
+"""The images that a verb reads: how a user names them, and opening them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import click
+
+from diffmergefs.cli.options import PATH, F, layer_options, store_options, trust_options
+from diffmergefs.cli.output import print_diagnostic, printable, progress
+from diffmergefs.core.view import MergedView
+from diffmergefs.opening.images import Image, open_chain, open_image, open_side
+from diffmergefs.opening.trust import TrustPolicy
+
+
+@dataclass(frozen=True)
+class ImageArguments:
+    """The image that the user names, by IMAGE or by --base and --diff, and how far it is trusted.
+
+    Raises click.UsageError if it is named in both ways or in none.
+    """
+
+    image: str | None
+    base: str | None
+    diffs: tuple[str, ...]
+    policy: TrustPolicy
+
+    def __post_init__(self) -> None:
+        require_one_source(self.image, self.base, self.diffs, "IMAGE", self.policy)
+
+    @property
+    def title(self) -> str:
+        """The image's name for a heading, printable."""
+        return printable(self.image or os.path.basename(self.base or ""))
+
+    def open(self) -> Image:
+        """The image, opened. Overridden checks and hints go to stderr."""
+        with progress("open", unit=""):
+            if self.base is not None:
+                found = open_chain(self.base, self.diffs, self.policy)
+            else:
+                found = open_image(self.image or "", self.policy)
+        return _with_remarks(found)
+
+
+def image_argument(command: F) -> F:
+    """IMAGE, --base and --diff, passed with `policy` to the command as one `source`."""
+
+    @functools.wraps(command)
+    def gathered(
+        image: str | None,
+        base: str | None,
+        diffs: tuple[str, ...],
+        policy: TrustPolicy,
+        **values: Any,
+    ) -> Any:
+        return command(source=ImageArguments(image, base, diffs, policy), **values)
+
+    argument = click.argument("image", required=False, type=PATH)
+    return argument(layer_options(cast(F, gathered)))
+
+
+def image_options(command: F) -> F:
+    """The image as one `source`, with all options that say how far it is trusted."""
+    return trust_options(store_options(image_argument(command)))
+
+
+def require_one_source(
+    source: str | None, base: str | None, diffs: tuple[str, ...], what: str, policy: TrustPolicy
+) -> None:
+    """Raise click.UsageError unless exactly one of `source` and `base` is given.
+
+    Also raise it if the `policy` allows something that only a source can have, without a source.
+    """
+    if (source is None) == (base is None):
+        raise click.UsageError(f"give either {what} or --base FILE [--diff FILE ...]")
+    if diffs and base is None:
+        raise click.UsageError("--diff needs --base")
+    for name in ("allow_outside", "allow_gaps") if base is not None else ():
+        if getattr(policy, name):
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} goes with {what}, not with --base and --diff"
+            )
+
+
+def side_diffs(side: str) -> Callable[[F], F]:
+    """--SIDE-diff: diffs on top of one of two images, as the argument `SIDE_diffs`."""
+    return click.option(
+        f"--{side}-diff",
+        f"{side}_diffs",
+        multiple=True,
+        type=PATH,
+        metavar="FILE",
+        help=f"A sparse diff on top of {side.upper()}, which must be a plain file. Repeat it,"
+        " oldest first.",
+    )
+
+
+plain_option = click.option(
+    "--plain", is_flag=True, help="Read both as plain files, even if named like 002-name.mem."
+)
+jobs_option = click.option(
+    "--jobs",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Compare with N processes.",
+)
+
+
+@contextmanager
+def opened_side(
+    path: str, diffs: tuple[str, ...], policy: TrustPolicy, plain: bool
+) -> Iterator[MergedView]:
+    """The view of one of two images. Overridden checks and hints go to stderr."""
+    with progress("open", unit=""):
+        found = _with_remarks(open_side(path, diffs, policy, plain=plain))
+    with found.view as view:
+        yield view
+
+
+def _with_remarks(found: Image) -> Image:
+    for line in (*found.overridden, *found.hints):
+        print_diagnostic(str(line))
+    return found

@@ -1,0 +1,218 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar, cast
+
+import click
+
+from diffmergefs.opening.trust import ALL, CHECKS, TrustPolicy, checks_named
+from diffmergefs.system.mountpoint import require_answer
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Path(click.Path):
+    # Unlike click's own it does not stat the file: that would hang if the file's server hangs.
+    # (Whatever opens the file reports what is wrong with it.)
+
+    def __init__(self, *, must_answer: bool, absolute: bool = False) -> None:
+        super().__init__()
+        self._must_answer = must_answer
+        self._absolute = absolute
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> str:
+        path = os.fspath(value)
+        if self._absolute and not path:
+            self.fail("an empty path names no directory", param, ctx)
+        if self._must_answer and not (ctx and ctx.resilient_parsing):
+            require_answer(path)
+        return os.path.abspath(path) if self._absolute else path
+
+
+#: A path that a verb opens. It is refused if it lies in a diffmergefs mount whose daemon hangs.
+PATH = _Path(must_answer=True)
+#: The same as an absolute path: a mount in the background has / as its working directory.
+_DIRECTORY = _Path(must_answer=True, absolute=True)
+#: A path that a verb opens only after its own checks: a mountpoint.
+MOUNTPOINT = _Path(must_answer=False)
+
+
+class OptionalValue(click.Option):
+    """An option that has the value `bare` if it is given without one, as in GNU programs.
+
+    A value needs `=`: the argument after a bare option is an operand.
+    """
+
+    def __init__(self, *names: Any, bare: str, **attributes: Any) -> None:
+        super().__init__(*names, **attributes)
+        self.bare = bare
+
+
+def with_values(command: click.Command, args: Sequence[str]) -> list[str]:
+    """The arguments `args` of `command`, with the value of each bare `OptionalValue` filled in."""
+    bare = {
+        name: f"{name}={option.bare}"
+        for option in command.params
+        if isinstance(option, OptionalValue)
+        for name in option.opts
+    }
+    end = args.index("--") if "--" in args else len(args)
+    return [*(bare.get(arg, arg) for arg in args[:end]), *args[end:]]
+
+
+def _all_of(command: F, options: Sequence[Callable[[F], F]]) -> F:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def with_policy(command: F) -> F:
+    """Pass the options that are fields of a `TrustPolicy` to the command as one `policy`."""
+
+    @functools.wraps(command)
+    def gathered(**values: Any) -> Any:
+        # A command may have only some of them: --allow-outside is for directories of snapshots.
+        names = {field.name for field in fields(TrustPolicy)} & values.keys() - {"verify"}
+        named = {name: values.pop(name) for name in names}
+        return command(policy=TrustPolicy(**named), **values)
+
+    return cast(F, gathered)
+
+
+def _page_size(context: click.Context, parameter: click.Parameter, value: int) -> int:
+    if value < 512 or value & (value - 1):
+        raise click.BadParameter(f"{value} is not a power of two of at least 512")
+    return value
+
+
+def _checks(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> frozenset[str]:
+    try:
+        return checks_named([name for value in values for name in value.split(",")])
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _complete_checks(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[str]:
+    before, comma, begun = incomplete.rpartition(",")
+    return [before + comma + name for name in CHECKS if name.startswith(begun)]
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+force_option = click.option(
+    "--force", is_flag=True, help="Replace the output atomically if it exists."
+)
+seal_option = click.option("--seal", is_flag=True, help="Also seal the output (see `seal`).")
+page_size_option = click.option(
+    "--page-size",
+    type=int,
+    default=TrustPolicy.page_size,
+    show_default=True,
+    callback=_page_size,
+    help="The guest's page size in bytes, a power of two.",
+)
+state_dir_option = click.option(
+    "--state-dir",
+    type=_DIRECTORY,
+    metavar="DIR",
+    help="Keep the state (results of verification, working sets) in DIR instead of the user's"
+    " state directory.",
+)
+working_set_dir_option = click.option(
+    "--working-set-dir",
+    type=_DIRECTORY,
+    metavar="DIR",
+    help="Keep working sets in DIR instead of the state directory.",
+)
+strict_option = click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse diffs whose holes look filled. The default is a hint, because guests zero pages"
+    " too.",
+)
+_TRUST_OPTIONS = (
+    click.option(
+        "--trust-grain",
+        cls=OptionalValue,
+        bare=ALL,
+        multiple=True,
+        callback=_checks,
+        shell_complete=_complete_checks,
+        metavar="[=NAMES]",
+        help="Trust the holes of diffs that the named checks refuse, as in"
+        f" --trust-grain=filesystem,copy-up. Without NAMES: all checks, {', '.join(CHECKS)}. If"
+        " the holes are wrong, the guest gets wrong bytes.",
+    ),
+    click.option("--dense", is_flag=True, help="Accept diffs without holes as complete images."),
+    page_size_option,
+    click.option(
+        "--allow-writers",
+        is_flag=True,
+        help="Accept layers that are open for writing. If the writer changes one, the guest gets"
+        " wrong bytes or an error.",
+    ),
+)
+_RECORD_OPTIONS = (
+    click.option("--no-seal", is_flag=True, help="Ignore the seals (FILE.bmap) beside layers."),
+    state_dir_option,
+)
+_STORE_OPTIONS = (
+    click.option(
+        "--allow-outside",
+        multiple=True,
+        type=_DIRECTORY,
+        metavar="DIR",
+        help="Accept files in DIR, outside the directory of snapshots, if a snapshot records their"
+        " path. Symlinks inside DIR are not followed. Can be repeated.",
+    ),
+    click.option(
+        "--allow-gaps",
+        is_flag=True,
+        help="Accept gaps between the numbers of numbered layers, and any number for the base. If"
+        " a layer is missing, the guest gets wrong bytes.",
+    ),
+)
+_LAYER_OPTIONS = (
+    click.option("--base", type=PATH, metavar="FILE", help="The full base image, with --diff."),
+    click.option(
+        "--diff",
+        "diffs",
+        multiple=True,
+        type=PATH,
+        metavar="FILE",
+        help="A sparse diff on top of the layers before it. Repeat it, oldest first.",
+    ),
+)
+
+
+def vouching_options(command: F) -> F:
+    """What the user vouches for, as one `policy`, for a verb that reads no earlier records."""
+    return with_policy(_all_of(command, _TRUST_OPTIONS))
+
+
+def trust_options(command: F) -> F:
+    """What the user vouches for and where records are kept, as one `policy`."""
+    return with_policy(_all_of(command, (*_TRUST_OPTIONS, *_RECORD_OPTIONS)))
+
+
+def store_options(command: F) -> F:
+    """What the user vouches for in a directory of snapshots, beside `trust_options`."""
+    return _all_of(command, _STORE_OPTIONS)
+
+
+def layer_options(command: F) -> F:
+    """--base and --diff."""
+    return _all_of(command, _LAYER_OPTIONS)

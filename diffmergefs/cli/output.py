@@ -1,0 +1,115 @@
+"""What commands print: results on stdout; diagnostics and progress on stderr.
+
+`rich` is imported with the first table or progress bar: the import takes about 40 ms.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+    from rich.table import Table
+
+# Unicode's categories of control characters, line and paragraph separators.
+_ESCAPED = frozenset({"Cc", "Zl", "Zp"})
+
+# Wide enough that each row stays one line when stdout is not a terminal.
+_PIPE_WIDTH = 4096
+
+
+def printable(text: str) -> str:
+    """The text with escapes for everything that is unsafe on a terminal or in a log.
+
+    Escaped are bytes that are not valid UTF-8, control characters, and Unicode line separators.
+    """
+    try:
+        line = os.fsencode(text).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        line = ascii(text)[1:-1]
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in _ESCAPED else c for c in line)
+
+
+def diagnostic(text: str) -> str:
+    """The text as a line of diagnostics: on one line, with the program's name in front."""
+    return f"diffmergefs: {' '.join(printable(text).split())}"
+
+
+def print_diagnostic(text: str) -> None:
+    """Print one line on stderr. A stderr that cannot be written does not end the command."""
+    with suppress(OSError):
+        print(diagnostic(text), file=sys.stderr, flush=True)
+
+
+def count(number: int, what: str) -> str:
+    """`1 diff`, `2 diffs`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def print_json(facts: object) -> None:
+    """Print the facts as JSON on stdout."""
+    print(json.dumps(facts, indent=2))
+
+
+def new_table(*columns: str) -> Table:
+    """An empty table. A column whose name begins with `>` holds numbers, aligned to the right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.lstrip(">"), justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Print a table on stdout. If stdout is not a terminal, each row is one line."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    console = Console(highlight=False, markup=False, emoji=False, width=width)
+    # print() writes it: rich ends the process with status 1 when the reader has gone away.
+    with console.capture() as capture:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+@contextmanager
+def progress(
+    what: str, total: int | None = None, *, unit: str = "bytes"
+) -> Iterator[Callable[[int], None]]:
+    """A callable that takes how much is done so far; on a terminal it moves a progress bar.
+
+    `total` is None if it is unknown. Counts are formatted as sizes if `unit` is 'bytes', and left
+    out if it is empty. Nothing is printed if stderr is not a terminal.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich import progress as bars
+    from rich.console import Console
+
+    counts: tuple[ProgressColumn, ...] = ()
+    if unit == "bytes":
+        counts = (bars.DownloadColumn(binary_units=True), bars.TransferSpeedColumn())
+    elif unit:
+        counts = (bars.MofNCompleteColumn(), bars.TextColumn(unit))
+    bar = bars.Progress(
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        *counts,
+        bars.TimeElapsedColumn() if total is None else bars.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        # rich would move whatever is printed meanwhile to the bar's stream, stderr.
+        redirect_stdout=False,
+    )
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
