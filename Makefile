@@ -8,6 +8,7 @@ BENCH_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := build/lowest
+CHECK := build/check
 
 RUN_PACKAGES := libfuse3-dev pkg-config gcc libc6-dev fuse3
 TEST_PACKAGES := xfsprogs btrfs-progs rsync e2fsprogs squashfs-tools erofs-utils fuse-overlayfs \
@@ -18,11 +19,13 @@ BENCH_PACKAGES := nbdkit libnbd-bin
 PROFILE_PACKAGES := linux-perf
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest soak bench bench-quick lint clean run-packages test-packages bench-packages \
-	install-mount-helper uninstall-mount-helper
+.PHONY: help demo check test test-lowest soak bench bench-quick lint clean \
+	run-packages test-packages bench-packages install-mount-helper uninstall-mount-helper
 
 help:
 	@echo 'make demo   show the filesystem at work on a chain it makes itself'
+	@echo 'make check  lint, type-check and run the unit tests: as any user, without FUSE and apt,'
+	@echo '            in under two minutes'
 	@echo 'make test   lint, type-check and test (as root: many tests mount file systems)'
 	@echo '            one file: make test PYTEST_ARGS=tests/project/test_support.py'
 	@echo 'make test-lowest  mount, flatten and restore with the lowest versions of what it needs'
@@ -39,6 +42,13 @@ help:
 
 demo: $(VENV)/.stamp-run
 	@$(BIN)/diffmergefs demo
+
+# Run this before you send a change. It needs no root, no FUSE and no system package but Python.
+check: $(CHECK)/.stamp
+	@$(CHECK)/bin/ruff check
+	@$(CHECK)/bin/ruff format --check --quiet
+	@$(CHECK)/bin/mypy
+	@$(CHECK)/bin/python -m pytest -m 'not fuse' tests/unit $(PYTEST_ARGS)
 
 # pytest comes last, so that its summary is the end of the output.
 test: $(VENV)/.stamp-test lint | test-packages
@@ -114,6 +124,10 @@ $(VENV)/.stamp-run: pyproject.toml | run-packages
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-run
 	@.ci/venv $(PYTHON) $(VENV) --editable '.[test]'
+	@touch $@
+
+$(CHECK)/.stamp: pyproject.toml .ci/check-venv .ci/venv
+	@.ci/check-venv $(PYTHON) $(CHECK)
 	@touch $@
 
 $(LOWEST)/.stamp: pyproject.toml .ci/lowest .ci/lowest-venv | run-packages

@@ -25,6 +25,15 @@ settings.register_profile("soak", deadline=None, print_blob=True)
 
 _SOAK_SECONDS = 1800
 
+_TESTS = Path(__file__).parent
+_MARKERS = {
+    "filesystems": ("root",),
+    "mount": ("root", "fuse"),
+    "faults": ("root", "fuse", "slow"),
+    "fuzz": ("slow",),
+    "vm": ("root", "fuse", "slow"),
+}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--soak and --soak-report, for `make soak`."""
@@ -47,7 +56,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The full counts take longer than a test may otherwise; one that hangs still fails."""
+    """Set the markers by folder. The full counts take longer than a test may otherwise."""
+    for item in items:
+        folder = item.path.relative_to(_TESTS).parts[0]
+        for name in _MARKERS.get(folder, ()):
+            item.add_marker(name)
     if config.getoption("--soak"):
         for item in items:
             item.add_marker(pytest.mark.timeout(_SOAK_SECONDS))
