@@ -28,7 +28,6 @@ from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.opening.writers import Leases
 from diffmergefs.prefetch.adviser import Adviser
 from diffmergefs.prefetch.connection import Connection
 from diffmergefs.prefetch.guarded import GuardedNotify
@@ -117,25 +116,22 @@ def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | Non
             request.name,
         )
     observe = functools.partial(_observer, _working_sets(request), request.prefetch)
-    leases = Leases()
     if request.source is None:
-        tree = Tree(real, explicit=_explicit_image(request, leases), open_rw=request.open_rw)
+        tree = Tree(real, explicit=_explicit_image(request), open_rw=request.open_rw)
     else:
         store = Store(
             request.source,
             request.policy,
             layout=request.layout,
             suffix=request.suffix,
-            leases=leases,
         )
-        mounts.settle(store)
+        mounts.wait_until_stable(store)
         tree = Tree(real, store, open_rw=request.open_rw)
     mounts.serve(
         tree,
         real,
         options,
         ready,
-        leases,
         notifier or Notifier(),
         request.tuning,
         observe,
@@ -181,14 +177,14 @@ def _observer(sets: WorkingSets | None, how: str, session: MountedSession) -> Ob
     return Prefetcher(sets, notify, connection)
 
 
-def _explicit_image(request: Request, leases: Leases) -> OpenImage:
+def _explicit_image(request: Request) -> OpenImage:
     base, *diffs = request.layers
     if os.path.basename(base) == STATUS_FOLDER:
         raise MountFailedError(
             f"{base}: in a mount {STATUS_FOLDER!r} is its own directory, and no image; give the"
             " base, or a link to it, another name"
         )
-    image = open_chain(base, diffs, request.policy, leases)
+    image = open_chain(base, diffs, request.policy)
     for line in (*image.overridden, *image.hints):
         log.warning("%s", line)
     try:

@@ -34,7 +34,6 @@ from diffmergefs.opening.images import open_snapshot
 from diffmergefs.opening.opener import LayerPool
 from diffmergefs.opening.pins import Hashes, require_pin
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.opening.writers import Leases
 from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.stores.catalog import Catalog, read_catalog
 from diffmergefs.stores.reader import open_source
@@ -63,10 +62,10 @@ def _keys_of(links: Sequence[Snapshot]) -> Keys:
 class Store:
     """The snapshots of the directory `root`, as they may be shown now.
 
-    `layout` and `suffix` are `read_catalog`'s; with `leases`, leases are kept on the layers that
-    are open. Every method that touches files blocks and belongs in a worker thread; all are safe to
-    call from several. `close()` closes `fd`, and so does the end of the last reference. Nothing is
-    ever written beneath `root`; what was verified is remembered in the policy's state directory.
+    `layout` and `suffix` are `read_catalog`'s. Every method that touches files blocks and belongs
+    in a worker thread; all are safe to call from several. `close()` closes `fd`, and so does the
+    end of the last reference. Nothing is ever written beneath `root`; what was verified is
+    remembered in the policy's state directory.
     """
 
     def __init__(
@@ -76,7 +75,6 @@ class Store:
         *,
         layout: str | None = None,
         suffix: str | None = None,
-        leases: Leases | None = None,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         """Open the directory; raises FileAccessError."""
@@ -88,7 +86,6 @@ class Store:
         self._layout = layout
         self._suffix = suffix
         self._policy = policy
-        self._leases = leases
         self._clock = clock
         self.roots = beneath.AllowedRoots(self.fd, policy.allow_outside)
         self._pool = LayerPool(self.roots, policy)
@@ -384,7 +381,7 @@ class Store:
         if known := self.opened(tag):
             return known
         try:
-            image = open_snapshot(links, self._pool, self._policy, self._leases)
+            image = open_snapshot(links, self._pool, self._policy)
             for parent, link in self._pins(links):
                 self.require_pin(parent, link)
             shown = OpenImage.of(image.view, *self._name_and_access(image.view, links), tag)

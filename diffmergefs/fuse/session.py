@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import functools
 import logging
@@ -10,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import pyfuse3
 import trio
@@ -27,7 +26,6 @@ from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.threads import in_thread
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.opener import raise_descriptor_limit
-from diffmergefs.opening.writers import SIGNAL, Leases
 from diffmergefs.sidecars import (
     bmapreader,  # noqa: F401  (a daemon outlives an upgrade of the package, and meets new seals)
 )
@@ -45,7 +43,6 @@ LOOK_SECONDS = 0.6
 SLOW_SECONDS = 5.0  # how long a look may take before the log says so
 # How many may be under way at once. Those beyond wait in the kernel, also for what is not slow.
 _MAX_REQUESTS = 10_000
-_M_MMAP_THRESHOLD = -3
 # For how long the end waits for a push: it may read from storage that hangs.
 _STOP_SECONDS = 2.0
 _ABORTED = (
@@ -78,8 +75,8 @@ def session_options(
     return options
 
 
-def settle(store: Store) -> None:
-    """Look over the store until what is fresh has been seen twice, so that it is shown at once."""
+def wait_until_stable(store: Store) -> None:
+    """Scan the store until fresh snapshots have been seen twice, so that the mount shows them."""
     if store.look():
         time.sleep(LOOK_SECONDS)
         store.look()
@@ -90,7 +87,6 @@ def serve(
     mountpoint: str,
     options: set[str],
     ready: Callable[[], None],
-    leases: Leases,
     notifier: Notifier,
     wanted: Tuning = Tuning(),  # noqa: B008  (it is frozen)
     observe: Callable[[MountedSession], Observer] | None = None,
@@ -101,8 +97,7 @@ def serve(
     """Mount the tree on `mountpoint` and serve until it is unmounted; `ready` is called once it
     answers.
 
-    `mountpoint` is a real path that `check_mountpoint` accepted. `leases` are those kept on the
-    tree's layers: one that is being broken is given back at once. `notifier` is told how many
+    `mountpoint` is a real path that `check_mountpoint` accepted. `notifier` is told how many
     snapshots are shown and files open, and of the stop. `wanted` is asked of the kernel before it
     is ready. `observe` makes the observer of what clients open and read. With `drop_behind`,
     layers' pages are dropped from the page cache once they were served. With `fast_loop` pyfuse3
@@ -113,7 +108,6 @@ def serve(
     somebody else while the kernel still had the mount; that is logged too.
     """
     raise_descriptor_limit()
-    _give_memory_back()
     dropping = DropBehind() if drop_behind else None
     operations = Operations(tree, dropping)
     waiting = read_loop(fast=fast_loop)
@@ -127,7 +121,7 @@ def serve(
         try:
             if observe is not None:
                 operations.observer = observe(_as_observed(tree, own))
-            run = functools.partial(_run, operations, own, ready, early, leases, notifier, loop)
+            run = functools.partial(_run, operations, own, ready, early, notifier, loop)
             is_cut_off = trio.run(run, wanted)
         finally:
             # Nothing may call into a session that is closed.
@@ -141,14 +135,6 @@ def serve(
         text = _ABORTED % (mountpoint, _counted(operations.open_files, "file"))
         log.warning("%s", text)
         raise MountAbortedError(text)
-
-
-def _give_memory_back() -> None:
-    # What is at least as large as this has pages of its own, which the kernel gets back when it is
-    # freed. By default glibc (mallopt(3)) learns from the large lists of the first merge not to do
-    # that: seen with 16 chains of 100,000 segments, 5 MiB more.
-    with suppress(AttributeError):  # another libc
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 << 10)
 
 
 def _as_observed(tree: Tree, own: OwnMount | None) -> MountedSession:
@@ -218,7 +204,6 @@ async def _run(
     own: OwnMount | None,
     ready: Callable[[], None],
     early: Sequence[int],
-    leases: Leases,
     notifier: Notifier,
     loop: ReadLoop,
     wanted: Tuning,
@@ -227,7 +212,6 @@ async def _run(
     service = _Service(operations, notifier, own)
     is_cut_off = False
     async with trio.open_nursery() as nursery:
-        await nursery.start(_watch_leases, leases)
         watch = functools.partial(_watch_signals, operations, own, nursery, early)
         await nursery.start(watch, service)
         if notifier:
@@ -359,23 +343,6 @@ async def _say_if_slow(store: Store) -> None:
         await trio.sleep_forever()
     finally:
         log.info("%s: looking over it took %.0f s", store.root, trio.current_time() - started)
-
-
-async def _watch_leases(
-    leases: Leases, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    with trio.open_signal_receiver(SIGNAL) as signals:
-        _answer_breaks(leases)  # those that came before anybody listened
-        task_status.started()
-        async for _ in signals:
-            _answer_breaks(leases)
-
-
-def _answer_breaks(leases: Leases) -> None:
-    try:
-        leases.answer_breaks()
-    except Exception:
-        log.exception("answering who opens a layer for writing failed: this is a bug")
 
 
 async def _watch_signals(

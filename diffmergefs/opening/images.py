@@ -21,7 +21,7 @@ from diffmergefs.opening.contentverdicts import Parents, Verdicts
 from diffmergefs.opening.opener import LayerPool, Opener, opened_store
 from diffmergefs.opening.pins import Hashes, require_pin
 from diffmergefs.opening.trust import TrustPolicy, require_trust
-from diffmergefs.opening.writers import Leases, require_no_writers
+from diffmergefs.opening.writers import require_no_writers
 from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.stores.lookup import find_image, is_image, require_mergeable
 from diffmergefs.stores.snapshot import Snapshot
@@ -51,7 +51,6 @@ def open_chain(
     base: str | os.PathLike[str],
     diffs: Sequence[str | os.PathLike[str]] = (),
     policy: TrustPolicy | None = None,
-    leases: Leases | None = None,
 ) -> Image:
     """Open explicit layers, oldest first, as one image.
 
@@ -60,10 +59,9 @@ def open_chain(
     its bytes first (`Opener`). The
     diffs are held to law 4, and one without a hole is refused unless `policy.dense`. A layer that
     someone has open for writing is refused, unless `policy.allow_writers`, where that can be told
-    (see `lease.writers`); with `leases`, for a process that serves them, leases are kept on the
-    layers. One file in two places, by a hard link too, is refused, and what makes their order look
-    wrong (`warn_of_order`) is logged as a warning. Raises DiffMergeError (see
-    `diffmergefs.core.errors`).
+    (see `opening.writers`). One file in two places, by a hard link too, is refused, and what
+    makes their order look wrong (`warn_of_order`) is logged as a warning. Raises
+    DiffMergeError (see `diffmergefs.core.errors`).
     """
     policy = policy or TrustPolicy()
     require_mergeable(os.fspath(base), [os.fspath(diff) for diff in diffs])
@@ -72,7 +70,7 @@ def open_chain(
     layers += [opener.open(os.fspath(path), is_diff=True) for path in diffs]
     require_distinct(layers)
     verdicts = Verdicts(Remembered(policy.state_dir), anew=policy.verify == "full")
-    image = _judge(layers, policy, leases, verdicts, in_store=False)
+    image = _judge(layers, policy, verdicts, in_store=False)
     warn_of_order(image.view)
     return image
 
@@ -131,14 +129,13 @@ def open_snapshot(
     links: Sequence[Snapshot],
     pool: LayerPool,
     policy: TrustPolicy,
-    leases: Leases | None = None,
 ) -> Image:
     """Open the chain `links`, base first, of a directory of snapshots.
 
-    `leases` is `open_chain`'s. Recorded hashes of parents are not compared. Raises DiffMergeError.
+    Recorded hashes of parents are not compared. Raises DiffMergeError.
     """
     layers = [pool.layer(link.layer) for link in links]
-    image = _judge(layers, policy, leases, pool.verdicts, in_store=True)
+    image = _judge(layers, policy, pool.verdicts, in_store=True)
     overridden = image.overridden + require_known_base(layers[0], links[0].doubt, policy)
     return replace(image, overridden=overridden, tags=tuple(link.tag for link in links))
 
@@ -163,13 +160,12 @@ def require_known_base(layer: Layer, doubt: str | None, policy: TrustPolicy) -> 
 def _judge(
     layers: Sequence[Layer],
     policy: TrustPolicy,
-    leases: Leases | None,
     verdicts: Verdicts,
     *,
     in_store: bool,
 ) -> Image:
     # First of all: what is still being written may well look odd.
-    overridden = require_no_writers(layers, allowed=policy.allow_writers, leases=leases)
+    overridden = require_no_writers(layers, allowed=policy.allow_writers)
     overridden += [line for layer in layers for line in _unchecked(layer)]
     parents, found = Parents(layers[:1]), Judgement()
     hinted: list[Hint] = []

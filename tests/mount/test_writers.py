@@ -1,4 +1,4 @@
-"""Layers that someone has open for writing: refused, and noticed under a live mount."""
+"""Layers that a process has open for writing: refused, and tolerated under a live mount."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from diffmergefs.core.errors import LayerChangedError, WriterError
 from diffmergefs.fuse.served import Store
 from diffmergefs.opening import opener
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.opening.writers import SIGNAL, Leases, Writers, writers
+from diffmergefs.opening.writers import Writers, writers
 from tests.support import mounttable, skips
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
-from tests.support.live import Gate, held, patch_children, until
+from tests.support.live import held, until
 from tests.support.mounts import mounted
 from tests.support.stores import (
     BASE_PAGES,
@@ -34,15 +34,9 @@ from tests.support.stores import (
     age,
     pages,
     write_chain,
-    write_numbered,
     write_tag,
 )
-from tests.support.writers import (
-    PATIENCE_SECONDS,
-    break_leases,
-    lease_holders,
-    opened_for_writing,
-)
+from tests.support.writers import is_leased, opened_for_writing
 
 WRITER = 18
 LEAF = bytes(overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2])]))
@@ -67,12 +61,6 @@ def chain_of(root: Path) -> list[Path]:
 def explicit(root: Path) -> list[str | Path]:
     base, work, leaf = chain_of(root)
     return ["--base", base, "--diff", work, "--diff", leaf]
-
-
-def require_long_leases() -> None:
-    # Or a lease that nobody gives back would not be noticed.
-    limit = int(Path("/proc/sys/fs/lease-break-time").read_text(encoding="ascii"))
-    assert limit > PATIENCE_SECONDS
 
 
 # Images
@@ -107,13 +95,11 @@ def test_a_writer_that_is_vouched_for_is_a_line(root: Path) -> None:
             assert found.view.read(0, SIZE) == LEAF
 
 
-def test_a_chain_keeps_leases_only_for_those_who_serve_it(root: Path) -> None:
+def test_an_open_chain_keeps_no_leases(root: Path) -> None:
     base, *diffs = chain_of(root)
     found = open_chain(base, diffs)
-    assert not any(lease_holders(path) for path in (base, *diffs))
-    served = open_chain(base, diffs, leases=Leases())
-    assert all(lease_holders(path) == {os.getpid()} for path in (base, *diffs))
-    assert found.view.read(0, SIZE) == served.view.read(0, SIZE)
+    assert not any(is_leased(path) for path in (base, *diffs))
+    assert found.view.read(0, SIZE) == LEAF
 
 
 def test_apply_refuses_a_diff_with_a_writer_and_leaves_the_base_alone(
@@ -135,13 +121,8 @@ def test_apply_refuses_a_diff_with_a_writer_and_leaves_the_base_alone(
 # Stores
 
 
-def looked(root: Path, policy: TrustPolicy | None = None, leases: Leases | None = None) -> Store:
-    store = Store(
-        str(root),
-        policy or TrustPolicy(),
-        leases=leases,
-        clock=lambda: OLD_NS + 100 * SECOND_NS,
-    )
+def looked(root: Path, policy: TrustPolicy | None = None) -> Store:
+    store = Store(str(root), policy or TrustPolicy(), clock=lambda: OLD_NS + 100 * SECOND_NS)
     store.look()
     return store
 
@@ -160,12 +141,11 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize("keep", [False, True])
 def test_a_tag_with_a_writer_and_its_descendants_are_refused_until_it_is_closed(
-    root: Path, keep: bool, caplog: pytest.LogCaptureFixture
+    root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    store = looked(root, leases=Leases() if keep else None)
+    store = looked(root)
     with opened_for_writing(memory(root, "work")):
         for _ in range(3):
             assert refused(store) == {"work", "leaf"}
@@ -247,7 +227,7 @@ def test_a_refused_tag_that_is_gone_is_no_news_of_its_writer(
 def test_a_store_that_may_have_writers_shows_all_with_a_line(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = looked(root, TrustPolicy(allow_writers=True), Leases())
+    store = looked(root, TrustPolicy(allow_writers=True))
     work = memory(root, "work")
     with opened_for_writing(work):
         assert refused(store) == set()
@@ -255,16 +235,11 @@ def test_a_store_that_may_have_writers_shows_all_with_a_line(
         assert len(lines) == 2 and all(
             "work/memory.bin: open for writing" in line for line in lines
         )
-        assert lease_holders(work) == set()
-        assert lease_holders(memory(root, "base")) == {os.getpid()}
 
 
-def test_a_broken_lease_taints_no_view_and_a_store_does(root: Path) -> None:
-    leases = Leases()
-    store = looked(root, leases=leases)
+def test_an_opener_for_writing_taints_no_view_and_a_store_does(root: Path) -> None:
+    store = looked(root)
     shown = store.open("leaf")
-    break_leases(chain_of(root))
-    leases.answer_breaks()
     with opened_for_writing(*chain_of(root)):
         store.look()
         assert store.opened("leaf") is shown
@@ -273,8 +248,6 @@ def test_a_broken_lease_taints_no_view_and_a_store_does(root: Path) -> None:
     store.look()
     assert refused(store) == set()
     assert store.opened("leaf") is shown
-    break_leases([memory(root, "work")])
-    leases.answer_breaks()
     with memory(root, "work").open("r+b", buffering=0) as file:
         file.write(b"x")
     with pytest.raises(LayerChangedError):
@@ -347,28 +320,15 @@ def test_verify_counts_a_writer_as_a_fault(root: Path) -> None:
 
 
 @contextmanager
-def in_background(mountpoint: Path, log: Path, *arguments: str | Path) -> Iterator[int]:
-    """A mount whose command has returned; its daemon's pid. Unmounted again."""
+def in_background(mountpoint: Path, log: Path, *arguments: str | Path) -> Iterator[None]:
+    """A mount whose command has returned; unmounted at the end."""
     skips.require_fuse()
     done = diffmergefs("mount", "--log", log, *arguments, mountpoint)
     assert done.returncode == 0, done
     try:
-        yield daemon_of(mountpoint)
+        yield
     finally:
         assert diffmergefs("umount", "--lazy", mountpoint).returncode == 0
-
-
-def daemon_of(mountpoint: Path) -> int:
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            arguments = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if os.fsencode(mountpoint) in arguments and b"mount" in arguments:
-            found.append(int(name))
-    (pid,) = found
-    return pid
 
 
 @pytest.mark.parametrize("front", [[], ["-f"]])
@@ -423,34 +383,21 @@ def serving(root: Path, kind: str) -> tuple[list[str | Path], Path]:
     return explicit(root), Path("memory.bin")
 
 
-def told_of(log: str, path: Path) -> int:
-    name = Path(path.parent.name) / path.name
-    return sum(
-        f"{name}: opened for writing by someone; its views fail if it is written to" in line
-        for line in log.splitlines()
-    )
-
-
 @pytest.mark.parametrize("kind", ["store", "explicit"])
 def test_an_opener_of_a_layer_is_let_through_and_no_view_minds(
     root: Path, mountpoint: Path, tmp_path: Path, kind: str
 ) -> None:
-    require_long_leases()
     operands, name = serving(root, kind)
     log = tmp_path / "log"
     view = mountpoint / name
-    with in_background(mountpoint, log, *operands) as pid, held(view) as vmm:
+    with in_background(mountpoint, log, *operands), held(view) as vmm:
         inode = view.stat().st_ino
         assert vmm.read(0, 2 * PAGE) == LEAF[: 2 * PAGE]
-        for path in chain_of(root):
-            # Those that only the process that serves can give back.
-            assert lease_holders(path) == {pid}
         with opened_for_writing(*chain_of(root)):
             assert vmm.read(2 * PAGE, 2 * PAGE) == LEAF[2 * PAGE : 4 * PAGE]
             assert view.read_bytes() == LEAF
         with opened_for_writing(*chain_of(root)):
             pass
-        assert [told_of(log.read_text(), path) for path in chain_of(root)] == [1, 1, 1]
         assert (view.stat().st_ino, view.read_bytes()) == (inode, LEAF)
         assert vmm.read(0, SIZE) == LEAF
         assert " WARNING " not in log.read_text()
@@ -471,47 +418,6 @@ def is_lost(view: Path) -> bool:
     except OSError as error:
         return error.errno in (errno.EIO, errno.ENOENT)
     return False
-
-
-def test_many_leases_broken_at_once_are_all_given_back(public_path: Path, mountpoint: Path) -> None:
-    """Their signals coalesce: the daemon is stopped while all of them are sent."""
-    require_long_leases()
-    names = [f"{n:03}-t{n}.mem" for n in range(60)]
-    store = write_numbered(public_path / "store", names)
-    paths = [store / name for name in names]
-    with mounted(store, mountpoint) as mount:
-        view = mountpoint / "t59" / names[-1]
-        before = view.read_bytes()
-        os.kill(mount.pid, signal.SIGSTOP)
-        try:
-            break_leases(paths)
-        finally:
-            os.kill(mount.pid, signal.SIGCONT)
-        with opened_for_writing(*paths):
-            assert view.read_bytes() == before
-        said = [f"{name}: opened for writing by someone" for name in names]
-        until(lambda: all(line in mount.log() for line in said), "not all were told of")
-
-
-def test_an_opener_waits_for_less_than_a_second(public_path: Path, mountpoint: Path) -> None:
-    """One layer after the other. Of half of them it is asked, lest a busy machine fails the test.
-
-    The kernel would have it wait until it takes the lease away by itself, which is far longer.
-    """
-    require_long_leases()
-    names = [f"{n:03}-t{n}.mem" for n in range(20)]
-    store = write_numbered(public_path / "store", names)
-    paths = [store / name for name in names]
-    with mounted(store, mountpoint) as mount:
-        view = mountpoint / "t19" / names[-1]
-        with held(view) as vmm:
-            before = vmm.read(0, SIZE)
-            assert all(lease_holders(path) == {mount.pid} for path in paths)
-            with opened_for_writing(*paths) as opener:
-                assert len(opener.waits) == len(paths)
-                assert sorted(opener.waits)[len(paths) // 2] < 1, opener.waits
-                assert not any(lease_holders(path) for path in paths)
-            assert vmm.read(0, SIZE) == view.read_bytes() == before
 
 
 @contextmanager
@@ -535,73 +441,20 @@ def test_qemu_on_a_base_of_its_own_disturbs_no_view(
     root: Path, mountpoint: Path, tmp_path: Path
 ) -> None:
     base = memory(root, "base")
-    with in_background(mountpoint, tmp_path / "log", root) as pid:
+    with in_background(mountpoint, tmp_path / "log", root):
         view = mountpoint / "leaf" / "memory.bin"
         with held(view) as vmm:
             assert vmm.read(0, PAGE) == LEAF[:PAGE]
-            assert lease_holders(base) == {pid}
             with qemu_on(base):
-                assert lease_holders(base) == set()  # it was broken, and given back
                 assert vmm.read(0, SIZE) == view.read_bytes() == LEAF
             assert view.read_bytes() == LEAF
-        text = (tmp_path / "log").read_text()
-        assert told_of(text, base) == 1 and " WARNING " not in text
+        assert " WARNING " not in (tmp_path / "log").read_text()
 
 
 def test_the_signal_of_a_broken_lease_ends_no_mount(root: Path, mountpoint: Path) -> None:
     with mounted(root, mountpoint) as mount:
         for _ in range(100):
-            os.kill(mount.pid, SIGNAL)
-        assert (mountpoint / "leaf" / "memory.bin").read_bytes() == LEAF
-        assert "opened for writing" not in mount.log()
-
-
-def test_a_lease_that_is_broken_before_the_mount_listens_is_given_back(
-    root: Path, public_path: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    require_long_leases()
-    gate = Gate(public_path / "gate")
-    patch_children(
-        monkeypatch,
-        public_path / "patch",
-        gate.code + "import pyfuse3\n"
-        "real = pyfuse3.init\n"
-        "def init(*args):\n"
-        "    wait_at_gate()\n"
-        "    real(*args)\n"
-        "pyfuse3.init = init\n",
-    )
-    log = public_path / "log"
-    command = [sys.executable, "-m", "diffmergefs", "mount", "--log", log]
-    process = subprocess.Popen([*command, *explicit(root), mountpoint])
-    try:
-        gate.wait_until_reached()
-        break_leases(chain_of(root))
-        gate.open()
-        with opened_for_writing(*chain_of(root)):
-            assert process.wait(60) == 0
-            assert (mountpoint / "memory.bin").read_bytes() == LEAF
-    finally:
-        gate.open()
-        process.wait(60)
-        assert diffmergefs("umount", mountpoint).returncode == 0
-    assert [told_of(log.read_text(), path) for path in chain_of(root)] == [1, 1, 1]
-
-
-def test_a_failure_while_breaks_are_answered_ends_no_mount(
-    root: Path, public_path: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    patch_children(
-        monkeypatch,
-        public_path / "patch",
-        "import diffmergefs.opening.writers as module\n"
-        "def fail(self):\n"
-        "    raise RuntimeError('by the test')\n"
-        "module.Leases.answer_breaks = fail\n",
-    )
-    with mounted(root, mountpoint, expect_log=("this is a bug", "Traceback")) as mount:
-        os.kill(mount.pid, SIGNAL)
-        until(lambda: mount.log().count("RuntimeError: by the test") > 1, "it was not called")
+            os.kill(mount.pid, signal.SIGURG)
         assert (mountpoint / "leaf" / "memory.bin").read_bytes() == LEAF
 
 
@@ -610,7 +463,7 @@ def test_what_cannot_be_told_is_shown_with_a_line(public_path: Path, mountpoint:
     skips.require_root()
     path = write_layer(public_path / "base", SIZE, pages(0, BASE_PAGES))
     os.chown(path, 23456, 23456)
-    line = f"{path}: whether it is open for writing cannot be told: it belongs to another user"
+    line = f"{path}: cannot tell whether it is open for writing: it belongs to another user"
     command = ["setpriv", "--bounding-set=-lease", "--inh-caps=-lease", sys.executable, "-m"]
     mount = [*command, "diffmergefs", "mount", f"--log={public_path}/log", "--base", path]
     assert subprocess.run([*mount, mountpoint], timeout=60).returncode == 0

@@ -1,19 +1,16 @@
-"""Leases: is a layer open for writing, and does someone open it so later."""
+"""Leases: does a process have a layer open for writing?"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import gc
 import logging
 import mmap
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from types import FrameType
 
 import pytest
 
@@ -21,18 +18,11 @@ from diffmergefs.core import sparse
 from diffmergefs.core.errors import FileAccessError, WriterError
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening import writers as module
-from diffmergefs.opening.writers import (
-    Leases,
-    Writers,
-    require_no_writer,
-    require_no_writers,
-    writers,
-)
+from diffmergefs.opening.writers import Writers, require_no_writers, writers
 from tests.support import skips
 from tests.support.images import PAGE, signed, write_layer
-from tests.support.live import until
 from tests.support.users import NOBODY
-from tests.support.writers import break_leases, is_leased, lease_holders, opened_for_writing
+from tests.support.writers import is_leased, opened_for_writing
 
 
 def written(folder: Path, name: str = "layer") -> Path:
@@ -52,16 +42,9 @@ def fd(path: Path) -> Iterator[int]:
 
 
 @pytest.fixture
-def told() -> Iterator[list[int]]:
-    """The signals that this process got of broken leases, while it handles them."""
-    numbers: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        numbers.append(number)
-
-    before = signal.signal(module.SIGNAL, note)
-    yield numbers
-    signal.signal(module.SIGNAL, before)
+def layer(path: Path) -> Iterator[Layer]:
+    with closing(Layer.open(str(path))) as opened:
+        yield opened
 
 
 def failing(number: int) -> Callable[..., int]:
@@ -137,14 +120,27 @@ def test_a_mapping_is_a_writer_when_its_file_is_closed_already(path: Path, fd: i
     assert writers(fd) is Writers.NONE
 
 
-def test_asking_keeps_no_lease_and_leaves_others_alone(path: Path, fd: int) -> None:
+def test_asking_keeps_no_lease(path: Path, fd: int) -> None:
     assert writers(fd) is Writers.NONE
     assert not is_leased(path)
-    with closing(Layer.open(str(path))) as layer:
-        Leases().require_no_writer(layer)
-        assert writers(fd) is Writers.NONE
-        assert lease_holders(path) == {os.getpid()}
-        assert is_leased(path)
+
+
+def test_an_opener_that_meets_the_lease_harms_neither_side(
+    path: Path, fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal of the broken lease would end this process if it were SIGIO."""
+    real, met = fcntl.fcntl, []
+
+    def meet(fd: int, command: int, argument: int = 0) -> int:
+        answer = real(fd, command, argument)
+        if (command, argument) == (fcntl.F_SETLEASE, fcntl.F_RDLCK):
+            met.append(is_leased(path))
+        assert isinstance(answer, int)
+        return answer
+
+    monkeypatch.setattr(fcntl, "fcntl", meet)
+    assert writers(fd) is Writers.NONE
+    assert met == [True] and not is_leased(path)
 
 
 def test_many_threads_ask_at_once(path: Path) -> None:
@@ -178,11 +174,11 @@ def test_somebody_elses_file_cannot_be_asked_about(public_path: Path) -> None:
 
 @pytest.mark.parametrize("number", sorted(module._NO_LEASES), ids=errno.errorcode.get)
 def test_a_filesystem_without_leases(
-    path: Path, fd: int, number: int, monkeypatch: pytest.MonkeyPatch
+    layer: Layer, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fcntl, "fcntl", failing(number))
-    assert writers(fd) is Writers.NO_LEASES
-    require_no_writer(fd, str(path))
+    assert writers(layer.fd) is Writers.NO_LEASES
+    assert require_no_writers([layer], allowed=False) == []
 
 
 @pytest.mark.parametrize("magic", sorted(module._SHARED_FILESYSTEMS), ids=hex)
@@ -195,188 +191,23 @@ def test_a_server_that_delegates_nothing_says_nothing_of_writers(
         assert writers(fd) is Writers.NO_LEASES
 
 
-def test_another_failure_is_one(path: Path, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_failure_is_one(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "fcntl", failing(errno.EIO))
     with pytest.raises(OSError, match="Input/output"):
-        writers(fd)
-    with pytest.raises(FileAccessError, match=f"^{path}: cannot ask for a lease: Input/output"):
-        require_no_writer(fd, str(path))
+        writers(layer.fd)
+    reason = f"^{layer.path}: cannot ask for a lease: Input/output"
+    with pytest.raises(FileAccessError, match=reason):
+        require_no_writers([layer], allowed=False)
 
 
-def test_a_writer_is_refused_with_the_path_and_the_way_out(path: Path, fd: int) -> None:
-    require_no_writer(fd, "called so")
-    with opened_for_writing(path), pytest.raises(WriterError) as refused:
-        require_no_writer(fd, "called so")
+def test_a_writer_is_refused_with_the_path_and_the_way_out(layer: Layer) -> None:
+    assert require_no_writers([layer], allowed=False) == []
+    with opened_for_writing(Path(layer.path)), pytest.raises(WriterError) as refused:
+        require_no_writers([layer], allowed=False)
     text = str(refused.value)
-    assert text.startswith("called so: open for writing") and "--allow-writers" in text
+    assert text.startswith(f"{layer.path}: open for writing") and "--allow-writers" in text
     assert "\n" not in text
     assert (refused.value.exit_code, refused.value.errno) == (18, errno.EBUSY)
-
-
-# Keeping
-
-
-def test_a_kept_lease_tells_of_whoever_opens_the_file_for_writing(
-    path: Path, told: list[int], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    leases = Leases()
-    with closing(Layer.open(str(path))) as layer:
-        leases.require_no_writer(layer)
-        leases.answer_breaks()
-        assert caplog.messages == [] and told == []
-        assert is_leased(path)
-        until(lambda: told == [module.SIGNAL], "no signal came")
-        assert is_leased(path)  # as long as nobody answers
-        leases.answer_breaks()
-        with opened_for_writing(path):
-            pass
-        leases.answer_breaks()
-    (line,) = caplog.messages
-    assert line == f"{path}: opened for writing by someone; its views fail if it is written to"
-
-
-def test_a_reader_is_not_told_of(path: Path, told: list[int]) -> None:
-    leases = Leases()
-    with closing(Layer.open(str(path))) as layer, path.open("rb") as file:
-        leases.require_no_writer(layer)
-        assert file.read() == path.read_bytes()
-        assert lease_holders(path) == {os.getpid()}
-    assert told == []
-
-
-def test_a_lease_that_a_thread_took_tells_the_process_when_the_thread_is_gone(
-    path: Path, told: list[int]
-) -> None:
-    leases = Leases()
-    with closing(Layer.open(str(path))) as layer:
-        thread = threading.Thread(target=leases.require_no_writer, args=(layer,))
-        thread.start()
-        thread.join()
-        until(lambda: not os.path.exists(f"/proc/self/task/{thread.native_id}"), "it lives on")
-        break_leases([path])
-        until(lambda: told == [module.SIGNAL], "no signal came")
-        leases.answer_breaks()
-        assert not is_leased(path)
-
-
-def test_without_a_handler_the_signal_does_nothing(path: Path) -> None:
-    assert signal.getsignal(module.SIGNAL) is signal.SIG_DFL
-    leases = Leases()
-    with closing(Layer.open(str(path))) as layer:
-        leases.require_no_writer(layer)
-        break_leases([path])
-        leases.answer_breaks()
-    assert not is_leased(path)
-
-
-def test_many_broken_at_once_are_all_given_back_by_one_answer(tmp_path: Path) -> None:
-    paths = [written(tmp_path, f"{n}") for n in range(64)]
-    leases = Leases()
-    layers = [Layer.open(str(path)) for path in paths]
-    for layer in layers:
-        leases.require_no_writer(layer)
-    break_leases(paths[:50])
-    leases.answer_breaks()
-    assert [path for path in paths if lease_holders(path)] == paths[50:]
-    with opened_for_writing(*paths[:50]):
-        pass
-    for layer in layers:
-        layer.close()
-
-
-def test_a_break_while_the_lease_is_being_taken_is_answered(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    leases = Leases()
-    answering = threading.Thread(target=leases.answer_breaks)
-    real = module._take
-
-    def take_and_be_broken(fd: int) -> Writers:
-        found = real(fd)
-        break_leases([path])
-        answering.start()  # as the signal's handler would
-        return found
-
-    monkeypatch.setattr(module, "_take", take_and_be_broken)
-    with closing(Layer.open(str(path))) as layer:
-        leases.require_no_writer(layer)
-        answering.join(60)
-        assert not answering.is_alive()
-        assert not is_leased(path)
-
-
-def test_a_lease_that_was_broken_is_taken_again(path: Path) -> None:
-    leases = Leases()
-    with closing(Layer.open(str(path))) as layer:
-        for _ in range(3):
-            leases.require_no_writer(layer)
-            leases.require_no_writer(layer)
-            assert lease_holders(path) == {os.getpid()}
-            break_leases([path])
-            leases.answer_breaks()
-            with opened_for_writing(path), pytest.raises(WriterError):
-                leases.require_no_writer(layer)
-            assert lease_holders(path) == set()
-
-
-def test_an_opener_who_still_waits_is_a_writer_and_is_let_through(
-    path: Path, told: list[int]
-) -> None:
-    leases = Leases()
-    with closing(Layer.open(str(path))) as layer:
-        leases.require_no_writer(layer)
-
-        opened = threading.Event()
-
-        def open_it() -> None:
-            with path.open("r+b"):
-                opened.set()
-
-        opener = threading.Thread(target=open_it)
-        opener.start()
-        until(lambda: told, "no signal came")
-        with pytest.raises(WriterError):
-            leases.require_no_writer(layer)
-        assert not opened.is_set()
-        leases.answer_breaks()
-        opener.join(60)
-        assert opened.is_set()
-
-
-def test_a_lease_ends_with_its_layer(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    leases = Leases()
-    for end in (Layer.close, lambda layer: None):
-        layer = Layer.open(str(path))
-        leases.require_no_writer(layer)
-        end(layer)
-        del layer
-        gc.collect()
-        assert lease_holders(path) == set()
-        leases.answer_breaks()
-        assert not is_leased(path)
-    assert caplog.messages == []
-
-
-def test_what_cannot_be_told_is_said_once_for_each_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    layers = [Layer.open(str(written(tmp_path, f"{n}"))) for n in range(3)]
-    leases = Leases()
-    for number in (errno.EACCES, errno.EINVAL, errno.EACCES):
-        monkeypatch.setattr(fcntl, "fcntl", failing(number))
-        for layer in layers:
-            leases.require_no_writer(layer)
-    monkeypatch.undo()
-    assert caplog.messages == [
-        f"{layers[0].path}: {Writers.NOT_OWNER.value}",
-        f"{layers[0].path}: {Writers.NO_LEASES.value}",
-    ]
-    leases.answer_breaks()  # none is kept, so none is broken
-    assert len(caplog.messages) == 2
-    for layer in layers:
-        layer.close()
 
 
 # Several layers
@@ -393,22 +224,24 @@ def test_the_first_layer_with_a_writer_is_refused(tmp_path: Path) -> None:
     assert [line.split(": ")[:2] for line in lines] == [
         ["--allow-writers overrides", str(paths[n])] for n in (1, 3)
     ]
-    assert not any(lease_holders(path) for path in paths)
+    assert not any(is_leased(path) for path in paths)
     for layer in layers:
         layer.close()
 
 
-@pytest.mark.parametrize("allowed", [False, True])
-def test_leases_are_kept_on_the_layers_without_a_writer(tmp_path: Path, allowed: bool) -> None:
-    paths = [written(tmp_path, f"{n}") for n in range(3)]
-    layers = [Layer.open(str(path)) for path in paths]
-    leases = Leases()
-    with opened_for_writing(paths[0]):
-        if allowed:
-            assert len(require_no_writers(layers, allowed=True, leases=leases)) == 1
-            assert [bool(lease_holders(path)) for path in paths] == [False, True, True]
-        else:
-            with pytest.raises(WriterError):
-                require_no_writers(layers, allowed=False, leases=leases)
+def test_what_cannot_be_told_is_logged_once_for_each_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(module, "_reported", set())
+    layers = [Layer.open(str(written(tmp_path, f"{n}"))) for n in range(3)]
+    for number in (errno.EACCES, errno.EINVAL, errno.EACCES):
+        monkeypatch.setattr(fcntl, "fcntl", failing(number))
+        assert require_no_writers(layers, allowed=False) == []
+    monkeypatch.undo()
+    assert caplog.messages == [
+        f"{layers[0].path}: {Writers.NOT_OWNER.value}",
+        f"{layers[0].path}: {Writers.NO_LEASES.value}",
+    ]
     for layer in layers:
         layer.close()
