@@ -12,7 +12,7 @@ from diffmergefs.checks.finding import Finding
 from diffmergefs.checks.probe import examine_filesystem
 from diffmergefs.core.errors import DiffMergeError, FileAccessError, ForeignFormatError
 from diffmergefs.core.layer import Layer
-from diffmergefs.opening.contentverdicts import Parents, Verdicts
+from diffmergefs.opening.content import Parents, Verdicts
 from diffmergefs.opening.images import require_known_base
 from diffmergefs.opening.opener import Opener, opened_store
 from diffmergefs.opening.trust import TrustPolicy

@@ -15,8 +15,8 @@ from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import BrokenChainError, PinError
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView, require_equal_size
-from diffmergefs.opening.contentchecks import Hint, hints
-from diffmergefs.opening.contentverdicts import Parents, Verdicts
+from diffmergefs.opening.content import Parents, Verdicts
+from diffmergefs.opening.filled import Hint, hints
 from diffmergefs.opening.images import (
     judge_diff,
     require_distinct,

@@ -27,10 +27,9 @@ from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.access import Access, Folder, view_access
 from diffmergefs.fuse.hashqueue import HashQueue
 from diffmergefs.fuse.image import OpenImage
-from diffmergefs.opening.contentchecks import Hint, must_read
-from diffmergefs.opening.contentchecks import read as read_pages
-from diffmergefs.opening.contentverdicts import Parents
-from diffmergefs.opening.images import open_snapshot
+from diffmergefs.opening.content import Parents
+from diffmergefs.opening.filled import Hint
+from diffmergefs.opening.images import must_read_pages, open_snapshot, read_pages
 from diffmergefs.opening.opener import LayerPool
 from diffmergefs.opening.pins import Hashes, require_pin
 from diffmergefs.opening.trust import TrustPolicy
@@ -324,7 +323,7 @@ class Store:
         return [
             number
             for number, parents, layer in _each_over_its_parents(layers)
-            if must_read(parents, layer, self._policy, self._pool.verdicts)
+            if must_read_pages(parents, layer, self._policy, self._pool.verdicts)
         ]
 
     def read(self, layers: Sequence[Layer]) -> None:

@@ -16,8 +16,9 @@ from diffmergefs.core.errors import (
 )
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView, require_equal_size
-from diffmergefs.opening.contentchecks import Hint, hints, require_exact, require_meant
-from diffmergefs.opening.contentverdicts import Parents, Verdicts
+from diffmergefs.opening.content import ContentCheck, Parents, Verdicts
+from diffmergefs.opening.dense import require_meant, sample_check
+from diffmergefs.opening.filled import Hint, hints, hole_checks, require_exact
 from diffmergefs.opening.opener import LayerPool, Opener, opened_store
 from diffmergefs.opening.pins import Hashes, require_pin
 from diffmergefs.opening.trust import TrustPolicy, require_trust
@@ -219,6 +220,26 @@ def judge_diff(
     if dense and not policy.dense:
         require_meant(parents, layer, verdicts, in_store=in_store)
     return Judgement(dense, overridden, hints(parents, layer, policy, verdicts))
+
+
+def must_read_pages(
+    parents: Parents, layer: Layer, policy: TrustPolicy, verdicts: Verdicts
+) -> bool:
+    """Whether `judge_diff` has to read pages of a link of a directory of snapshots."""
+    checks = _content_checks(layer, policy)
+    return any(not verdicts.is_known(check.kind, parents, layer) for check in checks)
+
+
+def read_pages(parents: Parents, layer: Layer, policy: TrustPolicy, verdicts: Verdicts) -> None:
+    """Put into `verdicts` what `judge_diff` needs of pages. Blocks; raises DiffMergeError."""
+    for check in _content_checks(layer, policy):
+        check.result(parents, layer, verdicts)
+
+
+def _content_checks(layer: Layer, policy: TrustPolicy) -> list[ContentCheck]:
+    if layer.extents.covers(layer.size):
+        return [] if policy.dense else [sample_check(layer)]
+    return hole_checks(layer, policy)
 
 
 def require_distinct(layers: Sequence[Layer]) -> None:

@@ -15,7 +15,7 @@ from diffmergefs.core.errors import FileAccessError, LayerChangedError
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.singleflight import SingleFlight
-from diffmergefs.opening.contentverdicts import Verdicts
+from diffmergefs.opening.content import Verdicts
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.opening.writers import Writers, writers
 from diffmergefs.sidecars import presence, seal

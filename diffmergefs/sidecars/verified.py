@@ -80,7 +80,7 @@ class Remembered:
     kept, one for each kind and path; the oldest go first.
 
     A kind is 'sha256' (the value is the hex digest of the file's content) or 'seal' (the value is
-    the sha256 of the seal whose checks the file passed); `contentverdicts` has kinds of its own.
+    the sha256 of the seal whose checks the file passed); `opening.content` has kinds of its own.
     """
 
     def __init__(self, directory: str | None = None) -> None:

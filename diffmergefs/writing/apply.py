@@ -13,7 +13,7 @@ from diffmergefs.core.errors import DenseDiffError, OutputRefusedError
 from diffmergefs.core.failures import Target, failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import require_equal_size
-from diffmergefs.opening.contentchecks import require_exact_over
+from diffmergefs.opening.filled import require_exact_over
 from diffmergefs.opening.opener import Opener
 from diffmergefs.opening.trust import TrustPolicy, require_trust
 from diffmergefs.opening.writers import require_no_writers

@@ -14,8 +14,8 @@ from diffmergefs.core.extents import ExtentList
 from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView, require_equal_size
-from diffmergefs.opening.contentchecks import Hint, hints, require_exact
-from diffmergefs.opening.contentverdicts import Parents, Verdicts
+from diffmergefs.opening.content import Parents, Verdicts
+from diffmergefs.opening.filled import Hint, hints, require_exact
 from diffmergefs.opening.images import require_distinct, warn_of_order
 from diffmergefs.opening.opener import Opener
 from diffmergefs.opening.trust import PAGE, TrustPolicy, require_trust

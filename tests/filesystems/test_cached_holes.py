@@ -23,7 +23,7 @@ from diffmergefs.core.extents import ExtentList
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.served import Store
-from diffmergefs.opening.contentverdicts import Parents, Verdicts
+from diffmergefs.opening.content import Parents, Verdicts
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy, problems, require_trust
 from diffmergefs.sidecars.verified import Remembered

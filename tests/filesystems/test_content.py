@@ -19,7 +19,7 @@ from diffmergefs.fuse.nodes import ROOT_INODE
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.tree import Tree
-from diffmergefs.opening import content
+from diffmergefs.opening import content, dense
 from diffmergefs.opening.content import Pages, compare_pages
 from diffmergefs.opening.images import open_chain, open_snapshot
 from diffmergefs.opening.opener import LayerPool
@@ -196,13 +196,13 @@ def test_every_verb_refuses_a_copy_up(
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The paths of the layers whose pages were sampled, each time that it happens."""
     found: list[str] = []
-    real = content.sample
+    real = dense.sample
 
     def counted(parents: content.Read, below: ExtentList, layer: Layer) -> Pages:
         found.append(layer.path)
         return real(parents, below, layer)
 
-    monkeypatch.setattr(content, "sample", counted)
+    monkeypatch.setattr(dense, "sample", counted)
     return found
 
 
@@ -274,9 +274,9 @@ def test_a_refusal_is_found_once_for_all_descendants(tmp_path: Path, looks: list
 
 
 def test_reading_a_sample_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(content, "_MOST", 200)
-    monkeypatch.setattr(content, "_SAMPLE", 100)
-    monkeypatch.setattr(content, "_ENOUGH", 3)
+    monkeypatch.setattr(dense, "_MOST", 200)
+    monkeypatch.setattr(dense, "_SAMPLE", 100)
+    monkeypatch.setattr(dense, "_ENOUGH", 3)
     asked: list[int] = []
     real = Layer.read_into
 
@@ -290,7 +290,7 @@ def test_reading_a_sample_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
         held = [(0, bytes(size)), *pages(0, range(0, 1000, 1000 // max(written, 1))[:written])]
         base = Layer.open(str(write_layer(tmp_path / "base", size, held)))
         asked.clear()
-        content.sample(MergedView([base]).read, base.extents, base)
+        dense.sample(MergedView([base]).read, base.extents, base)
         pages_read = len(asked) // 2
         assert pages_read == reads if reads else 100 <= pages_read < 200
 
@@ -305,13 +305,13 @@ def test_a_mount_samples_each_link_once_and_within_the_processors_limit(
     store.look()
     operations = Operations(Tree("/somewhere", store))
     seen: list[tuple[str, int]] = []
-    real = content.sample
+    real = dense.sample
 
     def counted(parents: content.Read, below: ExtentList, layer: Layer) -> Pages:
         seen.append((layer.path, operations.opener.hashing.busy))
         return real(parents, below, layer)
 
-    monkeypatch.setattr(content, "sample", counted)
+    monkeypatch.setattr(dense, "sample", counted)
 
     async def look_up(tag: str) -> None:
         folder = await operations.lookup(ROOT_INODE, tag.encode(), None)  # type: ignore[arg-type]

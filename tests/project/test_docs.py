@@ -41,7 +41,7 @@ from diffmergefs.cli import helper
 from diffmergefs.cli.verbs import TABLE, load
 from diffmergefs.core import errors
 from diffmergefs.fuse.session import _REFUSED_OPTIONS
-from diffmergefs.opening import contentchecks, trust
+from diffmergefs.opening import filled, trust
 from tests.support import mounts, mounttable, skips
 from tests.support.images import PAGE, write_layer
 from tests.support.places import DOCS, REPOSITORY
@@ -595,7 +595,7 @@ def test_the_exit_status_of_a_page_is_in_the_table(name: str) -> None:
 
 
 def test_the_contract_has_each_check_of_a_diff() -> None:
-    source = ast.parse(inspect.getsource(trust) + inspect.getsource(contentchecks))
+    source = ast.parse(inspect.getsource(trust) + inspect.getsource(filled))
     checks = {
         argument.value
         for call in ast.walk(source)

@@ -12,7 +12,7 @@ from diffmergefs.core.errors import DenseDiffError, UntrustedExtentsError
 from diffmergefs.core.extents import ExtentList
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
-from diffmergefs.opening.content import _spread_pages, sample
+from diffmergefs.opening.dense import _spread_pages, sample
 from diffmergefs.opening.images import open_chain, open_image
 from diffmergefs.opening.trust import TrustPolicy
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
