@@ -15,10 +15,10 @@ Nothing here needs libfuse; mounting is done by the command line.
 """
 
 from diffmergefs.analysis.compare import Comparison, compare
+from diffmergefs.core import __version__ as __version__
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.extents import Extent, Segment
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.version import __version__ as __version__
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.images import Image, open_chain, open_image, open_side
 from diffmergefs.opening.trust import TrustPolicy

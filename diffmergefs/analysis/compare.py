@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from diffmergefs.core.errors import VerificationError
-from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.extents import PAGE, ExtentList
 from diffmergefs.core.failures import failures
 from diffmergefs.core.view import MergedView, require_equal_size
 from diffmergefs.core.workers import in_order
-from diffmergefs.opening.trust import PAGE
 
 # Two buffers of a block stay in the processor's cache, and one call reads enough.
 _BLOCK = 256 << 10

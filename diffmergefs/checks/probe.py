@@ -12,12 +12,13 @@ from typing import BinaryIO
 
 from diffmergefs.checks.finding import Finding
 from diffmergefs.core import sparse
+from diffmergefs.core.buffers import BLOCK
 from diffmergefs.core.errors import DiffMergeError
-from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.extents import PAGE, ExtentList
 from diffmergefs.core.failures import Target
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.filesystems import untrusted_filesystem
-from diffmergefs.opening.trust import PAGE, grain
+from diffmergefs.opening.trust import grain
 from diffmergefs.opening.writers import Writers, writers
 from diffmergefs.system.mountinfo import mount_of
 from diffmergefs.writing.copying import clone_file
@@ -25,7 +26,6 @@ from diffmergefs.writing.copying import clone_file
 _SIZE = 16 << 20
 _MIDDLE = 8 << 20  # on a border of any page, huge ones too
 _STORED = 12 << 20
-_READ = 1 << 20
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 
@@ -128,8 +128,8 @@ def _mappings(folder: str, fd: int, page: int) -> Iterator[Finding]:
     # The kernel does the stores and loads itself, so that a full filesystem is an error here and
     # not a SIGBUS. Before Linux 5.14 it does not know how.
     unit = max(page, mmap.PAGESIZE)
-    for offset in range(0, _SIZE, _READ):
-        os.pread(fd, _READ, offset)
+    for offset in range(0, _SIZE, BLOCK):
+        os.pread(fd, BLOCK, offset)
     with suppress(OSError), mmap.mmap(fd, _SIZE) as memory:
         before = _extents(fd).data_bytes
         memory.madvise(_MADV_POPULATE_WRITE, _STORED, unit)

@@ -17,8 +17,8 @@ import click
 
 from diffmergefs.cli.output import print_diagnostic
 from diffmergefs.cli.verbs import Verbs
+from diffmergefs.core import __version__
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
-from diffmergefs.core.version import __version__
 from diffmergefs.opening.opener import raise_descriptor_limit
 from diffmergefs.system.mountpoint import ROOTS_PATH
 from diffmergefs.system.sdnotify import ADDRESS, JOURNAL

@@ -14,11 +14,11 @@ import click
 from diffmergefs.cli.output import print_json
 from diffmergefs.cli.temporarymount import temporary_mount
 from diffmergefs.core.errors import VerificationError
+from diffmergefs.core.extents import PAGE
 from diffmergefs.opening.images import open_image
 from diffmergefs.system import mountpoint as mountpoints
 from diffmergefs.writing.flatten import flatten
 
-PAGE = 4096
 PAGES = 1024
 
 

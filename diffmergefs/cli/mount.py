@@ -26,9 +26,9 @@ from diffmergefs.cli.options import (
 )
 from diffmergefs.cli.output import print_diagnostic
 from diffmergefs.cli.start import Request, serve_in_background, serve_in_front
-from diffmergefs.core.descriptors import handed_over, named_in
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import LAYOUTS
+from diffmergefs.system.daemon import handed_over, named_in
 from diffmergefs.system.mountpoint import require_answer
 from diffmergefs.system.sdnotify import JOURNAL, Notifier, is_journal
 from diffmergefs.system.tuning import MAX_BACKGROUND, READAHEAD_KIB, Tuning

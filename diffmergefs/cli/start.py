@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from diffmergefs.cli import logs
 from diffmergefs.cli.logqueue import QueuedHandler
 from diffmergefs.cli.output import diagnostic, print_diagnostic, printable
+from diffmergefs.core import STATUS_FOLDER
 from diffmergefs.core.errors import (
     DiffMergeError,
     FileAccessError,
@@ -20,7 +21,6 @@ from diffmergefs.core.errors import (
     MountFailedError,
     MountTimeoutError,
 )
-from diffmergefs.core.names import STATUS_FOLDER
 from diffmergefs.fuse.access import view_access
 from diffmergefs.fuse.image import OpenImage
 from diffmergefs.fuse.observer import MountedSession, NullObserver, Observer

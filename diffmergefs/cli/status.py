@@ -18,8 +18,8 @@ from rich.table import Table
 
 from diffmergefs.cli.options import MOUNTPOINT, json_option
 from diffmergefs.cli.output import new_table, print_table, printable
+from diffmergefs.core import STATUS_FOLDER
 from diffmergefs.core.errors import FileAccessError, MountFailedError, MountpointError
-from diffmergefs.core.names import STATUS_FOLDER
 from diffmergefs.fuse.status import STATUS_FILE, Status
 from diffmergefs.system import asking
 from diffmergefs.system import mountpoint as mountpoints

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from diffmergefs.analysis.zeros import Piece
 from diffmergefs.cli.output import new_table, print_table
+from diffmergefs.core.errors import counted
 from diffmergefs.pictures import cells
 from diffmergefs.pictures.legend import (
     HOLE,
@@ -19,7 +20,6 @@ from diffmergefs.pictures.legend import (
     Kinds,
     Subject,
     address,
-    counted,
     percent,
     shortened,
     size_text,

@@ -1,11 +1,16 @@
-"""Buffers that replies are read into, used again and again: a fresh one costs its page faults."""
+"""The unit of reading and copying, and page-aligned buffers of that size that are used again."""
 
 from __future__ import annotations
 
 import mmap
 
-# The most that the kernel asks for at once, unless its administrator raised that.
-LARGEST = 1 << 20
+#: How many bytes are read, copied or compared at a time. Also the most that the kernel requests
+#: of a FUSE mount at once, unless its administrator raised the limit.
+BLOCK = 1 << 20
+
+#: A block of zeros.
+ZEROS = bytes(BLOCK)
+
 _KEPT = 8
 
 
@@ -26,23 +31,23 @@ class Buffers:
     """
 
     def __init__(self) -> None:
-        self._shared = page_aligned(LARGEST)
+        self._shared = page_aligned(BLOCK)
         self._idle: list[memoryview] = []
 
     def shared(self, size: int) -> memoryview:
         """The one buffer that everybody shares, `size` bytes of it: good until the next call."""
-        return self._shared[:size] if size <= LARGEST else page_aligned(size)
+        return self._shared[:size] if size <= BLOCK else page_aligned(size)
 
     def take(self, size: int) -> memoryview:
         """A buffer of `size` bytes that nobody else has until `give_back`."""
-        if size > LARGEST:
+        if size > BLOCK:
             return page_aligned(size)
         # Pages that were never written to take no memory, however large the buffer.
-        whole = self._idle.pop() if self._idle else page_aligned(LARGEST)
+        whole = self._idle.pop() if self._idle else page_aligned(BLOCK)
         return whole[:size]
 
     def give_back(self, buffer: memoryview) -> None:
         """Let a buffer that was taken be used again; some are kept, the others are freed."""
         whole = memoryview(buffer.obj)
-        if len(whole) == LARGEST and len(self._idle) < _KEPT:
+        if len(whole) == BLOCK and len(self._idle) < _KEPT:
             self._idle.append(whole)

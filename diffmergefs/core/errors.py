@@ -19,6 +19,11 @@ def one_line(text: str) -> str:
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in _CONTROLS else c for c in text)
 
 
+def counted(number: int, what: str) -> str:
+    """`1 diff`, `2 diffs`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 class DiffMergeError(Exception):
     """An expected failure; `str()` of it is one line: the path, the numbers, the next step.
 

@@ -10,6 +10,9 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+#: Bytes in a page of guest memory, unless the user names another page size.
+PAGE = 4096
+MIB = 1 << 20
 MAX_LAYERS = 1000
 _LAYER_BITS = 10
 _LAYER_MASK = (1 << _LAYER_BITS) - 1
@@ -32,6 +35,14 @@ class Segment(NamedTuple):
     start: int
     stop: int
     layer: int | None
+
+
+def is_aligned(start: int, stop: int, unit: int, size: int) -> bool:
+    """Whether a range of a file of `size` bytes has its borders on multiples of `unit`.
+
+    A range that stops at the end of the file may stop anywhere.
+    """
+    return start % unit == 0 and (stop % unit == 0 or stop == size)
 
 
 class ExtentList:

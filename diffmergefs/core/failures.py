@@ -10,9 +10,6 @@ from typing import NamedTuple
 
 from diffmergefs.core.errors import DiffMergeError, FileAccessError, NoSpaceError
 
-#: How many bytes are read, copied or compared at a time.
-BLOCK = 1 << 20
-
 #: What says that there is no room for the output, or none left of the writer's quota.
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 

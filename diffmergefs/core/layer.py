@@ -10,15 +10,14 @@ import weakref
 from typing import ClassVar, NamedTuple
 
 from diffmergefs.core import background, beneath, foreign, sparse
+from diffmergefs.core.buffers import BLOCK, ZEROS
 from diffmergefs.core.errors import FileAccessError, LayerChangedError, SizeMismatchError
 from diffmergefs.core.extents import ExtentList
-from diffmergefs.core.identity import FileKey
-from diffmergefs.core.permissions import copied_bits
+from diffmergefs.core.identity import FileKey, copied_bits
 
 log = logging.getLogger(__name__)
 
 MAX_SIZE = 16 << 40
-_ZERO_BLOCK = bytes(1 << 20)
 _counting = threading.Lock()
 
 
@@ -240,12 +239,12 @@ class Layer:
 
         Raises LayerChangedError if the layer ends before `stop`, and OSError.
         """
-        buffer = memoryview(bytearray(min(stop - start, len(_ZERO_BLOCK))))
-        for offset in range(start, stop, len(_ZERO_BLOCK)):
-            part = buffer[: min(stop - offset, len(_ZERO_BLOCK))]
+        buffer = memoryview(bytearray(min(stop - start, BLOCK)))
+        for offset in range(start, stop, BLOCK):
+            part = buffer[: min(stop - offset, BLOCK)]
             if sparse.read_into(self.fd, part, offset) < len(part):
                 self._taint(f"it ends before byte {stop}, it had {self.size}")
-            if part != _ZERO_BLOCK[: len(part)]:
+            if part != ZEROS[: len(part)]:
                 return False
         return True
 

@@ -8,13 +8,13 @@ import weakref
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 
+from diffmergefs.core.buffers import BLOCK, ZEROS
 from diffmergefs.core.errors import BrokenChainError, SizeMismatchError
 from diffmergefs.core.extents import MAX_LAYERS, Segment, SegmentMap
 from diffmergefs.core.layer import Layer
 
 #: In the place of a layer's number: bytes that no layer supplies.
 HOLE = -1
-_ZEROS = bytes(1 << 20)
 # FUSE files, for one, know no RWF_NOWAIT (EOPNOTSUPP).
 _MISSES = frozenset({errno.EAGAIN, errno.EOPNOTSUPP})
 
@@ -181,8 +181,8 @@ _MAPS = weakref.WeakValueDictionary()
 
 def _clear(part: memoryview) -> None:
     # The buffer may hold the bytes of an earlier read.
-    for start in range(0, len(part), len(_ZEROS)):
-        part[start : start + len(_ZEROS)] = _ZEROS[: len(part) - start]
+    for start in range(0, len(part), BLOCK):
+        part[start : start + BLOCK] = ZEROS[: len(part) - start]
 
 
 def require_equal_size(path: str, size: int, other_path: str, other_size: int) -> None:

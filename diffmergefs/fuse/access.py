@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from diffmergefs.core import beneath
+from diffmergefs.core.identity import file_bits
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.permissions import file_bits
 
 _READ = 0o444
 _SEARCH = 0o1

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 
 from diffmergefs.core import beneath
-from diffmergefs.core.permissions import file_bits
+from diffmergefs.core.identity import file_bits
 from diffmergefs.fuse.access import folder_bits, lineage, reachable, require_same
 from diffmergefs.fuse.nodes import Attributes, Document, Passed, TagFolder
 from diffmergefs.fuse.served import Store

@@ -16,7 +16,7 @@ import trio
 
 from diffmergefs.checks.host import FUSE_CONF, obstacles, others_may_be_let_in
 from diffmergefs.core.background import closing_in_threads
-from diffmergefs.core.errors import DiffMergeError, MountAbortedError, MountFailedError
+from diffmergefs.core.errors import DiffMergeError, MountAbortedError, MountFailedError, counted
 from diffmergefs.fuse import threads
 from diffmergefs.fuse.dropbehind import DropBehind
 from diffmergefs.fuse.observer import MountedSession, Observer
@@ -132,7 +132,7 @@ def serve(
             if dropping is not None:
                 dropping.close()
     if is_cut_off:
-        text = _ABORTED % (mountpoint, _counted(operations.open_files, "file"))
+        text = _ABORTED % (mountpoint, counted(operations.open_files, "file"))
         log.warning("%s", text)
         raise MountAbortedError(text)
 
@@ -262,13 +262,13 @@ class _Service:
         self._notifier.tell("STOPPING=1", f"STATUS={self.status()}")
 
     def status(self) -> str:
-        files = _counted(self._operations.open_files, "file")
+        files = counted(self._operations.open_files, "file")
         if self._is_stopping:
             also = len(self._own.elsewhere()) if self._own else 0
-            mounts = f" and {_counted(also, 'other mount')}" if also else ""
+            mounts = f" and {counted(also, 'other mount')}" if also else ""
             return f"detached; {files}{mounts} open, serving on until the last is closed"
         store = self._operations.tree.store
-        shown = "one image" if store is None else _counted(len(store.tags()), "snapshot")
+        shown = "one image" if store is None else counted(len(store.tags()), "snapshot")
         return f"serving {shown}, {files} open"
 
     async def tell_on(self) -> None:
@@ -278,10 +278,6 @@ class _Service:
                 self._notifier.tell(f"STATUS={status}")
                 said = status
             await trio.sleep(LOOK_SECONDS)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 async def _say_ready(

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from diffmergefs.core import __version__
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.version import __version__
 
 if TYPE_CHECKING:
     from prometheus_client import Metric

@@ -12,9 +12,8 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
-from diffmergefs.core import beneath
+from diffmergefs.core import STATUS_FOLDER, beneath
 from diffmergefs.core.errors import DiffMergeError
-from diffmergefs.core.names import STATUS_FOLDER
 from diffmergefs.fuse.access import LISTING, reachable, view_access
 from diffmergefs.fuse.image import OpenImage
 from diffmergefs.fuse.nodes import (

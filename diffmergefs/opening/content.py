@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from diffmergefs.core.errors import FileAccessError
+from diffmergefs.core.extents import MIB, PAGE
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.singleflight import SingleFlight
 from diffmergefs.core.view import MergedView
 from diffmergefs.sidecars.verified import MAX_REMEMBERED, Identity, Remembered
 
-PAGE = 4096
-MIB = 1 << 20
 _GOLDEN = (5**0.5 - 1) / 2
 
 #: Reads the parents' view: takes an offset and a length.

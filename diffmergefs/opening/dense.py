@@ -7,11 +7,10 @@ import itertools
 from collections.abc import Iterator
 
 from diffmergefs.core.errors import DenseDiffError
-from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.extents import PAGE, ExtentList
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.content import (
-    PAGE,
     ContentCheck,
     Pages,
     Parents,

@@ -7,12 +7,10 @@ from typing import NamedTuple
 
 from diffmergefs.core import sparse
 from diffmergefs.core.errors import UntrustedExtentsError
-from diffmergefs.core.extents import Extent
+from diffmergefs.core.extents import MIB, PAGE, Extent
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.content import (
-    MIB,
-    PAGE,
     ContentCheck,
     Pages,
     Parents,

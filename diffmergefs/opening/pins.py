@@ -7,17 +7,14 @@ import time
 from collections.abc import Callable
 
 from diffmergefs.core import sparse
-from diffmergefs.core.buffers import page_aligned
+from diffmergefs.core.buffers import BLOCK, ZEROS, page_aligned
 from diffmergefs.core.errors import PinError
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.singleflight import SingleFlight
 from diffmergefs.sidecars.verified import Identity, Remembered
 from diffmergefs.stores.snapshot import Snapshot
 
-BLOCK = 1 << 20
 KIND = "sha256"
-
-_ZEROS = bytes(BLOCK)
 
 
 def _ignore(count: int) -> None:
@@ -50,7 +47,7 @@ def content_hash(layer: Layer, report: Callable[[int], None] = _ignore) -> str:
 
 def _add_zeros(digest: hashlib._Hash, count: int, report: Callable[[int], None]) -> None:
     for done in range(0, count, BLOCK):
-        block = _ZEROS[: count - done]
+        block = ZEROS[: count - done]
         digest.update(block)
         report(len(block))
 

@@ -8,12 +8,9 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from diffmergefs.core.errors import UntrustedExtentsError
-from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.extents import PAGE, ExtentList
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.filesystems import untrusted_filesystem
-
-PAGE = 4096
-MIB = 1 << 20
 
 #: The checks of law 4 that a user may override by their names.
 CHECKS = ("filesystem", "grain", "alignment", "unwritten", "map", "copy-up")

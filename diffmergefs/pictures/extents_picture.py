@@ -7,9 +7,10 @@ import textwrap
 from collections.abc import Sequence
 from itertools import zip_longest
 
+from diffmergefs.core.errors import counted
 from diffmergefs.pictures import raster
 from diffmergefs.pictures.canvas import FAINT, LINE, Canvas, Picture, fitting, own_style
-from diffmergefs.pictures.legend import BASE, Kinds, counted, size_text
+from diffmergefs.pictures.legend import BASE, Kinds, size_text
 
 _LEFT = 32
 _TOP = 104

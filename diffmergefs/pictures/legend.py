@@ -142,11 +142,6 @@ def size_text(nbytes: int) -> str:
     return f"{number} {_UNITS[power]}"
 
 
-def counted(number: int, what: str) -> str:
-    """'1 page', '2 pages'."""
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
 def address(offset: int, stop: int) -> str:
     """The offset in hexadecimal, as wide as all of a range that ends at `stop` need."""
     return f"{offset:#0{2 + max(8, len(f'{stop:x}'))}x}"

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffmergefs.analysis.zeros import Piece
+from diffmergefs.core.errors import counted
 from diffmergefs.pictures import cells, curve, raster
 from diffmergefs.pictures.canvas import FAINT, LINE, Canvas, Picture, fitting, own_style
 from diffmergefs.pictures.legend import (
@@ -17,7 +18,6 @@ from diffmergefs.pictures.legend import (
     Kinds,
     Subject,
     address,
-    counted,
     percent,
     size_text,
 )

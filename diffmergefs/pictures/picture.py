@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import operator
 import os
 from collections.abc import Callable, Collection
 
 from diffmergefs.core.errors import MissingExtraError
 from diffmergefs.core.failures import failures
+from diffmergefs.core.identity import limit_read_bits
 from diffmergefs.core.layer import Layer
 from diffmergefs.writing.output import OutputFile
 
@@ -66,5 +65,4 @@ def publish(
 
 
 def _mode(layers: Collection[Layer]) -> int:
-    common = functools.reduce(operator.and_, (layer.mode for layer in layers))
-    return 0o600 | common & 0o044
+    return 0o600 | limit_read_bits(0o044, [layer.mode for layer in layers])

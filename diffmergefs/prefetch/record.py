@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from diffmergefs.core.errors import FileAccessError
-from diffmergefs.core.extents import MAX_LAYERS, Extent
+from diffmergefs.core.extents import MAX_LAYERS, PAGE, Extent, is_aligned
 from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.view import MergedView
@@ -25,7 +25,6 @@ from diffmergefs.writing.output import OutputFile
 FORMAT = "diffmergefs working set"
 VERSION = 1
 #: The unit of a record, whatever the guest's page: that of the kernel's page cache.
-PAGE = 4096
 MAX_RANGES = 1 << 18
 _MAX_BYTES = 32 << 20
 _DIRECTORY = "working-sets"
@@ -163,7 +162,7 @@ def _range(pair: Any, size: int) -> Extent:
     if not isinstance(pair, list) or len(pair) != 2 or not all(map(_is_number, pair)):
         raise ValueError(f"{str(pair)[:64]} is no range")
     start, stop = pair
-    whole = start % PAGE == 0 and (stop % PAGE == 0 or stop == size)
+    whole = is_aligned(start, stop, PAGE, size)
     if not whole or not 0 <= start < stop <= size:
         raise ValueError(f"[{start}, {stop}) is no range of pages of an image of {size} bytes")
     return Extent(start, stop)

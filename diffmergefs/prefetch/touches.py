@@ -7,11 +7,10 @@ import itertools
 from array import array
 from collections.abc import Iterable, Iterator
 
-from diffmergefs.core.extents import Extent, ExtentList
+from diffmergefs.core.extents import PAGE, Extent, ExtentList
 
 #: At most so much is pushed at once.
 PIECE = 256 << 10
-_PAGE = 4096
 #: A record holds, and a push brings, at most this part of the image.
 SHARE = 4
 
@@ -43,8 +42,8 @@ class Touches:
 
     def add(self, offset: int, length: int) -> int:
         """Note a request; how many runs it added: none if it goes on where the last one ended."""
-        start = offset // _PAGE * _PAGE
-        stop = min(-(-(offset + length) // _PAGE) * _PAGE, self._size)
+        start = offset // PAGE * PAGE
+        stop = min(-(-(offset + length) // PAGE) * PAGE, self._size)
         if start >= stop:
             return 0
         self._requests += 1
@@ -88,7 +87,7 @@ def first_touches(runs: Iterable[Extent]) -> list[Extent]:
 
 def limited(ranges: Iterable[Extent], size: int) -> list[Extent]:
     """The first of the ranges, as far as they make up no more than a quarter of an image's size."""
-    room = size // SHARE // _PAGE * _PAGE
+    room = size // SHARE // PAGE * PAGE
     found = []
     for start, stop in ranges:
         stop = min(stop, start + room)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from diffmergefs.core import beneath
-from diffmergefs.core.buffers import page_aligned
+from diffmergefs.core.buffers import BLOCK, ZEROS, page_aligned
 from diffmergefs.core.errors import FileAccessError, SealError
 from diffmergefs.core.extents import Extent
 from diffmergefs.core.identity import FileKey
@@ -21,8 +21,6 @@ from diffmergefs.sidecars.verified import Identity, Remembered
 
 KIND = "seal"
 
-_BLOCK = 1 << 20
-_ZEROS = bytes(_BLOCK)
 _WAY_OUT = (
     "put the file back from which it was made, or take the diff again; with --no-seal the"
     " filesystem's holes count (wrong bytes if a copy has harmed them)"
@@ -144,7 +142,7 @@ def compare(
     fingerprint is compared at the end (law 6). Blocks. Raises LayerChangedError and OSError.
     """
     require_fit(layer, seal)
-    buffer = page_aligned(_BLOCK)
+    buffer = page_aligned(BLOCK)
     for start, stop, recorded in seal.map.ranges():
         if recorded is None:
             _require_zeros(layer, start, stop, buffer, report, seal, "without a checksum, so")
@@ -198,7 +196,7 @@ def _require_zeros(
     what: str,
 ) -> None:
     for part in _parts(layer, start, stop, buffer):
-        if part != _ZEROS[: len(part)]:
+        if part != ZEROS[: len(part)]:
             raise SealError(
                 f"{seal.path}: a stale seal: bytes [{start}, {stop}) of {layer.path} are {what}"
                 f" must be zeros, but are not; {_WAY_OUT}"

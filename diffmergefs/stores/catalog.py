@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from diffmergefs.core import foreign
+from diffmergefs.core import STATUS_FOLDER, foreign
 from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import BrokenChainError, DiffMergeError, FileAccessError
 from diffmergefs.core.extents import MAX_LAYERS
 from diffmergefs.core.layer import require_size
-from diffmergefs.core.names import STATUS_FOLDER
 from diffmergefs.core.view import require_equal_size
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
 from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from diffmergefs.core.descriptors import close_all_but
+from diffmergefs.system.daemon import close_all_but
 
 #: How long a mount of ours may take for an answer that takes no storage.
 SECONDS = 5.0

@@ -1,20 +1,23 @@
-"""Going to the background: a child that serves, and a caller that waits until it does."""
+"""Going to the background: a child that serves, a caller that waits for it, and its open files."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import resource
 import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, MutableMapping
 from typing import NamedTuple, NoReturn
-
-from diffmergefs.core.descriptors import close_all_but
 
 _READY = b"ready"
 _FAILED = 70
+_BY_PATH = re.compile(r"/(?:dev|proc/[^/]+(?:/task/[^/]+)?)/fd/(\d+)")
+_FIRST = 3  # sd_listen_fds(3)
+_MOST_DESCRIPTORS = 1 << 20  # the default of fs.nr_open on Linux
 
 
 class Outcome(NamedTuple):
@@ -130,3 +133,32 @@ def _end(child: int) -> None:
                 if os.waitpid(child, os.WNOHANG)[0]:
                     return
                 time.sleep(0.05)
+
+
+def close_all_but(kept: Iterable[int]) -> None:
+    """Close every descriptor above 2 that is not among `kept`."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    end = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else max(hard, _MOST_DESCRIPTORS)
+    low = 3
+    for fd in sorted({fd for fd in kept if low <= fd < end}):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, end)
+
+
+def named_in(arguments: Iterable[str]) -> set[int]:
+    """The descriptors that paths in these arguments name, as `/dev/fd/5` does."""
+    return {int(n) for argument in arguments for n in _BY_PATH.findall(argument)}
+
+
+def handed_over(environment: MutableMapping[str, str]) -> set[int]:
+    """Those that a service manager gave this process, by sd_listen_fds(3).
+
+    The variables are taken out of `environment`, so that no child takes itself to be meant.
+    """
+    count = environment.pop("LISTEN_FDS", "")
+    environment.pop("LISTEN_FDNAMES", None)
+    is_ours = environment.pop("LISTEN_PID", "") == str(os.getpid())
+    if not is_ours or not re.fullmatch("[0-9]{1,6}", count):
+        return set()
+    return set(range(_FIRST, _FIRST + int(count)))

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from diffmergefs.core import beneath
 from diffmergefs.core.beneath import Root
 from diffmergefs.core.failures import failures
+from diffmergefs.core.identity import copied_bits
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.permissions import copied_bits
 from diffmergefs.core.view import MergedView
 from diffmergefs.stores.snapshot import is_left_out, status_of
 from diffmergefs.writing.flatten import flatten

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from itertools import repeat
 from operator import length_hint
 
-from diffmergefs.core.buffers import page_aligned
-from diffmergefs.core.failures import BLOCK, Target, described, failures
+from diffmergefs.core.buffers import BLOCK, page_aligned
+from diffmergefs.core.failures import Target, described, failures
 from diffmergefs.core.layer import Layer
 
 # Per call, so that progress moves and a signal is answered soon.

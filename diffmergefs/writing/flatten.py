@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -11,17 +10,17 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from diffmergefs.core import sparse
+from diffmergefs.core.buffers import BLOCK
 from diffmergefs.core.errors import NoSpaceError, VerificationError
-from diffmergefs.core.extents import ExtentList
-from diffmergefs.core.failures import BLOCK, Target, block_size, described, failures, free_bytes
+from diffmergefs.core.extents import ExtentList, is_aligned
+from diffmergefs.core.failures import Target, block_size, described, failures, free_bytes
+from diffmergefs.core.identity import limit_read_bits
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.writing.copying import clone_file, clone_ranges, copy_range
 from diffmergefs.writing.output import OutputFile
 from diffmergefs.writing.sealing import remove_seal, write_seal
 from diffmergefs.writing.writebehind import BUFFER, WriteBehind
-
-_READ_BITS = 0o444
 
 # From this size on, a piece of one layer is copied in the kernel: on NFS that is the server's work.
 _LARGE = BUFFER
@@ -108,7 +107,7 @@ def _data(view: MergedView) -> ExtentList:
 def _mode(view: MergedView) -> int:
     with failures(view.layers[0].path):
         modes = [layer.mode & 0o777 for layer in view.layers]
-    return modes[0] & (functools.reduce(operator.and_, modes) | ~_READ_BITS)
+    return limit_read_bits(modes[0], modes)
 
 
 def _check_unchanged(layer: Layer) -> None:
@@ -189,7 +188,7 @@ class _Merge:
         return True
 
     def _on_blocks(self, start: int, stop: int) -> bool:
-        return start % self._block == 0 and (stop % self._block == 0 or stop == self.view.size)
+        return is_aligned(start, stop, self._block, self.view.size)
 
     def _require_space(self, needed: int) -> None:
         with failures(self.target.path):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+from diffmergefs.core.buffers import BLOCK, ZEROS
 from diffmergefs.core.errors import NoSpaceError, UntrustedExtentsError
-from diffmergefs.core.extents import ExtentList, Segment
-from diffmergefs.core.failures import BLOCK, block_size, failures, free_bytes
+from diffmergefs.core.extents import ExtentList, Segment, is_aligned
+from diffmergefs.core.failures import block_size, failures, free_bytes
+from diffmergefs.core.identity import limit_read_bits
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.trust import TrustPolicy, problems
@@ -20,8 +20,6 @@ from diffmergefs.writing.copying import clone_ranges, copy_through_buffer, write
 from diffmergefs.writing.output import OutputFile
 from diffmergefs.writing.sealing import remove_seal, write_seal
 
-_READ_BITS = 0o444
-_ZEROS = memoryview(bytes(BLOCK))
 _WAY_OUT = (
     "nothing was written under that name; choose an output on ext4, xfs, btrfs or tmpfs"
     " without huge pages, seal it there, and copy it with its seal"
@@ -184,7 +182,7 @@ class NewDiff:
         return self._sharing[layer]
 
     def _on_blocks(self, start: int, stop: int) -> bool:
-        return start % self._block == 0 and (stop % self._block == 0 or stop == self._source.size)
+        return is_aligned(start, stop, self._block, self._source.size)
 
     def _require_space(self, needed: int) -> None:
         with failures(self.path):
@@ -197,7 +195,7 @@ class NewDiff:
 
     def _write_zeros(self, start: int, stop: int, moved: Callable[[int], None]) -> None:
         for offset in range(start, stop, BLOCK):
-            part = _ZEROS[: min(BLOCK, stop - offset)]
+            part = memoryview(ZEROS)[: min(BLOCK, stop - offset)]
             with failures(self.path, self._target):
                 write_at(self._target.fd, part, offset)
             moved(len(part))
@@ -206,7 +204,7 @@ class NewDiff:
         with failures(self.path):
             modes = [layer.mode & 0o777 for layer in self._inputs]
             newest = self._source.layers[-1].mode & 0o777
-        return newest & (functools.reduce(operator.and_, modes) | ~_READ_BITS)
+        return limit_read_bits(newest, modes)
 
     def _reopened(self) -> Layer:
         # The file as any reader of it will see it; Layer fsyncs it and walks its extents.

@@ -13,9 +13,8 @@ from diffmergefs.core import beneath
 from diffmergefs.core.beneath import Root
 from diffmergefs.core.errors import LayerChangedError
 from diffmergefs.core.failures import failures
-from diffmergefs.core.identity import FileKey
+from diffmergefs.core.identity import FileKey, copied_bits
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.permissions import copied_bits
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.pins import content_hash
 from diffmergefs.opening.trust import TrustPolicy

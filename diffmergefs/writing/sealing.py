@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from diffmergefs.core.buffers import page_aligned
+from diffmergefs.core.buffers import BLOCK, page_aligned
 from diffmergefs.core.errors import DenseDiffError, SealError
-from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.extents import PAGE, ExtentList
 from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView, require_equal_size
@@ -18,7 +18,7 @@ from diffmergefs.opening.content import Parents, Verdicts
 from diffmergefs.opening.filled import Hint, hints, require_exact
 from diffmergefs.opening.images import require_distinct, warn_of_order
 from diffmergefs.opening.opener import Opener
-from diffmergefs.opening.trust import PAGE, TrustPolicy, require_trust
+from diffmergefs.opening.trust import TrustPolicy, require_trust
 from diffmergefs.opening.writers import require_no_writers
 from diffmergefs.sidecars import bmap, seal
 from diffmergefs.sidecars.bmap import ABSENT, SEAL_SUFFIX, BlockMap
@@ -26,7 +26,6 @@ from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
 from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.writing.output import OutputFile
 
-_BLOCK = 1 << 20
 _MODES = 0o666
 
 
@@ -182,7 +181,7 @@ def _is_same(known: seal.StoredSeal, document: bytes) -> bool:
 def _map_of(
     layer: Layer, extents: ExtentList, page: int, progress: Callable[[int], None]
 ) -> BlockMap:
-    buffer = page_aligned(_BLOCK)
+    buffer = page_aligned(BLOCK)
     digests = bytearray()
     done = 0
 

@@ -16,7 +16,7 @@ from diffmergefs.core.errors import (
     OutputRefusedError,
 )
 from diffmergefs.core.failures import failures
-from diffmergefs.core.permissions import copied_bits
+from diffmergefs.core.identity import copied_bits
 from diffmergefs.opening.images import open_snapshot
 from diffmergefs.opening.opener import opened_store
 from diffmergefs.opening.pins import Hashes, require_pin

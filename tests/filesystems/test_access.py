@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.core.identity import has_acl
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.permissions import has_acl
 from diffmergefs.fuse.access import (
     LISTING,
     Access,

@@ -20,8 +20,8 @@ import trio
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from diffmergefs import __version__
+from diffmergefs.core import STATUS_FOLDER
 from diffmergefs.core.errors import BrokenChainError
-from diffmergefs.core.names import STATUS_FOLDER
 from diffmergefs.fuse.nodes import ROOT_INODE
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.served import Store

@@ -7,14 +7,14 @@ import mmap
 
 import pytest
 
-from diffmergefs.core.buffers import LARGEST, Buffers, page_aligned
+from diffmergefs.core.buffers import BLOCK, Buffers, page_aligned
 
 
 def offset_in_page(buffer: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % mmap.PAGESIZE
 
 
-@pytest.mark.parametrize("size", [1, mmap.PAGESIZE - 1, 1 << 18, 3 * LARGEST + 5])
+@pytest.mark.parametrize("size", [1, mmap.PAGESIZE - 1, 1 << 18, 3 * BLOCK + 5])
 def test_a_page_aligned_buffer_is_zeros_from_the_start_of_a_page(size: int) -> None:
     buffer = page_aligned(size)
     assert len(buffer) == size and not any(buffer)
@@ -23,7 +23,7 @@ def test_a_page_aligned_buffer_is_zeros_from_the_start_of_a_page(size: int) -> N
     assert buffer[-1] == 7
 
 
-@pytest.mark.parametrize("size", [1, 4096, LARGEST, LARGEST + 1])
+@pytest.mark.parametrize("size", [1, 4096, BLOCK, BLOCK + 1])
 def test_replies_begin_on_a_page(size: int) -> None:
     buffers = Buffers()
     shared, taken = buffers.shared(size), buffers.take(size)

@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from diffmergefs.core.buffers import LARGEST, Buffers
+from diffmergefs.core.buffers import BLOCK, Buffers
 from diffmergefs.fuse.image import OpenImage
 from diffmergefs.fuse.nodes import ROOT_INODE
 from diffmergefs.fuse.operations import Operations
@@ -187,8 +187,8 @@ def test_a_change_while_a_read_waits_is_seen(
 
 def test_buffers_are_handed_out_once_and_used_again() -> None:
     buffers = Buffers()
-    one, two = buffers.take(PAGE), buffers.take(LARGEST)
-    assert (len(one), len(two)) == (PAGE, LARGEST)
+    one, two = buffers.take(PAGE), buffers.take(BLOCK)
+    assert (len(one), len(two)) == (PAGE, BLOCK)
     assert one.obj is not two.obj
     shared = buffers.shared(PAGE).obj
     assert shared is buffers.shared(7).obj
@@ -196,8 +196,8 @@ def test_buffers_are_handed_out_once_and_used_again() -> None:
     buffers.give_back(one)
     assert buffers.take(10).obj is one.obj
     # Larger ones than the kernel asks for are nobody's but the caller's.
-    large = buffers.take(LARGEST + 1)
-    assert len(large) == LARGEST + 1 == len(buffers.shared(LARGEST + 1))
+    large = buffers.take(BLOCK + 1)
+    assert len(large) == BLOCK + 1 == len(buffers.shared(BLOCK + 1))
     buffers.give_back(large)
     assert buffers.take(1).obj is not large.obj
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmergefs.core.buffers import page_aligned
+from diffmergefs.core.buffers import BLOCK, page_aligned
 from diffmergefs.core.errors import (
     DenseDiffError,
     FileAccessError,
@@ -24,7 +24,6 @@ from diffmergefs.core.errors import (
     SizeMismatchError,
     UntrustedExtentsError,
 )
-from diffmergefs.core.failures import BLOCK
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing import copying
 from diffmergefs.writing.apply import apply_diff

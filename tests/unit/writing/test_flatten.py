@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffmergefs.core import sparse
+from diffmergefs.core.buffers import BLOCK
 from diffmergefs.core.errors import (
     DiffMergeError,
     FileAccessError,
@@ -31,7 +32,6 @@ from diffmergefs.core.errors import (
     VerificationError,
 )
 from diffmergefs.core.extents import ExtentList
-from diffmergefs.core.failures import BLOCK
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.writing import copying

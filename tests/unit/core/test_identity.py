@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.core.permissions import copied_bits, file_bits
+from diffmergefs.core.identity import copied_bits, file_bits
 from diffmergefs.writing.storediff import StoreRediff
 from tests.support.commands import succeed
 from tests.support.images import write_layer
