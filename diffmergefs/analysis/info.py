@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,10 +10,8 @@ from diffmergefs.core.extents import ExtentList
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.filesystems import is_filled_by_readers
 from diffmergefs.opening.images import Image
-from diffmergefs.opening.trust import grain
+from diffmergefs.opening.trust import Problem, grain
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
-
-_OVERRIDDEN = re.compile(r"--trust-grain overrides the check of ([a-z-]+): (.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def describe(image: Image) -> ChainInfo:
             visible_bytes=shown,
             shadowed_bytes=layer.extents.data_bytes - shown,
             grain=layer.records[0].block if layer.records else grain(layer.fd),
-            trust=_trust(layer, image.overridden, is_base=number == 0),
+            trust=_trust(layer, image.problems, is_base=number == 0),
         )
         for number, (layer, shown) in enumerate(zip(view.layers, visible, strict=True))
     ]
@@ -116,10 +113,9 @@ def run_lengths(extents: ExtentList, page: int) -> list[int]:
     return counts
 
 
-def _trust(layer: Layer, overridden: Sequence[str], *, is_base: bool) -> str:
-    found = (_OVERRIDDEN.fullmatch(line) for line in overridden)
-    checks = [m[1] for m in found if m and m[2].startswith(f"{layer.path}: ")]
-    # A layer that stands in a chain twice has its lines twice.
+def _trust(layer: Layer, problems: Sequence[Problem], *, is_base: bool) -> str:
+    checks = [problem.check for problem in problems if problem.path == layer.path]
+    # A layer that is in a chain twice has its problems twice.
     if checks and not is_base:
         return f"overridden: {', '.join(dict.fromkeys(checks))}"
     if layer.records:

@@ -25,7 +25,7 @@ from diffmergefs.opening.images import (
 )
 from diffmergefs.opening.opener import LayerPool, Opener, opened_store
 from diffmergefs.opening.pins import Hashes, is_pinned, require_pin
-from diffmergefs.opening.trust import TrustPolicy, require_trust
+from diffmergefs.opening.trust import Problem, TrustPolicy, override_lines, require_trust
 from diffmergefs.opening.writers import require_no_writers
 from diffmergefs.sidecars import seal
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
@@ -221,8 +221,8 @@ def open_layers(base: str, diffs: Sequence[str], policy: TrustPolicy) -> Verific
 def _judge(
     items: Sequence[_Item], faults: Faults, policy: TrustPolicy, verdicts: Verdicts
 ) -> tuple[list[str], list[Hint]]:
-    # Writers, sizes and law 4. A diff is judged over its parents as long as none of them is at
-    # fault, and by itself above that. Gives what was overridden, and the hints.
+    # Writers, sizes and law 4. A diff is judged over its parents while none of them is at fault,
+    # and by itself above that. Returns what was overridden, and the hints.
     overridden: list[str] = []
     hinted: list[Hint] = []
     fit = Parents()
@@ -232,21 +232,23 @@ def _judge(
             continue
         with faults.noted(item.path):
             overridden += require_no_writers([layer], allowed=policy.allow_writers)
+        problems: list[Problem] = []
         with faults.noted(item.path):
             if item.link is not None and not item.has_parent:
-                overridden += require_known_base(layer, item.link.doubt, policy)
+                problems += require_known_base(layer, item.link.doubt, policy)
             for base in fit.layers[:1]:
                 require_equal_size(base.path, base.size, layer.path, layer.size)
             if item.has_parent and len(fit.layers) == number > 0:
                 in_store = item.link is not None
                 found = judge_diff(fit, layer, policy, verdicts, in_store=in_store)
-                overridden += found.overridden
+                problems += found.overridden
                 hinted += found.hints
             elif item.has_parent:
                 complete = layer.extents.covers(layer.size)
-                overridden += require_trust(layer, policy, complete=complete)
+                problems += require_trust(layer, policy, complete=complete)
                 hinted += hints(None, layer, policy, verdicts)
             fit.add(layer)
+        overridden += override_lines(problems)
     return overridden, hinted
 
 

@@ -47,16 +47,16 @@ class Hint(NamedTuple):
 
 def require_exact(
     parents: Parents, layer: Layer, policy: TrustPolicy, verdicts: Verdicts
-) -> list[str]:
+) -> list[Problem]:
     """Raise UntrustedExtentsError if a diff with holes shows a copy-up that filled some (law 4).
 
-    If the policy overrides the check, the result has a line instead.
+    If the policy overrides the check, the result has the problem instead.
     """
     found = copied_up(parents, layer, policy, verdicts)
     return require_none([found] if found else [], policy)
 
 
-def require_exact_over(below: Read, layer: Layer, policy: TrustPolicy) -> list[str]:
+def require_exact_over(below: Read, layer: Layer, policy: TrustPolicy) -> list[Problem]:
     """`require_exact` over any bytes. No result is remembered. Raises OSError too."""
     page = max(PAGE, policy.page_size)
     found = find_copy_up(below, layer, page) if _copy_up(layer, policy) else ()

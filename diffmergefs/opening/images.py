@@ -21,7 +21,7 @@ from diffmergefs.opening.dense import require_meant, sample_check
 from diffmergefs.opening.filled import Hint, hints, hole_checks, require_exact
 from diffmergefs.opening.opener import LayerPool, Opener, opened_store
 from diffmergefs.opening.pins import Hashes, require_pin
-from diffmergefs.opening.trust import TrustPolicy, require_trust
+from diffmergefs.opening.trust import Problem, TrustPolicy, override_lines, require_trust
 from diffmergefs.opening.writers import require_no_writers
 from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.stores.lookup import find_image, is_image, require_mergeable
@@ -36,9 +36,9 @@ class Image:
 
     `tags` are those of its layers, base first, where they lie in a directory of snapshots. `dense`
     says that the newest layer is a complete image in spite of its parent; `overridden` has
-    a line for each check that failed and that the policy overrode: those of law 4, and whether
-    someone has a layer open for writing. `hints` are about layers that may be harmed though nothing
-    proves it, one for each at most.
+    a line for each check that failed and that the policy overrode: those of law 4, which are in
+    `problems` too, and whether someone has a layer open for writing. `hints` are about layers that
+    may be damaged although nothing proves it, at most one for each layer.
     """
 
     view: MergedView
@@ -46,6 +46,7 @@ class Image:
     overridden: list[str] = field(default_factory=list)
     tags: tuple[str, ...] = ()
     hints: tuple[Hint, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
 
 def open_chain(
@@ -137,11 +138,13 @@ def open_snapshot(
     """
     layers = [pool.layer(link.layer) for link in links]
     image = _judge(layers, policy, pool.verdicts, in_store=True)
-    overridden = image.overridden + require_known_base(layers[0], links[0].doubt, policy)
-    return replace(image, overridden=overridden, tags=tuple(link.tag for link in links))
+    problems = require_known_base(layers[0], links[0].doubt, policy)
+    overridden = [*image.overridden, *override_lines(problems)]
+    tags = tuple(link.tag for link in links)
+    return replace(image, overridden=overridden, tags=tags, problems=(*image.problems, *problems))
 
 
-def require_known_base(layer: Layer, doubt: str | None, policy: TrustPolicy) -> list[str]:
+def require_known_base(layer: Layer, doubt: str | None, policy: TrustPolicy) -> list[Problem]:
     """Raise DiffMergeError if the lowest `layer` of a chain, about which there is a
     `Snapshot.doubt`, has a hole, or may have one; else the checks that the policy overrode.
 
@@ -169,13 +172,16 @@ def _judge(
     overridden = require_no_writers(layers, allowed=policy.allow_writers)
     overridden += [line for layer in layers for line in _unchecked(layer)]
     parents, found = Parents(layers[:1]), Judgement()
+    problems: list[Problem] = []
     hinted: list[Hint] = []
     for layer in layers[1:]:
         found = judge_diff(parents, layer, policy, verdicts, in_store=in_store)
-        overridden += found.overridden
+        problems += found.overridden
         hinted += found.hints
         parents.add(layer)
-    return Image(MergedView(layers), found.dense, overridden, hints=tuple(hinted))
+    overridden += override_lines(problems)
+    view = MergedView(layers)
+    return Image(view, found.dense, overridden, hints=tuple(hinted), problems=tuple(problems))
 
 
 def _unchecked(layer: Layer) -> Iterator[str]:
@@ -191,7 +197,7 @@ class Judgement(NamedTuple):
     """Whether a diff is dense, the checks that the policy overrode, and the hints at harm."""
 
     dense: bool = False
-    overridden: Sequence[str] = ()
+    overridden: Sequence[Problem] = ()
     hints: Sequence[Hint] = ()
 
 

@@ -85,6 +85,11 @@ class Problem:
     def __str__(self) -> str:
         return f"{self.path}: {self.text}; {self.remedy}"
 
+    @property
+    def override(self) -> str:
+        """The line for the user that says that the policy overrides the check."""
+        return f"--trust-grain overrides the check of {self.check}: {self}"
+
 
 def grain(fd: int) -> int:
     """The unit in bytes in which the filesystem of `fd` reports holes: its `st_blksize`.
@@ -95,30 +100,35 @@ def grain(fd: int) -> int:
     return os.fstat(fd).st_blksize
 
 
-def require_trust(layer: Layer, policy: TrustPolicy, *, complete: bool = False) -> list[str]:
+def require_trust(layer: Layer, policy: TrustPolicy, *, complete: bool = False) -> list[Problem]:
     """Raise UntrustedExtentsError for the first check that a diff's extents fail.
 
     Extents of a record beside the file (a seal, a presence file) are held to the record's grain
     and alignment alone: where the file lies now says nothing about them.
 
-    A failed check that `policy.trust_grain` names is a line of the answer instead, for the user to
-    see. `complete` says that the diff is a complete image (it has no hole and that is as meant):
-    then only what could fake that is checked. Reads metadata only.
+    Returns the failed checks that `policy.trust_grain` names. `complete` says that the diff is a
+    complete image: it has no hole and is meant so. Then only the checks that could make it look
+    complete count. Reads metadata only.
     """
     return require_none(problems(layer, policy.page_size, complete=complete), policy)
 
 
-def require_none(found: Iterable[Problem], policy: TrustPolicy) -> list[str]:
+def require_none(found: Iterable[Problem], policy: TrustPolicy) -> list[Problem]:
     """Raise UntrustedExtentsError for the first problem that the policy does not override.
 
-    For each that it does, the answer has a line.
+    Returns those that it does.
     """
     overridden = []
     for problem in found:
         if not policy.overrides(problem.check):
             raise UntrustedExtentsError(str(problem), problem.check)
-        overridden.append(f"--trust-grain overrides the check of {problem.check}: {problem}")
+        overridden.append(problem)
     return overridden
+
+
+def override_lines(overridden: Iterable[Problem]) -> list[str]:
+    """A line for the user about each problem that the policy overrides."""
+    return [problem.override for problem in overridden]
 
 
 def problems(layer: Layer, page: int, *, complete: bool = False) -> Iterator[Problem]:

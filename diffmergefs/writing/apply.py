@@ -15,7 +15,7 @@ from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import require_equal_size
 from diffmergefs.opening.filled import require_exact_over
 from diffmergefs.opening.opener import Opener
-from diffmergefs.opening.trust import TrustPolicy, require_trust
+from diffmergefs.opening.trust import TrustPolicy, override_lines, require_trust
 from diffmergefs.opening.writers import require_no_writers
 from diffmergefs.stores.lookup import require_mergeable
 from diffmergefs.writing.copying import copy_range
@@ -64,7 +64,7 @@ def apply_diff(
         _require_meant(layer, policy)
         with failures(layer.path):
             below = functools.partial(_bytes_of, readable)
-            _tell(require_exact_over(below, layer, policy))
+            _tell(override_lines(require_exact_over(below, layer, policy)))
         if len(layer.extents):
             with failures(base):
                 overridden = require_free(readable, base, layer.extents, layer.path, force)
@@ -116,7 +116,8 @@ def _require_fit(layer: Layer, readable: int, path: str) -> None:
 def _require_meant(layer: Layer, policy: TrustPolicy) -> None:
     dense = layer.extents.covers(layer.size)
     overridden = require_no_writers([layer], allowed=policy.allow_writers)
-    overridden += require_trust(layer, policy, complete=dense and policy.dense)
+    problems = require_trust(layer, policy, complete=dense and policy.dense)
+    overridden += override_lines(problems)
     _tell(overridden)
     if dense and not policy.dense:
         raise DenseDiffError(

@@ -219,7 +219,7 @@ class NewDiff:
                 raise UntrustedExtentsError(
                     f"{self.path}: {problem.text}; {_WAY_OUT}", problem.check
                 )
-            overridden.append(f"--trust-grain overrides the check of {problem.check}: {problem}")
+            overridden.append(problem.override)
         return overridden
 
     def _require_extents(self, layer: Layer, extents: ExtentList) -> None:

@@ -18,7 +18,7 @@ from diffmergefs.opening.content import Parents, Verdicts
 from diffmergefs.opening.filled import Hint, hints, require_exact
 from diffmergefs.opening.images import require_distinct, warn_of_order
 from diffmergefs.opening.opener import Opener
-from diffmergefs.opening.trust import TrustPolicy, require_trust
+from diffmergefs.opening.trust import TrustPolicy, override_lines, require_trust
 from diffmergefs.opening.writers import require_no_writers
 from diffmergefs.sidecars import bmap, seal
 from diffmergefs.sidecars.bmap import ABSENT, SEAL_SUFFIX, BlockMap
@@ -133,7 +133,8 @@ def _remove(path: str, suffix: str) -> None:
 def _require_known(layer: Layer, policy: TrustPolicy) -> list[str]:
     overridden = require_no_writers([layer], allowed=policy.allow_writers)
     dense = layer.extents.covers(layer.size)
-    overridden += require_trust(layer, policy, complete=dense and policy.dense)
+    problems = require_trust(layer, policy, complete=dense and policy.dense)
+    overridden += override_lines(problems)
     if dense and not policy.dense:
         raise DenseDiffError(
             f"{layer.path}: no hole in {layer.size} bytes: a diff whose holes a copy has filled"
@@ -150,7 +151,8 @@ def _require_exact(
         base = parents.layers[0]
         require_equal_size(base.path, base.size, layer.path, layer.size)
         warn_of_order(MergedView([*parents.layers, layer]))
-        overridden += require_exact(parents, layer, policy, verdicts)
+        problems = require_exact(parents, layer, policy, verdicts)
+        overridden += override_lines(problems)
     return hints(parents, layer, policy, verdicts)
 
 

@@ -72,7 +72,6 @@ def test_a_dense_diff(tmp_path: Path) -> None:
 
 
 def test_overridden_checks_stand_with_their_layer(tmp_path: Path) -> None:
-    """As `trust` words them: with its check and not with another layer."""
     base, good = layer(tmp_path, 0, 0), layer(tmp_path, 1, 2, 3)
     bad, worse = layer(tmp_path, 2, 5), layer(tmp_path, 3, 5)
     policy = TrustPolicy(page_size=2 * PAGE, trust_grain={"all"})

@@ -18,7 +18,7 @@ from diffmergefs.core.errors import (
 from diffmergefs.core.layer import Layer
 from diffmergefs.fuse.served import Store
 from diffmergefs.opening.images import open_image
-from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.opening.trust import Problem, TrustPolicy
 from tests.support.stores import (
     OLD_NS,
     SECOND_NS,
@@ -45,7 +45,7 @@ def refuse_alignment(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Have every diff refused, as by law 4; the paths that were asked about."""
     asked: list[str] = []
 
-    def refuse(layer: Layer, policy: TrustPolicy, *, complete: bool = False) -> list[str]:
+    def refuse(layer: Layer, policy: TrustPolicy, *, complete: bool = False) -> list[Problem]:
         asked.append(layer.path)
         raise UntrustedExtentsError(f"{layer.path}: refused", "alignment")
 
