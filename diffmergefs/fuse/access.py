@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from diffmergefs.core import beneath
 from diffmergefs.core.identity import file_bits
 from diffmergefs.core.layer import Layer
+from diffmergefs.stores.snapshot import Snapshot
 
 _READ = 0o444
 _SEARCH = 0o1
@@ -126,6 +127,30 @@ def folder_bits(fd: int) -> int:
     """
     own, *above = lineage(fd)
     return own.mode & reachable(above, own.uid, own.gid)
+
+
+def named_folders(root: beneath.Root, heads: Iterable[Snapshot]) -> frozenset[Folder]:
+    """The directories whose existence the tags of these snapshots reveal.
+
+    A tag may be a path of several components: its readers learn what the directories between hold.
+    A directory that cannot be opened lets nobody but its owner list it.
+    """
+    places = {os.path.dirname(head.folder or head.layer.path) for head in heads}
+    found: set[Folder] = set()
+    for path in {above for place in places for above in _up_to_root(place)}:
+        try:
+            with beneath.passing(root, path) as fd:
+                found.add(Folder.of(fd))
+        except OSError:
+            found.add(Folder(os.geteuid(), os.getegid(), 0o700))
+    return frozenset(found)
+
+
+def _up_to_root(path: str) -> Iterator[str]:
+    # The directory and those between it and the root. Of one outside the root, only itself.
+    while path:
+        yield path
+        path = "" if path.startswith("/") else os.path.dirname(path)
 
 
 def lineage(fd: int) -> list[Folder]:

@@ -101,14 +101,14 @@ class Passthrough:
 
     def _passed(self, fd: int, path: str) -> Passed | None:
         # `fd` is the directory of `path`.
-        if self._store.is_hidden(path):
+        if self._store.seen.is_hidden(path):
             return None
         try:
             status = os.stat(os.path.basename(path), dir_fd=fd, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
             return None
         kind = stat.S_IFMT(status.st_mode)
-        if kind not in _PASSED or (kind == stat.S_IFREG and self._store.is_layer(status)):
+        if kind not in _PASSED or (kind == stat.S_IFREG and self._store.seen.is_layer(status)):
             return None
         return Passed(path, status.st_dev, status.st_ino, kind)
 
@@ -137,14 +137,14 @@ class Passthrough:
         """A read-only descriptor of the file.
 
         Raises FileAccessError too, and OSError (EBUSY) for device state that may belong to another
-        memory image than the served one (`Store.require_seen`).
+        memory image than the served one (`Look.require_seen`).
         """
         fd = beneath.open_regular(self._store.roots, node.path)
         try:
             require_spare_descriptors(fd, node.path)
             status = os.fstat(fd)
             require_same(status, node.device, node.inode, node.path)
-            self._store.require_seen(node.path, status)
+            self._store.seen.require_seen(node.path, status)
         except OSError:
             os.close(fd)
             raise
@@ -152,7 +152,7 @@ class Passthrough:
 
     def is_device_state(self, node: Passed) -> bool:
         """Whether the file belongs to exactly the memory image beside it."""
-        return self._store.is_device_state(node.path)
+        return self._store.seen.is_device_state(node.path)
 
     def link_target(self, node: Passed) -> str:
         """The target of a symlink, as it is stored."""
@@ -179,7 +179,7 @@ class Passthrough:
             status = os.fstat(fd)
             require_same(status, node.device, node.inode, name)
             if isinstance(node, Passed):
-                self._store.require_seen(node.path, status)
+                self._store.seen.require_seen(node.path, status)
             yield fd
         finally:
             os.close(fd)

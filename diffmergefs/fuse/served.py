@@ -1,8 +1,7 @@
-"""A directory of snapshots that is being served: looked over again and again, opened on demand."""
+"""The store that a mount serves: a directory that is looked over repeatedly, opened on demand."""
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
 import os
@@ -10,7 +9,8 @@ import stat
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from diffmergefs.core import beneath
 from diffmergefs.core.errors import (
@@ -20,13 +20,13 @@ from diffmergefs.core.errors import (
     WriterError,
     one_line,
 )
-from diffmergefs.core.identity import FileKey, FileVersion
+from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.singleflight import SingleFlight
-from diffmergefs.core.view import MergedView
-from diffmergefs.fuse.access import Access, Folder, view_access
+from diffmergefs.fuse.access import named_folders
 from diffmergefs.fuse.hashqueue import HashQueue
 from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.tags import Answers, Look, TagState, states_after
 from diffmergefs.opening.content import Parents
 from diffmergefs.opening.filled import Hint
 from diffmergefs.opening.images import must_read_pages, open_snapshot, read_pages
@@ -43,28 +43,14 @@ from diffmergefs.system.mountpoint import FILESYSTEM_TYPE
 
 log = logging.getLogger(__name__)
 
-# What the verdict on a chain, and its view, are good for: for each layer its content, and the
-# hash that its parent must have.
-# Which layers, by which records, over parents of which recorded hashes; and what makes the lowest a
-# doubtful base.
-Keys = list[tuple[FileKey, frozenset[tuple[str, FileKey]], str | None, str | None]]
-
-# What was asked of a layer's file, and the answer.
-Question = Callable[[StoredFile], bool]
-Answers = dict[tuple[Question, FileKey], bool]
-
-
-def _keys_of(links: Sequence[Snapshot]) -> Keys:
-    return [(s.layer.key, s.layer.records, s.parent_hash, s.doubt) for s in links]
-
 
 class Store:
-    """The snapshots of the directory `root`, as they may be shown now.
+    """The snapshots of the directory `root`, as they may be served now.
 
-    `layout` and `suffix` are `read_catalog`'s. Every method that touches files blocks and belongs
-    in a worker thread; all are safe to call from several. `close()` closes `fd`, and so does the
-    end of the last reference. Nothing is ever written beneath `root`; what was verified is
-    remembered in the policy's state directory.
+    `layout` and `suffix` are those of `read_catalog`. Methods that touch files block, so call them
+    in worker threads. All are safe for several threads. `close()` closes `fd`, and so does the end
+    of the last reference. Nothing is ever written beneath `root`: the policy's state directory
+    remembers what was verified.
     """
 
     def __init__(
@@ -79,7 +65,7 @@ class Store:
         """Open the directory; raises FileAccessError."""
         self.root = os.path.abspath(root)
         self.fd = open_source(root)
-        # At the end of the process the kernel closes it, whatever hangs.
+        # At the end of the process the kernel closes it, even if the storage hangs.
         self._close = weakref.finalize(self, os.close, self.fd)
         self._close.atexit = False
         self._layout = layout
@@ -93,31 +79,23 @@ class Store:
         self._watch = Watch(self._replacements.ask)
         self._right: set[tuple[FileKey, str | None]] = set()  # parents and their recorded hashes
         self._opening: SingleFlight[OpenImage] = SingleFlight()
+        #: The result of the last look.
+        self.seen = Look(Catalog(self.root, layout or "forkd", {}))
         self._lock = threading.Lock()
-        self._catalog = Catalog(self.root, layout or "forkd", {})
-        self._shown: dict[str, list[Snapshot]] = {}
-        self._device_state: Mapping[str, FileVersion | None] = {}
-        self._images: dict[str, tuple[Keys, OpenImage]] = {}
-        self._refusals: dict[str, tuple[Keys, DiffMergeError]] = {}
-        self._complaints: dict[str, tuple[Keys, str]] = {}
-        self._said: dict[str, str] = {}
-        self._hinted: set[Hint] = set()  # once a layer, however many images have it
-        # The directories, below the root, of which the names of tags tell.
-        self.named: frozenset[Folder] = frozenset()
+        self._hinted: set[Hint] = set()  # logged once per layer, however many images have it
 
     def close(self) -> None:
-        """Close the directory; images that are open stay so. Do nothing else with it afterwards."""
+        """Close the directory. Images that are open stay open. Do nothing else with it later."""
         self._close()
 
     def look(self) -> set[str]:
-        """Look over the directory by metadata; afterwards `tags` and `chain` speak of it.
+        """Look over the directory by metadata, and update `seen`.
 
-        Gives the tags that must settle before they can be shown. Images whose chain changed or
-        whose layers are tainted are forgotten, and so is a refusal that has passed (the writer has
-        gone, or what made a hole look like data): the next `open` makes new ones. A directory that
-        was renamed is followed, until another one stands at `root`. Raises DiffMergeError where the
-        directory as a whole cannot be read; then what was shown stays, but nothing of a directory
-        that was deleted.
+        Returns the tags that must settle before they can be served. It drops images whose chain
+        changed or whose layers are tainted, and refusals that have passed (the writer has gone, or
+        what made a hole look like data): the next `open` makes new ones. A directory that was
+        renamed is followed until another one is at `root`. Raises DiffMergeError if the directory
+        as a whole cannot be read. Then the served images stay, except those of a deleted directory.
         """
         self._follow_root()
         catalog = read_catalog(
@@ -128,49 +106,44 @@ class Store:
             self._policy.allow_outside,
             allow_gaps=self._policy.allow_gaps,
         )
-        catalog.recall(self._catalog)
-        shown, unsettled = self._watch.judge(catalog, self._clock())
-        self._say_changes(catalog, shown, unsettled)
-        named = self._named(shown)
-        with self._lock:
-            self._catalog, self._shown, self.named = catalog, shown, named
-            self._device_state = self._watch.device_state
-            images = dict(self._images)
-        self._forget_passed()
-        current = {tag: self._renewed(tag, *known) for tag, known in images.items()}
-        with self._lock:
-            for tag, known in images.items():
-                if self._images.get(tag) is known:
-                    del self._images[tag]
-                    if renewed := current[tag]:
-                        self._images[tag] = renewed
+        catalog.recall(self.seen.catalog)
+        chains, unsettled = self._watch.judge(catalog, self._clock())
+        named = named_folders(self.roots, [links[-1] for links in chains.values()])
+        states = states_after(self.seen.tags, catalog, chains, unsettled)
+        self.seen = Look(catalog, states, self._watch.device_state, named)
+        self._retry_refused()
+        for state in states.values():
+            if (image := state.image) is not None:
+                renewed = state.renewed(image, self.roots)
+                with self._lock:
+                    if state.image is image:
+                        state.image = renewed
         self._forget(catalog)
         return unsettled
 
-    def _forget_passed(self) -> None:
-        # No file tells when a refusal that does not depend on the files has passed: it is asked.
-        with self._lock:
-            refused = [(tag, known) for tag, known in self._refusals.items() if known[1].is_passing]
-        answers: Answers = {}  # descendants share layers: each is asked about once
-        for tag, known in refused:
-            links = self.chain(tag) or []
-            writers = isinstance(known[1], WriterError)
-            ask = self._pool.has_writer if writers else self._pool.has_cached_hole
-            if _keys_of(links) != known[0] or _holds_for_some(ask, links, answers):
+    def _retry_refused(self) -> None:
+        # Some refusals do not depend on the files, so no file shows when they have passed.
+        answers: Answers = {}
+        for state in self.seen.tags.values():
+            refusal = state.refusal
+            if refusal is None or not refusal.is_passing:
                 continue
-            what = "open for writing" if writers else "with holes that look like data"
-            log.info("%s: no layer of it is known to be %s any more", one_line(tag), what)
-            with self._lock:
-                if self._refusals.get(tag) is known:
-                    del self._refusals[tag]
+            is_writer = isinstance(refusal, WriterError)
+            ask = self._pool.has_writer if is_writer else self._pool.has_cached_hole
+            if not state.holds_for_some(ask, answers):
+                what = "open for writing" if is_writer else "with holes that look like data"
+                log.info("%s: no layer of it is known to be %s any more", one_line(state.tag), what)
+                state.refusal = None
 
     def _follow_root(self) -> None:
-        # It may have been deleted and made again, or be a filesystem that was mounted anew.
+        # The directory may have been deleted and made again, or be a filesystem mounted anew.
         here, there = _status(self.fd), _status(self.root)
         if there is None or not stat.S_ISDIR(there.st_mode):
             if here is not None and here.st_nlink == 0:
-                with self._lock:
-                    self._shown, self._images = {}, {}
+                # Nothing is served, but the next look logs only what changed.
+                logged = {tag: state.logged for tag, state in self.seen.tags.items()}
+                states = {tag: TagState(tag, [], logged=text) for tag, text in logged.items()}
+                self.seen = replace(self.seen, tags=states)
                 raise FileAccessError(f"{self.root}: was deleted; it is shown when it is back")
             return
         if here is not None and os.path.samestat(here, there):
@@ -179,155 +152,68 @@ class Store:
         try:
             if (mount := mount_of(fd)) and mount.kind == FILESYSTEM_TYPE:
                 raise FileAccessError(f"{self.root}: a diffmergefs was mounted over it")
-            # In one step for all who use the number.
+            # In one step for all threads that use the number.
             os.dup2(fd, self.fd, inheritable=False)
         finally:
             os.close(fd)
         log.warning("%s: another directory stands there now, and is shown instead", self.root)
 
     def _forget(self, catalog: Catalog) -> None:
-        # What is remembered of tags and files that are gone would grow as long as the mount lives.
+        # Facts about files that are gone would grow as long as the mount lives.
         files = [s.memory for s in catalog.snapshots.values() if s.memory]
         present, paths = {file.key for file in files}, {file.path for file in files}
         with self._lock:
-            for known in (self._refusals, self._complaints):
-                for tag in known.keys() - self._shown.keys():
-                    del known[tag]
             self._right = {pin for pin in self._right if pin[0] in present}
             self._hinted = {hint for hint in self._hinted if hint.path in paths}
         self._replacements.forget_all_but(present)
         self._pool.forget_all_but(present)
 
-    def _named(self, shown: dict[str, list[Snapshot]]) -> frozenset[Folder]:
-        # Where a tag's name is a path of several components, whoever reads it learns what the
-        # directories between hold. One that cannot be looked into lets nobody list it.
-        heads = [links[-1] for links in shown.values()]
-        places = {os.path.dirname(head.folder or head.layer.path) for head in heads}
-        found: set[Folder] = set()
-        for path in {above for place in places for above in _between(place)}:
-            try:
-                with beneath.passing(self.roots, path) as fd:
-                    found.add(Folder.of(fd))
-            except OSError:
-                found.add(Folder(os.geteuid(), os.getegid(), 0o700))
-        return frozenset(found)
-
-    def _renewed(self, tag: str, keys: Keys, shown: OpenImage) -> tuple[Keys, OpenImage] | None:
-        layers = shown.view.layers
-        links = self.chain(tag)
-        if links is None or any(layer.tainted for layer in layers):
-            return None
-        if _keys_of(links) != keys:
-            return None
-        try:
-            name, access = self._name_and_access(shown.view, links)
-        except OSError:
-            return None
-        if (name, access) != (shown.name, shown.access):
-            return keys, OpenImage.of(shown.view, name, access, tag)
-        return keys, shown
-
-    def _name_and_access(self, view: MergedView, links: list[Snapshot]) -> tuple[str, Access]:
-        # A layer that is shared or was renamed was opened by another path than this chain's: who
-        # may read the view follows from where its layers are now.
-        paths = [link.layer.path for link in links]
-        return os.path.basename(paths[-1]), view_access(view.layers, self.roots, paths)
-
-    def _say_changes(
-        self, catalog: Catalog, shown: dict[str, list[Snapshot]], unsettled: set[str]
-    ) -> None:
-        words = {tag: f"shown, {len(links)} layers" for tag, links in shown.items()}
-        for tag in catalog.snapshots.keys() - shown.keys() - unsettled:
-            try:
-                catalog.chain(tag)
-            except DiffMergeError as error:
-                words[tag] = f"not shown: {error}"
-        for tag, text in words.items():
-            if self._said.get(tag) != text:
-                level = logging.INFO if tag in shown else logging.WARNING
-                log.log(level, "%s: %s", one_line(tag), text)
-        for tag in self._said.keys() - words.keys() - unsettled:
-            log.info("%s: gone", one_line(tag))
-        self._said = words
-
     def tags(self) -> list[str]:
-        """The tags that are shown now."""
-        with self._lock:
-            return list(self._shown)
+        """The tags that are served now."""
+        return [tag for tag, state in self.seen.tags.items() if state.links]
 
-    def chain(self, tag: str) -> list[Snapshot] | None:
-        """The snapshots that make up `tag`, base first, or None if it is not shown now."""
-        with self._lock:
-            return self._shown.get(tag)
-
-    def is_hidden(self, path: str) -> bool:
-        """Whether the file `path` beneath the root is never passed through."""
-        with self._lock:
-            return path in self._catalog.hidden
-
-    def is_layer(self, status: os.stat_result) -> bool:
-        """Whether this is a layer's file, by whatever name: a link, or renamed since the look."""
-        with self._lock:
-            return (status.st_dev, status.st_ino) in self._catalog.layer_files
-
-    def is_device_state(self, path: str) -> bool:
-        """Whether the file `path` beneath the root belongs to the very memory beside it."""
-        with self._lock:
-            return path in self._device_state
-
-    def require_seen(self, path: str, status: os.stat_result) -> None:
-        """Raise OSError (EBUSY) for device state that may belong to another memory than is shown.
-
-        That is a file that is not the one which the last look saw, or that was replaced since the
-        look before. What belongs to no memory passes. `status` is of the file that was found at
-        `path` beneath the root.
-        """
-        with self._lock:
-            if path not in self._device_state:
-                return
-            seen = self._device_state[path]
-        if seen != FileVersion.of(status):
-            raise OSError(errno.EBUSY, "it changed since it was looked at; try again", path)
+    def chain(self, tag: str) -> Sequence[Snapshot] | None:
+        """The snapshots that make up `tag`, base first, or None if it is not served now."""
+        state = self.seen.tags.get(tag)
+        return state.links or None if state else None
 
     def total_bytes(self) -> int:
-        """The logical sizes of all images that are shown, added up."""
-        with self._lock:
-            return sum(links[-1].layer.key.size for links in self._shown.values())
+        """The sum of the logical sizes of all images that are served."""
+        states = self.seen.tags.values()
+        return sum(state.links[-1].layer.key.size for state in states if state.links)
 
     def opened(self, tag: str) -> OpenImage | None:
         """The image of `tag` if its present chain is open. Never blocks.
 
         Raises the DiffMergeError with which its layers were refused, if they were.
         """
-        keys = self._keys(tag)
-        with self._lock:
-            if keys is not None and self._refusals.get(tag, (None,))[0] == keys:
-                raise self._refusals[tag][1].anew()
-            known_keys, known = self._images.get(tag, (None, None))
-            return known if known_keys == keys else None
+        state = self.seen.tags.get(tag)
+        return None if state is None else state.opened()
 
-    def tag_of(self, shown: OpenImage) -> str | None:
-        """The tag under which this very image is shown now, if it is. Never blocks."""
-        with self._lock:
-            return next((tag for tag, (_, known) in self._images.items() if known is shown), None)
+    def tag_of(self, image: OpenImage) -> str | None:
+        """The tag under which this very image is served now, if any. Never blocks."""
+        states = self.seen.tags.values()
+        return next((state.tag for state in states if state.image is image), None)
 
     def open_layer(self, file: StoredFile) -> Layer:
-        """Open, sync and walk one layer; the caller holds the answer until `open` has used it."""
+        """Open, sync and walk one layer. The caller holds it until `open` has used it."""
         return self._pool.layer(file)
 
     def unread(self, layers: Sequence[Layer]) -> list[int]:
-        """The numbers of those layers of a chain whose pages `open` must read, to judge them.
+        """The numbers of the layers of a chain whose pages `open` must read to judge them.
 
         Blocks, but reads none of them.
         """
-        return [
-            number
-            for number, parents, layer in _each_over_its_parents(layers)
-            if must_read_pages(parents, layer, self._policy, self._pool.verdicts)
-        ]
+        found, parents = [], Parents()
+        for number, layer in enumerate(layers):
+            is_diff = number > 0 and layer.size == layers[0].size
+            if is_diff and must_read_pages(parents, layer, self._policy, self._pool.verdicts):
+                found.append(number)
+            parents.add(layer)
+        return found
 
     def read(self, layers: Sequence[Layer]) -> None:
-        """Read what must be read of the newest of these layers; `open` then knows what it found.
+        """Read what must be read of the newest of these layers. `open` then knows the result.
 
         Blocks for a read of 16 MiB, and more for a diff on overlayfs. Raises DiffMergeError.
         """
@@ -337,8 +223,8 @@ class Store:
     def pins(self, tag: str) -> list[tuple[Snapshot, Snapshot]]:
         """The parents that `open` must hash for `tag`, each with the link that records its hash.
 
-        Those that were hashed before and found right are left out. None with the policy's `verify`
-        'no', and none of a tag that is not shown. Never blocks.
+        Leaves out those whose hash was found right before. Empty if the policy's `verify` is 'no',
+        or if the tag is not served. Never blocks.
         """
         return [
             (parent, link)
@@ -346,105 +232,62 @@ class Store:
             if (parent.layer.key, link.parent_hash) not in self._right
         ]
 
-    def _pins(self, links: list[Snapshot]) -> list[tuple[Snapshot, Snapshot]]:
+    def _pins(self, links: Sequence[Snapshot]) -> list[tuple[Snapshot, Snapshot]]:
         if self._policy.verify == "no":
             return []
         return [pair for pair in itertools.pairwise(links) if pair[1].parent_hash is not None]
 
     def require_pin(self, parent: Snapshot, link: Snapshot) -> None:
-        """Hash `parent`, unless that was done, and raise PinError if it is not what `link` records.
+        """Hash `parent` if that was not done, and raise PinError if `link` records another hash.
 
-        Blocks for as long as the whole file takes. `open` does it too: call it before, in a
-        thread of its own, so that nobody waits for a hash in a thread that others need.
+        Blocks for as long as the whole file takes. `open` does it too. Call this before in another
+        thread, so that a hash does not occupy a thread that others need.
         """
         require_pin(self._pool.layer(parent.layer), link, self._hashes)
         with self._lock:
             self._right.add((parent.layer.key, link.parent_hash))
 
     def open(self, tag: str) -> OpenImage:
-        """The image of `tag`, its chain opened, walked and merged now if it was not yet.
+        """The image of `tag`. Opens, walks and merges its chain if that was not done yet.
 
-        Parents are compared with the hashes that their children record, as `pins` says.
-        Raises FileAccessError if the tag is not shown, DiffMergeError if a layer is refused: that
-        holds until the chain changes, or until a look finds that it has passed. The reason goes to
-        the log once.
+        Compares parents with the hashes that their children record: see `pins`. Raises
+        FileAccessError if the tag is not served, and DiffMergeError if a layer is refused. A
+        refusal holds until the chain changes, or until a look finds that it has passed. The log
+        gets the reason once.
         """
-        links = self.chain(tag)
-        if links is None:
+        state = self.seen.tags.get(tag)
+        if state is None or not state.links:
             raise FileAccessError(f"{tag}: no such snapshot is shown")
-        keys = _keys_of(links)
         # One image has one inode number.
-        return self._opening.do((tag, *keys), lambda: self._open(tag, links, keys))
+        return self._opening.do(state, lambda: self._open(state))
 
-    def _open(self, tag: str, links: list[Snapshot], keys: Keys) -> OpenImage:
-        if known := self.opened(tag):
+    def _open(self, state: TagState) -> OpenImage:
+        if known := state.opened():
             return known
+        tag, links = state.tag, state.links
         try:
-            image = open_snapshot(links, self._pool, self._policy)
+            opened = open_snapshot(links, self._pool, self._policy)
             for parent, link in self._pins(links):
                 self.require_pin(parent, link)
-            shown = OpenImage.of(image.view, *self._name_and_access(image.view, links), tag)
+            name, access = state.name_and_access(opened.view, self.roots)
+            image = OpenImage.of(opened.view, name, access, tag)
         except OSError as error:
-            self._complain(tag, keys, str(error))
+            state.complain(str(error))
             raise FileAccessError(f"{tag}: {error.strerror}, it may have moved") from error
         except (FileAccessError, LayerChangedError) as error:
-            self._complain(tag, keys, str(error))
+            state.complain(str(error))
             raise
         except DiffMergeError as error:
-            log.warning("%s: its memory file is not shown: %s", tag, kept := error.anew())
-            with self._lock:
-                self._refusals[tag] = keys, kept
+            state.refusal = error.anew()
+            log.warning("%s: its memory file is not shown: %s", tag, state.refusal)
             raise
         with self._lock:
-            news = [hint for hint in image.hints if hint not in self._hinted]
+            news = [hint for hint in opened.hints if hint not in self._hinted]
             self._hinted.update(news)
-        for line in (*image.overridden, *news):
+            state.image, state.complaint = image, ""
+        for line in (*opened.overridden, *news):
             log.warning("%s", line)
-        with self._lock:
-            self._images[tag] = keys, shown
-            self._complaints.pop(tag, None)
-        return shown
-
-    def _complain(self, tag: str, keys: Keys, text: str) -> None:
-        # Once, however often somebody tries.
-        with self._lock:
-            is_new = self._complaints.get(tag) != (keys, text)
-            self._complaints[tag] = keys, text
-        if is_new:
-            log.warning("%s: cannot be opened now: %s", tag, text)
-
-    def _keys(self, tag: str) -> Keys | None:
-        links = self.chain(tag)
-        return None if links is None else _keys_of(links)
-
-
-def _between(path: str) -> Iterator[str]:
-    # The directory `path` and those between it and the root; of one that lies outside, itself.
-    while path:
-        yield path
-        path = "" if path.startswith("/") else os.path.dirname(path)
-
-
-def _holds_for_some(ask: Question, links: list[Snapshot], answers: Answers) -> bool:
-    # The newest first: that is the one which is being taken.
-    for link in reversed(links):
-        asked = ask, link.layer.key
-        if asked not in answers:
-            try:
-                answers[asked] = ask(link.layer)
-            except (OSError, DiffMergeError):
-                answers[asked] = False  # the next `open` says what it is
-        if answers[asked]:
-            return True
-    return False
-
-
-def _each_over_its_parents(layers: Sequence[Layer]) -> Iterator[tuple[int, Parents, Layer]]:
-    parents = Parents()
-    for number, layer in enumerate(layers):
-        if number and layer.size == layers[0].size:
-            yield number, parents, layer
-        parents.add(layer)
+        return image
 
 
 def _status(file: int | str) -> os.stat_result | None:

@@ -236,7 +236,7 @@ class Tree:
             if found.nlink == 0:
                 raise missing(self.store.root)
             # A tag's name may reveal directories between the root and its own.
-            listing = reachable(self.store.named, found.uid, found.gid, LISTING)
+            listing = reachable(self.store.seen.named, found.uid, found.gid, LISTING)
             return found._replace(mode=found.mode & ~(0o444 & ~listing))
         assert self.explicit is not None
         base = self.explicit.view.layers[0]

@@ -299,13 +299,13 @@ def test_a_tag_whose_log_grows_all_the_time_is_shown(store: Path) -> None:
 
 def test_a_chmod_of_device_state_passes_at_the_next_look(store: Path, looked: Store) -> None:
     path = store / "leaf" / "vmstate"
-    looked.require_seen("leaf/vmstate", path.stat())
+    looked.seen.require_seen("leaf/vmstate", path.stat())
     path.chmod(0o600)
     with pytest.raises(OSError, match="it changed since it was looked at") as caught:
-        looked.require_seen("leaf/vmstate", path.stat())
+        looked.seen.require_seen("leaf/vmstate", path.stat())
     assert caught.value.errno == errno.EBUSY
     looked.look()
-    looked.require_seen("leaf/vmstate", path.stat())
+    looked.seen.require_seen("leaf/vmstate", path.stat())
 
 
 def test_device_state_that_another_tag_shares_goes_with_the_one_that_is_shown(

@@ -387,11 +387,12 @@ def test_what_is_remembered_of_tags_that_are_gone_is_dropped(root: Path) -> None
     replace_memory(root / "leaf", 2)
     with pytest.raises(LayerChangedError):
         store.open("leaf")
-    assert store._refusals and store._complaints and store._replacements._known
+    states = store.seen.tags
+    assert states["filled"].refusal and states["leaf"].complaint and store._replacements._known
     for tag in ("filled", "other", "leaf", "work", "base"):
         shutil.rmtree(root / tag)
     store.look()
-    assert not store._refusals and not store._complaints
+    assert not store.seen.tags
     queue = store._replacements
     assert not queue._known and not queue._waiting and not queue._failures
 
