@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from typing import NamedTuple
 from diffmergefs.core.errors import VerificationError
 from diffmergefs.core.extents import PAGE, ExtentList
 from diffmergefs.core.failures import failures
+from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView, require_equal_size
 from diffmergefs.core.workers import in_order
 
@@ -69,14 +70,14 @@ def compare(
     *,
     page_size: int = PAGE,
     jobs: int = 1,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = ignore_progress,
 ) -> Comparison:
     """Compare two open images of one size, byte for byte.
 
     Nothing is read where both have a hole, or take the range from the same layer file; where one
     has a hole the other is compared with zeros. `page_size` (a power of two, in bytes) is the unit
     of the result only. `jobs` processes share the work (see `workers.in_order`). `progress` is
-    called with the bytes compared so far, of `bytes_to_compare`. Each layer of both is compared
+    given `bytes_to_compare` in all. Each layer of both is compared
     with its fingerprint at the end (law 6); none is written. Blocks.
 
     Raises SizeMismatchError, LayerChangedError, FileAccessError where a layer cannot be read, and
@@ -88,8 +89,7 @@ def compare(
         for result in results:
             found.append(result.ranges)
             compared += result.compared_bytes
-            if progress:
-                progress(compared)
+            progress(result.compared_bytes)
     ranges = ExtentList(itertools.chain.from_iterable(found))
     first = _first_difference(a, b, ranges, page_size)
     check_unchanged(a, b)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from diffmergefs.core.buffers import BLOCK
 from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.progress import Progress
 from diffmergefs.core.view import MergedView
 
 
@@ -33,46 +34,29 @@ def pieces(view: MergedView, start: int, stop: int) -> Iterator[Piece]:
 
 
 def scanned_pieces(
-    view: MergedView, start: int, stop: int, page: int, progress: Callable[[int], None]
+    view: MergedView, start: int, stop: int, page: int, progress: Progress
 ) -> Iterator[Piece]:
     """Like `pieces`, with written pages of zeros as pieces of their own.
 
     Each byte that a layer supplies to the range is read once, holes are not. A page is `page`
     bytes, a power of two, but 1 MiB at most; the part of one that a layer supplies is judged by
-    itself. Neighbouring pieces of one layer that are alike are joined. `progress` is called with
-    the bytes read so far, about once a MiB and at the end. After each segment its layer is compared
-    with its fingerprint (law 6). Raises LayerChangedError and FileAccessError.
+    itself. Neighbouring pieces of one layer that are alike are joined. After each segment its layer
+    is compared with its fingerprint (law 6). Raises LayerChangedError and FileAccessError.
     """
-    meter = _Meter(progress)
     for begin, end, number in view.segments(start, stop - start):
         if number is None:
             yield Piece(begin, end, None, True)
             continue
         layer = view.layers[number]
-        judged = _judged(layer, begin, end, min(page, BLOCK), meter)
+        judged = _judged(layer, begin, end, min(page, BLOCK), progress)
         for first, last, zero in _joined(judged):
             yield Piece(first, last, number, zero)
         with failures(layer.path):
             layer.check_unchanged()
-    progress(meter.done)
-
-
-class _Meter:
-    # How much is done, told a MiB at a time: to move a bar takes longer than to look at a page.
-
-    def __init__(self, tell: Callable[[int], None]) -> None:
-        self.done = self._told = 0
-        self._tell = tell
-
-    def add(self, count: int) -> None:
-        self.done += count
-        if self.done - self._told >= BLOCK:
-            self._tell(self.done)
-            self._told = self.done
 
 
 def _judged(
-    layer: Layer, start: int, stop: int, page: int, meter: _Meter
+    layer: Layer, start: int, stop: int, page: int, progress: Progress
 ) -> Iterator[tuple[int, int, bool]]:
     # In blocks that begin and end on pages, but for the segment's own ends. `startswith` compares
     # without a copy, and stops at the first byte that differs.
@@ -83,7 +67,7 @@ def _judged(
         end = min(stop, (position // BLOCK + 1) * BLOCK)
         with failures(layer.path):
             layer.read_into(memoryview(buffer)[: end - position], position)
-        meter.add(end - position)
+        progress(end - position)
         if buffer.startswith(zeros[: end - position]):
             yield position, end, True
         else:

@@ -14,6 +14,7 @@ from diffmergefs.checks.verdict import Fault, Faults, LayerVerdict, Verdict
 from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import BrokenChainError, PinError
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView, require_equal_size
 from diffmergefs.opening.content import Parents, Verdicts
 from diffmergefs.opening.filled import Hint, hints
@@ -56,7 +57,7 @@ class _Check:
     # A check that reads `size` bytes of the file at `path` and reports them.
     path: str
     size: int
-    work: Callable[[Callable[[int], None]], None]
+    work: Callable[[Progress], None]
 
 
 class Verification:
@@ -89,27 +90,27 @@ class Verification:
         """How many bytes `verify` checks."""
         return sum(check.size for check in self._checks)
 
-    def verify(
-        self, progress: Callable[[int], None] = lambda done: None, jobs: int | None = None
-    ) -> Verdict:
+    def verify(self, progress: Progress = ignore_progress, jobs: int | None = None) -> Verdict:
         """Read all that a checksum speaks of, and say what is wrong.
 
         Nothing remembered is believed; what proves right is remembered, for mounts to find. Each
         file is read by one thread, `jobs` files at a time (by default one for each processor).
-        `progress` gets the bytes done so far. Faults are in the answer, not raised: the chain's
-        first, then each layer's, base first. Blocks; ends within a block of each thread when it is
-        interrupted.
+        `progress` is given `total_bytes` in all if nothing is wrong. Faults are in the answer, not
+        raised: the chain's first, then each layer's, base first. Blocks; ends within a block of
+        each thread when it is interrupted.
         """
-        tally = _Tally(progress)
+        reporter = _Reporter(progress)
         with ThreadPoolExecutor(jobs or os.cpu_count()) as executor:
             try:
-                found = [executor.submit(_faults_of, check, tally.add) for check in self._checks]
+                found = [
+                    executor.submit(_faults_of, check, reporter.report) for check in self._checks
+                ]
                 done, _ = wait(found, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()  # a bug or an interrupt, if anything: the rest must not go on
                 faults = [fault for future in found for fault in future.result()]
             finally:
-                tally.stop()
+                reporter.stop()
         verdicts = tuple(item.verdict() for item in self._items)
         found_all = (*self._faults, *faults)
         return Verdict(verdicts, found_all, tuple(self._overridden), tuple(map(str, self._hints)))
@@ -119,31 +120,29 @@ class _Stopped(Exception):
     pass
 
 
-class _Tally:
-    # Adds up what several threads have done, and ends them.
+class _Reporter:
+    # Reports what several threads do, and ends them.
 
-    def __init__(self, progress: Callable[[int], None]) -> None:
+    def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._done = 0
         self._stopped = False
         self._lock = threading.Lock()
 
-    def add(self, count: int) -> None:
+    def report(self, count: int) -> None:
         with self._lock:
             if self._stopped:
                 raise _Stopped
-            self._done += count
-            self._progress(self._done)
+            self._progress(count)
 
     def stop(self) -> None:
         with self._lock:
             self._stopped = True
 
 
-def _faults_of(check: _Check, report: Callable[[int], None]) -> list[Fault]:
+def _faults_of(check: _Check, progress: Progress) -> list[Fault]:
     faults = Faults()
     with faults.noted(check.path):
-        check.work(report)
+        check.work(progress)
     return faults
 
 
@@ -267,9 +266,9 @@ def _check_seal(
     layer: Layer,
     stored: seal.StoredSeal,
     memory: Remembered,
-    report: Callable[[int], None],
+    progress: Progress,
 ) -> None:
-    seal.compare_and_remember(layer, stored, memory, report)
+    seal.compare_and_remember(layer, stored, memory, progress)
     item.sealed = "verified"
 
 
@@ -280,10 +279,10 @@ def _pin_checks(items: Sequence[_Item], hashes: Hashes) -> Iterator[_Check]:
             yield _Check(parent.layer.path, parent.layer.size, work)
 
 
-def _check_pin(parent: Layer, item: _Item, hashes: Hashes, report: Callable[[int], None]) -> None:
+def _check_pin(parent: Layer, item: _Item, hashes: Hashes, progress: Progress) -> None:
     assert item.link is not None
     try:
-        require_pin(parent, item.link, hashes, report)
+        require_pin(parent, item.link, hashes, progress)
     except PinError:
         item.pin = "wrong"
         raise

@@ -92,7 +92,7 @@ def list_(
     ):
         for tag in sorted(catalog.snapshots):
             rows.append(_row(catalog, tag, pool, policy, held))
-            moved(len(rows))
+            moved(1)
     if as_json:
         print_json([asdict(row) for row in rows])
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import click
@@ -17,13 +17,13 @@ from diffmergefs.cli.options import PATH
 from diffmergefs.cli.output import printable, progress
 from diffmergefs.cli.picture import draw_map, picture_path
 from diffmergefs.cli.terminal import TerminalMap
+from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.images import Image
 from diffmergefs.pictures.legend import Subject, short_names
 from diffmergefs.pictures.picture import require_matplotlib
 
 _NUMBER = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([kmgt])(?:i?b)?)?", re.IGNORECASE)
-_REPORTED = 4096
 _POWERS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
 
@@ -139,7 +139,7 @@ def _pieces(view: MergedView, subject: Subject, *, bar: bool) -> Iterator[Iterab
     start, stop, page = subject.start, subject.stop, subject.page
     found = zeros.pieces(view, start, stop)
     if not bar:
-        silent = zeros.scanned_pieces(view, start, stop, page, lambda done: None)
+        silent = zeros.scanned_pieces(view, start, stop, page, ignore_progress)
         yield silent if subject.scanned else found
     elif subject.scanned:
         data = sum(piece.stop - piece.start for piece in found if piece.layer is not None)
@@ -147,14 +147,13 @@ def _pieces(view: MergedView, subject: Subject, *, bar: bool) -> Iterator[Iterab
             yield zeros.scanned_pieces(view, start, stop, page, moved)
     else:
         with progress("map", stop - start) as moved:
-            yield _reported(found, start, moved)
+            yield _reported(found, moved)
 
 
-def _reported(pieces: Iterable[Piece], start: int, moved: Callable[[int], None]) -> Iterator[Piece]:
-    for number, piece in enumerate(pieces):
-        if number % _REPORTED == 0:  # a bar costs more than a piece
-            moved(piece.start - start)
+def _reported(pieces: Iterable[Piece], moved: Progress) -> Iterator[Piece]:
+    for piece in pieces:
         yield piece
+        moved(piece.stop - piece.start)
 
 
 def _print_ranges(pieces: Iterable[Piece], image: Image) -> None:

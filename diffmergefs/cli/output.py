@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
+
+from diffmergefs.core.progress import Progress, ignore_progress
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
@@ -22,6 +25,9 @@ _ESCAPED = frozenset({"Cc", "Zl", "Zp"})
 
 # Wide enough that each row stays one line when stdout is not a terminal.
 _PIPE_WIDTH = 4096
+
+# The seconds between two moves of a bar, each of which costs more than the copy of a page.
+_SECONDS = 0.1
 
 
 def printable(text: str) -> str:
@@ -81,16 +87,14 @@ def print_table(table: Table) -> None:
 
 
 @contextmanager
-def progress(
-    what: str, total: int | None = None, *, unit: str = "bytes"
-) -> Iterator[Callable[[int], None]]:
-    """A callable that takes how much is done so far; on a terminal it moves a progress bar.
+def progress(what: str, total: int | None = None, *, unit: str = "bytes") -> Iterator[Progress]:
+    """A callable that takes how much was done since its last call, and moves a progress bar.
 
     `total` is None if it is unknown. Counts are formatted as sizes if `unit` is 'bytes', and left
     out if it is empty. Nothing is printed if stderr is not a terminal.
     """
     if not sys.stderr.isatty():
-        yield lambda done: None
+        yield ignore_progress
         return
     from rich import progress as bars
     from rich.console import Console
@@ -112,4 +116,14 @@ def progress(
     )
     with bar:
         task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        pending, due = 0, 0.0
+
+        def advance(count: int) -> None:
+            nonlocal pending, due
+            pending += count
+            if (now := time.monotonic()) >= due:
+                bar.advance(task, pending)
+                pending, due = 0, now + _SECONDS
+
+        yield advance
+        bar.advance(task, pending)

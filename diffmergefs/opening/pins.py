@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
 
 from diffmergefs.core import sparse
 from diffmergefs.core.buffers import BLOCK, ZEROS, page_aligned
 from diffmergefs.core.errors import PinError
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.singleflight import SingleFlight
 from diffmergefs.sidecars.verified import Identity, Remembered
 from diffmergefs.stores.snapshot import Snapshot
@@ -17,14 +17,10 @@ from diffmergefs.stores.snapshot import Snapshot
 KIND = "sha256"
 
 
-def _ignore(count: int) -> None:
-    pass
-
-
-def content_hash(layer: Layer, report: Callable[[int], None] = _ignore) -> str:
+def content_hash(layer: Layer, progress: Progress = ignore_progress) -> str:
     """The hex sha256 of all bytes of the layer's file as read, whatever its extents or seal say.
 
-    `report` gets the number of bytes done since its last call. Holes are not read (that would
+    Holes are not read (that would
     fill the page cache with zeros); the filesystem is asked anew where they are. The fingerprint
     is compared afterwards (law 6). Blocks; other threads run meanwhile. Raises LayerChangedError
     and OSError.
@@ -33,23 +29,23 @@ def content_hash(layer: Layer, report: Callable[[int], None] = _ignore) -> str:
     buffer = page_aligned(BLOCK)
     position = 0
     for start, stop in sparse.data_extents(layer.fd, layer.size):
-        _add_zeros(digest, start - position, report)
+        _add_zeros(digest, start - position, progress)
         for offset in range(start, stop, BLOCK):
             block = buffer[: min(BLOCK, stop - offset)]
             layer.read_into(block, offset)
             digest.update(block)
-            report(len(block))
+            progress(len(block))
         position = stop
-    _add_zeros(digest, layer.size - position, report)
+    _add_zeros(digest, layer.size - position, progress)
     layer.check_unchanged()
     return digest.hexdigest()
 
 
-def _add_zeros(digest: hashlib._Hash, count: int, report: Callable[[int], None]) -> None:
+def _add_zeros(digest: hashlib._Hash, count: int, progress: Progress) -> None:
     for done in range(0, count, BLOCK):
         block = ZEROS[: count - done]
         digest.update(block)
-        report(len(block))
+        progress(len(block))
 
 
 class Hashes:
@@ -67,13 +63,13 @@ class Hashes:
         self._computing: SingleFlight[tuple[str, object]] = SingleFlight()
 
     def of(
-        self, layer: Layer, expected: str | None = None, report: Callable[[int], None] = _ignore
+        self, layer: Layer, expected: str | None = None, progress: Progress = ignore_progress
     ) -> str:
         """The hex sha256 of the layer's file, read only if it is not known.
 
         Where one is `expected`, a remembered hash counts only if it is that one: a damaged memory
-        can let no good file look wrong. A file that another thread hashes is waited for. `report`
-        is `content_hash`'s; bytes that need not be read are reported too. Blocks. Raises
+        can let no good file look wrong. A file that another thread hashes is waited for.
+        `progress` is given the layer's size in all, read or not. Blocks. Raises
         LayerChangedError and OSError.
         """
         identity = Identity.of_open(layer.fd)
@@ -81,11 +77,13 @@ class Hashes:
             me = object()
             # An error is of the layer as it was opened: one that was opened later may be right.
             key = identity[1:], layer.fingerprint
-            known, by = self._computing.do(key, lambda: self._compute(layer, identity, report, me))
+            known, by = self._computing.do(
+                key, lambda: self._compute(layer, identity, progress, me)
+            )
             if by is me:
                 return known
         layer.check_unchanged()
-        report(layer.size)
+        progress(layer.size)
         return known
 
     def _known(self, identity: Identity, expected: str | None) -> str | None:
@@ -101,13 +99,13 @@ class Hashes:
         return known
 
     def _compute(
-        self, layer: Layer, identity: Identity, report: Callable[[int], None], who: object
+        self, layer: Layer, identity: Identity, progress: Progress, who: object
     ) -> tuple[str, object]:
         # With `who` has read the file, which may be somebody that was faster.
         if (done := self._computed.get(identity[1:])) is not None:
             return done, None
         since_ns = time.time_ns()
-        found = self._computed[identity[1:]] = content_hash(layer, report)
+        found = self._computed[identity[1:]] = content_hash(layer, progress)
         self._memory.remember(KIND, identity, found, since_ns)
         return found, who
 
@@ -121,7 +119,7 @@ def require_pin(
     parent: Layer,
     link: Snapshot,
     hashes: Hashes,
-    report: Callable[[int], None] = _ignore,
+    progress: Progress = ignore_progress,
 ) -> None:
     """Raise PinError, with both hashes, unless `parent` has the content that `link` records.
 
@@ -130,7 +128,7 @@ def require_pin(
     """
     if link.parent_hash is None:
         return
-    found = hashes.of(parent, link.parent_hash, report)
+    found = hashes.of(parent, link.parent_hash, progress)
     if found != link.parent_hash:
         raise PinError(
             f"{parent.path}: its sha256 is {found}, but '{link.tag}' was taken over a parent with"

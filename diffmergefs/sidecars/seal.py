@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diffmergefs.core import beneath
@@ -15,6 +15,7 @@ from diffmergefs.core.errors import FileAccessError, SealError
 from diffmergefs.core.extents import Extent
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer, Record
+from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.sidecars import bmap
 from diffmergefs.sidecars.bmap import ABSENT, SEAL_SUFFIX, BlockMap
 from diffmergefs.sidecars.verified import Identity, Remembered
@@ -115,11 +116,11 @@ def compare_and_remember(
     layer: Layer,
     seal: StoredSeal,
     memory: Remembered,
-    report: Callable[[int], None] = lambda count: None,
+    progress: Progress = ignore_progress,
 ) -> None:
     """`compare`, and remember it for later runs if all was right."""
     identity, since_ns = Identity.of_open(layer.fd), time.time_ns()
-    compare(layer, seal, report)
+    compare(layer, seal, progress)
     memory.remember(KIND, identity, seal.digest, since_ns)
 
 
@@ -132,29 +133,27 @@ def require_fit(layer: Layer, seal: StoredSeal) -> None:
         )
 
 
-def compare(
-    layer: Layer, seal: StoredSeal, report: Callable[[int], None] = lambda count: None
-) -> None:
+def compare(layer: Layer, seal: StoredSeal, progress: Progress = ignore_progress) -> None:
     """Raise SealError for the first range of the layer's file that is not what the seal records.
 
     Each range must have its checksum, or be zeros if it has none, and all data outside the ranges
-    must read as zeros. `report` gets the bytes done since its last call, of `compared_bytes`. The
-    fingerprint is compared at the end (law 6). Blocks. Raises LayerChangedError and OSError.
+    must read as zeros. `progress` is given `compared_bytes` in all. The fingerprint is compared at
+    the end (law 6). Blocks. Raises LayerChangedError and OSError.
     """
     require_fit(layer, seal)
     buffer = page_aligned(BLOCK)
     for start, stop, recorded in seal.map.ranges():
         if recorded is None:
-            _require_zeros(layer, start, stop, buffer, report, seal, "without a checksum, so")
+            _require_zeros(layer, start, stop, buffer, progress, seal, "without a checksum, so")
             continue
-        found = sha256(layer, start, stop, buffer, report)
+        found = sha256(layer, start, stop, buffer, progress)
         if found != recorded:
             raise SealError(
                 f"{seal.path}: a stale seal: the sha256 of bytes [{start}, {stop}) of {layer.path}"
                 f" is {found.hex()}, it records {recorded.hex()}; {_WAY_OUT}"
             )
     for start, stop in _outside(layer, seal):
-        _require_zeros(layer, start, stop, buffer, report, seal, "a hole by its seal, and")
+        _require_zeros(layer, start, stop, buffer, progress, seal, "a hole by its seal, and")
     layer.check_unchanged()
 
 
@@ -169,13 +168,13 @@ def sha256(
     start: int,
     stop: int,
     buffer: memoryview,
-    report: Callable[[int], None] = lambda count: None,
+    progress: Progress = ignore_progress,
 ) -> bytes:
     """The sha256 of a range of the layer's file; the caller must call `check_unchanged`."""
     digest = hashlib.sha256()
     for part in _parts(layer, start, stop, buffer):
         digest.update(part)
-        report(len(part))
+        progress(len(part))
     return digest.digest()
 
 
@@ -191,7 +190,7 @@ def _require_zeros(
     start: int,
     stop: int,
     buffer: memoryview,
-    report: Callable[[int], None],
+    progress: Progress,
     seal: StoredSeal,
     what: str,
 ) -> None:
@@ -201,7 +200,7 @@ def _require_zeros(
                 f"{seal.path}: a stale seal: bytes [{start}, {stop}) of {layer.path} are {what}"
                 f" must be zeros, but are not; {_WAY_OUT}"
             )
-        report(len(part))
+        progress(len(part))
 
 
 def _outside(layer: Layer, seal: StoredSeal) -> Iterator[Extent]:

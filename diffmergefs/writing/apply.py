@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
 
 from diffmergefs.core import beneath, foreign, sparse
 from diffmergefs.core.errors import DenseDiffError, OutputRefusedError
 from diffmergefs.core.failures import Target, failures
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import require_equal_size
 from diffmergefs.opening.filled import require_exact_over
 from diffmergefs.opening.opener import Opener
@@ -32,7 +33,7 @@ def apply_diff(
     sync: bool = False,
     policy: TrustPolicy | None = None,
     force: Collection[str] = (),
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = ignore_progress,
 ) -> int:
     """Copy the data extents of `diff` onto the same ranges of `base`, in place.
 
@@ -48,7 +49,7 @@ def apply_diff(
     `dependants.REASONS` that `force` does not name. What `force` overrides is logged as a warning;
     then the seal of `base` (BASE.bmap) and its presence file are removed before the first byte is
     written. An apply that failed or was interrupted leaves `base` between before and after, and can
-    be repeated: the outcome is the same. `progress` is called with the bytes copied so far.
+    be repeated: the outcome is the same.
 
     Raises, with `base` untouched, SizeMismatchError, OutputRefusedError (both are one file, or
     something depends on `base`), UntrustedExtentsError, DenseDiffError (no hole, and no
@@ -72,13 +73,14 @@ def apply_diff(
         with _writable(readable, base) as target:
             if len(layer.extents):
                 remove_seal(target.path)
-            copied = _copy_extents(layer, target, progress)
+            for start, stop in layer.extents:
+                copy_range(layer, start, stop, target, progress)
             with failures(layer.path):
                 layer.check_unchanged()
             if sync:
                 with failures(target.path, target):
                     os.fsync(target.fd)
-    return copied
+    return layer.extents.data_bytes
 
 
 @contextmanager
@@ -136,17 +138,3 @@ def _bytes_of(fd: int, offset: int, length: int) -> bytearray:
 def _tell(overridden: list[str]) -> None:
     for line in overridden:
         log.warning("%s", line)
-
-
-def _copy_extents(layer: Layer, target: Target, progress: Callable[[int], None] | None) -> int:
-    copied = 0
-
-    def moved(count: int) -> None:
-        nonlocal copied
-        copied += count
-        if progress:
-            progress(copied)
-
-    for start, stop in layer.extents:
-        copy_range(layer, start, stop, target, moved)
-    return copied

@@ -7,13 +7,14 @@ import fcntl
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 from operator import length_hint
 
 from diffmergefs.core.buffers import BLOCK, page_aligned
 from diffmergefs.core.failures import Target, described, failures
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.progress import Progress
 
 # Per call, so that progress moves and a signal is answered soon.
 _KERNEL_CHUNK = 16 * BLOCK
@@ -69,25 +70,23 @@ def _require_no_clone(error: OSError, layer: Layer, target: Target) -> None:
         raise described(error, f"{layer.path} -> {target.path}", target) from error
 
 
-def copy_range(
-    layer: Layer, start: int, stop: int, target: Target, moved: Callable[[int], None]
-) -> None:
+def copy_range(layer: Layer, start: int, stop: int, target: Target, progress: Progress) -> None:
     """Copy `[start, stop)` of the layer to the same range of the target; zeros stay data.
 
     By copy_file_range(2), and where that is not possible through a buffer of at most `BLOCK` bytes
-    and no larger than the range. `moved` is called with the bytes of each step. Nothing is synced
-    and the fingerprint is not compared: call `layer.check_unchanged` afterwards. Raises
-    LayerChangedError if the layer ends early, FileAccessError, NoSpaceError.
+    and no larger than the range. Nothing is synced and the fingerprint is not compared: call
+    `layer.check_unchanged` afterwards. Raises LayerChangedError if the layer ends early,
+    FileAccessError, NoSpaceError.
     """
     position = start
     while position < stop:
         count = _copy_in_kernel(layer, position, stop, target)
         if not count:
             # Not possible here, or at the end of the layer: then reading it says so.
-            copy_through_buffer(layer, position, stop, target, moved)
+            copy_through_buffer(layer, position, stop, target, progress)
             return
         position += count
-        moved(count)
+        progress(count)
 
 
 def _copy_in_kernel(layer: Layer, position: int, stop: int, target: Target) -> int:
@@ -102,7 +101,7 @@ def _copy_in_kernel(layer: Layer, position: int, stop: int, target: Target) -> i
 
 
 def copy_through_buffer(
-    layer: Layer, start: int, stop: int, target: Target, moved: Callable[[int], None]
+    layer: Layer, start: int, stop: int, target: Target, progress: Progress
 ) -> None:
     """`copy_range` by reading and writing alone: all of the range is data in the target then.
 
@@ -115,7 +114,7 @@ def copy_through_buffer(
             layer.read_into(part, position)
         with failures(target.path, target):
             write_at(target.fd, part, position)
-        moved(len(part))
+        progress(len(part))
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -16,6 +16,7 @@ from diffmergefs.core.extents import ExtentList, is_aligned
 from diffmergefs.core.failures import Target, block_size, described, failures, free_bytes
 from diffmergefs.core.identity import limit_read_bits
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView
 from diffmergefs.writing.copying import clone_file, clone_ranges, copy_range
 from diffmergefs.writing.output import OutputFile
@@ -55,7 +56,7 @@ def flatten(
     force: bool = False,
     verify: bool = False,
     seal: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = ignore_progress,
 ) -> FlattenResult:
     """Write the view to `output`, a new sparse file of `view.size` bytes, and say how.
 
@@ -73,7 +74,7 @@ def flatten(
     replaced by that of the new one.
 
     `verify` reads the file and the view again and compares them before the file gets its name.
-    `progress` is called with the bytes done so far, of `sum(view.visible_bytes())`. The layers are
+    `progress` is given `sum(view.visible_bytes())` bytes in all. The layers are
     not written or locked, and each is compared with its fingerprint while its bytes are moved (at
     least once a MiB or buffer, or 1,024 shared segments), and once more at the end (law 6). May be
     called in a thread; has one of its own until it returns.
@@ -120,15 +121,13 @@ def _check_unchanged(layer: Layer) -> None:
 class _Merge:
     # One run over the view's segments into an empty file, with its accounts.
 
-    def __init__(
-        self, view: MergedView, target: Target, progress: Callable[[int], None] | None
-    ) -> None:
+    def __init__(self, view: MergedView, target: Target, progress: Progress) -> None:
         self.view = view
         self.target = target
         self.visible = view.visible_bytes()
         self.copied = [0] * len(view.layers)
         self.shared = [0] * len(view.layers)
-        self._done = self._told = 0
+        self._unreported = 0
         self._unchecked: set[int] = set()
         self._progress = progress
 
@@ -143,7 +142,7 @@ class _Merge:
         with WriteBehind(self.target) as behind:
             for start, stop in left:
                 self._copy(start, stop, behind)
-        self._tell()
+        self._report()
         holes = self.view.size - sum(self.visible)
         return FlattenResult(self.view.size, tuple(self.copied), tuple(self.shared), holes)
 
@@ -227,20 +226,18 @@ class _Merge:
             self._moved(number, count)
 
     def _moved(self, number: int, count: int) -> None:
-        # The layers are compared, and who watches is told, a MiB at a time: either may take longer
-        # than the copy of a page.
+        # Checking a layer, or reporting, may take longer than the copy of a page: once a MiB.
         self._unchecked.add(number)
-        self._done += count
-        if self._done - self._told >= BLOCK:
-            self._tell()
+        self._unreported += count
+        if self._unreported >= BLOCK:
+            self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         for number in self._unchecked:
             _check_unchanged(self.view.layers[number])
         self._unchecked.clear()
-        self._told = self._done
-        if self._progress:
-            self._progress(self._done)
+        self._progress(self._unreported)
+        self._unreported = 0
 
 
 def _verify(view: MergedView, target: Target) -> None:

@@ -14,6 +14,7 @@ from diffmergefs.core.extents import ExtentList, Segment, is_aligned
 from diffmergefs.core.failures import block_size, failures, free_bytes
 from diffmergefs.core.identity import limit_read_bits
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.trust import TrustPolicy, problems
 from diffmergefs.writing.copying import clone_ranges, copy_through_buffer, write_at
@@ -91,23 +92,23 @@ class NewDiff:
     def __exit__(self, *error: object) -> None:
         self._file.__exit__(None, None, None)
 
-    def put(self, extents: ExtentList, moved: Callable[[int], None] = lambda count: None) -> None:
+    def put(self, extents: ExtentList, progress: Progress = ignore_progress) -> None:
         """Make these ranges data, with the source's bytes; what is a hole there becomes zeros.
 
-        `moved` is called with the bytes of each step. Fingerprints are not compared. Raises
+        Fingerprints are not compared. Raises
         NoSpaceError, LayerChangedError where a layer ends early, and FileAccessError.
         """
         self._put.append(extents)
-        shared = self._share(extents, moved)
+        shared = self._share(extents, progress)
         self._require_space(extents.data_bytes - sum(shared.values()))
         for start, stop, number in self._pieces(extents):
             if start in shared:
                 continue
             if number is None:
-                self._write_zeros(start, stop, moved)
+                self._write_zeros(start, stop, progress)
             else:
                 layer = self._source.layers[number]
-                copy_through_buffer(layer, start, stop, self._target, moved)
+                copy_through_buffer(layer, start, stop, self._target, progress)
             self.copied += stop - start
 
     def publish(
@@ -156,7 +157,7 @@ class NewDiff:
         for start, stop in extents:
             yield from self._source.segments(start, stop - start)
 
-    def _share(self, extents: ExtentList, moved: Callable[[int], None]) -> dict[int, int]:
+    def _share(self, extents: ExtentList, progress: Progress) -> dict[int, int]:
         # The large pieces, whose blocks can be shared: where each begins, and its length. A call
         # for each page would cost more than writing it does.
         shared = {}
@@ -168,7 +169,7 @@ class NewDiff:
             if self._may_share(layer) and clone_ranges(self._source.layers, [piece], self._target):
                 shared[start] = stop - start
                 self.shared += stop - start
-                moved(stop - start)
+                progress(stop - start)
             else:
                 self._sharing[layer] = False
         return shared
@@ -193,12 +194,12 @@ class NewDiff:
                 " filesystem; make room or choose another output"
             )
 
-    def _write_zeros(self, start: int, stop: int, moved: Callable[[int], None]) -> None:
+    def _write_zeros(self, start: int, stop: int, progress: Progress) -> None:
         for offset in range(start, stop, BLOCK):
             part = memoryview(ZEROS)[: min(BLOCK, stop - offset)]
             with failures(self.path, self._target):
                 write_at(self._target.fd, part, offset)
-            moved(len(part))
+            progress(len(part))
 
     def _mode(self) -> int:
         with failures(self.path):

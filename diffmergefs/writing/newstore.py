@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import closing, suppress
 from dataclasses import dataclass
 
-from diffmergefs.analysis.compare import require_equal
+from diffmergefs.analysis.compare import bytes_to_compare, require_equal
 from diffmergefs.core import beneath
 from diffmergefs.core.beneath import Root
 from diffmergefs.core.errors import LayerChangedError
 from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import FileKey, copied_bits
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.progress import Progress
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.pins import content_hash
 from diffmergefs.opening.trust import TrustPolicy
@@ -93,28 +94,12 @@ class Link:
         """Its own layer."""
         return self.layers[-1]
 
-
-class Tally:
-    """Adds up what was done in parts, and tells `progress`."""
-
-    def __init__(self, progress: Callable[[int], None]) -> None:
-        self._progress = progress
-        self.done = 0
-
-    def add(self, count: int) -> None:
-        """So many bytes more were done."""
-        self.done += count
-        self._progress(self.done)
-
-    def part(self, size: int) -> Callable[[int], None]:
-        """What takes, of a part of `size` bytes, all that was done of it so far."""
-        before = self.done
-
-        def report(done: int) -> None:
-            self.done = before + min(done, size)
-            self._progress(self.done)
-
-        return report
+    @property
+    def work_bytes(self) -> int:
+        """How many bytes are compared or copied to write its memory file."""
+        if self.dense:
+            return bytes_to_compare(MergedView(self.layers[:-1]), MergedView([self.layer]))
+        return self.layer.extents.data_bytes
 
 
 @dataclass(frozen=True)
@@ -140,13 +125,13 @@ class StoreWriter:
         root: Root,
         catalog: Catalog,
         parents: Collection[str],
-        tally: Tally,
+        progress: Progress,
     ) -> None:
         self._directory = directory
         self._root = root
         self._catalog = catalog
         self._parents = parents
-        self._tally = tally
+        self._progress = progress
         self._hashes: dict[str, str] = {}
 
     def write(self, link: Link, options: WriteOptions) -> NewSnapshot:
@@ -161,7 +146,7 @@ class StoreWriter:
         done = self._write_memory(link, path, options)
         if link.tag in self._parents:
             with closing(Layer.open(path)) as layer, failures(path):
-                self._hashes[link.tag] = content_hash(layer, self._tally.add)
+                self._hashes[link.tag] = content_hash(layer, self._progress)
         # All of it from the directory that was judged, whose mode the new one takes: one that comes
         # to stand at its path meanwhile may let in others.
         with failures(link.tag), beneath.passing(self._root, link.tag) as source:
@@ -180,9 +165,8 @@ class StoreWriter:
     def _write_memory(self, link: Link, path: str, options: WriteOptions) -> NewSnapshot:
         own = MergedView([link.layer])
         seal = options.seal or bool(link.layer.records)
-        report = self._tally.part(link.layer.size)
         if link.snapshot.parent is None:
-            flatten(own, path, verify=options.verify, seal=seal, progress=report)
+            flatten(own, path, verify=options.verify, seal=seal, progress=self._progress)
             done, data = "base", link.layer.extents.data_bytes
         elif link.dense:
             result = rediff(
@@ -193,14 +177,13 @@ class StoreWriter:
                 seal=seal,
                 jobs=options.jobs,
                 policy=options.policy,
-                progress=report,
+                progress=self._progress,
             )
             done = "dense" if result.written.dense else "rediffed"
             data = result.written.data_bytes
         else:
-            data = _copy_diff(own, path, seal, options, report)
+            data = _copy_diff(own, path, seal, options, self._progress)
             done = "diff"
-        report(link.layer.size)
         with failures(path):
             mode = link.layer.mode
         take_over(path, link.layer.status, mode)
@@ -259,19 +242,12 @@ def _mode_there(folder: int, path: str, status: os.stat_result) -> int:
 
 
 def _copy_diff(
-    own: MergedView, path: str, seal: bool, options: WriteOptions, report: Callable[[int], None]
+    own: MergedView, path: str, seal: bool, options: WriteOptions, progress: Progress
 ) -> int:
-    done = 0
-
-    def moved(count: int) -> None:
-        nonlocal done
-        done += count
-        report(done)
-
     def check(layer: Layer) -> None:
         if options.verify:
             require_equal(MergedView([layer]), own, path)
 
     with NewDiff(path, own, policy=options.policy) as diff:
-        diff.put(own.layers[0].extents, moved)
+        diff.put(own.layers[0].extents, progress)
         return diff.publish(seal=seal, check=check).data_bytes

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
 from diffmergefs.analysis.compare import count_pages, require_equal, windows
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.newdiff import NewDiff, WrittenDiff
@@ -43,7 +43,7 @@ def rediff(
     seal: bool = False,
     jobs: int = 1,
     policy: TrustPolicy | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = ignore_progress,
 ) -> RediffResult:
     """Write the diff that turns `parent` into `child`: the pages that differ, and holes elsewhere.
 
@@ -51,8 +51,8 @@ def rediff(
     it is data in the file is proven before the file gets its name (see `newdiff.NewDiff`, also for
     `force`, `seal` and the mode). Laid over `parent` it gives `child`, byte for byte; with `verify`
     that is compared first, in whole. The two must have one size. What is read is what `compare`
-    reads, and the changed pages. `jobs` processes share the comparison. `progress` is called with
-    the bytes compared so far, of `compare.bytes_to_compare`. No input is written; each of their
+    reads, and the changed pages. `jobs` processes share the comparison. `progress` is given
+    `compare.bytes_to_compare` in all. No input is written; each of their
     layers is compared with its fingerprint at the end (law 6). Blocks.
 
     Raises SizeMismatchError, OutputRefusedError (the output exists without `force`, or is a layer
@@ -71,8 +71,7 @@ def rediff(
             diff.put(window.ranges)
             changed += count_pages(window.ranges, page)
             compared += window.compared_bytes
-            if progress:
-                progress(compared)
+            progress(window.compared_bytes)
 
         def check(layer: Layer) -> None:
             if verify:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -13,6 +13,7 @@ from diffmergefs.core.errors import DenseDiffError, SealError
 from diffmergefs.core.extents import PAGE, ExtentList
 from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView, require_equal_size
 from diffmergefs.opening.content import Parents, Verdicts
 from diffmergefs.opening.filled import Hint, hints, require_exact
@@ -53,7 +54,7 @@ def seal_layer(
     force: bool = False,
     policy: TrustPolicy | None = None,
     parents: Sequence[Layer] = (),
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Progress = ignore_progress,
 ) -> SealResult:
     """Write the seal of a layer whose extents are known to be right: `FILE.bmap` beside it.
 
@@ -64,7 +65,6 @@ def seal_layer(
     with the layer's mode and, by root, its owner. One that is there is replaced if it has the same
     extents and its checksums are right; if it says anything else, only with `force`: it may be the
     only record of a diff that a copy has harmed. The layer is synced and read, never written.
-    `progress` gets the bytes done so far.
 
     Raises UntrustedExtentsError, DenseDiffError, WriterError, SealError (another seal is there),
     SizeMismatchError, LayerChangedError, NoSpaceError, and FileAccessError for every other failure
@@ -99,7 +99,7 @@ def write_seal(path: str, extents: ExtentList, page_size: int = PAGE) -> None:
     LayerChangedError, NoSpaceError and FileAccessError.
     """
     with closing(Layer.open(path)) as layer, failures(path):
-        made = _map_of(layer, extents, page_size, lambda done: None)
+        made = _map_of(layer, extents, page_size)
         _publish(_place(path), bmap.dump(made), layer, force=True)
     _remove(path, PRESENCE_SUFFIX)
 
@@ -181,19 +181,12 @@ def _is_same(known: seal.StoredSeal, document: bytes) -> bool:
 
 
 def _map_of(
-    layer: Layer, extents: ExtentList, page: int, progress: Callable[[int], None]
+    layer: Layer, extents: ExtentList, page: int, progress: Progress = ignore_progress
 ) -> BlockMap:
     buffer = page_aligned(BLOCK)
     digests = bytearray()
-    done = 0
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done)
-
     for start, stop in extents:
-        digests += seal.sha256(layer, start, stop, buffer, report)
+        digests += seal.sha256(layer, start, stop, buffer, progress)
     layer.check_unchanged()
     starts, stops = array("Q", extents.starts), array("Q", extents.stops)
     block = _block(layer.size, extents, page)

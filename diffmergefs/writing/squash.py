@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from diffmergefs.analysis.compare import require_equal
 from diffmergefs.core.extents import ExtentList
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.newdiff import NewDiff, WrittenDiff
@@ -37,7 +37,7 @@ def squash(
     verify: bool = False,
     seal: bool = False,
     policy: TrustPolicy | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = ignore_progress,
 ) -> SquashResult:
     """Write the diffs `first` to `last` of the view's chain, both included, as one diff.
 
@@ -45,7 +45,7 @@ def squash(
     In their place the new diff gives the same image, byte for byte; with `verify` that is compared
     before the file gets its name. Where one of them has data, zeros too, there are data, and
     elsewhere holes, which is proven (see `newdiff.NewDiff`, also for `force`, `seal`, the mode and
-    what is raised). `progress` is called with the bytes done so far, of `count_data`.
+    what is raised). `progress` is given `count_data` bytes in all.
     Raises ValueError for numbers that are not those of diffs, in this order.
     """
     last = len(view.layers) - 1 if last is None else last
@@ -56,13 +56,6 @@ def squash(
         )
     diffs = MergedView(view.layers[first : last + 1])
     extents = _data_of(diffs)
-    done = 0
-
-    def moved(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done)
 
     def check(layer: Layer) -> None:
         if verify:
@@ -71,7 +64,7 @@ def squash(
 
     # No layer of the whole chain may be replaced by it, also not one that is not squashed.
     with NewDiff(output, diffs, view.layers, policy=policy, force=force) as diff:
-        diff.put(extents, moved)
+        diff.put(extents, progress)
         written = diff.publish(seal=seal, check=check)
     held = sum(layer.extents.data_bytes for layer in diffs.layers)
     return SquashResult(first, last, held - written.data_bytes, written)

@@ -6,7 +6,6 @@ forkd's daemon leaves links that it has merged already: complete images in spite
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 
 from diffmergefs.core.errors import (
@@ -17,6 +16,7 @@ from diffmergefs.core.errors import (
 )
 from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import copied_bits
+from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.opening.images import open_snapshot
 from diffmergefs.opening.opener import opened_store
 from diffmergefs.opening.pins import Hashes, require_pin
@@ -25,7 +25,7 @@ from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.stores.catalog import Catalog, read_catalog
 from diffmergefs.stores.snapshot import DOCUMENT
 from diffmergefs.writing.companions import take_over
-from diffmergefs.writing.newstore import Link, NewStore, StoreWriter, Tally, WriteOptions
+from diffmergefs.writing.newstore import Link, NewStore, StoreWriter, WriteOptions
 from diffmergefs.writing.outputdir import OutputDirectory
 
 
@@ -79,12 +79,13 @@ class StoreRediff:
 
     @property
     def total_bytes(self) -> int:
-        """How many bytes `write` reports: those of the images, and what is hashed of parents."""
+        """How many bytes `write` copies, compares and hashes."""
         links = self._links.values()
         pinned = [link for link in links if link.snapshot.parent_hash]
         parents = {link.snapshot.parent for link in links if link.snapshot.parent}
         hashed = [self._links[tag] for tag in parents]
-        return sum(link.layer.size for link in [*links, *pinned, *hashed])
+        hashed_bytes = sum(link.layer.size for link in [*pinned, *hashed])
+        return hashed_bytes + sum(link.work_bytes for link in links)
 
     def write(
         self,
@@ -93,7 +94,7 @@ class StoreRediff:
         verify: bool = False,
         seal: bool = False,
         jobs: int = 1,
-        progress: Callable[[int], None] = lambda done: None,
+        progress: Progress = ignore_progress,
     ) -> NewStore:
         """Write the new store to the directory `output`, which does not exist yet.
 
@@ -104,7 +105,8 @@ class StoreRediff:
         memory file, whether one was recorded before or not; one that was recorded must be right.
         Other fields are passed on. A memory file that had a seal, or with `seal` each, gets a new
         one. The directory gets its name when all in it is whole and synced; nothing is written to
-        the old store. `progress` is called with the bytes done so far, of `total_bytes`.
+        the old store. `progress` is given
+        `total_bytes` in all.
 
         Raises OutputRefusedError (`output` exists, lies in the store, or is no UTF-8, which the
         documents are), BrokenChainError (a recorded hash is wrong, and nothing is to be skipped),
@@ -112,11 +114,10 @@ class StoreRediff:
         """
         output = os.fspath(output)
         self._require_fit(output)
-        tally = Tally(progress)
         with OutputDirectory(output) as directory:
-            self._require_pins(tally)
+            self._require_pins(progress)
             parents = {link.snapshot.parent or "" for link in self._links.values()}
-            writer = StoreWriter(directory, self._pool.roots, self._catalog, parents, tally)
+            writer = StoreWriter(directory, self._pool.roots, self._catalog, parents, progress)
             options = WriteOptions(self._policy, verify=verify, seal=seal, jobs=jobs)
             done = [writer.write(link, options) for link in self._links.values()]
             self._require_unchanged()
@@ -156,7 +157,7 @@ class StoreRediff:
             ) from error
         self.left_out[tag] = str(error)
 
-    def _require_pins(self, tally: Tally) -> None:
+    def _require_pins(self, progress: Progress) -> None:
         # A new pin must not make a parent right that the old one says is wrong.
         hashes = Hashes(Remembered(self._policy.state_dir))
         for tag, link in list(self._links.items()):
@@ -167,7 +168,7 @@ class StoreRediff:
                 if parent not in self._links:
                     raise BrokenChainError(f"ancestor '{parent}' is broken")
                 with failures(self._links[parent].layer.path):
-                    require_pin(self._links[parent].layer, link.snapshot, hashes, tally.add)
+                    require_pin(self._links[parent].layer, link.snapshot, hashes, progress)
             except DiffMergeError as error:
                 self._leave_out(tag, error)
                 del self._links[tag]

@@ -73,7 +73,7 @@ def test_any_two_views_of_layers_that_are_partly_shared(
     assert (found.size, found.page_size) == (size, page)
     assert all(start % page == 0 for start, _ in found.ranges)
     assert all(stop % page == 0 or stop == size for _, stop in found.ranges)
-    assert done[-1] == found.compared_bytes == total and done == sorted(done)
+    assert sum(done) == found.compared_bytes == total
 
 
 def pair(
@@ -155,7 +155,7 @@ def test_processes_find_the_same(tmp_path: Path, jobs: int) -> None:
     assert alone.differing_pages == 7 and alone.first == 0
     done: list[int] = []
     assert compare(a, b, jobs=jobs, progress=done.append) == alone
-    assert done == [16 * MIB, 32 * MIB, size]
+    assert done == [16 * MIB, 16 * MIB, size - 32 * MIB]
 
 
 @pytest.mark.parametrize("offset", [0, 1, PAGE - 1, 16 * KIB, 256 * KIB - 1, 256 * KIB, MIB + 77])

@@ -260,12 +260,12 @@ def test_nothing_remembered_is_believed_and_what_proves_right_is_remembered(
     assert Remembered(str(state)).recall("sha256", identity) == sha256(work)
 
 
-def test_progress_counts_up_to_the_total(root: Path, state: Path) -> None:
-    told: list[int] = []
+def test_progress_adds_up_to_the_total(root: Path, state: Path) -> None:
+    done: list[int] = []
     with open_image(str(root / "leaf"), TrustPolicy(state_dir=str(state))) as opened:
         assert opened.total_bytes == 2 * SIZE
-        opened.verify(told.append)
-    assert told == sorted(told) and told[-1] == 2 * SIZE
+        opened.verify(done.append)
+    assert sum(done) == 2 * SIZE
 
 
 def test_files_are_read_at_the_same_time(

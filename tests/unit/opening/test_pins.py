@@ -132,7 +132,7 @@ def test_a_file_that_changes_while_it_is_hashed_has_no_hash(
         os.utime(layer.path, ns=(touched, touched))
 
     with pytest.raises(LayerChangedError, match="mtime moved"):
-        hashes.of(layer, report=touch)
+        hashes.of(layer, progress=touch)
     with pytest.raises(LayerChangedError):
         hashes.of(layer)
     identity = Identity.of(os.path.realpath(layer.path), os.stat(layer.path))
@@ -142,7 +142,7 @@ def test_a_file_that_changes_while_it_is_hashed_has_no_hash(
 def test_a_chmod_while_it_is_hashed_is_no_change(tmp_path: Path, memory: Remembered) -> None:
     layer = one_layer(tmp_path)
     expected = sha256(Path(layer.path))
-    assert Hashes(memory).of(layer, report=lambda count: os.chmod(layer.path, 0o600)) == expected
+    assert Hashes(memory).of(layer, progress=lambda count: os.chmod(layer.path, 0o600)) == expected
 
 
 def test_a_hash_is_computed_once_and_remembered_for_later_runs(

@@ -463,11 +463,11 @@ def test_layers_are_compared_after_each_batch_that_is_shared(
     assert events[2:] == [*expected, "000", "001", "002"]
 
 
-def test_progress_ends_with_the_bytes_of_data(chain: MergedView, out: Path) -> None:
+def test_progress_adds_up_to_the_bytes_of_data(chain: MergedView, out: Path) -> None:
     seen: list[int] = []
     flatten(chain, out, progress=seen.append)
-    assert seen == sorted(set(seen))
-    assert seen[-1] == sum(chain.visible_bytes())
+    assert all(seen)
+    assert sum(seen) == sum(chain.visible_bytes())
 
 
 # What may stand under the name, and when

@@ -68,7 +68,7 @@ def test_a_seal_records_the_extents_and_fits_its_file(real_fs: Path) -> None:
     assert result == sealing.SealResult(
         f"{diff}.bmap", "written", 3, 4 * PAGE - 100, PAGE, overridden=(), hints=()
     )
-    assert done[-1] == 4 * PAGE - 100 and done == sorted(done)
+    assert sum(done) == 4 * PAGE - 100
     assert recorded(diff) == [*EXTENTS, (15 * PAGE, SIZE - 100)]
     stored = seal.find(str(diff))
     assert stored is not None

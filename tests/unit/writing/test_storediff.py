@@ -297,11 +297,13 @@ def test_a_right_pin_is_taken_and_then_replaced(store: Path, public_path: Path) 
     with StoreRediff(store) as opened:
         done: list[int] = []
         total = opened.total_bytes
-        opened.write(new, progress=done.append)
+        made = opened.write(new, progress=done.append)
     assert document(new, "tip")["parent_content_hash"] == sha256(new / "leaf/memory.bin")
-    assert done == sorted(done) and done[-1] == total
-    # Five images, three parents hashed anew, and one hash of before.
-    assert total == (5 + 3 + 1) * SIZE
+    dense_links = [s for s in made.snapshots if s.done in ("rediffed", "dense")]
+    assert len(dense_links) == 2 and len(made.snapshots) == 5
+    copied = sum(s.data_bytes for s in made.snapshots if s not in dense_links)
+    # Two images compared, the others' data copied, three parents hashed anew, and one pin.
+    assert sum(done) == total == copied + (2 + 3 + 1) * SIZE
     write_tag(store, "tip", "leaf", layer=3, volumes=["/v"], note={"a": [1]})
 
 
