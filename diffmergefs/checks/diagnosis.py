@@ -1,10 +1,11 @@
-"""All that there is to say of one layer: may its bytes, and its holes, be believed?"""
+"""What `doctor` finds, and its findings on one layer: can its bytes and its holes be trusted?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
-from diffmergefs.checks.finding import Finding, Severity
 from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.core.layer import Layer
@@ -16,6 +17,25 @@ from diffmergefs.opening.writers import Writers, writers
 from diffmergefs.sidecars import seal
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
 from diffmergefs.sidecars.verified import Remembered
+
+Severity = Literal["fine", "warning", "wrong"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check. `subject` is 'host' or a path, `check` the check's name.
+
+    'wrong' is what would give wrong bytes or none if nothing refused it; a 'warning' is anything
+    else that should be fixed. Only a 'fine' finding has no `why` and no `remedy`.
+    """
+
+    subject: str
+    check: str
+    severity: Severity
+    finding: str
+    why: str = ""
+    remedy: str = ""
+
 
 _HOLES = "a diff's holes say which pages it leaves to its parent"
 _WHY = {

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from diffmergefs.checks.diagnosis import examine_layer, wrong
-from diffmergefs.checks.finding import Finding
+from diffmergefs.checks.diagnosis import Finding, examine_layer, wrong
 from diffmergefs.checks.probe import examine_filesystem
 from diffmergefs.core.errors import DiffMergeError, FileAccessError, ForeignFormatError
 from diffmergefs.core.layer import Layer

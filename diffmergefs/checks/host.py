@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from diffmergefs.checks.finding import Finding
+from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.core import interpreter
 from diffmergefs.system.mountpoint import ROOTS_PATH
 from diffmergefs.system.tuning import CONNECTIONS

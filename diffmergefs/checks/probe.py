@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 from typing import BinaryIO
 
-from diffmergefs.checks.finding import Finding
+from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.core import sparse
 from diffmergefs.core.buffers import BLOCK
 from diffmergefs.core.errors import DiffMergeError

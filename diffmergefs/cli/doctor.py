@@ -13,8 +13,8 @@ from pathlib import Path
 
 import click
 
+from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.checks.doctor import examine_path
-from diffmergefs.checks.finding import Finding
 from diffmergefs.checks.host import examine_host
 from diffmergefs.cli.options import (
     PATH,

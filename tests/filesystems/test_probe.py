@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from diffmergefs.checks import probe
-from diffmergefs.checks.finding import Finding
+from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.core import sparse
 from diffmergefs.core.extents import Extent, ExtentList
 from tests.filesystems.wrong_bytes import places

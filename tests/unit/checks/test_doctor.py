@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.checks.doctor import examine_path
-from diffmergefs.checks.finding import Finding
 from diffmergefs.core import sparse
 from diffmergefs.core.errors import BrokenChainError, FileAccessError
 from diffmergefs.core.extents import ExtentList

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from diffmergefs.checks import host
-from diffmergefs.checks.finding import Finding
+from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.cli import doctor
 from diffmergefs.system import asking
 from tests.support import mounttable, skips
