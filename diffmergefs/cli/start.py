@@ -22,7 +22,7 @@ from diffmergefs.core.errors import (
     MountTimeoutError,
 )
 from diffmergefs.fuse.access import view_access
-from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.fuse.observer import MountedSession, NullObserver, Observer
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.tree import Tree

@@ -9,8 +9,7 @@ from collections.abc import Hashable
 
 from diffmergefs.core import sparse
 from diffmergefs.core.identity import FileKey
-from diffmergefs.fuse.image import OpenImage
-from diffmergefs.fuse.nodes import Node, Passed, lane_of
+from diffmergefs.fuse.nodes import Node, OpenImage, Passed, lane_of
 from diffmergefs.fuse.passthrough import Passthrough
 
 MAX_BYTES = 64 << 20

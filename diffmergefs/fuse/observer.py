@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.nodes import OpenImage
 
 
 class Caller(Protocol):

@@ -13,8 +13,15 @@ import trio
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.singleflight import SingleFlight
-from diffmergefs.fuse.image import OpenImage
-from diffmergefs.fuse.nodes import MemoryFile, Node, Root, TagFolder, lane_of, lane_of_node
+from diffmergefs.fuse.nodes import (
+    MemoryFile,
+    Node,
+    OpenImage,
+    Root,
+    TagFolder,
+    lane_of,
+    lane_of_node,
+)
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.threads import Lanes, once_in_thread
 from diffmergefs.fuse.tree import Tree

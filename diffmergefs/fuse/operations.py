@@ -19,8 +19,8 @@ from diffmergefs.core.buffers import Buffers
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.fuse.dropbehind import DropBehind
 from diffmergefs.fuse.handles import Handle, Handles
-from diffmergefs.fuse.image import XATTRS, xattr
 from diffmergefs.fuse.nodes import (
+    XATTRS,
     Attributes,
     Document,
     MemoryFile,
@@ -29,6 +29,7 @@ from diffmergefs.fuse.nodes import (
     StatusFile,
     TagFolder,
     lane_of,
+    xattr,
 )
 from diffmergefs.fuse.observer import NullObserver, Observer
 from diffmergefs.fuse.opener import ImageOpener

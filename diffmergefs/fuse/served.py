@@ -24,8 +24,7 @@ from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.singleflight import SingleFlight
 from diffmergefs.fuse.access import named_folders
-from diffmergefs.fuse.hashqueue import HashQueue
-from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.fuse.tags import Answers, Look, TagState, states_after
 from diffmergefs.opening.content import Parents
 from diffmergefs.opening.filled import Hint
@@ -37,7 +36,7 @@ from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.stores.catalog import Catalog, read_catalog
 from diffmergefs.stores.reader import open_source
 from diffmergefs.stores.snapshot import Snapshot, StoredFile
-from diffmergefs.stores.watch import Watch
+from diffmergefs.stores.watch import HashQueue, Watch
 from diffmergefs.system.mountinfo import mount_of
 from diffmergefs.system.mountpoint import FILESYSTEM_TYPE
 

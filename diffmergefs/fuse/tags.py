@@ -13,7 +13,7 @@ from diffmergefs.core.errors import DiffMergeError, one_line
 from diffmergefs.core.identity import FileKey, FileVersion
 from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.access import Access, Folder, view_access
-from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.stores.catalog import Catalog
 from diffmergefs.stores.snapshot import Snapshot, StoredFile
 

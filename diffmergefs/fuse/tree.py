@@ -15,13 +15,13 @@ from contextlib import suppress
 from diffmergefs.core import STATUS_FOLDER, beneath
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.fuse.access import LISTING, reachable, view_access
-from diffmergefs.fuse.image import OpenImage
 from diffmergefs.fuse.nodes import (
     Attributes,
     Document,
     Inodes,
     MemoryFile,
     Node,
+    OpenImage,
     Passed,
     Root,
     StatusFile,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from diffmergefs.core import interpreter
 from diffmergefs.core.errors import FileAccessError
 from diffmergefs.core.extents import Extent
-from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.prefetch import advise
 from diffmergefs.prefetch.prefetcher import Push
 

@@ -21,7 +21,7 @@ from diffmergefs.core.errors import DiffMergeError, LayerChangedError
 from diffmergefs.core.extents import Extent, ExtentList
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.view import MergedView
-from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.fuse.observer import Caller
 from diffmergefs.prefetch.connection import Connection
 from diffmergefs.prefetch.record import Identity, WorkingSets, identity_of_view

@@ -1,31 +1,36 @@
-"""Which snapshots of a changing directory may be shown: judged look by look, no file is opened."""
+"""Which snapshots of a changing directory may be served: judged look by look, by metadata."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import logging
+import threading
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
+from diffmergefs.core import background
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.identity import FileKey, FileVersion
 from diffmergefs.stores.catalog import Catalog
 from diffmergefs.stores.snapshot import Snapshot, StoredFile
 
+log = logging.getLogger(__name__)
+
 SETTLING_NS = 2_000_000_000
 
-# Of how many tags that are gone it is remembered which parent they had.
+# For how many tags that are gone the parent is remembered.
 _REMEMBERED = 10_000
 
 
 class _Pair(NamedTuple):
-    # A snapshot's own layer, its parent's tag, and the layer which that one had.
+    # A snapshot's own layer, its parent's tag, and the parent's layer.
     own: FileKey
     parent: str
     content: FileKey
 
 
 class _Moment(NamedTuple):
-    # Which memory, with which device state. A chmod, or a link made, is another version of a file,
-    # but no other device state.
+    # Which memory, with which device state. A chmod or a new link makes another version of a file,
+    # but not another device state.
     memory: FileKey | None
     device_state: dict[str, FileKey | None]
 
@@ -36,82 +41,96 @@ class _Moment(NamedTuple):
         return cls(snapshot.memory and snapshot.memory.key, keys)
 
 
+class _Seen(NamedTuple):
+    # A snapshot as the last look saw it, with the layers of its chain if it may be served.
+    state: object
+    moment: _Moment
+    layers: list[FileKey] | None
+
+
 class Watch:
     """Judges successive looks at one directory of snapshots.
 
-    `content_hash` gives the hex sha256 of a stored file, or None as long as it is not known; it is
-    asked only when the parent of a snapshot was replaced and the snapshot records the hash of its
-    parent.
+    `content_hash` returns the hex sha256 of a stored file, or None while it is not known. It is
+    called only if the parent of a snapshot was replaced and the snapshot records its parent's hash.
     """
 
     def __init__(self, content_hash: Callable[[StoredFile], str | None]) -> None:
         self._content_hash = content_hash
-        self._states: dict[str, object] = {}
-        self._moments: dict[str, _Moment] = {}
-        self._shown: dict[str, list[FileKey]] = {}
-        # Each tag with the parent that it was first seen with, both settled.
+        self._seen: dict[str, _Seen] = {}
+        # Each tag with the parent that it was first seen with, when both had settled.
         self._pairs: dict[str, _Pair] = {}
         self._waiting: set[str] = set()
-        #: After a look: the version of each file of device state, by its path, that goes with its
-        #: tag's memory. None where none does: it was not there, two looks must first agree on it
-        #: and on the memory, or the tag is not shown.
+        #: After a look: the version of each file of device state, by its path, that belongs to its
+        #: tag's memory. None if there is none: the file was missing, two looks do not agree yet on
+        #: it and on the memory, or the tag is not served.
         self.device_state: Mapping[str, FileVersion | None] = {}
 
     def judge(self, catalog: Catalog, now_ns: int) -> tuple[dict[str, list[Snapshot]], set[str]]:
-        """The chains that may be shown after this look, by tag, and the tags that must settle.
+        """The chains that may be served after this look, by tag, and the tags that must settle.
 
-        A tag is shown once its files and its ancestors' were the same in two looks, or at once if
-        none was modified within the last two seconds. One that is shown with the same layers
-        stays, whatever else changes beside them. A snapshot whose parent was replaced under it is
-        marked broken in `catalog`, and so are its descendants; while the hash of the new parent is
-        not known they must settle. Another parent_tag in a document is no replacement: it says
-        that the diff is meant for that parent.
+        A tag is served once two looks saw the same files for it and its ancestors, or at once if
+        none of them was modified within the last two seconds. A tag that is served with the same
+        layers stays, whatever else changes beside them. A snapshot whose parent was replaced is
+        marked broken in `catalog`, and so are its descendants. While the hash of the new parent is
+        not known they must settle. Another parent_tag in a document is no replacement: it declares
+        the diff to be one of that parent.
         """
         self._waiting.clear()
         for snapshot in catalog.snapshots.values():
             if problem := self._judge_parent(catalog, snapshot, now_ns):
                 catalog.reject(snapshot.tag, problem)
         self._forget(catalog)
-        shown: dict[str, list[Snapshot]] = {}
+        chains: dict[str, list[Snapshot]] = {}
         unsettled: set[str] = set()
+        layers: dict[str, list[FileKey]] = {}
         for tag in catalog.snapshots:
             try:
                 links = catalog.chain(tag)
             except DiffMergeError:
                 continue
-            same_layers = self._shown.get(tag) == [link.layer.key for link in links]
+            keys = [link.layer.key for link in links]
+            before = self._seen.get(tag)
+            same_layers = before is not None and before.layers == keys
             if same_layers or all(self._is_settled(link, now_ns) for link in links):
-                shown[tag] = links
+                chains[tag], layers[tag] = links, keys
             else:
                 unsettled.add(tag)
-        self.device_state = self._steady(catalog, shown, now_ns)
-        self._states = {tag: s.state for tag, s in catalog.snapshots.items()}
-        self._moments = {tag: _Moment.of(s) for tag, s in catalog.snapshots.items()}
-        self._shown = {tag: [link.layer.key for link in links] for tag, links in shown.items()}
-        return shown, unsettled
+        self.device_state = self._steady(catalog, chains, now_ns)
+        self._seen = {
+            tag: _Seen(s.state, _Moment.of(s), layers.get(tag))
+            for tag, s in catalog.snapshots.items()
+        }
+        return chains, unsettled
 
     def _is_settled(self, link: Snapshot, now_ns: int) -> bool:
         if link.tag in self._waiting:
             return False
-        return link.newest_ns < now_ns - SETTLING_NS or self._states.get(link.tag) == link.state
+        before = self._seen.get(link.tag)
+        is_same = before is not None and before.state == link.state
+        return is_same or link.newest_ns < now_ns - SETTLING_NS
 
     def _steady(
-        self, catalog: Catalog, shown: Mapping[str, list[Snapshot]], now_ns: int
+        self, catalog: Catalog, chains: Mapping[str, list[Snapshot]], now_ns: int
     ) -> dict[str, FileVersion | None]:
         # A VMM replaces memory and device state one after the other, and a look may come between.
-        # One that went may come back before the next look.
+        # A file that went may come back before the next look.
         found = {path: None for path, seen in self.device_state.items() if seen}
         found |= {path: None for s in catalog.snapshots.values() for path in s.device_state}
         steady: dict[str, FileVersion | None] = {**found}
-        for links in shown.values():
+        for links in chains.values():
             own = links[-1]
-            before = self._moments.get(own.tag)
-            if self._is_settled(own, now_ns) if before is None else before == _Moment.of(own):
+            before = self._seen.get(own.tag)
+            if (
+                self._is_settled(own, now_ns)
+                if before is None
+                else before.moment == _Moment.of(own)
+            ):
                 steady |= own.device_state
         return steady
 
     def _judge_parent(self, catalog: Catalog, snapshot: Snapshot, now_ns: int) -> str | None:
-        # The problem with its parent, if there is one.
+        # The problem with the snapshot's parent, if there is one.
         if snapshot.problem is not None or snapshot.memory is None:
             return None
         first = self._first_seen(snapshot)
@@ -133,15 +152,15 @@ class Watch:
                     f"parent replaced: {parent.memory.path} is not the file that '{snapshot.tag}'"
                     " was first seen with; take the diff again"
                 )
-        # A parent that is still being copied in is not yet the one that counts.
+        # A parent that is still being copied in does not count yet.
         if self._is_settled(snapshot, now_ns) and self._is_settled(parent, now_ns):
             pair = _Pair(snapshot.memory.key, snapshot.parent, parent.memory.key)
             self._pairs[snapshot.tag] = pair
         return None
 
     def _first_seen(self, snapshot: Snapshot) -> _Pair | None:
-        # What it must be held against: nothing, if the diff is another one by now, or its document
-        # names another parent.
+        # What the snapshot must agree with: nothing if the diff is another one now, or if its
+        # document names another parent.
         first = self._pairs.get(snapshot.tag)
         if first is None or first.own != snapshot.layer.key:
             return None
@@ -161,3 +180,67 @@ class Watch:
         gone = [tag for tag in self._pairs if tag not in catalog.snapshots]
         for tag in gone[:-_REMEMBERED]:
             del self._pairs[tag]
+
+
+class HashQueue:
+    """Hashes stored files one after another in its own thread. Safe for several threads.
+
+    `content_hash` returns the hash of a file. It may block, and raise DiffMergeError or OSError:
+    then the reason is logged once, and the file is tried again after the others when somebody asks
+    for it again. The end of the process does not wait for the thread.
+    """
+
+    def __init__(self, content_hash: Callable[[StoredFile], str]) -> None:
+        self._content_hash = content_hash
+        self._known: dict[FileKey, str] = {}
+        self._waiting: dict[FileKey, StoredFile] = {}
+        self._failures: dict[FileKey, str] = {}
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, file: StoredFile) -> str | None:
+        """The hash of the file, or None while it is not known. Never blocks."""
+        with self._lock:
+            if (digest := self._known.get(file.key)) is not None:
+                return digest
+            self._waiting[file.key] = file
+            if self._thread is None or not self._thread.is_alive():
+                # If no thread can be started, the next look asks again.
+                self._thread = background.started(self._hash_all, "hashes")
+        return None
+
+    def forget_all_but(self, keys: Collection[FileKey]) -> None:
+        """Forget everything about other files than these."""
+        tables: tuple[dict[FileKey, Any], ...] = (self._known, self._waiting, self._failures)
+        with self._lock:
+            for table in tables:
+                for key in table.keys() - keys:
+                    del table[key]
+
+    def _hash_all(self) -> None:
+        while file := self._next():
+            try:
+                self._hash(file)
+            finally:
+                with self._lock:
+                    self._waiting.pop(file.key, None)
+
+    def _next(self) -> StoredFile | None:
+        with self._lock:
+            if not self._waiting:
+                self._thread = None  # under the same lock, so that `ask` cannot miss the end
+                return None
+            return next(iter(self._waiting.values()))
+
+    def _hash(self, file: StoredFile) -> None:
+        try:
+            digest = self._content_hash(file)
+        except (OSError, DiffMergeError) as error:
+            with self._lock:
+                is_news = str(error) != self._failures.get(file.key)
+                self._failures[file.key] = str(error)
+            if is_news:
+                log.warning("%s: its hash cannot be found: %s", file.path, error)
+            return
+        with self._lock:
+            self._known[file.key] = digest

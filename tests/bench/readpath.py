@@ -30,8 +30,7 @@ from unittest import mock
 import pyfuse3
 import trio
 
-from diffmergefs.fuse.image import OpenImage
-from diffmergefs.fuse.nodes import ROOT_INODE
+from diffmergefs.fuse.nodes import ROOT_INODE, OpenImage
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain

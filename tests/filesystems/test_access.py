@@ -24,7 +24,7 @@ from diffmergefs.fuse.access import (
     reachable,
     view_access,
 )
-from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.fuse.served import Store
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy

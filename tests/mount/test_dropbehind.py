@@ -19,8 +19,7 @@ import trio
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.dropbehind import DropBehind, drop
-from diffmergefs.fuse.image import OpenImage
-from diffmergefs.fuse.nodes import ROOT_INODE
+from diffmergefs.fuse.nodes import ROOT_INODE, OpenImage
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain

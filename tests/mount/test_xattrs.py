@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.fuse import image as images
+from diffmergefs.fuse import nodes
 from diffmergefs.fuse.served import Store
 from diffmergefs.opening.trust import TrustPolicy
 from tests.support.commands import succeed
@@ -110,14 +110,14 @@ def test_a_chain_that_is_too_long_for_an_attribute_is_an_error_of_its_own(
     store = Store(str(write_chain(tmp_path / "store", ["base", "leaf"])), TrustPolicy())
     store.look()
     view = store.open("leaf").view
-    full = images.xattr(view, store.root, CHAIN.encode())
-    monkeypatch.setattr(images, "LONGEST_XATTR", len(full))
-    assert images.xattr(view, store.root, CHAIN.encode()) == full
-    monkeypatch.setattr(images, "LONGEST_XATTR", len(full) - 1)
+    full = nodes.xattr(view, store.root, CHAIN.encode())
+    monkeypatch.setattr(nodes, "LONGEST_XATTR", len(full))
+    assert nodes.xattr(view, store.root, CHAIN.encode()) == full
+    monkeypatch.setattr(nodes, "LONGEST_XATTR", len(full) - 1)
     with pytest.raises(OSError) as caught:
-        images.xattr(view, store.root, CHAIN.encode())
+        nodes.xattr(view, store.root, CHAIN.encode())
     assert caught.value.errno == errno.E2BIG
-    assert images.xattr(view, store.root, LAYERS.encode()) == b"2"
+    assert nodes.xattr(view, store.root, LAYERS.encode()) == b"2"
 
 
 def test_a_long_chain_is_handed_on_whole_and_one_beyond_the_kernels_limit_is_refused(

@@ -14,8 +14,7 @@ import trio
 import trio.testing
 
 from diffmergefs.core.buffers import BLOCK, Buffers
-from diffmergefs.fuse.image import OpenImage
-from diffmergefs.fuse.nodes import ROOT_INODE
+from diffmergefs.fuse.nodes import ROOT_INODE, OpenImage
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain

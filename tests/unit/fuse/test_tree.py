@@ -19,8 +19,15 @@ import pytest
 
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.fuse.access import view_access
-from diffmergefs.fuse.image import OpenImage
-from diffmergefs.fuse.nodes import ROOT_INODE, Document, MemoryFile, Passed, Root, TagFolder
+from diffmergefs.fuse.nodes import (
+    ROOT_INODE,
+    Document,
+    MemoryFile,
+    OpenImage,
+    Passed,
+    Root,
+    TagFolder,
+)
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from diffmergefs.core.extents import Extent, ExtentList
-from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.prefetch import connection
 from diffmergefs.prefetch import prefetcher as module
 from diffmergefs.prefetch.guarded import GuardedNotify

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.core.errors import LayerChangedError
-from diffmergefs.fuse.image import OpenImage
+from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.prefetch import recorder as recorders
 from diffmergefs.prefetch.record import WorkingSet, WorkingSets, identity_of_view
 from diffmergefs.prefetch.recorder import Recorder
