@@ -20,7 +20,7 @@ from diffmergefs.core.layer import Layer
 from diffmergefs.opening.filesystems import untrusted_filesystem
 from diffmergefs.opening.trust import grain
 from diffmergefs.opening.writers import Writers, writers
-from diffmergefs.system.mountinfo import mount_of
+from diffmergefs.system.mounttable import mount_of
 from diffmergefs.writing.copying import clone_file
 
 _SIZE = 16 << 20

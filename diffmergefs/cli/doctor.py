@@ -31,7 +31,7 @@ from diffmergefs.system.asking import ask
 
 _WRONG = 1
 _CONTENT = bytes(range(256)) * 16
-_APART = "from diffmergefs.system.namespace import enter_own; enter_own(); "
+_APART = "from diffmergefs.system.mounttable import enter_own_namespace as enter; enter(); "
 _REMEDY = (
     "mend what is said above of the kernel, the device and the helper; in a container, --device"
     " /dev/fuse and --cap-add SYS_ADMIN, and profiles of AppArmor and seccomp that let it mount"

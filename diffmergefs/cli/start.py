@@ -36,7 +36,7 @@ from diffmergefs.prefetch.record import WorkingSets
 from diffmergefs.prefetch.recorder import Recorder
 from diffmergefs.system import daemon
 from diffmergefs.system import mountpoint as mountpoints
-from diffmergefs.system.mountinfo import Mount
+from diffmergefs.system.mounttable import Mount
 from diffmergefs.system.sdnotify import Notifier
 from diffmergefs.system.tuning import Tuning
 

@@ -1,4 +1,19 @@
-"""What metadata say of a file: its identity, and the permission bits for a copy of it."""
+"""Is it the same file still? Four identities, each made from stat(2); and permission bits.
+
+They differ in what may happen to a file that still counts as the same:
+
+- `FileKey`: the same content. A rename, a chmod and a new link keep it. Use it to recognise
+  content that was seen before: open layers, hashes, chains.
+- `FileVersion`: the same content, and nothing else was done to the file either. Use it where a
+  file was only looked at and what it was then must still hold when it is used.
+- `Fingerprint`: an open layer, whose device and inode cannot change. Use it to see after a read
+  whether anyone wrote meanwhile. The block count shows what moves no time stamp.
+- `diffmergefs.sidecars.verified.Identity`: a `FileVersion` under a path. Use it for what is stored
+  for later runs: a path has one entry, and a changed file must never match an old one.
+
+None of them proves that content is unchanged: a program can set a file's mtime back. The ctime,
+which only the kernel sets, is in all but `FileKey`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +29,7 @@ _NO_ACL = frozenset({errno.ENODATA, errno.EOPNOTSUPP})
 
 
 class FileKey(NamedTuple):
-    """Which file, with which content, as far as metadata tell: it survives renames and chmods."""
+    """The same content, as far as metadata show; a rename or a chmod keeps it."""
 
     device: int
     inode: int
@@ -27,7 +42,7 @@ class FileKey(NamedTuple):
 
 
 class FileVersion(NamedTuple):
-    """Which file, just as a look saw it: whatever is done to it is another version."""
+    """A file exactly as it was seen: anything done to it makes another version."""
 
     device: int
     inode: int
@@ -40,11 +55,25 @@ class FileVersion(NamedTuple):
         return cls(*FileKey.of(status), status.st_ctime_ns)
 
 
-def file_bits(file: int | str, mode: int) -> int:
-    """The permission bits of `file`, whose st_mode is `mode`, that its mirror can have.
+class Fingerprint(NamedTuple):
+    """What an open file's metadata were; any store that reaches the file moves one of these."""
 
-    Where there is an ACL, the owner's alone: 0400 of a file, 0700 of a directory. (The group's bits
-    are then a mask and nobody's right; a mirror has no ACL.) Raises OSError.
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    blocks: int
+
+    @classmethod
+    def of(cls, fd: int) -> Fingerprint:
+        s = os.fstat(fd)
+        return cls(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_blocks)
+
+
+def file_bits(file: int | str, mode: int) -> int:
+    """The permission bits that a mirror of `file`, whose st_mode is `mode`, can have.
+
+    If the file has an ACL, only the owner's bits: 0400 of a file, 0700 of a directory. The group
+    bits are then a mask, which grants nothing by itself, and a mirror has no ACL. Raises OSError.
     """
     if stat.S_ISLNK(mode) or not has_acl(file):
         return mode & 0o777
@@ -65,7 +94,7 @@ def has_acl(file: int | str) -> bool:
 def copied_bits(file: int | str, mode: int) -> int:
     """The bits for chmod(2) of a copy of `file`, whose st_mode is `mode`. Raises OSError.
 
-    As `file_bits`, but the owner of a copy may write if the owner of the file may, and execute.
+    As `file_bits`, but the owner of the copy may also write and execute, as the file's owner may.
     """
     special = mode & 0o7000
     return special | (mode & 0o700 if has_acl(file) else mode & 0o777)

@@ -13,7 +13,7 @@ from diffmergefs.core import background, beneath, foreign, sparse
 from diffmergefs.core.buffers import BLOCK, ZEROS
 from diffmergefs.core.errors import FileAccessError, LayerChangedError, SizeMismatchError
 from diffmergefs.core.extents import ExtentList
-from diffmergefs.core.identity import FileKey, copied_bits
+from diffmergefs.core.identity import FileKey, Fingerprint, copied_bits
 
 log = logging.getLogger(__name__)
 
@@ -34,20 +34,6 @@ class Record(NamedTuple):
     key: FileKey
     block: int
     unchecked: int = 0
-
-
-class Fingerprint(NamedTuple):
-    """What fstat says of a layer; any store that reaches the file moves one of these."""
-
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    blocks: int
-
-    @classmethod
-    def of(cls, fd: int) -> Fingerprint:
-        s = os.fstat(fd)
-        return cls(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_blocks)
 
 
 class Layer:

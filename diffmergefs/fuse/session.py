@@ -31,9 +31,8 @@ from diffmergefs.sidecars import (
 )
 from diffmergefs.system import mountpoint as mountpoints
 from diffmergefs.system import tuning
-from diffmergefs.system.mountinfo import Mount
-from diffmergefs.system.mounttable import in_other_namespaces
-from diffmergefs.system.ownmount import OwnMount
+from diffmergefs.system.mountpoint import OwnMount
+from diffmergefs.system.mounttable import Mount, in_other_namespaces
 from diffmergefs.system.sdnotify import Notifier
 from diffmergefs.system.tuning import Tuning
 

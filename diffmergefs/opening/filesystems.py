@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diffmergefs.core import beneath, sparse
 from diffmergefs.core.errors import FileAccessError
-from diffmergefs.system.mountinfo import Mount, mount_of
+from diffmergefs.system.mounttable import Mount, mount_of
 
 _NAMES = {
     0xEF53: "ext4",  # of ext2 and ext3 too

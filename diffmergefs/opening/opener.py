@@ -20,7 +20,7 @@ from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.opening.writers import Writers, writers
 from diffmergefs.sidecars import presence, seal
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
-from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
+from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
 from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.stores.reader import open_source
 from diffmergefs.stores.snapshot import StoredFile

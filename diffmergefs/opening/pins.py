@@ -8,6 +8,7 @@ import time
 from diffmergefs.core import sparse
 from diffmergefs.core.buffers import BLOCK, ZEROS, page_aligned
 from diffmergefs.core.errors import PinError
+from diffmergefs.core.identity import FileVersion
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.singleflight import SingleFlight
@@ -58,7 +59,7 @@ class Hashes:
     def __init__(self, memory: Remembered, *, anew: bool = False) -> None:
         self._memory = memory
         self._anew = anew
-        self._computed: dict[tuple[int, ...], str] = {}
+        self._computed: dict[FileVersion, str] = {}
         self._recalled: dict[Identity, str] = {}
         self._computing: SingleFlight[tuple[str, object]] = SingleFlight()
 
@@ -76,7 +77,7 @@ class Hashes:
         if (known := self._known(identity, expected)) is None:
             me = object()
             # An error is of the layer as it was opened: one that was opened later may be right.
-            key = identity[1:], layer.fingerprint
+            key = identity.version, layer.fingerprint
             known, by = self._computing.do(
                 key, lambda: self._compute(layer, identity, progress, me)
             )
@@ -87,7 +88,7 @@ class Hashes:
         return known
 
     def _known(self, identity: Identity, expected: str | None) -> str | None:
-        return self._computed.get(identity[1:]) or self._recall(identity, expected)
+        return self._computed.get(identity.version) or self._recall(identity, expected)
 
     def _recall(self, identity: Identity, expected: str | None) -> str | None:
         known = self._recalled.get(identity)
@@ -102,10 +103,10 @@ class Hashes:
         self, layer: Layer, identity: Identity, progress: Progress, who: object
     ) -> tuple[str, object]:
         # With `who` has read the file, which may be somebody that was faster.
-        if (done := self._computed.get(identity[1:])) is not None:
+        if (done := self._computed.get(identity.version)) is not None:
             return done, None
         since_ns = time.time_ns()
-        found = self._computed[identity[1:]] = content_hash(layer, progress)
+        found = self._computed[identity.version] = content_hash(layer, progress)
         self._memory.remember(KIND, identity, found, since_ns)
         return found, who
 

@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager, suppress
 from typing import NamedTuple
 
 from diffmergefs.core.errors import one_line
+from diffmergefs.core.identity import FileVersion
 
 log = logging.getLogger(__name__)
 
@@ -37,36 +38,28 @@ _COARSE_TICK_NS = 2_000_000_000  # where whole seconds are stored
 
 
 class Identity(NamedTuple):
-    """Which file with which content, as far as metadata tell, and under which path.
+    """A version of a file under a path (`core.identity` compares it with the other identities).
 
-    `path` should be absolute: it is what a later run will ask for. A chmod or a rename makes
+    `path` should be absolute: a later run looks the file up by it. A chmod or a rename makes
     another identity; that only costs another check.
     """
 
     path: str
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @classmethod
-    def of(cls, path: str, status: os.stat_result) -> Identity:
-        s = status
-        return cls(path, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+    version: FileVersion
 
     @classmethod
     def of_open(cls, fd: int) -> Identity:
-        """That of an open file, under its real path, by which any later run will know it."""
-        return cls.of(os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd))
+        """The identity of an open file under its real path, which any later run will use too."""
+        return cls(os.readlink(f"/proc/self/fd/{fd}"), FileVersion.of(os.fstat(fd)))
 
     def is_final(self, since_ns: int) -> bool:
         """Whether a store after the time `since_ns` would make another identity for certain.
 
         Time stamps tick: a store within the tick of the last one moves none of them.
         """
-        tick = _TICK_NS if self.ctime_ns % 1_000_000_000 else _COARSE_TICK_NS
-        return self.ctime_ns + tick < since_ns
+        ctime_ns = self.version.ctime_ns
+        tick = _TICK_NS if ctime_ns % 1_000_000_000 else _COARSE_TICK_NS
+        return ctime_ns + tick < since_ns
 
 
 class Remembered:
@@ -186,7 +179,7 @@ def default_directory() -> str:
 
 def _facts(identity: Identity) -> str:
     # As text: device and inode numbers have 64 bits, SQLite's integers 63.
-    return ":".join(str(number) for number in identity[1:])
+    return ":".join(str(number) for number in identity.version)
 
 
 def require_own(path: str, status: os.stat_result) -> None:

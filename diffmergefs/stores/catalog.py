@@ -19,7 +19,7 @@ from diffmergefs.core.extents import MAX_LAYERS
 from diffmergefs.core.layer import require_size
 from diffmergefs.core.view import require_equal_size
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
-from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
+from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
 from diffmergefs.stores.cloudhypervisor import CloudHypervisorReader, require_equal_ranges
 from diffmergefs.stores.forkd import ForkdReader
 from diffmergefs.stores.numbered import NumberedReader

@@ -13,7 +13,7 @@ from diffmergefs.core.beneath import Root
 from diffmergefs.core.errors import BrokenChainError
 from diffmergefs.core.identity import FileKey, FileVersion
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
-from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
+from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
 from diffmergefs.stores.reader import Source
 from diffmergefs.stores.snapshot import Snapshot, StoredFile, is_left_out
 

@@ -17,7 +17,7 @@ from diffmergefs.core import beneath
 from diffmergefs.core.errors import BrokenChainError
 from diffmergefs.core.identity import FileKey, FileVersion
 from diffmergefs.sidecars.bmap import ABSENT, SEAL_SUFFIX
-from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
+from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
 
 DOCUMENT = "snapshot.json"
 MAX_DOCUMENT = 1 << 20

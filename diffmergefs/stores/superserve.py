@@ -16,8 +16,8 @@ from dataclasses import replace
 from diffmergefs.core import beneath
 from diffmergefs.core.beneath import Root
 from diffmergefs.core.errors import BrokenChainError, FileAccessError, PresenceError
-from diffmergefs.sidecars import presence_format
-from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
+from diffmergefs.sidecars import presence
+from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
 from diffmergefs.stores.document import MAX_PATH, OUTSIDE, beneath_source, is_reachable
 from diffmergefs.stores.reader import FolderReader, Source, has_file
 from diffmergefs.stores.snapshot import (
@@ -172,7 +172,7 @@ def _require_presence(root: Root, diff: StoredFile) -> None:
     if not stat.S_ISREG(beneath.stat_beneath(root, path).st_mode):
         raise PresenceError(f"{path}: is not a regular file; nothing else is followed or read")
     if keys[0].size <= 1:
-        presence_format.parse(read_small(root, path, 1), path)
+        presence.parse(read_small(root, path, 1), path)
 
 
 def _with_parents(root: Root, found: dict[str, Snapshot]) -> dict[str, Snapshot]:

@@ -14,7 +14,7 @@ from diffmergefs.core.errors import DiffMergeError, OutputRefusedError
 from diffmergefs.core.extents import ExtentList
 from diffmergefs.opening.writers import is_open_elsewhere
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
-from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
+from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
 from diffmergefs.stores.catalog import LAYOUTS, Catalog, read_catalog
 from diffmergefs.stores.lookup import layout_of
 from diffmergefs.system.mounttable import FILESYSTEM_TYPE, MountTable, mounts, resolved

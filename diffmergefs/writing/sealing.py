@@ -23,7 +23,7 @@ from diffmergefs.opening.trust import TrustPolicy, override_lines, require_trust
 from diffmergefs.opening.writers import require_no_writers
 from diffmergefs.sidecars import bmap, seal
 from diffmergefs.sidecars.bmap import ABSENT, SEAL_SUFFIX, BlockMap
-from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
+from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
 from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.writing.output import OutputFile
 

@@ -13,7 +13,7 @@ import pytest
 from diffmergefs.core import sparse
 from diffmergefs.opening import filesystems
 from diffmergefs.opening.filesystems import overlay_directories, untrusted_filesystem
-from diffmergefs.system.mountinfo import Mount
+from diffmergefs.system.mounttable import Mount
 from tests.support import loopfs, mounttable
 from tests.support.commands import as_user
 from tests.support.images import PAGE, write_layer

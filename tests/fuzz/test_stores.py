@@ -29,7 +29,7 @@ from diffmergefs.core.errors import (
 from diffmergefs.opening.images import open_chain, open_snapshot
 from diffmergefs.opening.opener import LayerPool
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.sidecars import presence_format
+from diffmergefs.sidecars.presence import parse as parse_presence
 from diffmergefs.stores.catalog import read_catalog
 from diffmergefs.stores.snapshot import Snapshot
 from tests.support import trees
@@ -108,7 +108,7 @@ def test_presence_files(
         (layers / "diff.presence").write_bytes(data)
         try:
             with guard.on_duty():
-                found = presence_format.parse(data, "diff.presence")
+                found = parse_presence(data, "diff.presence")
         except PresenceError as error:
             require_one_line(error)
             with pytest.raises(PresenceError):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffmergefs.opening.filesystems import overlay_directories
-from diffmergefs.system.mountinfo import mount_of
+from diffmergefs.system.mounttable import mount_of
 from tests.support import faulty, loopfs, mounttable, skips
 
 Make = Callable[[str], Path]

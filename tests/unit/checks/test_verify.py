@@ -21,6 +21,7 @@ from diffmergefs.checks import verify
 from diffmergefs.checks.verdict import Verdict
 from diffmergefs.checks.verify import open_image, open_layers
 from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.core.identity import FileVersion
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening import pins
 from diffmergefs.opening.pins import content_hash
@@ -244,7 +245,7 @@ def test_nothing_remembered_is_believed_and_what_proves_right_is_remembered(
 ) -> None:
     monkeypatch.setattr(Identity, "is_final", lambda identity, since_ns: True)
     base = root / "base" / "memory.bin"
-    identity = Identity.of(str(base), base.stat())
+    identity = Identity(str(base), FileVersion.of(base.stat()))
     Remembered(str(state)).remember("sha256", identity, sha256(base))
     read: list[str] = []
 
@@ -256,7 +257,7 @@ def test_nothing_remembered_is_believed_and_what_proves_right_is_remembered(
     assert verified(root / "leaf", state).sound
     assert sorted(read) == [f"{root}/base/memory.bin", f"{root}/work/memory.bin"]
     work = root / "work" / "memory.bin"
-    identity = Identity.of(str(work), work.stat())
+    identity = Identity(str(work), FileVersion.of(work.stat()))
     assert Remembered(str(state)).recall("sha256", identity) == sha256(work)
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from diffmergefs.core import foreign
 from diffmergefs.core.errors import FileAccessError, LayerChangedError, PinError
+from diffmergefs.core.identity import FileVersion
 from diffmergefs.core.layer import Layer
 from diffmergefs.fuse.served import Store
 from diffmergefs.opening import pins
@@ -135,7 +136,7 @@ def test_a_file_that_changes_while_it_is_hashed_has_no_hash(
         hashes.of(layer, progress=touch)
     with pytest.raises(LayerChangedError):
         hashes.of(layer)
-    identity = Identity.of(os.path.realpath(layer.path), os.stat(layer.path))
+    identity = Identity(os.path.realpath(layer.path), FileVersion.of(os.stat(layer.path)))
     assert memory.recall("sha256", identity) is None
 
 
@@ -228,7 +229,9 @@ def test_a_wrong_memory_lets_no_good_file_look_wrong(
 ) -> None:
     layer = one_layer(tmp_path)
     status = os.stat(layer.path)
-    memory.remember("sha256", Identity.of(os.path.realpath(layer.path), status), ABSENT)
+    memory.remember(
+        "sha256", Identity(os.path.realpath(layer.path), FileVersion.of(status)), ABSENT
+    )
     known = sha256(Path(layer.path))
     assert Hashes(memory).of(layer, known) == known
     assert Hashes(memory).of(layer) == known  # and is mended by it

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from diffmergefs import apply_diff, flatten, open_chain, seal_layer
 from diffmergefs.analysis.info import describe
@@ -22,9 +24,10 @@ from diffmergefs.fuse.served import Store
 from diffmergefs.opening.images import Image
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.sidecars import presence
-from diffmergefs.sidecars.presence_format import PRESENCE_SUFFIX
+from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_chain, write_numbered
+from tests.support.superserve import crc64
 from tests.support.superserve import presence as bits
 
 BELOW = pages(0, range(16))
@@ -294,3 +297,81 @@ def test_doctor_goes_by_it(tmp_path: Path) -> None:
     beside(diff).write_bytes(b"")
     found = {finding.check: finding for finding in examine_path(str(diff))}
     assert found["access"].severity == "wrong" and "torn" in found["access"].finding
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [(b"123456789", 0xE9C6D914C4B8D9CA), (b"FCPRSNC1", 0x9FEE52A36DD3C749), (b"", 0)],
+)
+def test_the_check_values_of_the_checksum(data: bytes, expected: int) -> None:
+    assert presence.crc64(data) == expected == crc64(data)
+
+
+@given(st.binary(max_size=100))
+@settings(max_examples=50, deadline=None)
+def test_any_checksum_is_that_of_the_long_division(data: bytes) -> None:
+    assert presence.crc64(data) == crc64(data)
+
+
+@given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
+@settings(max_examples=100, deadline=None)
+def test_the_extents_are_the_runs_of_present_pages(drawn: tuple[int, set[int]]) -> None:
+    count, numbers = drawn
+    found = presence.parse(bits(numbers, count, 512))
+    assert (found.page, found.pages) == (512, count)
+    held = {n for start, stop in found.extents for n in range(start // 512, stop // 512)}
+    assert held == numbers
+    assert all(start % 512 == stop % 512 == 0 for start, stop in found.extents)
+    runs = [n for n in numbers if n - 1 not in numbers]
+    assert len(found.extents) == len(runs)  # joined across words
+
+
+def test_bit_n_of_word_m_is_page_64_m_plus_n() -> None:
+    text = bits([0, 63, 64, 65, 127, 130], 131)
+    words = [int.from_bytes(text[n : n + 8], "little") for n in (24, 32, 40)]
+    assert words == [1 | 1 << 63, 1 | 2 | 1 << 63, 4]
+    starts = [start // PAGE for start, _ in presence.parse(text).extents]
+    assert starts == [0, 63, 127, 130]
+
+
+def test_no_page_and_all_pages() -> None:
+    assert list(presence.parse(bits([], 70)).extents) == []
+    assert list(presence.parse(bits(range(70), 70)).extents) == [(0, 70 * PAGE)]
+
+
+GOOD = bits([1, 2], 16)
+
+
+def with_checksum(body: bytes) -> bytes:
+    return body + crc64(body).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "is empty (0 bytes): the save was torn"),
+        (b"\x55", "holds the one byte 0x55: the save could not derive which pages are present"),
+        (b"\x56", "1 bytes are too few"),
+        (GOOD[:39], "39 bytes"),
+        (GOOD + b"\0", "41 bytes, but 16 pages take 40"),
+        (GOOD[:-8], "32 bytes, but 16 pages take 40"),
+        (bits([1], 16, magic=b"FCPRSNC2"), "it begins with b'FCPRSNC2', not with b'FCPRSNC1'"),
+        (GOOD[:24] + b"\7" + GOOD[25:], "its CRC-64 is 0x"),
+        (GOOD[:-1] + bytes([GOOD[-1] ^ 1]), "it records 0x"),
+        (bits([1], 16, page=0), "pages of 0 bytes, which is no power of two"),
+        (bits([1], 16, page=256), "pages of 256 bytes"),
+        (bits([1], 16, page=4097), "pages of 4097 bytes"),
+        (bits([1], 16, page=1 << 62), "are more than a file can have"),
+        (with_checksum(GOOD[:16] + (1 << 63).to_bytes(8, "little")), "32 bytes, but"),
+        (with_checksum(GOOD[:24] + (1 << 16).to_bytes(8, "little")), "beyond the last of 16"),
+        (with_checksum(GOOD[:24] + b"\xff" * 8), "beyond the last of 16"),
+        # Where a page begins there is more than 64 bits hold.
+        (with_checksum(bits([], 1, 1 << 62)[:24] + b"\xff" * 8), "beyond the last of 1 "),
+    ],
+)
+def test_what_is_malformed_is_refused_with_its_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(PresenceError) as caught:
+        presence.parse(data, "there/mem.diff.presence")
+    text = str(caught.value)
+    assert reason in text and text.startswith("there/mem.diff.presence: ")
+    assert len(text.splitlines()) == 1

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from diffmergefs.core.identity import FileVersion
 from diffmergefs.sidecars import verified
 from diffmergefs.sidecars.verified import Identity, Remembered, default_directory
 
-OLD = Identity("/images/base.mem", 7, 2**63 + 5, 4096, 1_600_000_000_000_000_001, 1_600_000_000_500)
+CTIME_NS = 1_600_000_000_500
+VERSION = FileVersion(7, 2**63 + 5, 4096, 1_600_000_000_000_000_001, CTIME_NS)
+OLD = Identity("/images/base.mem", VERSION)
 
 
 @pytest.fixture
@@ -43,11 +46,11 @@ def test_what_was_remembered_is_recalled_by_a_later_run(directory: Path) -> None
     "other",
     [
         OLD._replace(path="/images/other.mem"),
-        OLD._replace(device=8),
-        OLD._replace(inode=2**63 + 6),
-        OLD._replace(size=8192),
-        OLD._replace(mtime_ns=OLD.mtime_ns + 1),
-        OLD._replace(ctime_ns=OLD.ctime_ns + 1),
+        OLD._replace(version=VERSION._replace(device=8)),
+        OLD._replace(version=VERSION._replace(inode=2**63 + 6)),
+        OLD._replace(version=VERSION._replace(size=8192)),
+        OLD._replace(version=VERSION._replace(mtime_ns=VERSION.mtime_ns + 1)),
+        OLD._replace(version=VERSION._replace(ctime_ns=CTIME_NS + 1)),
     ],
 )
 def test_each_part_of_the_identity_counts(directory: Path, other: Identity) -> None:
@@ -59,8 +62,9 @@ def test_identity_says_what_stat_says(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"abc")
     s = path.stat()
-    expected = Identity(str(path), s.st_dev, s.st_ino, 3, s.st_mtime_ns, s.st_ctime_ns)
-    assert Identity.of(str(path), s) == expected
+    expected = FileVersion(s.st_dev, s.st_ino, 3, s.st_mtime_ns, s.st_ctime_ns)
+    with open(path, "rb") as file:
+        assert Identity.of_open(file.fileno()) == (os.path.realpath(path), expected)
 
 
 def test_a_path_need_not_be_text(directory: Path) -> None:
@@ -72,16 +76,16 @@ def test_a_path_need_not_be_text(directory: Path) -> None:
 def test_a_file_just_changed_is_not_remembered(directory: Path) -> None:
     # A store in the same tick of the clock would leave its identity as it is.
     kept = memory(directory)
-    kept.remember("sha256", OLD, "ab", since_ns=OLD.ctime_ns + 1_000_000)
+    kept.remember("sha256", OLD, "ab", since_ns=CTIME_NS + 1_000_000)
     assert kept.recall("sha256", OLD) is None
-    kept.remember("sha256", OLD, "ab", since_ns=OLD.ctime_ns + 60_000_000)
+    kept.remember("sha256", OLD, "ab", since_ns=CTIME_NS + 60_000_000)
     assert kept.recall("sha256", OLD) == "ab"
 
 
 def test_where_whole_seconds_are_stored_just_now_is_longer() -> None:
-    coarse = OLD._replace(ctime_ns=1_600_000_000_000_000_000)
-    assert not coarse.is_final(coarse.ctime_ns + 1_900_000_000)
-    assert coarse.is_final(coarse.ctime_ns + 2_100_000_000)
+    coarse = OLD._replace(version=VERSION._replace(ctime_ns=1_600_000_000_000_000_000))
+    assert not coarse.is_final(coarse.version.ctime_ns + 1_900_000_000)
+    assert coarse.is_final(coarse.version.ctime_ns + 2_100_000_000)
 
 
 def test_nothing_is_made_before_there_is_something_to_remember(directory: Path) -> None:
@@ -195,7 +199,7 @@ def test_an_unusable_directory_is_logged_once_and_forgotten(
 
 def test_what_a_path_had_before_is_replaced(directory: Path) -> None:
     kept = memory(directory)
-    newer = OLD._replace(mtime_ns=OLD.mtime_ns + 1)
+    newer = OLD._replace(version=VERSION._replace(mtime_ns=VERSION.mtime_ns + 1))
     kept.remember("sha256", OLD, "old")
     kept.remember("seal", OLD, "seal")
     kept.remember("sha256", newer, "new")
@@ -242,10 +246,12 @@ def test_threads_share_one_memory(directory: Path, caplog: pytest.LogCaptureFixt
 
 _WRITER = """
 import sys
+from diffmergefs.core.identity import FileVersion
 from diffmergefs.sidecars.verified import Identity, Remembered
 for n in range(10):
     kept = Remembered(sys.argv[1])
-    kept.remember("sha256", Identity(f"/{sys.argv[2]}/{n}", 1, 2, 3, 4, 5), sys.argv[2])
+    file = Identity(f"/{sys.argv[2]}/{n}", FileVersion(1, 2, 3, 4, 5))
+    kept.remember("sha256", file, sys.argv[2])
 """
 
 
@@ -257,7 +263,9 @@ def test_processes_share_one_memory(directory: Path) -> None:
     kept = memory(directory)
     for w in range(4):
         for n in range(10):
-            assert kept.recall("sha256", Identity(f"/{w}/{n}", 1, 2, 3, 4, 5)) == str(w)
+            assert kept.recall("sha256", Identity(f"/{w}/{n}", FileVersion(1, 2, 3, 4, 5))) == str(
+                w
+            )
 
 
 def test_a_locked_database_is_no_error(

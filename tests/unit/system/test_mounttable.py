@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.system import mountinfo
-from diffmergefs.system.mountinfo import mount_of
+from diffmergefs.system import mounttable
+from diffmergefs.system.mounttable import mount_of
 from tests.support import loopfs, skips
 
 
@@ -92,7 +92,7 @@ def test_a_memfd_has_no_listed_mount() -> None:
 
 
 def test_without_proc_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mountinfo, "Path", lambda path: tmp_path / "proc")
+    monkeypatch.setattr(mounttable, "Path", lambda path: tmp_path / "proc")
     with opened(tmp_path) as fd:
         assert mount_of(fd) is None
 
