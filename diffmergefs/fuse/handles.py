@@ -94,8 +94,9 @@ class Handle:
         return cls(fd=fd, node=node, key=key)
 
     def lane(self, start: int, length: int) -> Hashable:
-        """The lane of the filesystems that hold the image's bytes in this range."""
-        assert self.view is not None
+        """The lane of the filesystems that hold the bytes in this range: see `threads.Lanes`."""
+        if self.view is None:
+            return lane_of(self.device)
         numbers = {segment.layer for segment in self.view.segments(start, length)}
         return lane_of(*(self._devices[number] for number in numbers if number is not None))
 

@@ -9,11 +9,10 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.access import Access
 
@@ -32,6 +31,9 @@ class OpenImage:
     a change of the chain or of the access rights, it is another OpenImage.
     """
 
+    #: The names of all its extended attributes.
+    XATTRS: ClassVar = (_PREFIX + b"chain", _PREFIX + b"layers", _PREFIX + b"dirty_bytes")
+
     name: str
     view: MergedView
     access: Access
@@ -45,6 +47,27 @@ class OpenImage:
         visible = sum(view.visible_bytes())
         newest = max(layer.status.st_mtime_ns for layer in view.layers)
         return cls(name, view, access, visible, newest, name if tag is None else tag)
+
+    def xattr(self, root: str, name: bytes) -> bytes:
+        """The value of the extended attribute `name`, one of XATTRS.
+
+        `user.diffmergefs.chain` is a JSON list in ASCII: for each layer, base first, its `path`
+        (relative paths are resolved against `root`) and its `data_bytes`. `.layers` is the number
+        of layers and `.dirty_bytes` the number of data bytes in the newest one, both decimal. Reads
+        no file. Raises OSError (E2BIG) if the value is longer than LONGEST_XATTR.
+        """
+        layers = self.view.layers
+        if name == _PREFIX + b"layers":
+            text = str(len(layers))
+        elif name == _PREFIX + b"dirty_bytes":
+            text = str(layers[-1].extents.data_bytes)
+        else:
+            facts = [(os.path.join(root, layer.path), layer.extents.data_bytes) for layer in layers]
+            text = json.dumps([{"path": path, "data_bytes": size} for path, size in facts])
+        value = text.encode("ascii")
+        if len(value) > LONGEST_XATTR:
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG), os.fsdecode(name))
+        return value
 
 
 @dataclass(frozen=True)
@@ -126,37 +149,6 @@ class Attributes(NamedTuple):
     nlink: int
     mtime_ns: int
     constant: bool = False
-
-
-def _chain(layers: Sequence[Layer], root: str) -> str:
-    facts = [
-        {"path": os.path.join(root, layer.path), "data_bytes": layer.extents.data_bytes}
-        for layer in layers
-    ]
-    return json.dumps(facts)
-
-
-_XATTRS: dict[bytes, Callable[[Sequence[Layer], str], str]] = {
-    _PREFIX + b"chain": _chain,
-    _PREFIX + b"layers": lambda layers, root: str(len(layers)),
-    _PREFIX + b"dirty_bytes": lambda layers, root: str(layers[-1].extents.data_bytes),
-}
-#: The names of all extended attributes of a memory file.
-XATTRS = list(_XATTRS)
-
-
-def xattr(view: MergedView, root: str, name: bytes) -> bytes:
-    """The value of the extended attribute `name`, one of XATTRS, of a memory file.
-
-    `user.diffmergefs.chain` is a JSON list in ASCII: for each layer, base first, its `path`
-    (relative paths are resolved against `root`) and its `data_bytes`. `.layers` is the number of
-    layers and `.dirty_bytes` the number of data bytes in the newest one, both decimal. Reads no
-    file. Raises OSError (E2BIG) if the value is longer than LONGEST_XATTR.
-    """
-    value = _XATTRS[name](view.layers, root).encode("ascii")
-    if len(value) > LONGEST_XATTR:
-        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG), os.fsdecode(name))
-    return value
 
 
 def lane_of(*devices: int) -> Hashable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar, cast
@@ -26,6 +27,8 @@ from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.threads import Lanes, once_in_thread
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.stores.snapshot import Snapshot
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -61,7 +64,15 @@ class ImageOpener:
         return await self.lanes.run(lane, self._tree.child, folder, name)
 
     async def names(self, folder: Node) -> tuple[bytes, ...]:
-        """The names in a directory, listed once for all clients that ask meanwhile."""
+        """The names in a directory, listed once for all clients that ask meanwhile.
+
+        The image of a tag is opened first, so that `Tree.child` knows its memory file.
+        """
+        if isinstance(folder, TagFolder):
+            try:
+                await self.image(folder.tag)
+            except (DiffMergeError, OSError) as error:
+                log.debug("%s: has no memory file: %s", folder.tag, error)
         work = functools.partial(self._tree.names, folder)
         names = await self._once(("names", folder), lane_of_node(folder), work)
         return cast(tuple[bytes, ...], names)

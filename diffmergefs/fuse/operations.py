@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import logging
+import functools
 import os
 import secrets
 from collections.abc import Sequence
@@ -16,29 +16,15 @@ from pyfuse3 import FUSEError
 
 from diffmergefs.core import background
 from diffmergefs.core.buffers import Buffers
-from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.fuse.dropbehind import DropBehind
 from diffmergefs.fuse.handles import Handle, Handles
-from diffmergefs.fuse.nodes import (
-    XATTRS,
-    Attributes,
-    Document,
-    MemoryFile,
-    Node,
-    Passed,
-    StatusFile,
-    TagFolder,
-    lane_of,
-    xattr,
-)
+from diffmergefs.fuse.nodes import Attributes, Document, MemoryFile, Node, Passed, StatusFile
 from diffmergefs.fuse.observer import NullObserver, Observer
 from diffmergefs.fuse.opener import ImageOpener
 from diffmergefs.fuse.replies import answering, entry_of, fuse_error, statvfs_of
 from diffmergefs.fuse.status import Metrics, Status, rendered, status_of
 from diffmergefs.fuse.threads import Lanes
 from diffmergefs.fuse.tree import Tree
-
-log = logging.getLogger(__name__)
 
 _READING_THREADS = 64
 _READDIR_BATCH = 64
@@ -67,7 +53,7 @@ class Operations(pyfuse3.Operations):
         self._drop_behind = drop_behind
         # Each mount begins with the same inode numbers. A file handle from an earlier mount, which
         # NFS and open_by_handle_at(2) keep, must not open another image. The kernel takes 32 bits.
-        self._generation = 1 + secrets.randbelow(0xFFFFFFFF)
+        self._entry = functools.partial(entry_of, 1 + secrets.randbelow(0xFFFFFFFF))
         self._handles = Handles()
         self._by_number = self._handles.by_number  # looked up in each read
         self._replies = Buffers()
@@ -113,23 +99,14 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        store, explicit = self.tree.store, self.tree.explicit
-        if store is not None:
-            return statvfs_of(store.total_bytes(), len(store.tags()))
-        return statvfs_of(explicit.view.size if explicit else 0, 1)
+        return statvfs_of(*self.tree.totals())
 
     # Directories
 
     @answering
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         folder = self._inodes.node(inode)
-        if isinstance(folder, TagFolder):
-            try:
-                await self.opener.image(folder.tag)
-            except (DiffMergeError, OSError) as error:
-                log.debug("%s: has no memory file: %s", folder.tag, error)
-        names = await self.opener.names(folder)
-        return self._handles.add_folder(folder, names)
+        return self._handles.add_folder(folder, await self.opener.names(folder))
 
     @answering
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
@@ -144,7 +121,7 @@ class Operations(pyfuse3.Operations):
                 for number, (name, entry) in enumerate(zip(names, entries, strict=True), first + 1):
                     if entry is None:
                         continue
-                    if not self._add_entry(token, name, *entry, number):
+                    if not self._add_entry(token, name, entry, number):
                         return
                     added += 1
         except Exception:
@@ -154,21 +131,15 @@ class Operations(pyfuse3.Operations):
                 raise
 
     def _add_entry(
-        self,
-        token: pyfuse3.ReaddirToken,
-        name: bytes,
-        node: Node,
-        attributes: Attributes,
-        number: int,
+        self, token: pyfuse3.ReaddirToken, name: bytes, entry: tuple[Node, Attributes], number: int
     ) -> bool:
         # An entry that is added counts as looked up. An entry without room does not.
-        inode = self._inodes.number(node)
-        is_added = pyfuse3.readdir_reply(token, name, self._entry(inode, attributes), number)
-        if is_added:
+        inode = self._inodes.number(entry[0])
+        if pyfuse3.readdir_reply(token, name, self._entry(inode, entry[1]), number):
             self._inodes.look_up(inode)
-        else:
-            self._inodes.forget(inode)
-        return is_added
+            return True
+        self._inodes.forget(inode)
+        return False
 
     @answering
     async def releasedir(self, fh: int) -> None:
@@ -257,7 +228,7 @@ class Operations(pyfuse3.Operations):
             return handle.text.parts[0][off : off + size]
         if handle.fd is None:
             raise FUSEError(errno.EISDIR)
-        return await self._reading.run(lane_of(handle.device), handle.read_file, off, size)
+        return await self._reading.run(handle.lane(off, size), handle.read_file, off, size)
 
     @answering
     async def release(self, fh: int) -> None:
@@ -277,14 +248,15 @@ class Operations(pyfuse3.Operations):
     @answering
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         node = self._inodes.node(inode)
-        if not isinstance(node, MemoryFile) or name not in XATTRS:
+        if not isinstance(node, MemoryFile) or name not in node.image.XATTRS:
             raise FUSEError(pyfuse3.ENOATTR)
         root = self.tree.store.root if self.tree.store else "/"
-        return await self.opener.run(node, xattr, node.image.view, root, name)
+        return await self.opener.run(node, node.image.xattr, root, name)
 
     @answering
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        return list(XATTRS) if isinstance(self._inodes.node(inode), MemoryFile) else []
+        node = self._inodes.node(inode)
+        return list(node.image.XATTRS) if isinstance(node, MemoryFile) else []
 
     # Changes, which are all refused
 
@@ -309,9 +281,6 @@ class Operations(pyfuse3.Operations):
             images=self._inodes.open_images(),
             files=len(images),
         )
-
-    def _entry(self, inode: int, known: Attributes) -> pyfuse3.EntryAttributes:
-        return entry_of(inode, self._generation, known)
 
     async def _attributes(self, node: Node) -> Attributes:
         if isinstance(node, MemoryFile):

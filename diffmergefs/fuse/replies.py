@@ -65,7 +65,7 @@ def fuse_error(metrics: Metrics, handler: str, error: Exception) -> FUSEError:
     return FUSEError(number)
 
 
-def entry_of(inode: int, generation: int, known: Attributes) -> pyfuse3.EntryAttributes:
+def entry_of(generation: int, inode: int, known: Attributes) -> pyfuse3.EntryAttributes:
     """The reply that describes a node."""
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = inode

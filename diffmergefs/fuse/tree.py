@@ -182,6 +182,12 @@ class Tree:
         if now[:2] != image.access[:2] or image.access.mode & ~now.mode:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), image.name)
 
+    def totals(self) -> tuple[int, int]:
+        """The sum of the logical sizes of all served images, and their number."""
+        if self.store is not None:
+            return self.store.total_bytes(), len(self.store.tags())
+        return self.explicit.view.size if self.explicit else 0, 1
+
     # Attributes
 
     def attributes(self, node: Node) -> Attributes:

@@ -109,15 +109,15 @@ def test_a_chain_that_is_too_long_for_an_attribute_is_an_error_of_its_own(
 ) -> None:
     store = Store(str(write_chain(tmp_path / "store", ["base", "leaf"])), TrustPolicy())
     store.look()
-    view = store.open("leaf").view
-    full = nodes.xattr(view, store.root, CHAIN.encode())
+    image = store.open("leaf")
+    full = image.xattr(store.root, CHAIN.encode())
     monkeypatch.setattr(nodes, "LONGEST_XATTR", len(full))
-    assert nodes.xattr(view, store.root, CHAIN.encode()) == full
+    assert image.xattr(store.root, CHAIN.encode()) == full
     monkeypatch.setattr(nodes, "LONGEST_XATTR", len(full) - 1)
     with pytest.raises(OSError) as caught:
-        nodes.xattr(view, store.root, CHAIN.encode())
+        image.xattr(store.root, CHAIN.encode())
     assert caught.value.errno == errno.E2BIG
-    assert nodes.xattr(view, store.root, LAYERS.encode()) == b"2"
+    assert image.xattr(store.root, LAYERS.encode()) == b"2"
 
 
 def test_a_long_chain_is_handed_on_whole_and_one_beyond_the_kernels_limit_is_refused(
