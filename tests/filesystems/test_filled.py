@@ -12,13 +12,13 @@ import pytest
 
 from diffmergefs.core.errors import UntrustedExtentsError
 from diffmergefs.core.layer import Layer
-from diffmergefs.opening.images import open_chain
+from diffmergefs.opening.images import open_chain, open_image
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.sealing import seal_layer
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, signed, store_mapped, write_layer
 from tests.support.mounts import mounted
-from tests.support.stores import age, pages, write_tag
+from tests.support.stores import age, pages, write_chain, write_tag
 
 MIB = 1 << 20
 SIZE = 32 * MIB
@@ -330,3 +330,11 @@ def test_seal_over_what_lies_below(tmp_path: Path, layers: list[str]) -> None:
         assert done.returncode == 2 and "need --base" in done.stderr
     assert "name the layers" in diffmergefs("seal").stderr
     assert "--base" not in succeed("seal", "--force", other)
+
+
+def test_the_diffs_of_a_store_are_held_to_law_4(filesystem: Callable[[str], Path]) -> None:
+    store = write_chain(filesystem("xfs16k"), ["base", "one"])
+    with pytest.raises(UntrustedExtentsError) as caught:
+        open_image(store / "one")
+    assert caught.value.check == "grain"
+    assert open_image(store / "base").view.read(0, PAGE) == signed(0, 0, PAGE)

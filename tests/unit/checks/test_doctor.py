@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,53 +15,24 @@ from diffmergefs.core import sparse
 from diffmergefs.core.errors import BrokenChainError, FileAccessError
 from diffmergefs.core.extents import ExtentList
 from diffmergefs.core.layer import Layer
-from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.sealing import seal_layer
-from tests.support import loopfs
 from tests.support.commands import diffmergefs
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.stores import (
     SIZE,
     opened_beneath,
-    write_chain,
     write_document,
     write_numbered,
     write_tag,
 )
+from tests.support.subjects.doctor import examined, memory, of, store
 
-MIB = 1 << 20
-OF_FILESYSTEMS = {
-    *("filesystem", "grain", "zeros", "mappings", "reflink", "lease", "probe", "snapshots"),
-}
-
-
-def examined(path: Path, **options: Any) -> list[Finding]:
-    """The findings but for those on the filesystem, which is fine."""
-    found = list(examine_path(str(path), TrustPolicy(**options)))
-    for finding in found:
-        assert bool(finding.why) == bool(finding.remedy) == (finding.severity != "fine")
-    folder = str(path if path.is_dir() else path.parent)
-    probed = [f for f in found if f.subject == folder and f.check in OF_FILESYSTEMS]
-    assert len(probed) >= 5 and {f.severity for f in probed} == {"fine"}
-    return [f for f in found if f not in probed]
+__all__ = ["store"]
 
 
 def shown(found: list[Finding]) -> list[tuple[str, str, str]]:
     return [(os.path.relpath(f.subject, "/"), f.check, f.severity) for f in found]
-
-
-def of(found: list[Finding], path: Path) -> list[tuple[str, str]]:
-    return [(f.check, f.severity) for f in found if f.subject == str(path)]
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return write_chain(tmp_path / "store", ["base", "work", "leaf"])
-
-
-def memory(store: Path, tag: str) -> Path:
-    return store / tag / "memory.bin"
 
 
 def test_a_sound_store(store: Path) -> None:
@@ -254,58 +222,6 @@ def test_everything_of_law_4_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found == [(check, "wrong") for check in checks]
 
 
-@pytest.mark.parametrize("kind", ["ext4", "xfs"])
-def test_a_preallocated_diff_is_wrong(kind: str, filesystem: Callable[[str], Path]) -> None:
-    diff = write_layer(filesystem(kind) / "mem_diff", 4 * MIB, [])
-    subprocess.run(["fallocate", "-o", f"{MIB}", "-l", f"{MIB}", diff], check=True)
-    assert ("unwritten", "wrong") in of(examined(diff), diff)
-
-
-def test_a_diff_on_a_coarse_grain_is_wrong(filesystem: Callable[[str], Path]) -> None:
-    diff = write_layer(filesystem("xfs16k") / "mem_diff", 4 * MIB, [(0, b"x" * PAGE)])
-    found = [f for f in examine_path(str(diff)) if f.severity == "wrong"]
-    assert [(f.subject, f.check) for f in found] == [
-        (str(diff.parent), "grain"),
-        (str(diff), "grain"),
-    ]
-    assert [
-        f for f in examine_path(str(diff), TrustPolicy(page_size=16384)) if f.severity == "wrong"
-    ] == []
-
-
-def test_a_copy_up_is_wrong_over_a_parents_data(overlay_fs: loopfs.Overlay) -> None:
-    write_tag(overlay_fs.lower, "base", numbers=range(300), size=4 * MIB)
-    write_tag(overlay_fs.lower, "work", "base", layer=1, numbers=[5], size=4 * MIB)
-    diff = memory(overlay_fs.merged, "work")
-    assert of(examine_path(str(diff)), diff) == [("extents", "fine"), ("no-seal", "warning")]
-    diff.chmod(0o600)
-    (wrong,) = (f for f in examine_path(str(diff)) if f.subject == str(diff))
-    assert (wrong.check, wrong.severity) == ("copy-up", "wrong")
-    extent = f"[{5 * PAGE}, {5 * PAGE + MIB})"
-    assert wrong.finding.startswith(f"the extent {extent} on overlayfs has 255 pages of zeros")
-    seal_layer(diff)
-    assert of(examine_path(str(diff)), diff) == [("extents", "fine")]
-
-
-def test_a_copy_up_is_a_warning_where_the_parent_is_not_known(overlay_fs: loopfs.Overlay) -> None:
-    write_layer(overlay_fs.lower / "mem_diff", 4 * MIB, [(5 * PAGE, b"x" * PAGE)])
-    diff = overlay_fs.merged / "mem_diff"
-    diff.chmod(0o600)
-    assert of(examine_path(str(diff)), diff) == [("copy-up", "warning")]
-
-
-@pytest.mark.parametrize("kind", ["squashfs", "erofs"])
-def test_a_filesystem_that_is_not_on_the_list_is_wrong_for_diffs_only(
-    kind: str, tmp_path: Path, filesystem: Callable[[str], Path]
-) -> None:
-    store = write_chain(tmp_path / "store", ["base", "work"])
-    with loopfs.packed(kind, store, filesystem("ext4")) as root:
-        found = list(examine_path(str(root)))
-        assert ("filesystem", "wrong") in of(found, root)
-        assert of(found, memory(root, "base")) == [("base", "fine")]
-        assert ("filesystem", "wrong") in of(found, memory(root, "work"))
-
-
 def test_layers_outside(store: Path, tmp_path: Path) -> None:
     (tmp_path / "pool").mkdir()
     outside = tmp_path / "pool" / "memory.bin"
@@ -323,36 +239,6 @@ def test_what_cannot_be_examined_raises(tmp_path: Path) -> None:
     write_tag(tmp_path, "base")
     with pytest.raises(BrokenChainError, match="--layout"):
         list(examine_path(str(tmp_path)))
-
-
-def test_the_command_says_it_all_and_ends_with_1(store: Path, tmp_path: Path) -> None:
-    harmed = memory(store, "work")
-    harmed.write_bytes(harmed.read_bytes())
-    done = diffmergefs("doctor", tmp_path / "nowhere", store)
-    assert done.returncode == 1
-    assert done.stderr == f"diffmergefs: {tmp_path}/nowhere: No such file or directory\n"
-    assert done.stdout.startswith("host\n  fine     Linux ")
-    lines = done.stdout.splitlines()
-    at = lines.index(str(harmed)) + 1
-    assert lines[at].startswith("  wrong    no hole, and of 15 pages ")
-    assert lines[at + 1].startswith("           why: ")
-    assert lines[at + 2].startswith("           remedy: take the diff again")
-    assert lines[-1].startswith("1 wrong, ")
-
-
-def test_the_command_prints_json(store: Path) -> None:
-    done = diffmergefs("doctor", "--json", store)
-    assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
-    assert {"subject", "check", "severity", "finding", "why", "remedy"} == set(found[0])
-    assert found[0]["subject"] == "host"
-    assert {f["subject"] for f in found} > {str(store), str(memory(store, "work"))}
-
-
-def test_warnings_are_no_failure_and_a_path_that_is_missing_is(tmp_path: Path) -> None:
-    done = diffmergefs("doctor")
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("0 wrong, ")
-    assert diffmergefs("doctor", tmp_path / "nowhere").returncode == 14
 
 
 def test_a_page_size_that_is_none_is_a_mistake(tmp_path: Path) -> None:

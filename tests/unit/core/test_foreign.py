@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,35 +13,18 @@ from typing import Any
 import pytest
 
 from diffmergefs import apply_diff, open_chain, open_image, seal_layer
-from diffmergefs.checks.doctor import examine_path
 from diffmergefs.core import foreign
 from diffmergefs.core.errors import BrokenChainError, ForeignFormatError
 from diffmergefs.core.layer import Layer
 from diffmergefs.stores.catalog import read_catalog
-from tests.support.commands import diffmergefs, mistake
+from tests.support.commands import mistake
 from tests.support.images import PAGE, signed, write_layer
-from tests.support.mounts import mounted
-from tests.support.stores import SIZE, write_numbered, write_tag
+from tests.support.stores import SIZE, write_numbered
+from tests.support.subjects.foreign import QCOW2, foreign_file
 
-QCOW2 = b"QFI\xfb" + struct.pack(">I", 3)
-
-
-def stream(*capabilities: bytes) -> bytes:
-    """The head of a QEMU migration: magic, version 3, then the configuration section."""
-    machine = b"pc-q35-9.0"
-    section = b"\7" + struct.pack(">I", len(machine)) + machine
-    section += struct.pack(">I", len(capabilities))
-    section += b"".join(bytes([len(name)]) + name for name in capabilities)
-    return b"QEVM" + struct.pack(">I", 3) + section
+__all__ = ["foreign_file"]
 
 
-HEADS = {
-    "qcow2": (QCOW2, "is a qcow2 image", "qemu-img convert"),
-    "mapped-ram": (stream(b"mapped-ram"), "QEMU migration file with mapped-ram", "restore it"),
-    "migration": (stream(), "QEMU migration stream", "restore it with QEMU"),
-    "overlaybd": (b"LSMT\0\1\2\0", "is of AgentENV", "export"),
-    "zfile": (b"ZFile\0\1\0", "is of AgentENV", "export"),
-}
 UUID = "12345678-9abc-def0-1234-56789abcdef0"
 DIRECTORIES = {
     "e2b": (["memfile", "memfile.header", "snapfile", "metadata.json"], "is an e2b build"),
@@ -51,13 +33,6 @@ DIRECTORIES = {
     "agentenv": (["snapshot.json", "firecracker-manifest.json", "vm_state.bin"], "of AgentENV"),
     "agentenv-local": (["mem_image.json", "vm_state.bin"], "is of AgentENV"),
 }
-
-
-@pytest.fixture(params=HEADS)
-def foreign_file(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str, str]:
-    head, name, instead = HEADS[request.param]
-    path = write_layer(tmp_path / "image.mem", SIZE, [(0, head.ljust(PAGE, b"\0"))])
-    return path, name, instead
 
 
 @pytest.fixture(params=DIRECTORIES)
@@ -93,26 +68,6 @@ def test_a_file_is_declined_wherever_a_layer_is_given(
         assert text.startswith(f"{path}: ") and name in text and instead in text
         assert len(text.splitlines()) == 1
     assert path.read_bytes() == before and not Path(f"{path}.bmap").exists()
-
-
-def test_the_command_line_declines_a_file_in_one_line(
-    foreign_file: tuple[Path, str, str], tmp_path: Path, mountpoint: Path
-) -> None:
-    path, name, _ = foreign_file
-    for arguments in (
-        ("info", path),
-        ("info", "--base", path),
-        ("list", path),
-        ("flatten", path, "-o", tmp_path / "out"),
-        ("mount", "-f", path, mountpoint),
-        ("mount", "-f", "--base", path, mountpoint),
-        ("apply", path, path),
-    ):
-        assert name in mistake(22, *arguments), arguments
-    verified = diffmergefs("verify", "--base", path)
-    assert verified.returncode == 1 and name in verified.stdout
-    found = [finding.finding for finding in examine_path(str(path)) if finding.severity == "wrong"]
-    assert any(name in text for text in found)
 
 
 def test_a_directory_is_declined_as_source_and_as_image(foreign_folder: tuple[Path, str]) -> None:
@@ -157,24 +112,6 @@ def test_one_among_snapshots_is_listed_with_its_reason(
     catalog = read_catalog(str(folder.parent), layout)
     with pytest.raises(BrokenChainError, match=what):
         catalog.chain("build")
-
-
-def test_a_mount_shows_the_others(tmp_path: Path, mountpoint: Path) -> None:
-    store = tmp_path / "store"
-    write_tag(store, "good")
-    write_tag(store, "qcow2")
-    with (store / "qcow2" / "memory.bin").open("r+b") as file:
-        file.write(QCOW2)
-    os.utime(store / "qcow2" / "memory.bin", ns=(1, 1))
-    (store / "build").mkdir()
-    (store / "build" / "memfile.header").touch()
-    log = ("build: not shown: build: is an e2b build", "memory.bin: is a qcow2 image")
-    with mounted(store, mountpoint, expect_log=log):
-        assert sorted(os.listdir(mountpoint)) == ["good", "qcow2"]
-        assert (mountpoint / "good" / "memory.bin").stat().st_size == SIZE
-        with pytest.raises(OSError) as caught:
-            (mountpoint / "qcow2" / "memory.bin").read_bytes()
-        assert caught.value.errno == errno.EIO
 
 
 def test_a_numbered_layer_is_declined_when_it_is_opened(tmp_path: Path) -> None:

@@ -10,41 +10,7 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.core import interpreter
-from tests.support import skips
-
-MODULES = ("trio", "pyfuse3", "click", "json", "runpy", "subprocess", "sitecustomize")
-SCRIPT = "import sys\nfrom diffmergefs.cli import main\nsys.exit(main())\n"
-
-
-def plant(folder: Path) -> Path:
-    """A directory full of modules that leave a trace when they are run; the trace."""
-    ran = folder / "ran"
-    code = f"open({str(ran)!r}, 'a').write(__name__ + '\\n')\nraise SystemExit(99)\n"
-    folder.mkdir()
-    for name in MODULES:
-        (folder / f"{name}.py").write_text(code)
-    (folder / "diffmergefs").mkdir()
-    for name in ("__init__", "__main__"):
-        (folder / "diffmergefs" / f"{name}.py").write_text(code)
-    return ran
-
-
-@pytest.mark.parametrize("verb", ["doctor", "demo"])
-def test_nothing_of_the_current_directory_is_run(verb: str, tmp_path: Path) -> None:
-    skips.require_fuse()
-    ran = plant(tmp_path / "here")
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script), verb],
-        cwd=tmp_path / "here",
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert not ran.exists()
-    assert done.returncode == 0, done
-    assert "pyfuse3 3." in done.stdout or verb == "demo"
+from tests.support.subjects.interpreter import plant
 
 
 def test_python_m_leaves_the_current_directory_alone_once_it_runs(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import errno
 import gc
 import mmap
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,14 +24,6 @@ from tests.support.images import PAGE, signed, write_layer
 from tests.support.layers import SIZE, poke, read, written
 
 
-def test_an_early_end_of_the_file_is_an_error_and_never_a_short_read(real_fs: Path) -> None:
-    path = written(real_fs)
-    layer = Layer.open(str(path))
-    os.truncate(path, 2 * PAGE + 100)
-    with pytest.raises(LayerChangedError, match=f"ends before byte {3 * PAGE}, it had {SIZE}"):
-        layer.read_into(memoryview(bytearray(PAGE)), 2 * PAGE)
-
-
 def test_a_short_answer_without_waiting_is_a_miss_and_not_an_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,11 +38,6 @@ def test_a_short_answer_without_waiting_is_a_miss_and_not_an_end(
     with pytest.raises(BlockingIOError):
         layer.read_into(memoryview(bytearray(PAGE)), 2 * PAGE, nowait=True)
     assert read(layer) == signed(1, 2 * PAGE, PAGE)
-
-
-def test_tmpfs_is_read_at_once_though_it_refuses_nowait(filesystem: Callable[[str], Path]) -> None:
-    view = MergedView([Layer.open(str(written(filesystem("tmpfs"))))])
-    assert view.read_nowait(2 * PAGE, PAGE) == signed(1, 2 * PAGE, PAGE)
 
 
 def test_the_sync_comes_before_the_fingerprint_and_the_walk(

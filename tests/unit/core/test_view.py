@@ -20,25 +20,11 @@ from diffmergefs.core.view import HOLE, MergedView
 from tests.support.asked import asked
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
+from tests.support.subjects.view import Extents, data, open_view
 
 __all__ = ["asked"]
 
 MIB = 1 << 20
-Extents = list[tuple[int, bytes]]
-
-
-def open_view(directory: Path, size: int, chain: Sequence[Extents]) -> MergedView:
-    return MergedView(
-        [
-            Layer.open(str(write_layer(directory / f"{n}.mem", size, extents)))
-            for n, extents in enumerate(chain)
-        ]
-    )
-
-
-def data(layer: int, first: int, pages: int) -> tuple[int, bytes]:
-    """The extent of these pages, signed by the layer."""
-    return first * PAGE, signed(layer, first * PAGE, pages * PAGE)
 
 
 @st.composite
@@ -200,14 +186,6 @@ def test_read_nowait_raises_other_errors(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(OSError, match="bad disk"):
         view.read_nowait(0, PAGE)
-
-
-def test_read_nowait_gives_the_same_bytes_once_they_are_cached(real_fs: Path) -> None:
-    chain = [[data(0, 0, 4)], [data(1, 1, 1), (2 * PAGE, bytes(PAGE))]]
-    view = open_view(real_fs, 4 * PAGE, chain)
-    assert (
-        view.read(0, 4 * PAGE) == view.read_nowait(0, 4 * PAGE) == overlay_oracle(4 * PAGE, chain)
-    )
 
 
 def test_read_nowait_leaves_a_layer_with_a_moved_fingerprint_to_read(tmp_path: Path) -> None:

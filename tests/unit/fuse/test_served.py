@@ -25,7 +25,6 @@ from diffmergefs.stores.catalog import read_catalog
 from tests.support import skips
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.live import until
-from tests.support.mounts import mounted
 from tests.support.stores import (
     BASE_PAGES,
     OLD_NS,
@@ -38,22 +37,14 @@ from tests.support.stores import (
     write_document,
     write_tag,
 )
+from tests.support.subjects.served import looked, root
 
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return write_chain(tmp_path / "store", ["base", "work", "leaf"])
+__all__ = ["root"]
 
 
 def where(store: Store) -> str:
     """The path of the directory that is shown."""
     return os.readlink(f"/proc/self/fd/{store.fd}")
-
-
-def looked(root: Path) -> Store:
-    store = Store(str(root), TrustPolicy(), clock=lambda: OLD_NS + 100 * SECOND_NS)
-    store.look()
-    return store
 
 
 def replace_memory(folder: Path, layer: int) -> None:
@@ -443,19 +434,6 @@ def test_a_link_that_leads_elsewhere_is_followed(root: Path) -> None:
     root.with_name("next").rename(link)
     store.look()
     assert store.tags() == ["new"]
-
-
-def test_a_diffmergefs_over_the_directory_is_not_looked_into(
-    public_path: Path, mountpoint: Path
-) -> None:
-    write_chain(public_path / "store", ["base"])
-    store = looked(mountpoint)
-    with mounted(public_path / "store", mountpoint):
-        with pytest.raises(FileAccessError) as caught:
-            store.look()
-        assert str(caught.value) == f"{mountpoint}: a diffmergefs was mounted over it"
-    store.look()
-    assert store.tags() == []
 
 
 def test_a_filesystem_that_is_mounted_there_is_followed(public_path: Path) -> None:

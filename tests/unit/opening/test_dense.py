@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
 
-from diffmergefs.core.errors import DenseDiffError, UntrustedExtentsError
+from diffmergefs.core.errors import DenseDiffError
 from diffmergefs.core.extents import ExtentList
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
@@ -102,14 +102,6 @@ def test_a_dense_link_over_a_parent_of_zeros_is_complete(tmp_path: Path) -> None
     write_tag(tmp_path, "base", numbers=[])
     write_tag(tmp_path, "full", "base", layer=1, numbers=range(16))
     assert open_image(tmp_path / "full").dense
-
-
-def test_the_diffs_of_a_store_are_held_to_law_4(filesystem: Callable[[str], Path]) -> None:
-    store = write_chain(filesystem("xfs16k"), ["base", "one"])
-    with pytest.raises(UntrustedExtentsError) as caught:
-        open_image(store / "one")
-    assert caught.value.check == "grain"
-    assert open_image(store / "base").view.read(0, PAGE) == signed(0, 0, PAGE)
 
 
 def test_a_sample_is_of_4096_pages_spread_over_the_whole_image(tmp_path: Path) -> None:

@@ -66,14 +66,6 @@ def one_layer(directory: Path, name: str = "layer") -> Layer:
     return Layer.open(str(write_layer(directory / name, 3 * PAGE, [(PAGE, signed(1, 0, PAGE))])))
 
 
-def test_the_hash_is_that_of_the_bytes_as_read(real_fs: Path) -> None:
-    # Holes at both ends and in the middle, longer and shorter than a block, an odd end.
-    size = 5 * MIB + PAGE + 17
-    extents = [(MIB + PAGE, signed(1, 0, MIB + PAGE)), (4 * MIB, bytes(PAGE)), (size - 17, b"x")]
-    path = write_layer(real_fs / "layer", size, extents)
-    assert content_hash(Layer.open(str(path))) == sha256(path)
-
-
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     size=st.integers(1, 10 * PAGE),

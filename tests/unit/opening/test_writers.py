@@ -9,7 +9,6 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -20,18 +19,11 @@ from diffmergefs.core.layer import Layer
 from diffmergefs.opening import writers as module
 from diffmergefs.opening.writers import Writers, require_no_writers, writers
 from tests.support import skips
-from tests.support.images import PAGE, signed, write_layer
+from tests.support.subjects.writers import layer, path, written
 from tests.support.users import NOBODY
 from tests.support.writers import is_leased, opened_for_writing
 
-
-def written(folder: Path, name: str = "layer") -> Path:
-    return write_layer(folder / name, 4 * PAGE, [(PAGE, signed(1, PAGE, PAGE))])
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return written(tmp_path)
+__all__ = ["layer", "path"]
 
 
 @pytest.fixture
@@ -39,12 +31,6 @@ def fd(path: Path) -> Iterator[int]:
     number = os.open(path, os.O_RDONLY)
     yield number
     os.close(number)
-
-
-@pytest.fixture
-def layer(path: Path) -> Iterator[Layer]:
-    with closing(Layer.open(str(path))) as opened:
-        yield opened
 
 
 def failing(number: int) -> Callable[..., int]:
@@ -82,19 +68,6 @@ def as_nobody(ask: Callable[[], str]) -> str:
 
 
 # Asking
-
-
-def test_nobody_writes(real_fs: Path) -> None:
-    with closing(Layer.open(str(written(real_fs)))) as layer:
-        assert writers(layer.fd) is Writers.NONE
-
-
-def test_another_process_has_it_open_for_writing(real_fs: Path) -> None:
-    path = written(real_fs)
-    with closing(Layer.open(str(path))) as layer:
-        with opened_for_writing(path):
-            assert writers(layer.fd) is Writers.SOME
-        assert writers(layer.fd) is Writers.NONE
 
 
 @pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND])
@@ -225,8 +198,8 @@ def test_the_first_layer_with_a_writer_is_refused(tmp_path: Path) -> None:
         ["--allow-writers overrides", str(paths[n])] for n in (1, 3)
     ]
     assert not any(is_leased(path) for path in paths)
-    for layer in layers:
-        layer.close()
+    for one in layers:
+        one.close()
 
 
 def test_what_cannot_be_told_is_logged_once_for_each_reason(
@@ -243,5 +216,5 @@ def test_what_cannot_be_told_is_logged_once_for_each_reason(
         f"{layers[0].path}: {Writers.NOT_OWNER.value}",
         f"{layers[0].path}: {Writers.NO_LEASES.value}",
     ]
-    for layer in layers:
-        layer.close()
+    for one in layers:
+        one.close()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,33 +24,24 @@ from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.sidecars import bmap, seal
 from diffmergefs.sidecars.verified import Identity, Remembered
 from diffmergefs.writing.sealing import seal_layer
-from tests.support.images import PAGE, overlay_oracle, signed, write_layer
+from tests.support.images import PAGE, signed, write_layer
 from tests.support.stores import age, write_numbered, write_tag
+from tests.support.subjects.seal import (
+    BASE,
+    DIFF,
+    EXTENTS,
+    ORACLE,
+    SIZE,
+    bmaptool,
+    diff,
+    filled,
+    opened,
+    poke,
+)
 
-SIZE = 16 * PAGE
-BASE = [(0, signed(0, 0, SIZE))]
-DIFF = [(2 * PAGE, signed(1, 2 * PAGE, PAGE)), (5 * PAGE, bytes(2 * PAGE))]
-EXTENTS = [(2 * PAGE, 3 * PAGE), (5 * PAGE, 7 * PAGE)]
-ORACLE = overlay_oracle(SIZE, [BASE, DIFF])
+__all__ = ["diff"]
+
 NO_SEAL = TrustPolicy(no_seal=True)
-
-
-@pytest.fixture
-def diff(tmp_path: Path) -> Path:
-    """A sealed diff whose holes a copy has filled since."""
-    return filled(tmp_path / "diff")
-
-
-def filled(path: Path) -> Path:
-    write_layer(path, SIZE, DIFF)
-    seal_layer(path)
-    path.write_bytes(path.read_bytes())
-    age(path)
-    return path
-
-
-def opened(path: Path, **policy: object) -> Layer:
-    return Opener(TrustPolicy(**policy)).open(str(path))  # type: ignore[arg-type]
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -66,13 +55,6 @@ def edit(path: Path, old: str, new: str) -> None:
 
 def resealed(text: bytes) -> bytes:
     return text.replace(b"0" * 64, hashlib.sha256(text).hexdigest().encode(), 1)
-
-
-def poke(path: Path, offset: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-    age(path, mtime_ns=path.stat().st_mtime_ns + 1_000_000_000)
 
 
 def test_the_extents_are_those_of_the_seal(diff: Path) -> None:
@@ -333,22 +315,6 @@ def test_a_sealed_layer_is_walked_again_as_the_filesystem_has_it(diff: Path) -> 
     assert layer.tainted is None and list(layer.extents) == EXTENTS
 
 
-def test_holes_that_vanish_from_a_sealed_file_are_no_change_if_they_are_zeros(
-    filesystem: Callable[[str], Path],
-) -> None:
-    path = write_layer(filesystem("tmpfs") / "diff", SIZE, DIFF)
-    seal_layer(path)
-    layer = opened(path)
-    status = path.stat()
-    with path.open("r+b") as file:
-        file.seek(10 * PAGE)
-        file.write(bytes(PAGE))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    layer.check_unchanged()
-    assert list(layer.extents) == EXTENTS
-    assert (10 * PAGE, 11 * PAGE) not in list(layer.extents)
-
-
 # Where it is found
 
 
@@ -457,78 +423,12 @@ def test_a_seal_over_a_whole_diff_is_dense(tmp_path: Path) -> None:
 # bmaptool, of Debian's package bmap-tools
 
 
-def bmaptool(*arguments: str | Path) -> None:
-    command = ["bmaptool", "--quiet", *map(str, arguments)]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
-
-
-def test_bmaptool_reads_ours(real_fs: Path) -> None:
-    diff = write_layer(real_fs / "diff", SIZE - 100, DIFF)
-    seal_layer(diff)
-    with open(real_fs / "copy", "wb") as file:
-        file.truncate(SIZE - 100)
-    bmaptool("copy", "--bmap", f"{diff}.bmap", diff, real_fs / "copy")
-    assert (real_fs / "copy").read_bytes() == diff.read_bytes()
-    poke(diff, 2 * PAGE, b"!")
-    with pytest.raises(subprocess.CalledProcessError) as caught:
-        bmaptool("copy", "--bmap", f"{diff}.bmap", diff, real_fs / "copy")
-    assert b"checksum mismatch" in caught.value.stderr
-
-
-def test_ours_reads_bmaptools(real_fs: Path) -> None:
-    base = write_layer(real_fs / "base", SIZE, BASE)
-    diff = write_layer(real_fs / "diff", SIZE, DIFF)
-    bmaptool("create", "--output", f"{diff}.bmap", diff)
-    diff.write_bytes(diff.read_bytes())
-    with open_chain(base, [diff]).view as view:
-        assert list(view.layers[1].extents) == EXTENTS
-        assert view.read(0, SIZE) == ORACLE
-    poke(diff, 2 * PAGE, b"!")
-    with pytest.raises(SealError, match="stale"):
-        open_chain(base, [diff])
-
-
 def test_bmaptools_maps_without_checksums(tmp_path: Path) -> None:
     diff = write_layer(tmp_path / "diff", SIZE, DIFF)
     bmaptool("create", "--no-checksum", "--output", f"{diff}.bmap", diff)
     with pytest.raises(SealError, match="without a checksum"):
         opened(diff)
     assert list(opened(diff, verify="no").extents) == EXTENTS
-
-
-def test_bmaptools_map_on_a_filesystem_with_large_blocks_is_coarse(
-    filesystem: Callable[[str], Path],
-) -> None:
-    place = filesystem("xfs16k")
-    base = write_layer(place / "base", SIZE, BASE)
-    diff = write_layer(place / "diff", SIZE, DIFF)
-    bmaptool("create", "--output", f"{diff}.bmap", diff)
-    with pytest.raises(UntrustedExtentsError, match="made in blocks of 16384 bytes"):
-        open_chain(base, [diff])
-    vouched = open_chain(base, [diff], TrustPolicy(trust_grain={"all"}))
-    assert [line.split(":")[0] for line in vouched.overridden] == [
-        "--trust-grain overrides the check of grain"
-    ]
-
-
-@pytest.mark.parametrize("kind", ["ext4", "xfs"])
-def test_bmaptools_map_of_a_preallocated_diff_is_dense(
-    filesystem: Callable[[str], Path], kind: str
-) -> None:
-    place = filesystem(kind)
-    base = write_layer(place / "base", SIZE, BASE)
-    diff = place / "diff"
-    with diff.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, SIZE)
-        file.seek(2 * PAGE)
-        file.write(signed(1, 2 * PAGE, PAGE))
-    assert diff.read_bytes()  # its pages are cached: now all of it is data
-    bmaptool("create", "--output", f"{diff}.bmap", diff)
-    (extent,) = seal.read(f"{diff}.bmap").map.extents()
-    assert extent == (0, SIZE)
-    with pytest.raises(DenseDiffError):
-        open_chain(base, [diff])
-    assert open_chain(base, [diff], TrustPolicy(dense=True)).dense
 
 
 def test_what_is_read_to_compare(diff: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,12 @@ from diffmergefs.stores.catalog import read_catalog
 from tests.support.cloudhypervisor import TABLE, state, write_snapshot
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, overlay_oracle
-from tests.support.mounts import mounted
 from tests.support.stores import SIZE, pages, write_tag
+from tests.support.subjects.cloudhypervisor import BASE, LEAF, store
 
-BASE = pages(0, range(SIZE // PAGE))
+__all__ = ["store"]
+
 WORK = bytes(overlay_oracle(SIZE, [BASE, pages(1, [1])]))
-LEAF = bytes(overlay_oracle(SIZE, [BASE, pages(1, [1]), pages(2, [2, 15])]))
-
-
-@pytest.fixture
-def store(public_path: Path) -> Path:
-    root = public_path / "snapshots"
-    write_snapshot(root, "base")
-    write_snapshot(root, "work", "base", layer=1)
-    write_snapshot(root, "leaf", "work", layer=2, numbers=[2, 15])
-    return root
 
 
 def reason(store: Path, tag: str = "leaf") -> str:
@@ -65,18 +55,6 @@ def test_a_chain_is_merged(store: Path, tmp_path: Path) -> None:
     ]
     assert len(json.loads(succeed("info", "--json", store / "leaf"))["layers"]) == 3
     assert succeed("verify", store / "leaf").startswith("sound: 3 layers")
-
-
-def test_a_mounted_tag_is_a_directory_to_restore_from(store: Path, mountpoint: Path) -> None:
-    with mounted(store, mountpoint):
-        folder = mountpoint / "leaf"
-        names = ["config.json", "memory-ranges", "snapshot.json", "state.json"]
-        assert sorted(os.listdir(folder)) == names
-        assert (folder / "memory-ranges").read_bytes() == LEAF
-        assert (folder / "state.json").read_bytes() == (store / "leaf/state.json").read_bytes()
-        document = json.loads((folder / "snapshot.json").read_text())
-        assert document == {"memory": f"{mountpoint}/leaf/memory-ranges"}
-        assert not (mountpoint / "base" / "snapshot.json").exists()
 
 
 def test_with_holes_it_is_a_base_only_if_its_document_says_so(store: Path) -> None:

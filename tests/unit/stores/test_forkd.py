@@ -18,8 +18,6 @@ from diffmergefs.stores.snapshot import Snapshot
 from diffmergefs.writing.sealing import seal_layer
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, overlay_oracle, write_layer
-from tests.support.live import until
-from tests.support.mounts import mounted
 from tests.support.stores import BASE_PAGES, SIZE, pages, write_chain, write_document, write_tag
 
 HASH = "0123456789abcdef" * 4
@@ -409,36 +407,6 @@ def test_a_seal_says_whether_a_file_without_a_document_has_holes(tmp_path: Path)
         open_image(tmp_path / "diff")
 
 
-def test_a_document_that_comes_late_makes_a_diff_of_it_and_never_a_base(
-    public_path: Path, mountpoint: Path
-) -> None:
-    store = write_chain(public_path / "s", ["base"])
-    write_tag(store, "late", "base", layer=5, numbers=[3])
-    document = (store / "late" / "snapshot.json").rename(public_path / "document")
-    memory = mountpoint / "late" / "memory.bin"
-    with mounted(store, mountpoint, expect_log=("has holes, and without a",)):
-        assert "late" in os.listdir(mountpoint)  # old enough for the first look
-        assert "memory.bin" not in os.listdir(mountpoint / "late")
-        with pytest.raises(OSError):
-            memory.read_bytes()
-        document.rename(store / "late" / "snapshot.json")
-        seen = until(lambda: content(memory), "never shown")
-        assert seen == overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(5, [3])])
-
-
-def test_a_document_that_calls_it_a_base_lifts_the_refusal_of_a_mount(
-    public_path: Path, mountpoint: Path
-) -> None:
-    store = public_path / "s"
-    undocumented(store)
-    memory = mountpoint / "late" / "memory.bin"
-    with mounted(store, mountpoint, expect_log=("has holes, and without a",)):
-        assert content(memory) is None
-        write_document(store, "late", '{"memory": "memory.bin"}')
-        seen = until(lambda: content(memory), "never shown")
-        assert seen == overlay_oracle(SIZE, [pages(5, [3])])
-
-
 def test_where_holes_cannot_be_told_it_takes_a_document(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,10 +418,3 @@ def test_where_holes_cannot_be_told_it_takes_a_document(
     assert len(open_image(folder, TrustPolicy(trust_grain={"all"})).overridden) == 1
     write_document(tmp_path, "late", '{"memory": "memory.bin"}')
     assert not open_image(folder).overridden
-
-
-def content(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,16 +12,8 @@ import pytest
 
 from diffmergefs.system import mounttable
 from diffmergefs.system.mounttable import mount_of
-from tests.support import loopfs, skips
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+from tests.support import skips
+from tests.support.subjects.mounttable import opened
 
 
 @contextmanager
@@ -33,21 +25,6 @@ def mounted(point: Path, *arguments: str | Path) -> Iterator[Path]:
         yield point
     finally:
         subprocess.run(["umount", "--lazy", point], check=False)
-
-
-def test_options_are_those_of_the_filesystem(
-    overlay_fs: loopfs.Overlay, filesystem: Callable[[str], Path]
-) -> None:
-    with opened(overlay_fs.merged) as fd:
-        found = mount_of(fd)
-        assert found is not None and found.kind == "overlay"
-        assert f"upperdir={overlay_fs.upper}" in found.options
-        assert (found.root, found.path) == ("/", str(overlay_fs.merged))
-        device = os.fstat(fd).st_dev
-        assert found.device == f"{os.major(device)}:{os.minor(device)}"
-    with opened(filesystem("tmpfs_huge")) as fd:
-        found = mount_of(fd)
-        assert found is not None and "huge=always" in found.options
 
 
 def test_a_part_of_a_filesystem_that_is_mounted_elsewhere(public_path: Path) -> None:

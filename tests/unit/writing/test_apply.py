@@ -29,20 +29,7 @@ from diffmergefs.writing import copying
 from diffmergefs.writing.apply import apply_diff
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
-
-Extents = list[tuple[int, bytes]]
-SIZE = 16 * PAGE
-
-
-def pages(layer: int, *numbers: int) -> Extents:
-    """These pages of the layer, as extents of signed bytes."""
-    return [(n * PAGE, signed(layer, n * PAGE, PAGE)) for n in numbers]
-
-
-def pair(directory: Path, base: Extents, diff: Extents, size: int = SIZE) -> tuple[Path, Path]:
-    """A diff and a base."""
-    written = write_layer(directory / "diff.mem", size, diff)
-    return written, write_layer(directory / "base.mem", size, base)
+from tests.support.subjects.apply import SIZE, Extents, pages, pair
 
 
 def refuse(number: int) -> Callable[..., int]:
@@ -118,22 +105,6 @@ def test_base_becomes_the_oracle(
     for _ in range(2):
         assert apply_diff(diff, base, force={"order"}) == sum(len(d) for _, d in layers[1])
         assert base.read_bytes() == overlay_oracle(size, layers)
-
-
-def test_each_filesystem(real_fs: Path) -> None:
-    layers = [pages(0, 0, 1, 2), [*pages(1, 1, 9), (2 * PAGE, bytes(PAGE))]]
-    diff, base = pair(real_fs, *layers)
-    with unchanged([diff]):
-        assert apply_diff(diff, base) == 3 * PAGE
-    assert base.read_bytes() == overlay_oracle(SIZE, layers)
-
-
-def test_across_filesystems(tmp_path: Path, filesystem: Callable[[str], Path]) -> None:
-    layers = [pages(0, 0, 1), pages(1, 1, 9)]
-    diff, _ = pair(tmp_path, *layers)
-    _, base = pair(filesystem("tmpfs"), *layers)
-    assert apply_diff(diff, base) == 2 * PAGE
-    assert base.read_bytes() == overlay_oracle(SIZE, layers)
 
 
 def test_a_base_behind_a_symlink(tmp_path: Path) -> None:

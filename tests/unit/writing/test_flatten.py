@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import signal
@@ -12,8 +11,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections import namedtuple
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,72 +28,31 @@ from diffmergefs.core.errors import (
     OutputRefusedError,
     VerificationError,
 )
-from diffmergefs.core.extents import ExtentList
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.writing import copying
-from diffmergefs.writing.flatten import FlattenResult, flatten
-from tests.support import mounttable, skips
+from diffmergefs.writing.flatten import flatten
+from tests.support import skips
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
+from tests.support.subjects.flatten import (
+    ORACLE,
+    SIZE,
+    VISIBLE,
+    Extents,
+    Space,
+    chain,
+    change,
+    data_of,
+    data_of_view,
+    open_view,
+    os_error,
+    out,
+    pages,
+    write_chain,
+)
 
-Extents = list[tuple[int, bytes]]
-PAGES = 64
-SIZE = PAGES * PAGE
-
-
-def pages(layer: int, *numbers: int) -> Extents:
-    """These pages of the layer, as extents of signed bytes."""
-    return [(n * PAGE, signed(layer, n * PAGE, PAGE)) for n in numbers]
-
-
-# A chain in which each rule counts: the base has holes, page 2 is overridden with data, page 4
-# with zeros, page 20 twice, and page 40 is data in a diff only.
-CHAIN: list[Extents] = [
-    pages(0, *range(32)),
-    [*pages(1, 2, 20), (4 * PAGE, bytes(PAGE))],
-    pages(2, 20, 40),
-]
-ORACLE = bytes(overlay_oracle(SIZE, CHAIN))
-VISIBLE = (29 * PAGE, 2 * PAGE, 2 * PAGE)
-
-
-def write_chain(directory: Path, chain: Sequence[Extents] = CHAIN, size: int = SIZE) -> list[Path]:
-    return [
-        write_layer(directory / f"{n:03}.mem", size, extents) for n, extents in enumerate(chain)
-    ]
-
-
-def open_view(paths: Sequence[Path]) -> MergedView:
-    return MergedView([Layer.open(str(path)) for path in paths])
-
-
-def data_of(path: Path) -> ExtentList:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return ExtentList(sparse.data_extents(file.fileno(), path.stat().st_size))
-
-
-def data_of_view(view: MergedView) -> ExtentList:
-    return ExtentList((s.start, s.stop) for s in view.segments() if s.layer is not None)
-
-
-@pytest.fixture
-def chain(tmp_path: Path) -> Iterator[MergedView]:
-    """The view of CHAIN, whose layers lie in a directory of their own and must not change."""
-    layers = tmp_path / "layers"
-    layers.mkdir()
-    paths = write_chain(layers)
-    with unchanged(paths), open_view(paths) as view:
-        yield view
-        assert sorted(layers.iterdir()) == sorted(paths)
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    """An output in an empty directory."""
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out" / "whole.mem"
+__all__ = ["chain", "out"]
 
 
 def no_litter(out: Path) -> bool:
@@ -116,10 +72,6 @@ def fail_at(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(module, name, failing)
-
-
-def os_error(number: int) -> OSError:
-    return OSError(number, os.strerror(number))
 
 
 def no_kernel_copy(monkeypatch: pytest.MonkeyPatch, number: int = errno.EXDEV) -> None:
@@ -246,84 +198,6 @@ def test_no_byte_is_read_that_does_not_show(
             joined.append((start, stop, number))
     assert joined == [tuple(s) for s in chain.segments() if s.layer is not None]
     assert bool(in_kernel) == (large <= 8 * PAGE)
-
-
-def test_each_filesystem(real_fs: Path) -> None:
-    paths = write_chain(real_fs)
-    out = real_fs / "out"
-    fstype = next(
-        e.fstype for e in reversed(mounttable.entries()) if real_fs.is_relative_to(e.path)
-    )
-    with unchanged(paths), open_view(paths) as view:
-        data = data_of_view(view)
-        result = flatten(view, out, verify=True)
-    assert out.read_bytes() == ORACLE
-    assert data_of(out) == data
-    assert sorted(real_fs.iterdir()) == [*paths, out]
-    none, holes = (0, 0, 0), SIZE - sum(VISIBLE)
-    if fstype in ("xfs", "btrfs"):
-        assert result == FlattenResult(SIZE, none, VISIBLE, holes)
-        assert result.reflinked
-    else:
-        assert result == FlattenResult(SIZE, VISIBLE, none, holes)
-        assert not result.reflinked
-
-
-@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
-def test_what_is_not_on_whole_blocks_is_copied(
-    filesystem: Callable[[str], Path], kind: str
-) -> None:
-    directory = filesystem(kind)
-    # 1000 bytes more than whole pages: the last extent ends with the file and is shared. The cut
-    # in page 3 is not on a block; the layers' extents are given, as no filesystem reports one.
-    size = 8 * PAGE + 1000
-    chain = [
-        [(0, signed(0, 0, size))],
-        [*pages(1, 3), (8 * PAGE, signed(1, 8 * PAGE, 1000))],
-    ]
-    paths = write_chain(directory, chain, size)
-    with open_view(paths) as view:
-        view.layers[1].extents = ExtentList([(3 * PAGE, 3 * PAGE + 512), (8 * PAGE, size)])
-        result = flatten(view, directory / "out")
-    chain[1][0] = (3 * PAGE, signed(1, 3 * PAGE, 512))
-    assert (directory / "out").read_bytes() == overlay_oracle(size, chain)
-    assert result.copied == (0, 512)
-    assert result.shared == (size - 1512, 1000)
-
-
-def test_a_base_of_which_nothing_shows_is_not_cloned(
-    filesystem: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = filesystem("xfs")
-    paths = write_chain(directory, [pages(0, 1), pages(1, 1)])
-    asked = []
-    ioctl = fcntl.ioctl
-    monkeypatch.setattr(fcntl, "ioctl", lambda fd, op, *a: (asked.append(op), ioctl(fd, op, *a))[1])
-    with open_view(paths) as view:
-        result = flatten(view, directory / "out")
-    assert result.shared == (0, PAGE)
-    assert 0x40049409 not in asked
-
-
-def test_layers_on_another_filesystem_are_copied(filesystem: Callable[[str], Path]) -> None:
-    layers, directory = filesystem("tmpfs"), filesystem("xfs")
-    with open_view(write_chain(layers)) as view:
-        result = flatten(view, directory / "out", verify=True)
-    assert (directory / "out").read_bytes() == ORACLE
-    assert (result.copied, result.reflinked) == (VISIBLE, False)
-
-
-def test_a_diff_beside_the_output_is_shared_though_the_base_is_elsewhere(
-    filesystem: Callable[[str], Path],
-) -> None:
-    directory = filesystem("btrfs")
-    base = write_chain(filesystem("ext4"))[0]
-    diffs = write_chain(directory)[1:]
-    with open_view([base, *diffs]) as view:
-        result = flatten(view, directory / "out")
-    assert (directory / "out").read_bytes() == ORACLE
-    assert result.copied == (VISIBLE[0], 0, 0)
-    assert result.shared == (0, *VISIBLE[1:])
 
 
 @pytest.mark.parametrize(
@@ -792,9 +666,6 @@ def test_a_read_error_in_the_buffer_names_the_layer(
     assert no_litter(out)
 
 
-Space = namedtuple("Space", "f_blocks f_bavail f_frsize")
-
-
 @pytest.mark.parametrize("spare", [-1, 0])
 def test_asks_for_space_for_what_is_copied(
     chain: MergedView, out: Path, monkeypatch: pytest.MonkeyPatch, spare: int
@@ -812,43 +683,6 @@ def test_asks_for_space_for_what_is_copied(
         caught.value
     )
     assert no_litter(out)
-
-
-@pytest.mark.parametrize("kind", ["tmpfs", "btrfs"])
-def test_writes_to_a_filesystem_that_cannot_be_asked_for_its_space(
-    kind: str, filesystem: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As of a FUSE server without statfs(2)."""
-    directory = filesystem(kind)
-
-    def not_known(fd: int) -> None:
-        raise os_error(errno.ENOSYS)
-
-    with open_view(write_chain(directory)) as view:
-        monkeypatch.setattr(os, "fstatvfs", not_known)
-        flatten(view, directory / "whole")
-        assert (directory / "whole").read_bytes() == view.read(0, view.size)
-
-
-def test_needs_no_space_for_what_is_shared(
-    filesystem: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = filesystem("btrfs")
-    paths = write_chain(directory)
-    monkeypatch.setattr(os, "fstatvfs", lambda fd: Space(10**6, 0, PAGE))
-    with open_view(paths) as view:
-        assert flatten(view, directory / "out").shared == VISIBLE
-
-
-def test_needs_space_for_the_diffs_beside_a_shared_base(
-    filesystem: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory, needed = filesystem("btrfs"), sum(VISIBLE[1:])
-    base = write_chain(directory)[0]
-    diffs = write_chain(filesystem("ext4"))[1:]
-    monkeypatch.setattr(os, "fstatvfs", lambda fd: Space(10**6, needed // PAGE - 1, PAGE))
-    with open_view([base, *diffs]) as view, pytest.raises(NoSpaceError, match=f" {needed} bytes"):
-        flatten(view, directory / "out")
 
 
 def test_a_filesystem_without_limit_has_space(
@@ -909,14 +743,6 @@ def test_a_kill_leaves_nothing(chain: MergedView, out: Path) -> None:
 # Layers that change (law 6)
 
 
-def change(path: str, how: str) -> None:
-    if how == "truncate":
-        os.truncate(path, PAGE)
-    else:
-        with open(path, "r+b") as file:
-            file.write(b"changed!")
-
-
 @pytest.mark.parametrize("how", ["truncate", "write"])
 @pytest.mark.parametrize("layer", range(3))
 @pytest.mark.parametrize("in_kernel", [True, False])
@@ -935,26 +761,6 @@ def test_a_layer_that_changes_half_way(
     with open_view(paths) as view, pytest.raises(LayerChangedError, match=paths[layer].name):
         flatten(view, out, progress=lambda done: change(str(paths[layer]), how))
     assert no_litter(out)
-
-
-@pytest.mark.parametrize("kind", ["btrfs", "xfs"])
-@pytest.mark.parametrize("layer", [0, 2])
-def test_a_shared_layer_that_changes_half_way(
-    filesystem: Callable[[str], Path], kind: str, layer: int
-) -> None:
-    directory = filesystem(kind)
-    paths = write_chain(directory)
-    with open_view(paths) as view, pytest.raises(LayerChangedError, match=paths[layer].name):
-        flatten(view, directory / "out", progress=lambda done: change(str(paths[layer]), "write"))
-    assert sorted(directory.iterdir()) == paths
-
-
-def test_a_base_that_changed_before_it_was_cloned(filesystem: Callable[[str], Path]) -> None:
-    directory = filesystem("btrfs")
-    paths = write_chain(directory)
-    with open_view(paths) as view, pytest.raises(LayerChangedError, match=r"000\.mem"):
-        change(str(paths[0]), "write")
-        flatten(view, directory / "out", progress=lambda done: pytest.fail("too late"))
 
 
 @pytest.mark.parametrize("in_kernel", [True, False])

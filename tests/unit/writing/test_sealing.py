@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from diffmergefs.core.errors import (
     OutputRefusedError,
     SealError,
     SizeMismatchError,
-    UntrustedExtentsError,
     WriterError,
 )
 from diffmergefs.core.layer import Layer
@@ -32,19 +30,14 @@ from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, 
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.stores import age
+from tests.support.subjects.sealing import DIFF, EXTENTS, SIZE, diff, recorded
 from tests.support.users import NOBODY
 
-SIZE = 16 * PAGE
+__all__ = ["diff"]
+
 BASE = [(0, signed(0, 0, SIZE))]
-DIFF = [(2 * PAGE, signed(1, 2 * PAGE, PAGE)), (5 * PAGE, bytes(2 * PAGE))]
-EXTENTS = [(2 * PAGE, 3 * PAGE), (5 * PAGE, 7 * PAGE)]
 ORACLE = overlay_oracle(SIZE, [BASE, DIFF])
 DENSE = TrustPolicy(dense=True)
-
-
-@pytest.fixture
-def diff(tmp_path: Path) -> Path:
-    return write_layer(tmp_path / "diff", SIZE, DIFF)
 
 
 def fill(path: Path) -> None:
@@ -52,28 +45,7 @@ def fill(path: Path) -> None:
     path.write_bytes(path.read_bytes())
 
 
-def recorded(layer: Path) -> list[tuple[int, int]]:
-    found = seal.find(str(layer))
-    return [] if found is None else list(found.map.extents())
-
-
 # Making one
-
-
-def test_a_seal_records_the_extents_and_fits_its_file(real_fs: Path) -> None:
-    diff = write_layer(real_fs / "diff", SIZE - 100, [*DIFF, (15 * PAGE, b"end")])
-    done: list[int] = []
-    with unchanged([diff]):
-        result = seal_layer(diff, progress=done.append)
-    assert result == sealing.SealResult(
-        f"{diff}.bmap", "written", 3, 4 * PAGE - 100, PAGE, overridden=(), hints=()
-    )
-    assert sum(done) == 4 * PAGE - 100
-    assert recorded(diff) == [*EXTENTS, (15 * PAGE, SIZE - 100)]
-    stored = seal.find(str(diff))
-    assert stored is not None
-    seal.compare(Layer.open(str(diff)), stored)
-    assert sorted(os.listdir(real_fs)) == ["diff", "diff.bmap"]
 
 
 def test_a_file_of_holes_has_a_seal_without_ranges(tmp_path: Path) -> None:
@@ -109,25 +81,6 @@ def test_a_symlinks_seal_is_beside_its_file(diff: Path, tmp_path: Path) -> None:
     assert seal_layer(tmp_path / "link").path == f"{diff}.bmap"
     Path(f"{diff}.bmap").rename(tmp_path / "link.bmap")
     assert seal_layer(tmp_path / "link").path == str(tmp_path / "link.bmap")
-
-
-@pytest.mark.parametrize(("kind", "check"), [("xfs16k", "grain"), ("tmpfs_huge", "filesystem")])
-def test_law_4_comes_first(filesystem: Callable[[str], Path], kind: str, check: str) -> None:
-    diff = write_layer(filesystem(kind) / "diff", 4 << 20, [(0, signed(1, 0, PAGE))])
-    with pytest.raises(UntrustedExtentsError) as caught:
-        seal_layer(diff)
-    assert caught.value.check == check
-    assert not os.path.exists(f"{diff}.bmap")
-    assert seal_layer(diff, policy=TrustPolicy(trust_grain={"all"})).outcome == "written"
-
-
-def test_a_preallocated_range_is_refused(filesystem: Callable[[str], Path]) -> None:
-    path = filesystem("ext4") / "diff"
-    write_layer(path, SIZE, DIFF)
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 8 * PAGE, PAGE)
-    with pytest.raises(UntrustedExtentsError, match="preallocated"):
-        seal_layer(path)
 
 
 def test_a_layer_without_a_hole_must_be_meant(diff: Path) -> None:
@@ -265,18 +218,6 @@ def test_flatten_removes_the_seal_of_what_it_replaces(diff: Path, tmp_path: Path
         assert recorded(output) == EXTENTS
         flatten(view, output, force=True)
     assert not os.path.exists(f"{output}.bmap") and output.read_bytes() == ORACLE
-
-
-def test_flatten_can_seal_what_it_writes(real_fs: Path) -> None:
-    base = write_layer(real_fs / "base", SIZE, [(0, signed(0, 0, 2 * PAGE))])
-    diff = write_layer(real_fs / "diff", SIZE, DIFF)
-    Path(f"{real_fs}/out.bmap").write_text("left over")
-    with open_chain(base, [diff]).view as view:
-        flatten(view, real_fs / "out", seal=True)
-    assert recorded(real_fs / "out") == [(0, 3 * PAGE), (5 * PAGE, 7 * PAGE)]
-    with open_chain(real_fs / "out").view as view:
-        assert view.layers[0].record(".bmap") is not None
-        assert view.read(0, SIZE) == overlay_oracle(SIZE, [[(0, signed(0, 0, 2 * PAGE))], DIFF])
 
 
 def test_apply_removes_the_bases_seal_before_its_first_byte(

@@ -1,0 +1,68 @@
+"""seal on each file system, and the diffs that it refuses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from diffmergefs import flatten, open_chain, seal_layer
+from diffmergefs.core.errors import UntrustedExtentsError
+from diffmergefs.core.layer import Layer
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.sidecars import seal
+from diffmergefs.writing import sealing
+from tests.support.images import PAGE, overlay_oracle, signed, write_layer
+from tests.support.inputs import unchanged
+from tests.support.subjects.sealing import DIFF, EXTENTS, SIZE, diff, recorded
+
+__all__ = ["diff"]
+
+
+def test_a_seal_records_the_extents_and_fits_its_file(real_fs: Path) -> None:
+    diff = write_layer(real_fs / "diff", SIZE - 100, [*DIFF, (15 * PAGE, b"end")])
+    done: list[int] = []
+    with unchanged([diff]):
+        result = seal_layer(diff, progress=done.append)
+    assert result == sealing.SealResult(
+        f"{diff}.bmap", "written", 3, 4 * PAGE - 100, PAGE, overridden=(), hints=()
+    )
+    assert sum(done) == 4 * PAGE - 100
+    assert recorded(diff) == [*EXTENTS, (15 * PAGE, SIZE - 100)]
+    stored = seal.find(str(diff))
+    assert stored is not None
+    seal.compare(Layer.open(str(diff)), stored)
+    assert sorted(os.listdir(real_fs)) == ["diff", "diff.bmap"]
+
+
+@pytest.mark.parametrize(("kind", "check"), [("xfs16k", "grain"), ("tmpfs_huge", "filesystem")])
+def test_law_4_comes_first(filesystem: Callable[[str], Path], kind: str, check: str) -> None:
+    diff = write_layer(filesystem(kind) / "diff", 4 << 20, [(0, signed(1, 0, PAGE))])
+    with pytest.raises(UntrustedExtentsError) as caught:
+        seal_layer(diff)
+    assert caught.value.check == check
+    assert not os.path.exists(f"{diff}.bmap")
+    assert seal_layer(diff, policy=TrustPolicy(trust_grain={"all"})).outcome == "written"
+
+
+def test_a_preallocated_range_is_refused(filesystem: Callable[[str], Path]) -> None:
+    path = filesystem("ext4") / "diff"
+    write_layer(path, SIZE, DIFF)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 8 * PAGE, PAGE)
+    with pytest.raises(UntrustedExtentsError, match="preallocated"):
+        seal_layer(path)
+
+
+def test_flatten_can_seal_what_it_writes(real_fs: Path) -> None:
+    base = write_layer(real_fs / "base", SIZE, [(0, signed(0, 0, 2 * PAGE))])
+    diff = write_layer(real_fs / "diff", SIZE, DIFF)
+    Path(f"{real_fs}/out.bmap").write_text("left over")
+    with open_chain(base, [diff]).view as view:
+        flatten(view, real_fs / "out", seal=True)
+    assert recorded(real_fs / "out") == [(0, 3 * PAGE), (5 * PAGE, 7 * PAGE)]
+    with open_chain(real_fs / "out").view as view:
+        assert view.layers[0].record(".bmap") is not None
+        assert view.read(0, SIZE) == overlay_oracle(SIZE, [[(0, signed(0, 0, 2 * PAGE))], DIFF])

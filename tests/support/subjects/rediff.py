@@ -1,0 +1,34 @@
+"""The parent and the child of the tests of rediff."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from diffmergefs.core.view import MergedView
+from tests.support.images import PAGE, write_layer
+from tests.support.inputs import unchanged
+from tests.support.randomchains import open_view
+from tests.support.stores import age, pages
+
+MIB = 1 << 20
+SIZE = 64 * PAGE
+
+#: The parent has data and holes; in the child pages are new, other, zero and, where it was a hole
+#: in both, written zeros.
+PARENT = pages(0, range(32))
+CHILD = [*pages(0, range(2)), *pages(1, range(2, 4)), *pages(0, range(5, 31)), *pages(1, [40, 63])]
+CHANGED = [(2 * PAGE, 5 * PAGE), (31 * PAGE, 32 * PAGE), (40 * PAGE, 41 * PAGE), (63 * PAGE, SIZE)]
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> Iterator[tuple[MergedView, MergedView]]:
+    """Two plain files, which must not change."""
+    (tmp_path / "in").mkdir()
+    files = [write_layer(tmp_path / "in" / "parent", SIZE, PARENT)]
+    files.append(write_layer(tmp_path / "in" / "child", SIZE, CHILD))
+    age(*files)
+    with unchanged(files), open_view(files[:1]) as parent, open_view(files[1:]) as child:
+        yield parent, child
