@@ -52,18 +52,18 @@ def examine_path(path: str, policy: TrustPolicy | None = None) -> Iterator[Findi
 def _snapshots_of(path: str, policy: TrustPolicy) -> tuple[Catalog, list[str]] | None:
     # The catalog that the path is or lies in, and the tags that are meant, parents first.
     if os.path.isdir(path):
-        catalog = read_catalog(path, outside=policy.allow_outside, allow_gaps=policy.allow_gaps)
+        catalog = read_catalog(path, options=policy)
         if catalog.snapshots:
             return catalog, sorted(catalog.snapshots, key=lambda tag: (_depth(catalog, tag), tag))
     image = os.path.realpath(path)
     for candidate in (image, os.path.dirname(image)):
         if os.path.isdir(candidate) and layout_of(candidate) is not None:
-            catalog, tag = find_image(candidate, policy.allow_outside)
+            catalog, tag = find_image(candidate, policy)
             if candidate == image or _is_layer(catalog, tag, image):
                 return catalog, [link.tag for link in catalog.reachable(tag)]
     with suppress(FileAccessError, ForeignFormatError):  # for _examine_file to say
         if not os.path.isdir(path):
-            catalog, tag = find_image(path, policy.allow_outside, allow_gaps=policy.allow_gaps)
+            catalog, tag = find_image(path, policy)
             return catalog, [link.tag for link in catalog.reachable(tag)]
     return None
 

@@ -152,7 +152,7 @@ def open_image(path: str, policy: TrustPolicy) -> Verification:
     What breaks its chain (a missing parent, a cycle, metadata) is a fault of the answer, and the
     layers above are opened all the same. Raises DiffMergeError where `path` is no image.
     """
-    catalog, tag = find_image(path, policy.allow_outside, allow_gaps=policy.allow_gaps)
+    catalog, tag = find_image(path, policy)
     if tag not in catalog.snapshots:
         catalog.chain(tag)
     faults = Faults()

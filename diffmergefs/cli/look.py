@@ -81,9 +81,7 @@ def list_(
       diffmergefs list --why /srv/snapshots
       diffmergefs list --json /srv/snapshots | jq '.[] | select(.state == "broken")'
     """
-    catalog = read_catalog(
-        source, layout, suffix, outside=policy.allow_outside, allow_gaps=policy.allow_gaps
-    )
+    catalog = read_catalog(source, layout, suffix, options=policy)
     held: list[Layer] = []  # so that each layer that is shared is walked once
     rows = []
     with (

@@ -60,11 +60,7 @@ def prefetch(
 def _layers_of(source: ImageArguments) -> list[str]:
     if source.base is not None:
         return [source.base, *source.diffs]
-    catalog, tag = find_image(
-        source.image or "",
-        source.policy.allow_outside,
-        allow_gaps=source.policy.allow_gaps,
-    )
+    catalog, tag = find_image(source.image or "", source.policy)
     try:
         links = catalog.chain(tag)
     except DiffMergeError as error:

@@ -73,7 +73,7 @@ class Store:
         self._clock = clock
         self.roots = beneath.AllowedRoots(self.fd, policy.allow_outside)
         self._pool = LayerPool(self.roots, policy)
-        self._hashes = Hashes(Remembered(policy.state_dir), anew=policy.verify == "full")
+        self._hashes = Hashes(Remembered(policy.state_dir), anew=policy.anew)
         self._replacements = HashQueue(lambda file: self._hashes.of(self._pool.layer(file)))
         self._watch = Watch(self._replacements.ask)
         self._right: set[tuple[FileKey, str | None]] = set()  # parents and their recorded hashes
@@ -102,8 +102,7 @@ class Store:
             self._layout,
             self._suffix,
             self.fd,
-            self._policy.allow_outside,
-            allow_gaps=self._policy.allow_gaps,
+            self._policy,
         )
         catalog.recall(self.seen.catalog)
         chains, unsettled = self._watch.judge(catalog, self._clock())
@@ -232,7 +231,7 @@ class Store:
         ]
 
     def _pins(self, links: Sequence[Snapshot]) -> list[tuple[Snapshot, Snapshot]]:
-        if self._policy.verify == "no":
+        if not self._policy.compares:
             return []
         return [pair for pair in itertools.pairwise(links) if pair[1].parent_hash is not None]
 

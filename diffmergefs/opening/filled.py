@@ -21,7 +21,7 @@ from diffmergefs.opening.content import (
     spread,
     sum_pages,
 )
-from diffmergefs.opening.trust import Problem, TrustPolicy, require_none
+from diffmergefs.opening.trust import Problem, Trust, require_none
 
 _BUDGET = 8 << 20  # bytes read of the extents of a shape
 _PART = 2 << 20  # and of each of many
@@ -46,7 +46,7 @@ class Hint(NamedTuple):
 
 
 def require_exact(
-    parents: Parents, layer: Layer, policy: TrustPolicy, verdicts: Verdicts
+    parents: Parents, layer: Layer, policy: Trust, verdicts: Verdicts
 ) -> list[Problem]:
     """Raise UntrustedExtentsError if a diff with holes shows a copy-up that filled some (law 4).
 
@@ -56,7 +56,7 @@ def require_exact(
     return require_none([found] if found else [], policy)
 
 
-def require_exact_over(below: Read, layer: Layer, policy: TrustPolicy) -> list[Problem]:
+def require_exact_over(below: Read, layer: Layer, policy: Trust) -> list[Problem]:
     """`require_exact` over any bytes. No result is remembered. Raises OSError too."""
     page = max(PAGE, policy.page_size)
     found = find_copy_up(below, layer, page) if _copy_up(layer, policy) else ()
@@ -65,7 +65,7 @@ def require_exact_over(below: Read, layer: Layer, policy: TrustPolicy) -> list[P
 
 
 def copied_up(
-    parents: Parents | None, layer: Layer, policy: TrustPolicy, verdicts: Verdicts
+    parents: Parents | None, layer: Layer, policy: Trust, verdicts: Verdicts
 ) -> Problem | None:
     """The result of `find_copy_up` for a diff on overlayfs that has holes, and no record."""
     check = _copy_up(layer, policy)
@@ -84,9 +84,7 @@ def _copy_up_problem(layer: Layer, found: Result, over: str) -> Problem | None:
     return Problem(layer.path, "copy-up", text, _WAY_OUT)
 
 
-def hints(
-    parents: Parents | None, layer: Layer, policy: TrustPolicy, verdicts: Verdicts
-) -> list[Hint]:
+def hints(parents: Parents | None, layer: Layer, policy: Trust, verdicts: Verdicts) -> list[Hint]:
     """What may be wrong with a diff that passes all checks: at most one hint.
 
     If its parents are unknown (None), a sign of a copy-up is only a hint. Raises
@@ -108,7 +106,7 @@ def hints(
 
 
 def hint_of_filled(
-    parents: Parents, layer: Layer, policy: TrustPolicy, verdicts: Verdicts
+    parents: Parents, layer: Layer, policy: Trust, verdicts: Verdicts
 ) -> Hint | None:
     """The result of `find_filled` for a diff that has holes, and no record beside it."""
     check = _filled(layer, policy)
@@ -126,12 +124,12 @@ def hint_of_filled(
     return Hint(layer.path, text)
 
 
-def hole_checks(layer: Layer, policy: TrustPolicy) -> list[ContentCheck]:
+def hole_checks(layer: Layer, policy: Trust) -> list[ContentCheck]:
     """The checks that a diff with holes needs."""
     return [check for check in (_copy_up(layer, policy), _filled(layer, policy)) if check]
 
 
-def _copy_up(layer: Layer, policy: TrustPolicy) -> ContentCheck | None:
+def _copy_up(layer: Layer, policy: Trust) -> ContentCheck | None:
     if (
         layer.records
         or layer.extents.covers(layer.size)
@@ -147,7 +145,7 @@ def _copy_up(layer: Layer, policy: TrustPolicy) -> ContentCheck | None:
     return ContentCheck(f"copy-up {page}", find)
 
 
-def _filled(layer: Layer, policy: TrustPolicy) -> ContentCheck | None:
+def _filled(layer: Layer, policy: Trust) -> ContentCheck | None:
     page = max(PAGE, policy.page_size)
     if layer.records or layer.extents.covers(layer.size) or not has_fit(layer, page):
         return None

@@ -21,7 +21,14 @@ from diffmergefs.opening.dense import require_meant, sample_check
 from diffmergefs.opening.filled import Hint, hints, hole_checks, require_exact
 from diffmergefs.opening.opener import LayerPool, Opener, opened_store
 from diffmergefs.opening.pins import Hashes, require_pin
-from diffmergefs.opening.trust import Problem, TrustPolicy, override_lines, require_trust
+from diffmergefs.opening.trust import (
+    Problem,
+    RecordOptions,
+    Trust,
+    TrustPolicy,
+    override_lines,
+    require_trust,
+)
 from diffmergefs.opening.writers import require_no_writers
 from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.stores.lookup import find_image, is_image, require_mergeable
@@ -71,7 +78,7 @@ def open_chain(
     layers = [opener.open(os.fspath(base))]
     layers += [opener.open(os.fspath(path), is_diff=True) for path in diffs]
     require_distinct(layers)
-    verdicts = Verdicts(Remembered(policy.state_dir), anew=policy.verify == "full")
+    verdicts = Verdicts(Remembered(policy.state_dir), anew=policy.anew)
     image = _judge(layers, policy, verdicts, in_store=False)
     warn_of_order(image.view)
     return image
@@ -87,14 +94,14 @@ def open_image(path: str | os.PathLike[str], policy: TrustPolicy | None = None) 
     whole file is read for that, once ('pins'), or each time ('full'). Raises DiffMergeError.
     """
     policy = policy or TrustPolicy()
-    catalog, tag = find_image(path, policy.allow_outside, allow_gaps=policy.allow_gaps)
+    catalog, tag = find_image(path, policy)
     try:
         links = catalog.chain(tag)
     except DiffMergeError as error:
         raise type(error)(f"in {catalog.root}: {error}") from None
     with opened_store(catalog.root, policy) as pool:
         image = open_snapshot(links, pool, policy)
-    if policy.verify != "no":
+    if policy.compares:
         _require_pins(image.view.layers, links, policy)
     return image
 
@@ -118,8 +125,10 @@ def open_side(
     return open_image(path, policy)
 
 
-def _require_pins(layers: Sequence[Layer], links: Sequence[Snapshot], policy: TrustPolicy) -> None:
-    hashes = Hashes(Remembered(policy.state_dir), anew=policy.verify == "full")
+def _require_pins(
+    layers: Sequence[Layer], links: Sequence[Snapshot], policy: RecordOptions
+) -> None:
+    hashes = Hashes(Remembered(policy.state_dir), anew=policy.anew)
     for parent, link in zip(layers, links[1:], strict=False):
         try:
             require_pin(parent, link, hashes)
@@ -144,7 +153,7 @@ def open_snapshot(
     return replace(image, overridden=overridden, tags=tags, problems=(*image.problems, *problems))
 
 
-def require_known_base(layer: Layer, doubt: str | None, policy: TrustPolicy) -> list[Problem]:
+def require_known_base(layer: Layer, doubt: str | None, policy: Trust) -> list[Problem]:
     """Raise DiffMergeError if the lowest `layer` of a chain, about which there is a
     `Snapshot.doubt`, has a hole, or may have one; else the checks that the policy overrode.
 
@@ -204,7 +213,7 @@ class Judgement(NamedTuple):
 def judge_diff(
     parents: Parents,
     layer: Layer,
-    policy: TrustPolicy,
+    policy: Trust,
     verdicts: Verdicts,
     *,
     in_store: bool,
@@ -228,21 +237,19 @@ def judge_diff(
     return Judgement(dense, overridden, hints(parents, layer, policy, verdicts))
 
 
-def must_read_pages(
-    parents: Parents, layer: Layer, policy: TrustPolicy, verdicts: Verdicts
-) -> bool:
+def must_read_pages(parents: Parents, layer: Layer, policy: Trust, verdicts: Verdicts) -> bool:
     """Whether `judge_diff` has to read pages of a link of a directory of snapshots."""
     checks = _content_checks(layer, policy)
     return any(not verdicts.is_known(check.kind, parents, layer) for check in checks)
 
 
-def read_pages(parents: Parents, layer: Layer, policy: TrustPolicy, verdicts: Verdicts) -> None:
+def read_pages(parents: Parents, layer: Layer, policy: Trust, verdicts: Verdicts) -> None:
     """Put into `verdicts` what `judge_diff` needs of pages. Blocks; raises DiffMergeError."""
     for check in _content_checks(layer, policy):
         check.result(parents, layer, verdicts)
 
 
-def _content_checks(layer: Layer, policy: TrustPolicy) -> list[ContentCheck]:
+def _content_checks(layer: Layer, policy: Trust) -> list[ContentCheck]:
     if layer.extents.covers(layer.size):
         return [] if policy.dense else [sample_check(layer)]
     return hole_checks(layer, policy)

@@ -16,7 +16,7 @@ from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.singleflight import SingleFlight
 from diffmergefs.opening.content import Verdicts
-from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.opening.trust import RecordOptions, TrustPolicy
 from diffmergefs.opening.writers import Writers, writers
 from diffmergefs.sidecars import presence, seal
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
@@ -56,7 +56,7 @@ class Opener:
     with 'full' each time that a layer is opened; with 'no' never.
     """
 
-    def __init__(self, policy: TrustPolicy) -> None:
+    def __init__(self, policy: RecordOptions) -> None:
         self.policy = policy
         self._memory = Remembered(policy.state_dir)
 
@@ -75,7 +75,7 @@ class Opener:
         FileAccessError.
         """
         layer = Layer.open(path, root, name)
-        is_checked, anew = self.policy.verify != "no", self.policy.verify == "full"
+        is_checked, anew = self.policy.compares, self.policy.anew
         if is_diff and (bits := presence.find(path, root, name)) is not None:
             presence.adopt(layer, bits)
             if is_checked:
@@ -96,11 +96,11 @@ class LayerPool:
     layer, the others that need it wait. `verdicts` are what was found in the layers' pages.
     """
 
-    def __init__(self, root: Root, policy: TrustPolicy, where: str = "") -> None:
+    def __init__(self, root: Root, policy: RecordOptions, where: str = "") -> None:
         self.roots = root if isinstance(root, AllowedRoots) else AllowedRoots(root)
         self._where = where
         self._opener = Opener(policy)
-        self.verdicts = Verdicts(Remembered(policy.state_dir), anew=policy.verify == "full")
+        self.verdicts = Verdicts(Remembered(policy.state_dir), anew=policy.anew)
         self._layers: weakref.WeakValueDictionary[_Content, Layer] = weakref.WeakValueDictionary()
         # Where the first of a layer's holes lies that looked like data when it was opened.
         self._cached: dict[FileKey, int] = {}

@@ -11,6 +11,7 @@ from diffmergefs.core.errors import UntrustedExtentsError
 from diffmergefs.core.extents import PAGE, ExtentList
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.filesystems import untrusted_filesystem
+from diffmergefs.stores.catalog import StoreOptions
 
 #: The checks of law 4 that a user may override by their names.
 CHECKS = ("filesystem", "grain", "alignment", "unwritten", "map", "copy-up")
@@ -19,35 +20,23 @@ ALL = "all"
 
 
 @dataclass(frozen=True)
-class TrustPolicy:
-    """What a user vouches for.
+class Trust:
+    """What a user vouches for about the layers of an image.
 
-    `page_size` is the guest's page in bytes, a power of two; `trust_grain` are the names of the
-    checks that are overridden, of `CHECKS`, or 'all'; `dense` accepts a diff without a hole.
-    `no_seal` ignores seals. `verify` is what checksums are compared: 'no', 'pins' (seals and
-    parents' hashes, each once for a file) or 'full' (all of them anew). `allow_writers` accepts
-    layers that someone has open for writing. `allow_gaps` accepts numbered layers that leave
-    numbers out, and the lowest of them as the base. `allow_outside` are directories beside SOURCE
-    in which its layers may lie. `state_dir` is where verified checksums are remembered, by default
-    the user's state directory. `strict` refuses a diff whose holes look filled, of which there is
-    no more than a hint. Raises ValueError for a page size, a `verify` or a name of a check that
-    makes no sense.
+    `page_size` is the guest's page in bytes, a power of two. `trust_grain` names the checks that
+    are overridden: names of `CHECKS`, or 'all'. `dense` accepts a diff without a hole.
+    `allow_writers` accepts layers that someone has open for writing. `strict` refuses a diff whose
+    holes look filled, for which there is otherwise only a hint. Raises ValueError for a page size
+    or a check that does not exist.
     """
 
     page_size: int = PAGE
     trust_grain: Collection[str] = frozenset()
     dense: bool = False
-    no_seal: bool = False
-    verify: str = "pins"
     allow_writers: bool = False
-    allow_gaps: bool = False
-    allow_outside: tuple[str, ...] = ()
-    state_dir: str | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if self.verify not in ("no", "pins", "full"):
-            raise ValueError(f"verify is {self.verify!r}, not 'no', 'pins' or 'full'")
         if self.page_size < 1 or self.page_size & (self.page_size - 1):
             raise ValueError(f"a page of {self.page_size} bytes, which is no power of two")
         object.__setattr__(self, "trust_grain", checks_named(self.trust_grain))
@@ -55,6 +44,47 @@ class TrustPolicy:
     def overrides(self, check: str) -> bool:
         """Whether the user vouches for what this check refuses."""
         return check in self.trust_grain
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """How recorded checksums are used.
+
+    `no_seal` ignores seals. `verify` says which checksums are compared: 'no', 'pins' (seals and
+    parents' hashes, once for each file) or 'full' (the same, but earlier results are ignored).
+    `state_dir` is where results are remembered, by default the user's state directory. Raises
+    ValueError for another `verify`.
+    """
+
+    no_seal: bool = False
+    verify: str = "pins"
+    state_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.verify not in ("no", "pins", "full"):
+            raise ValueError(f"verify is {self.verify!r}, not 'no', 'pins' or 'full'")
+
+    @property
+    def compares(self) -> bool:
+        """Whether checksums are compared at all."""
+        return self.verify != "no"
+
+    @property
+    def anew(self) -> bool:
+        """Whether earlier results are ignored."""
+        return self.verify == "full"
+
+
+@dataclass(frozen=True)
+class TrustPolicy(StoreOptions, RecordOptions, Trust):
+    """All that a caller says about an image: `Trust`, `RecordOptions` and `StoreOptions`.
+
+    Name the fields. Raises ValueError as those do.
+    """
+
+    def __post_init__(self) -> None:
+        Trust.__post_init__(self)
+        RecordOptions.__post_init__(self)
 
 
 def checks_named(names: Collection[str]) -> frozenset[str]:
@@ -100,7 +130,7 @@ def grain(fd: int) -> int:
     return os.fstat(fd).st_blksize
 
 
-def require_trust(layer: Layer, policy: TrustPolicy, *, complete: bool = False) -> list[Problem]:
+def require_trust(layer: Layer, policy: Trust, *, complete: bool = False) -> list[Problem]:
     """Raise UntrustedExtentsError for the first check that a diff's extents fail.
 
     Extents of a record beside the file (a seal, a presence file) are held to the record's grain
@@ -113,7 +143,7 @@ def require_trust(layer: Layer, policy: TrustPolicy, *, complete: bool = False) 
     return require_none(problems(layer, policy.page_size, complete=complete), policy)
 
 
-def require_none(found: Iterable[Problem], policy: TrustPolicy) -> list[Problem]:
+def require_none(found: Iterable[Problem], policy: Trust) -> list[Problem]:
     """Raise UntrustedExtentsError for the first problem that the policy does not override.
 
     Returns those that it does.

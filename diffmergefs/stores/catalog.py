@@ -152,31 +152,48 @@ class Catalog:
         return frozenset(layer.key[:2] for layer in self._layers.values())
 
 
+@dataclass(frozen=True)
+class StoreOptions:
+    """What a user accepts in a directory of snapshots.
+
+    `allow_gaps` accepts numbered layers that leave numbers out, and the lowest of them as the base.
+    `allow_outside` names directories beside the store in which its files may lie, if they are
+    recorded there. The path of such a file is absolute.
+    """
+
+    allow_gaps: bool = False
+    allow_outside: tuple[str, ...] = ()
+
+
 def read_catalog(
     root: str,
     layout: str | None = None,
     suffix: str | None = None,
     at: int | None = None,
-    outside: Iterable[str] = (),
-    *,
-    allow_gaps: bool = False,
+    options: StoreOptions | None = None,
 ) -> Catalog:
     """Look over the directory `root`.
 
     `layout` is the name of one of READERS, by default found out; `suffix` (`.mem`) names the memory
     files of a numbered directory; `at` is an open descriptor of `root`, if the caller has one.
-    `outside` are directories beside `root` in which a store's files may lie, if they are recorded
-    there: the path of such a file is absolute. `allow_gaps` is `Source`'s. Reads
-    names, sizes and JSON, never an image. Raises FileAccessError if `root` is no readable
+    Reads names, sizes and JSON, never an image. Raises FileAccessError if `root` is no readable
     directory, BrokenChainError where the directory as a whole is ambiguous, and ForeignFormatError
     where it is in a format that is declined.
     """
+    options = options or StoreOptions()
     fd = open_source(root, at)
     try:
         with os.scandir(fd) as entries:
             statuses, refused = _statuses_of(entries)
         foreign.require_own_directory(statuses.keys() | refused.keys(), root)
-        source = Source(root, AllowedRoots(fd, outside), statuses, suffix, allow_gaps, refused)
+        source = Source(
+            root,
+            AllowedRoots(fd, options.allow_outside),
+            statuses,
+            suffix,
+            options.allow_gaps,
+            refused,
+        )
         reader = READERS[layout] if layout else _find_reader(source)
         snapshots = reader.read(source)
         if named := snapshots.get(STATUS_FOLDER):

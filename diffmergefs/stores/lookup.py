@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from diffmergefs.core import foreign
 from diffmergefs.core.errors import FileAccessError
-from diffmergefs.stores.catalog import READERS, Catalog, read_catalog
+from diffmergefs.stores.catalog import READERS, Catalog, StoreOptions, read_catalog
 from diffmergefs.stores.numbered import SUFFIXES, is_numbered
 from diffmergefs.stores.reader import names_of, require_own_path
 from diffmergefs.stores.snapshot import is_left_out
@@ -25,13 +25,12 @@ def require_mergeable(base: str, diffs: Sequence[str]) -> None:
 
 
 def find_image(
-    path: str | os.PathLike[str], outside: Iterable[str] = (), *, allow_gaps: bool = False
+    path: str | os.PathLike[str], options: StoreOptions | None = None
 ) -> tuple[Catalog, str]:
     """The catalog of the directory in which the IMAGE `path` lies, and its tag there.
 
-    `path` is a snapshot's directory or a numbered layer file. `outside` and `allow_gaps` are
-    `read_catalog`'s. The catalog may lack the tag, and the tag's chain may be broken. Raises
-    DiffMergeError where `path` names no image.
+    `path` is a snapshot's directory or a numbered layer file. The catalog may lack the
+    tag, and the tag's chain may be broken. Raises DiffMergeError where `path` names no image.
     """
     if not os.fspath(path):
         raise FileAccessError("'': an empty path names no image")
@@ -40,11 +39,11 @@ def find_image(
     root, name = os.path.split(image)
     if os.path.isdir(image):
         layout = layout_of(image) or "forkd"
-        return read_catalog(root, layout, outside=outside), name
+        return read_catalog(root, layout, options=options), name
     require_own_path(image)
     if not os.path.exists(image):
         raise FileAccessError(f"{os.fspath(path)}: No such file or directory")
-    if found := _find_numbered(root, name, allow_gaps=allow_gaps):
+    if found := _find_numbered(root, name, options):
         return found
     raise FileAccessError(
         f"{os.fspath(path)}: neither a snapshot directory nor a numbered layer (002-name.mem);"
@@ -52,11 +51,13 @@ def find_image(
     )
 
 
-def _find_numbered(root: str, name: str, *, allow_gaps: bool = False) -> tuple[Catalog, str] | None:
+def _find_numbered(
+    root: str, name: str, options: StoreOptions | None
+) -> tuple[Catalog, str] | None:
     suffix = os.path.splitext(name)[1]
     # One of the usual suffixes is a layer's only if the lowest number's memory file has it too.
     chosen = None if suffix in SUFFIXES else suffix or None
-    catalog = read_catalog(root, "numbered", chosen, allow_gaps=allow_gaps)
+    catalog = read_catalog(root, "numbered", chosen, options=options)
     for tag, snapshot in catalog.snapshots.items():
         if snapshot.memory and snapshot.memory.path == name:
             return catalog, tag
@@ -73,7 +74,7 @@ def is_image(path: str | os.PathLike[str]) -> bool:
     if os.path.isdir(place):
         return True
     root, name = os.path.split(place)
-    return is_numbered(name) and _find_numbered(root, name) is not None
+    return is_numbered(name) and _find_numbered(root, name, None) is not None
 
 
 def layout_of(folder: str) -> str | None:

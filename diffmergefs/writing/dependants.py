@@ -15,7 +15,7 @@ from diffmergefs.core.extents import ExtentList
 from diffmergefs.opening.writers import is_open_elsewhere
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
 from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
-from diffmergefs.stores.catalog import LAYOUTS, Catalog, read_catalog
+from diffmergefs.stores.catalog import LAYOUTS, Catalog, StoreOptions, read_catalog
 from diffmergefs.stores.lookup import layout_of
 from diffmergefs.system.mounttable import FILESYSTEM_TYPE, MountTable, mounts, resolved
 
@@ -130,11 +130,12 @@ def _tag_in(root: str, layouts: Collection[str], fd: int, path: str) -> str | No
 
 def _catalogs(root: str, layouts: Collection[str], path: str) -> Iterator[Catalog]:
     # What --suffix, --allow-outside and --allow-gaps could bring in counts too.
-    suffix, outside = os.path.splitext(path)[1] or None, (os.path.dirname(path),)
+    suffix = os.path.splitext(path)[1] or None
+    options = StoreOptions(allow_gaps=True, allow_outside=(os.path.dirname(path),))
     for layout in layouts:
         for chosen in (None, suffix) if layout == "numbered" else (None,):
             with suppress(DiffMergeError):
-                yield read_catalog(root, layout, chosen, outside=outside, allow_gaps=True)
+                yield read_catalog(root, layout, chosen, options=options)
 
 
 def _may_hang(folder: str, path: str) -> bool:

@@ -129,7 +129,7 @@ class StoreRediff:
         return NewStore(output, tuple(done), self.left_out, tuple(self._overridden))
 
     def _read(self) -> Catalog:
-        return read_catalog(self.source, "forkd", outside=self._policy.allow_outside)
+        return read_catalog(self.source, "forkd", options=self._policy)
 
     def _judge(self) -> None:
         chains = []

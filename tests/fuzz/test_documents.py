@@ -181,7 +181,7 @@ def test_directories(
 
     def examine(store: Path, layout: str | None, suffix: str | None, made: trees.Made) -> None:
         try:
-            catalog = read_catalog(str(store), layout, suffix, outside=policy.allow_outside)
+            catalog = read_catalog(str(store), layout, suffix, options=policy)
         except DiffMergeError as error:
             require_one_line(error)
             met["refused"] += 1

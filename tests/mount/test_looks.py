@@ -19,7 +19,7 @@ from diffmergefs.fuse import session as serving_mount
 from diffmergefs.fuse.served import Store
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores import catalog
-from diffmergefs.stores.catalog import read_catalog
+from diffmergefs.stores.catalog import StoreOptions, read_catalog
 from tests.support.commands import succeed
 from tests.support.images import overlay_oracle, write_layer
 from tests.support.live import until
@@ -143,10 +143,10 @@ def test_a_base_outside_that_refuses_lstat_breaks_its_own_sandbox(
     write_sandbox(root, "vm-1", write_template(root))
     (tmp_path / "outside").mkdir()
     write_sandbox(root, "vm-2", write_layer(tmp_path / "outside" / "lone", SIZE, pages(3, [3])))
-    outside = [str(tmp_path / "outside")]
-    assert len(read_catalog(str(root), outside=outside).chain("vm-2")) == 2
+    options = StoreOptions(allow_outside=(str(tmp_path / "outside"),))
+    assert len(read_catalog(str(root), options=options).chain("vm-2")) == 2
     with refusing(tmp_path / "outside", "EACCES"):
-        found = read_catalog(str(root), outside=outside)
+        found = read_catalog(str(root), options=options)
     assert len(found.chain("vm-1")) == 2
     with pytest.raises(BrokenChainError, match="Permission denied"):
         found.chain("vm-2")

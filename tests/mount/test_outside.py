@@ -16,7 +16,7 @@ from diffmergefs.core.errors import BrokenChainError, FileAccessError, Mountpoin
 from diffmergefs.fuse.served import Store
 from diffmergefs.opening.images import open_image
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.stores.catalog import read_catalog
+from diffmergefs.stores.catalog import StoreOptions, read_catalog
 from diffmergefs.stores.lookup import find_image
 from diffmergefs.system.mountpoint import check_mountpoint
 from tests.support.commands import diffmergefs, mistake, succeed
@@ -59,8 +59,15 @@ def record(root: Path, folder: str | Path, **fields: Any) -> None:
     write_document(root / "store", "work", json.dumps(where | fields))
 
 
+def allowing(*outside: str | Path) -> StoreOptions:
+    return StoreOptions(allow_outside=tuple(map(str, outside)))
+
+
 def problem(root: Path, *outside: str | Path) -> str:
-    catalog = read_catalog(str(root / "store"), outside=[str(path) for path in outside])
+    catalog = read_catalog(
+        str(root / "store"),
+        options=allowing(*outside),
+    )
     with pytest.raises(BrokenChainError) as caught:
         catalog.chain("work")
     assert catalog.chain("base")
@@ -91,7 +98,7 @@ def problem_of_inside(root: Path) -> str:
 def test_a_file_beneath_an_allowed_directory_is_a_layer(root: Path, allowed: str) -> None:
     assert content(root, root / allowed) == MERGED
     policy = TrustPolicy(allow_outside=(str(root / allowed),))
-    catalog, tag = find_image(root / "store" / "work", policy.allow_outside)
+    catalog, tag = find_image(root / "store" / "work", policy)
     link = catalog.snapshots[tag]
     assert link.layer.path == f"{root}/pool/deep/work.memory.bin"
     assert link.files == {"work.vmstate": f"{root}/pool/deep/work.vmstate"}
@@ -146,13 +153,13 @@ def test_a_fifo_outside_is_not_opened(root: Path) -> None:
 def test_the_tags_own_directory_comes_first_and_two_files_are_refused(root: Path) -> None:
     own = write_layer(root / "store" / "work" / "work.memory.bin", SIZE, pages(2, [2]))
     age(own)
-    forbidden = read_catalog(str(root / "store"), outside=[]).snapshots["work"]
+    forbidden = read_catalog(str(root / "store")).snapshots["work"]
     assert forbidden.layer.path == "work/work.memory.bin"
     assert "work.vmstate' is neither in 'work' nor" in str(forbidden.problem)
     assert "two different files" in problem(root, root / "pool")
     (root / "pool" / "deep" / "work.memory.bin").unlink()
     os.link(own, root / "pool" / "deep" / "work.memory.bin")
-    found = read_catalog(str(root / "store"), outside=[str(root / "pool")]).snapshots["work"]
+    found = read_catalog(str(root / "store"), options=allowing(root / "pool")).snapshots["work"]
     assert found.layer.path == "work/work.memory.bin"
 
 
@@ -163,9 +170,9 @@ def test_a_path_beneath_source_is_looked_for_in_source_only(root: Path) -> None:
 
 
 def test_a_file_outside_belongs_to_what_must_stand_still(root: Path) -> None:
-    before = read_catalog(str(root / "store"), outside=[str(root)]).snapshots["work"]
+    before = read_catalog(str(root / "store"), options=allowing(root)).snapshots["work"]
     os.utime(root / "pool" / "deep" / "work.memory.bin")
-    after = read_catalog(str(root / "store"), outside=[str(root)]).snapshots["work"]
+    after = read_catalog(str(root / "store"), options=allowing(root)).snapshots["work"]
     assert before.state != after.state and before.newest_ns < after.newest_ns
 
 

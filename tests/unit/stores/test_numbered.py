@@ -11,7 +11,7 @@ import pytest
 from diffmergefs.core.errors import BrokenChainError
 from diffmergefs.opening.images import open_image
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.stores.catalog import Catalog, read_catalog
+from diffmergefs.stores.catalog import Catalog, StoreOptions, read_catalog
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import overlay_oracle, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_numbered, write_tag
@@ -27,7 +27,7 @@ def chain(catalog: Catalog, tag: str) -> list[str]:
 
 def test_the_chain_is_the_numeric_order_and_not_the_lexical_one(tmp_path: Path) -> None:
     write_numbered(tmp_path, ["1-base.mem", "2-two.mem", "10-ten.mem"])
-    catalog = read_catalog(str(tmp_path), allow_gaps=True)
+    catalog = read_catalog(str(tmp_path), options=StoreOptions(allow_gaps=True))
     assert catalog.layout == "numbered"
     assert tags(catalog) == ["base", "two", "ten"]
     assert chain(catalog, "ten") == ["1-base.mem", "2-two.mem", "10-ten.mem"]
@@ -55,7 +55,7 @@ def test_what_lies_above_a_gap_is_refused_with_how_many_are_missing(tmp_path: Pa
         assert str(caught.value).startswith(words)
         assert str(caught.value).endswith(" --allow-gaps")
     assert {"003-b.mem", "004-c.mem", "9-d.mem"} <= catalog.hidden
-    accepted = read_catalog(str(tmp_path), allow_gaps=True)
+    accepted = read_catalog(str(tmp_path), options=StoreOptions(allow_gaps=True))
     assert len(chain(accepted, "d")) == 5
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from diffmergefs import apply_diff, open_chain, open_image
 from diffmergefs.core.errors import BrokenChainError, DiffMergeError
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.stores.catalog import read_catalog
+from diffmergefs.stores.catalog import StoreOptions, read_catalog
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, overlay_oracle, write_layer
 from tests.support.stores import SIZE, age, pages
@@ -138,7 +138,7 @@ def test_a_base_outside_needs_leave_and_is_a_snapshot_then(store: Path, tmp_path
     base = write_layer(tmp_path / "lone.mem", SIZE, pages(7, range(16)))
     write_base(str(base))(store)
     assert "--allow-outside" in reason(store, "vm-1")
-    catalog = read_catalog(str(store), outside=[str(tmp_path)])
+    catalog = read_catalog(str(store), options=StoreOptions(allow_outside=(str(tmp_path),)))
     links = catalog.chain("vm-1")
     assert [link.layer.path for link in links] == [str(base), "vm-1/mem.diff"]
     opened = open_image(store / "vm-1", TrustPolicy(allow_outside=(str(tmp_path),)))

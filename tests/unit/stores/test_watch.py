@@ -12,7 +12,7 @@ import pytest
 
 from diffmergefs.core.errors import BrokenChainError
 from diffmergefs.core.identity import FileVersion
-from diffmergefs.stores.catalog import Catalog, read_catalog
+from diffmergefs.stores.catalog import Catalog, StoreOptions, read_catalog
 from diffmergefs.stores.snapshot import StoredFile
 from diffmergefs.stores.watch import Watch
 from tests.support.images import write_layer
@@ -47,7 +47,9 @@ class Looks:
         return hashlib.sha256((self.store / file.path).read_bytes()).hexdigest()
 
     def look(self) -> set[str]:
-        self._catalog = read_catalog(str(self.store), allow_gaps=self._allow_gaps)
+        self._catalog = read_catalog(
+            str(self.store), options=StoreOptions(allow_gaps=self._allow_gaps)
+        )
         shown, self.unsettled = self.watch.judge(self._catalog, self.now_ns)
         self.now_ns += SECOND_NS // 2
         return set(shown)
