@@ -249,20 +249,20 @@ def mount(
             f"--record sees no touch of what --prefetch={prefetch} has brought; leave one out"
         )
     request = Request(
-        source,
-        tuple(os.path.abspath(path) for path in (base, *diffs) if path),
-        os.path.abspath(operands[-1]),
-        replace(policy, verify=verify),
-        layout,
-        suffix,
-        allow_other,
-        open_rw,
-        options,
-        Tuning(readahead, max_background, recording=record),
-        "record" if record else prefetch or "notify",
-        working_set_dir,
-        drop_behind,
-        not no_fast_loop,
+        source=source,
+        layers=tuple(os.path.abspath(path) for path in (base, *diffs) if path),
+        mountpoint=os.path.abspath(operands[-1]),
+        policy=replace(policy, verify=verify),
+        layout=layout,
+        suffix=suffix,
+        allow_other=allow_other,
+        open_rw=open_rw,
+        options=options,
+        tuning=Tuning(readahead, max_background, recording=record),
+        prefetch="record" if record else prefetch or "notify",
+        working_set_dir=working_set_dir,
+        drop_behind=drop_behind,
+        fast_loop=not no_fast_loop,
     )
     level = logging.DEBUG if verbose else logging.INFO
     notifier = Notifier.from_environment(os.environ)

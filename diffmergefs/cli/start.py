@@ -23,7 +23,7 @@ from diffmergefs.core.errors import (
 )
 from diffmergefs.fuse.access import view_access
 from diffmergefs.fuse.nodes import OpenImage
-from diffmergefs.fuse.observer import MountedSession, NullObserver, Observer
+from diffmergefs.fuse.observer import NullObserver, ObservedMount, Observer
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain
@@ -45,7 +45,7 @@ log = logging.getLogger("diffmergefs")
 _STDERR = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What is to be mounted where and how; all paths absolute."""
 
@@ -127,17 +127,17 @@ def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | Non
         )
         mounts.wait_until_stable(store)
         tree = Tree(real, store, open_rw=request.open_rw)
-    mounts.serve(
-        tree,
-        real,
-        options,
-        ready,
-        notifier or Notifier(),
-        request.tuning,
-        observe,
+    mounts.Session(
+        tree=tree,
+        mountpoint=real,
+        options=options,
+        ready=ready,
+        notifier=notifier or Notifier(),
+        tuning=request.tuning,
+        observe=observe,
         drop_behind=request.drop_behind,
         fast_loop=request.fast_loop,
-    )
+    ).serve()
 
 
 def _working_sets(request: Request) -> WorkingSets | None:
@@ -155,25 +155,25 @@ def _working_sets(request: Request) -> WorkingSets | None:
     return sets
 
 
-def _observer(sets: WorkingSets | None, how: str, session: MountedSession) -> Observer:
+def _observer(sets: WorkingSets | None, how: str, mount: ObservedMount) -> Observer:
     if sets is not None and how == "record":
         return Recorder(sets)
-    if sets is None or session.device is None:
+    if sets is None or mount.device is None:
         return NullObserver()  # nobody asked for one, or the log has the reason
-    adviser = Adviser(os.makedev(*map(int, session.device.split(":"))), session.path_of)
+    adviser = Adviser(os.makedev(*map(int, mount.device.split(":"))), mount.path_of)
     if how == "fadvise":
         return Prefetcher(sets, adviser)
-    connection = Connection(session.device)
+    connection = Connection(mount.device)
     if sets.has_any():
         # Started now, so that the first push need not wait. That push reports what fails here.
         with contextlib.suppress(OSError):
             connection.guard()
 
     def start_guard() -> None:
-        session.run_in_main_thread(connection.guard)
+        mount.run_in_main_thread(connection.guard)
         connection.wait_for_guard()
 
-    notify = GuardedNotify(Notify(session.store_pages), adviser, start_guard)
+    notify = GuardedNotify(Notify(mount.store_pages), adviser, start_guard)
     return Prefetcher(sets, notify, connection)
 
 

@@ -17,8 +17,8 @@ class Caller(Protocol):
 
 
 @dataclass(frozen=True)
-class MountedSession:
-    """What an observer may use of the session that it observes.
+class ObservedMount:
+    """What an observer may use of the mount that it observes.
 
     `device` is the device number of the mount (`major:minor`), or None if the mount table cannot
     be read. `path_of` returns the path of an image in the mount, or None if the mount no longer

@@ -1,15 +1,13 @@
-"""Mounting and serving: session options, signals, the event loop, and the end (law 10)."""
+"""A mount and the process that serves it: options, the event loop, and scans of the source."""
 
 from __future__ import annotations
 
 import errno
-import functools
 import logging
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import pyfuse3
 import trio
@@ -19,7 +17,8 @@ from diffmergefs.core.background import closing_in_threads
 from diffmergefs.core.errors import DiffMergeError, MountAbortedError, MountFailedError, counted
 from diffmergefs.fuse import threads
 from diffmergefs.fuse.dropbehind import DropBehind
-from diffmergefs.fuse.observer import MountedSession, Observer
+from diffmergefs.fuse.lifecycle import STOP_SECONDS, Lifecycle, deferred_signals
+from diffmergefs.fuse.observer import ObservedMount, Observer
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.readloop import ReadLoop, read_loop
 from diffmergefs.fuse.served import Store
@@ -32,22 +31,16 @@ from diffmergefs.sidecars import (
 from diffmergefs.system import mountpoint as mountpoints
 from diffmergefs.system import tuning
 from diffmergefs.system.mountpoint import OwnMount
-from diffmergefs.system.mounttable import Mount, in_other_namespaces
+from diffmergefs.system.mounttable import Mount
 from diffmergefs.system.sdnotify import Notifier
 from diffmergefs.system.tuning import Tuning
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.6
-SLOW_SECONDS = 5.0  # how long a look may take before the log says so
-# How many may be under way at once. Those beyond wait in the kernel, also for what is not slow.
+SLOW_SECONDS = 5.0  # how long a scan may take before the log says so
+# How many requests may be under way at once. Further ones wait in the kernel, fast ones too.
 _MAX_REQUESTS = 10_000
-# For how long the end waits for a push: it may read from storage that hangs.
-_STOP_SECONDS = 2.0
-_ABORTED = (
-    "%s: the connection to the kernel was ended from outside (aborted, or `umount -f`); %s open:"
-    " whoever uses what is open gets errors"
-)
 _REFUSED_OPTIONS = {
     *("rw", "suid", "dev", "exec"),
     *("max_read", "fsname", "subtype", "fd", "rootmode", "user_id", "group_id"),
@@ -57,9 +50,9 @@ _REFUSED_OPTIONS = {
 def session_options(
     source: str, extra: Sequence[str], *, allow_other: bool, open_rw: bool
 ) -> set[str]:
-    """The mount options of a session that shows `source`; `extra` are the user's own.
+    """The mount options of a session that shows `source`. `extra` are options of the user.
 
-    Raises MountFailedError for one that would break the session.
+    Raises MountFailedError for an option that would break the session.
     """
     for option in extra:
         if option.split("=", 1)[0] in _REFUSED_OPTIONS:
@@ -74,70 +67,118 @@ def session_options(
     return options
 
 
-def wait_until_stable(store: Store) -> None:
-    """Scan the store until fresh snapshots have been seen twice, so that the mount shows them."""
-    if store.look():
-        time.sleep(LOOK_SECONDS)
-        store.look()
+@dataclass(kw_only=True)
+class Session:
+    """A mount of `tree` on `mountpoint`, and its service.
 
-
-def serve(
-    tree: Tree,
-    mountpoint: str,
-    options: set[str],
-    ready: Callable[[], None],
-    notifier: Notifier,
-    wanted: Tuning = Tuning(),  # noqa: B008  (it is frozen)
-    observe: Callable[[MountedSession], Observer] | None = None,
-    *,
-    drop_behind: bool = False,
-    fast_loop: bool = True,
-) -> None:
-    """Mount the tree on `mountpoint` and serve until it is unmounted; `ready` is called once it
-    answers.
-
-    `mountpoint` is a real path that `check_mountpoint` accepted. `notifier` is told how many
-    snapshots are shown and files open, and of the stop. `wanted` is asked of the kernel before it
-    is ready. `observe` makes the observer of what clients open and read. With `drop_behind`,
-    layers' pages are dropped from the page cache once they were served. With `fast_loop` pyfuse3
-    waits for requests as `readloop` does. Call it in the main thread. On SIGTERM and SIGINT (and
-    SIGHUP, unless it is ignored) the
-    mount is detached and served on until its last file is closed; a second signal ends it at once.
-    Raises MountFailedError, and MountAbortedError if the connection to the kernel was ended by
-    somebody else while the kernel still had the mount; that is logged too.
+    `mountpoint` is a real path that `check_mountpoint` accepted, and `options` are those of
+    `session_options`. The session sets `tuning`, and then calls `ready` once it answers requests.
+    The `notifier` gets the numbers of snapshots and open files, and the stop. `observe` makes the
+    observer of what clients open and read. With `drop_behind` the session drops pages of layers
+    from the page cache once it has served them. With `fast_loop` pyfuse3 waits for requests as
+    `readloop` does.
     """
-    raise_descriptor_limit()
-    dropping = DropBehind() if drop_behind else None
-    operations = Operations(tree, dropping)
-    waiting = read_loop(fast=fast_loop)
-    with _signals_kept() as early, waiting as loop, closing_in_threads(), threads.reserved():
+
+    tree: Tree
+    mountpoint: str
+    options: set[str]
+    ready: Callable[[], None]
+    notifier: Notifier = field(default_factory=Notifier)
+    tuning: Tuning = Tuning()  # noqa: RUF009  (it is frozen)
+    observe: Callable[[ObservedMount], Observer] | None = None
+    drop_behind: bool = False
+    fast_loop: bool = True
+
+    def __post_init__(self) -> None:
+        self._dropping = DropBehind() if self.drop_behind else None
+        self._operations = Operations(self.tree, self._dropping)
+        self._is_ready = False
+
+    def serve(self) -> None:
+        """Mount, and serve until the mount is gone. Call it once, in the main thread.
+
+        SIGTERM and SIGINT (and SIGHUP, unless it is ignored) detach the mount; the session then
+        serves until the last file is closed. A second signal ends it at once. Raises
+        MountFailedError, and MountAbortedError (which it logs) if another process ended the
+        connection to the kernel while the kernel still had the mount.
+        """
+        raise_descriptor_limit()
+        waiting = read_loop(fast=self.fast_loop)
+        with deferred_signals() as early, waiting as loop, closing_in_threads(), threads.reserved():
+            self._mount()
+            entry = self._mount_entry()
+            own = OwnMount(entry) if entry else None
+            lifecycle = Lifecycle(self._operations, own, self.notifier)
+            try:
+                if self.observe is not None:
+                    self._operations.observer = self.observe(_observed(self.tree, own))
+                was_cut_off = trio.run(self._run, lifecycle, loop, early)
+            finally:
+                # Nothing may call into a session that is closed.
+                self._operations.observer.stop(STOP_SECONDS)
+                self._operations.observer.close()
+                # After a detach, another mount may stand at the same place. Leave that one alone.
+                pyfuse3.close(unmount=self._mount_entry() == entry)
+                if self._dropping is not None:
+                    self._dropping.close()
+        if was_cut_off:
+            error = MountAbortedError(
+                f"{self.mountpoint}: the connection to the kernel was ended from outside (aborted,"
+                f" or `umount -f`); {counted(self._operations.open_files, 'file')} open: their"
+                " readers get errors"
+            )
+            log.warning("%s", error)
+            raise error
+
+    def _mount(self) -> None:
         try:
-            pyfuse3.init(operations, mountpoint, {_Option(option) for option in options})
+            pyfuse3.init(self._operations, self.mountpoint, set(map(_Option, self.options)))
         except RuntimeError as error:
-            raise MountFailedError(f"{mountpoint}: {_why_not(error, options)}") from error
-        entry = _entry_at(mountpoint)
-        own = OwnMount(entry) if entry else None
+            raise MountFailedError(f"{self.mountpoint}: {_reason(error, self.options)}") from error
+
+    def _mount_entry(self) -> Mount | None:
         try:
-            if observe is not None:
-                operations.observer = observe(_as_observed(tree, own))
-            run = functools.partial(_run, operations, own, ready, early, notifier, loop)
-            is_cut_off = trio.run(run, wanted)
-        finally:
-            # Nothing may call into a session that is closed.
-            operations.observer.stop(_STOP_SECONDS)
-            operations.observer.close()
-            # Once detached, another mount may stand at the same place: that one is not ours to end.
-            pyfuse3.close(unmount=_entry_at(mountpoint) == entry)
-            if dropping is not None:
-                dropping.close()
-    if is_cut_off:
-        text = _ABORTED % (mountpoint, counted(operations.open_files, "file"))
-        log.warning("%s", text)
-        raise MountAbortedError(text)
+            return mountpoints.mount_entry(self.mountpoint)
+        except OSError as error:
+            log.warning("cannot read the mount table: %s", error)
+            return None
+
+    async def _run(self, lifecycle: Lifecycle, loop: ReadLoop, early: Sequence[int]) -> bool:
+        # Whether the connection was ended while the kernel still had the mount.
+        was_cut_off = False  # so it stays if a second signal cancels the nursery
+        async with trio.open_nursery() as nursery:
+            await nursery.start(lifecycle.watch_signals, nursery, early)
+            if self.notifier:
+                nursery.start_soon(lifecycle.report_status)
+            if self.tree.store is not None:
+                nursery.start_soon(watch_source, self.tree.store)
+            nursery.start_soon(self._become_ready, lifecycle.own, loop)
+            try:
+                await pyfuse3.main(max_tasks=_MAX_REQUESTS)
+            except* ConnectionAbortedError:
+                # The mount is gone. A reader of the next request gets ENODEV, which is the normal
+                # end, but one that had just taken a request gets this (fuse_dev_do_read in
+                # fs/fuse/dev.c, since Linux 4.2).
+                log.debug("the connection ended while a request was read")
+            was_cut_off = await lifecycle.was_cut_off()
+            if not was_cut_off and not self._is_ready:
+                self.ready()  # the mount was up, and a signal came before it could say so
+            nursery.cancel_scope.cancel()
+        return was_cut_off
+
+    async def _become_ready(self, own: OwnMount | None, loop: ReadLoop) -> None:
+        # The answer to the first request undoes what was set before it.
+        await self._operations.answers.wait()
+        self._operations.metrics.fast_loop = loop.check()
+        readahead = await in_thread(tuning.tune, own.device, self.tuning) if own else None
+        self._operations.observer.ready(readahead)
+        log.info("ready")
+        self._is_ready = True
+        self.ready()
 
 
-def _as_observed(tree: Tree, own: OwnMount | None) -> MountedSession:
-    return MountedSession(
+def _observed(tree: Tree, own: OwnMount | None) -> ObservedMount:
+    return ObservedMount(
         device=own.device if own else None,
         path_of=tree.path_of,
         store_pages=pyfuse3.notify_store,
@@ -152,250 +193,70 @@ def _run_in_main_thread(function: Callable[[], None]) -> None:
         raise OSError(errno.ENOTCONN, "the mount is ending") from error
 
 
-def _why_not(error: RuntimeError, options: set[str]) -> str:
+def _reason(error: RuntimeError, options: set[str]) -> str:
     asked = {"allow_other", "allow_root"} & options
     if asked and os.geteuid() != 0 and not others_may_be_let_in():
         return (
-            f"--allow-other takes the line user_allow_other in {FUSE_CONF}, unless root mounts;"
-            " have it added there, or leave --allow-other out"
+            f"--allow-other needs the line user_allow_other in {FUSE_CONF}, unless root mounts; ask"
+            " root to add it, or omit --allow-other"
         )
-    reasons = obstacles() or ["`diffmergefs doctor` looks at what it takes"]
+    reasons = obstacles() or ["run `diffmergefs doctor` to see what is missing"]
     return "; ".join([str(error), *reasons])
 
 
 class _Option(str):
-    # pyfuse3 encodes options as ASCII, but the path in fsname may hold anything.
+    # pyfuse3 encodes options as ASCII, but the path in fsname may hold any byte.
 
     def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
         return os.fsencode(str(self))
 
 
-@contextmanager
-def _signals_kept() -> Iterator[list[int]]:
-    # From before the mount is made until after it is gone, a signal that ends a process is only
-    # noted, but for what _watch_signals does with it: an exception in between would leave a mount
-    # without a daemon.
-    noted: list[int] = []
-    before = {n: signal.signal(n, lambda n, _: noted.append(n)) for n in _ending_signals()}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def wait_until_stable(store: Store) -> None:
+    """Scan the store until fresh snapshots have been seen twice, so that the mount shows them."""
+    if store.look():
+        time.sleep(LOOK_SECONDS)
+        store.look()
 
 
-def _ending_signals() -> set[int]:
-    # nohup(1) has SIGHUP ignored, and so it stays.
-    hangup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else set()
-    return {signal.SIGTERM, signal.SIGINT, *hangup}
-
-
-def _entry_at(mountpoint: str) -> Mount | None:
-    try:
-        return mountpoints.mount_entry(mountpoint)
-    except OSError as error:
-        log.warning("the table of mounts cannot be read: %s", error)
-        return None
-
-
-async def _run(
-    operations: Operations,
-    own: OwnMount | None,
-    ready: Callable[[], None],
-    early: Sequence[int],
-    notifier: Notifier,
-    loop: ReadLoop,
-    wanted: Tuning,
-) -> bool:
-    # Whether the connection was ended while the kernel still had the mount.
-    service = _Service(operations, notifier, own)
-    is_cut_off = False
-    async with trio.open_nursery() as nursery:
-        watch = functools.partial(_watch_signals, operations, own, nursery, early)
-        await nursery.start(watch, service)
-        if notifier:
-            nursery.start_soon(service.tell_on)
-        if operations.tree.store is not None:
-            nursery.start_soon(_watch_source, operations.tree.store)
-        up = trio.Event()
-        nursery.start_soon(_say_ready, operations, own, loop, ready, wanted, up)
-        try:
-            await pyfuse3.main(max_tasks=_MAX_REQUESTS)
-        except* ConnectionAbortedError:
-            # The mount is gone. To whoever reads the next request the kernel then says ENODEV,
-            # which is the end, but this to one that had just taken a request (fuse_dev_do_read in
-            # fs/fuse/dev.c, since Linux 4.2).
-            log.debug("the connection ended while a request was read")
-        if own is not None and not service.is_ending:
-            is_cut_off = await _is_cut_off(own, operations.open_files)
-        if not is_cut_off and not up.is_set():
-            ready()  # it was up, and was asked to stop before it could say so
-        nursery.cancel_scope.cancel()
-    return is_cut_off
-
-
-async def _is_cut_off(own: OwnMount, open_files: int) -> bool:
-    # Of the last close of a detached mount the daemon does not hear. But the kernel then lets it go
-    # at once, and one that was cut off it keeps until its users are gone.
-    if own.is_shown():
-        return True
-    with trio.move_on_after(_STOP_SECONDS if open_files else 0):
-        while own.is_known():
-            await trio.sleep(_STOP_SECONDS / 100)
-        return False
-    return open_files > 0
-
-
-class _Service:
-    # What a service manager is told of a mount.
-
-    def __init__(self, operations: Operations, notifier: Notifier, own: OwnMount | None) -> None:
-        self._operations = operations
-        self._own = own
-        self._notifier = notifier
-        self._is_stopping = False
-        self.is_ending = False  # at once, if need be by an abort of our own
-
-    def stop(self) -> None:
-        self._is_stopping = True
-        self._notifier.tell("STOPPING=1", f"STATUS={self.status()}")
-
-    def status(self) -> str:
-        files = counted(self._operations.open_files, "file")
-        if self._is_stopping:
-            also = len(self._own.elsewhere()) if self._own else 0
-            mounts = f" and {counted(also, 'other mount')}" if also else ""
-            return f"detached; {files}{mounts} open, serving on until the last is closed"
-        store = self._operations.tree.store
-        shown = "one image" if store is None else counted(len(store.tags()), "snapshot")
-        return f"serving {shown}, {files} open"
-
-    async def tell_on(self) -> None:
-        said = ""
-        while True:
-            if (status := self.status()) != said:
-                self._notifier.tell(f"STATUS={status}")
-                said = status
-            await trio.sleep(LOOK_SECONDS)
-
-
-async def _say_ready(
-    operations: Operations,
-    own: OwnMount | None,
-    loop: ReadLoop,
-    ready: Callable[[], None],
-    wanted: Tuning,
-    up: trio.Event,
-) -> None:
-    # The answer to the first request undoes what was set before it.
-    await operations.answers.wait()
-    operations.metrics.fast_loop = loop.check()
-    readahead = await in_thread(tuning.tune, own.device, wanted) if own is not None else None
-    operations.observer.ready(readahead)
-    log.info("ready")
-    up.set()
-    ready()
-
-
-async def _watch_source(store: Store) -> None:
-    said = ""
+async def watch_source(store: Store) -> None:
+    """Scan the store again and again. A scan that fails or lasts is reported in the log."""
+    reported = ""
     while True:
         started = trio.current_time()
         await trio.sleep(LOOK_SECONDS)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_say_if_slow, store)
-            said = await _look(store, said)
+            nursery.start_soon(_report_slow_scan, store)
+            reported = await _scan(store, reported)
             nursery.cancel_scope.cancel()
-        # A look at a very large directory must not keep a processor busy.
+        # Scans of a very large directory must not keep a processor busy.
         await trio.sleep(max(0.0, trio.current_time() - started - 2 * LOOK_SECONDS))
 
 
-async def _look(store: Store, said: str) -> str:
-    # What was wrong with it, which is not said again.
+async def _scan(store: Store, reported: str) -> str:
+    # Returns the failure, so that the log has it once.
     try:
         await in_thread(store.look)
     except DiffMergeError as error:
-        if str(error) != said:
-            stays = "what was shown stays" if store.tags() else "nothing is shown"
-            log.warning("%s until this is mended: %s", stays, error)
+        if str(error) != reported:
+            effect = "stays as it was" if store.tags() else "shows nothing"
+            log.warning("the mount %s until this is fixed: %s", effect, error)
         return str(error)
     except Exception:
-        log.exception("looking over the source failed: this is a bug")
-        return said
+        log.exception("scanning the source failed: this is a bug")
+        return reported
     return ""
 
 
-async def _say_if_slow(store: Store) -> None:
+async def _report_slow_scan(store: Store) -> None:
     started = trio.current_time()
     await trio.sleep(SLOW_SECONDS)
     log.warning(
-        "%s: looking over it takes longer than %g s; changes show when it is done; does some"
-        " storage in it hang?",
+        "%s: scanning it takes longer than %g s; the mount follows changes when the scan is done;"
+        " does some storage in it hang?",
         store.root,
         SLOW_SECONDS,
     )
     try:
         await trio.sleep_forever()
     finally:
-        log.info("%s: looking over it took %.0f s", store.root, trio.current_time() - started)
-
-
-async def _watch_signals(
-    operations: Operations,
-    own: OwnMount | None,
-    nursery: trio.Nursery,
-    early: Sequence[int],
-    service: _Service,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    with trio.open_signal_receiver(*_ending_signals()) as signals:
-        for number in early:
-            signal.raise_signal(number)
-        task_status.started()
-        asked = False
-        async for number in signals:
-            name = signal.Signals(number).name
-            if asked:
-                service.is_ending = True
-                log.info("%s again: ending at once, %d files open", name, operations.open_files)
-                # While requests are still answered: a push may wait for a page that one of them
-                # brings, where no signal reaches it.
-                with trio.move_on_after(3 * _STOP_SECONDS):
-                    await in_thread(operations.observer.stop, _STOP_SECONDS)
-                    if own is not None:
-                        await in_thread(own.detach)
-                # Requests that are being answered are not waited for: their storage may hang.
-                pyfuse3.terminate()
-                nursery.cancel_scope.cancel()
-                return
-            asked = True
-            if own is not None:
-                nursery.start_soon(_detach, own, name, operations)
-            service.stop()
-
-
-async def _detach(own: OwnMount, name: str, operations: Operations) -> None:
-    # Said before it is done: with nothing open that is the end.
-    if not await in_thread(own.obstacle):
-        others = own.elsewhere()
-        log.info(
-            "%s: detached; %d files are open%s, serving on until the last is closed%s",
-            name,
-            operations.open_files,
-            f" and it is mounted on {', '.join(others)} too" if others else "",
-            " and unmounted" if others else "",
-        )
-    said = ""
-    while obstacle := await in_thread(own.detach):
-        if obstacle != said:
-            log.warning(
-                "%s: not detached: %s; that is tried again, %d files are open, and a second signal"
-                " ends it at once",
-                name,
-                obstacle,
-                operations.open_files,
-            )
-        said = obstacle
-        await trio.sleep(LOOK_SECONDS)
-    for place in await in_thread(in_other_namespaces, own.device, own.source):
-        log.info("%s: still mounted on %s, and served on until that is unmounted", name, place)
+        log.info("%s: scanning it took %.0f s", store.root, trio.current_time() - started)

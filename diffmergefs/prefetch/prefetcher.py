@@ -82,7 +82,7 @@ class Way(Protocol):
 class Notify:
     """The way of `--prefetch=notify`: the layers are read here, and the pages handed to the kernel.
 
-    `store` is `MountedSession.store_pages`.
+    `store` is `ObservedMount.store_pages`.
     """
 
     def __init__(self, store: Callable[[int, int, bytes], None]) -> None:

@@ -38,7 +38,7 @@ def test_mappings_outlive_the_mount(
                 assert holder.read(0, 4096) == oracle.read_bytes()[:4096]
             mount.process.send_signal(signal.SIGTERM)
             until(lambda: not mounttable.at(str(mountpoint)), "it was not detached")
-            assert f"{MAPPINGS} files are open, serving on" in mount.log()
+            assert f"{MAPPINGS} files are open; serving" in mount.log()
             assert os.listdir(mountpoint) == []
             for n, (holder, oracle) in enumerate(users):
                 expected = oracle.read_bytes()

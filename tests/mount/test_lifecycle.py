@@ -53,7 +53,7 @@ def test_a_signal_detaches_and_the_mapping_is_served_on(
                 mount.process.send_signal(number)
                 until(lambda: not is_mounted(mountpoint), "it was not detached")
                 assert os.listdir(mountpoint) == []
-                line = f"{number.name}: detached; 2 files are open, serving on until the last"
+                line = f"{number.name}: detached; 2 files are open; serving until the last"
                 assert line in mount.log()
                 assert holder.read(PAGE, PAGE) == signed(1, PAGE, PAGE)
                 assert other.read() == b"state of leaf"
@@ -341,7 +341,7 @@ def test_a_signal_names_the_mounts_that_are_left(
         with bound(mountpoint / "leaf" / "memory.bin", target):
             mount.process.send_signal(signal.SIGTERM)
             until(lambda: not is_mounted(mountpoint), "it was not detached")
-            assert f"0 files are open and it is mounted on {target} too" in mount.log()
+            assert f"0 files are open and it is also mounted on {target}" in mount.log()
             assert target.read_bytes()[PAGE : 2 * PAGE] == signed(1, PAGE, PAGE)
             assert is_alive(mount)
         assert mount.process.wait(60) == 0
@@ -421,11 +421,11 @@ def test_a_covered_mount_is_detached_once_nothing_covers_it(
     where: str, store: Path, public_path: Path, mountpoint: Path
 ) -> None:
     cover = mountpoint if where == "mountpoint" else public_path
-    with mounted(store, mountpoint, expect_log=("SIGTERM: not detached",)) as mount:
+    with mounted(store, mountpoint, expect_log=("SIGTERM: cannot detach",)) as mount:
         subprocess.run(["mount", "-t", "tmpfs", "cover", str(cover)], check=True, timeout=60)
         try:
             mount.process.send_signal(signal.SIGTERM)
-            text = f"not detached: {mountpoint}: a tmpfs on {cover} covers it"
+            text = f"cannot detach: {mountpoint}: a tmpfs on {cover} covers it"
             until(lambda: text in mount.log(), "it does not say that it is covered")
             assert "SIGTERM: detached" not in mount.log()
             assert is_alive(mount) and is_mounted(mountpoint)

@@ -233,7 +233,7 @@ def test_what_was_just_written_is_there_at_once(
 
 def test_an_ambiguous_source_leaves_what_was_shown(public_path: Path, mountpoint: Path) -> None:
     store = write_chain(public_path / "store", ["base", "leaf"])
-    expected = "what was shown stays until this is mended: "
+    expected = "the mount stays as it was until this is fixed: "
     with mounted(store, mountpoint, expect_log=(expected,)) as mount:
         age(write_layer(store / "000-other.mem", SIZE, [(0, signed(5, 0, PAGE))]))
         write_chain(store, ["base", "leaf", "new"])
@@ -248,7 +248,9 @@ def test_an_ambiguous_source_leaves_what_was_shown(public_path: Path, mountpoint
 
 def test_a_source_that_is_deleted_and_made_anew(public_path: Path, mountpoint: Path) -> None:
     store = write_chain(public_path / "store", ["base", "leaf"])
-    gone = f"nothing is shown until this is mended: {store}: was deleted; it is shown when it is"
+    gone = (
+        f"the mount shows nothing until this is fixed: {store}: was deleted; it is shown when it is"
+    )
     anew = f"{store}: another directory stands there now, and is shown instead"
     with mounted(store, mountpoint, expect_log=(gone, anew)) as mount:
         with (mountpoint / "leaf" / "memory.bin").open("rb", buffering=0) as old:

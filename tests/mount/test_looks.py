@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from diffmergefs.core.errors import BrokenChainError
-from diffmergefs.fuse import session as serving_mount
+from diffmergefs.fuse import session
 from diffmergefs.fuse.served import Store
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores import catalog
@@ -169,24 +169,26 @@ def test_a_look_that_lasts_says_so_in_the_log(
         return real()
 
     monkeypatch.setattr(served, "look", slow)
-    monkeypatch.setattr(serving_mount, "SLOW_SECONDS", 0.01)
+    monkeypatch.setattr(session, "SLOW_SECONDS", 0.01)
 
     def said(words: str) -> bool:
         return any(words in record.getMessage() for record in caplog.records)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(serving_mount._watch_source, served)
+            nursery.start_soon(session.watch_source, served)
             await trio.to_thread.run_sync(
-                until, lambda: said("looking over it takes longer than"), "it is not said"
+                until, lambda: said("scanning it takes longer than"), "it is not said"
             )
-            assert not said("looking over it took")
+            assert not said("scanning it took")
             go_on.set()
-            await trio.to_thread.run_sync(until, lambda: said("over it took"), "it does not end")
+            await trio.to_thread.run_sync(
+                until, lambda: said("scanning it took"), "it does not end"
+            )
             nursery.cancel_scope.cancel()
 
     trio.run(main)
-    assert any(f"{store}: looking over it takes" in r.getMessage() for r in caplog.records)
+    assert any(f"{store}: scanning it takes" in r.getMessage() for r in caplog.records)
 
 
 # A VMM that overwrites its snapshot

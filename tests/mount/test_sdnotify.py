@@ -126,9 +126,7 @@ def test_a_mount_in_front_tells_its_life(
             until(lambda: status in manager.heard(), "it did not count the open file")
             assert not [line for line in manager.messages if "STOPPING" in line]
             mount.process.send_signal(signal.SIGTERM)
-            stopping = (
-                "STOPPING=1\nSTATUS=detached; 1 file open, serving on until the last is closed"
-            )
+            stopping = "STOPPING=1\nSTATUS=detached; 1 file open, serving until the last is closed"
             until(lambda: stopping in manager.heard(), "it did not say that it stops")
             until(lambda: not mounttable.at(str(mountpoint)), "it was not detached")
             assert holder.read(PAGE, PAGE) == signed(1, PAGE, PAGE)

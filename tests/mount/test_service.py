@@ -98,7 +98,7 @@ def test_a_stop_waits_for_the_vms_and_another_instance_takes_the_place(
         status = "serving 2 snapshots, 1 file open"
         until(lambda: is_shown(old, "active", status), "the status does not count")
         assert manager.systemctl("stop", "--no-block", old).returncode == 0
-        status = "detached; 1 file open, serving on until the last is closed"
+        status = "detached; 1 file open, serving until the last is closed"
         until(lambda: is_shown(old, "deactivating", status), "the stop is not told")
         until(lambda: names() == [], "it was not detached")
         assert holder.read(PAGE, PAGE) == signed(1, PAGE, PAGE)

@@ -36,7 +36,8 @@ LEVELS = [
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
 
 SEES_FUSE = {
-    f"fuse.{name}" for name in ("opener", "operations", "readloop", "replies", "session", "threads")
+    f"fuse.{name}"
+    for name in ["lifecycle", "opener", "operations", "readloop", "replies", "session", "threads"]
 }
 DRAWS = {
     f"pictures.{name}"
