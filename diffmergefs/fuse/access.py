@@ -1,7 +1,7 @@
-"""Who may read a view: never more people than its layers and the directories above them let.
+"""Who may read a view: only users who may read its layers by their paths.
 
-Judged on the files and directories themselves, by their descriptors: what stands under a name may
-be another file at each look.
+All functions judge files and directories by their descriptors, because a name may lead to another
+file at each look.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Folder(NamedTuple):
-    """Owner, group and permission bits of a directory; the bits as `file_bits` gives them."""
+    """Owner, group and permission bits of a directory. The bits are those of `file_bits`."""
 
     uid: int
     gid: int
@@ -32,7 +32,7 @@ class Folder(NamedTuple):
 
     @classmethod
     def of(cls, fd: int) -> Folder:
-        """Those of the open directory `fd`. Raises OSError."""
+        """The values of the open directory `fd`. Raises OSError."""
         status = os.fstat(fd)
         mode = file_bits(f"/proc/self/fd/{fd}", status.st_mode)
         return cls(status.st_uid, status.st_gid, mode)
@@ -51,15 +51,14 @@ def view_access(
 ) -> Access:
     """Owner and read bits of the view over `layers`.
 
-    `paths`, one for each layer, are where they lie now beneath `root`; without a `root` they are
-    where the kernel says that the open files lie.
+    `paths`, one for each layer, are their present paths beneath `root`. Without a `root` the paths
+    are those that the kernel reports for the open files.
 
-    If all layers share owner and group, those are the view's, with the AND of the layers' read
-    bits; otherwise the owner is the mounting user with 0400, plus 044 only if every layer is
-    readable by all. A class keeps its bit only where every directory on each layer's real path
-    lets it search: those through which a walk to the layer's path passes now. A file with an ACL
-    counts as 0400. Reads metadata only. Raises OSError, ESTALE where a walk leads to another file
-    than the open one.
+    If all layers share owner and group, the view has them too, with the AND of the layers' read
+    bits. Otherwise the owner is the mounting user with 0400, plus 044 only if every layer is
+    readable by all. A class keeps its bit only if it may search every directory through which
+    a walk to each layer's path passes now. A file with an ACL counts as 0400. Reads metadata only.
+    Raises OSError, ESTALE if a walk leads to another file than the open one.
     """
     stats = [os.fstat(layer.fd) for layer in layers]
     bits = _READ
@@ -76,15 +75,15 @@ def view_access(
     files: dict[str, dict[str, os.stat_result]] = defaultdict(dict)
     for path, status in zip(paths, stats, strict=True):
         if root is None and status.st_nlink == 0:
-            bits &= 0o700  # deleted, or a memfd: nobody else reaches it by any path
+            bits &= 0o700  # deleted, or a memfd: no path leads other users to it
         else:
             folder, name = os.path.split(path)
             files[folder][name] = status
-    above = {passed for folder, held in files.items() for passed in _way_to(root, folder, held)}
+    above = {each for folder, held in files.items() for each in _directories_to(root, folder, held)}
     return Access(uid, gid, bits & reachable(above, uid, gid))
 
 
-def _way_to(
+def _directories_to(
     root: beneath.Root | None, folder: str, files: dict[str, os.stat_result]
 ) -> set[Folder]:
     with beneath.passing(root, folder) as fd:
@@ -95,7 +94,7 @@ def _way_to(
 
 
 def require_same(status: os.stat_result, device: int, inode: int, path: str) -> None:
-    """Raise OSError (ESTALE) unless `status`, of what stands at `path`, is that of this file."""
+    """Raise OSError (ESTALE) unless `status`, taken at `path`, is that of this file."""
     if (status.st_dev, status.st_ino) != (device, inode):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
 
@@ -103,8 +102,8 @@ def require_same(status: os.stat_result, device: int, inode: int, path: str) -> 
 def reachable(folders: Iterable[Folder], uid: int, gid: int, need: int = _SEARCH) -> int:
     """The permission bits (of 0777) of those classes that may search every one of `folders`.
 
-    With `need` LISTING, that may list and search them. The classes are those of a file of `uid` and
-    `gid`. Where a folder has another owner or group it is not known in which of its classes
+    With `need` LISTING, they may list and search them. The classes are those of a file of `uid` and
+    `gid`. If a folder has another owner or group, nothing tells in which of the folder's classes
     a member falls, so both must be allowed.
     """
     bits = 0o777
@@ -121,9 +120,9 @@ def reachable(folders: Iterable[Folder], uid: int, gid: int, need: int = _SEARCH
 
 
 def folder_bits(fd: int) -> int:
-    """The bits of the directory `fd` that its mirror in a view can have.
+    """The permission bits that the mount shows for the directory `fd`.
 
-    Its own (the owner's alone where it has an ACL), for those classes that may reach it.
+    They are its own (only the owner's if it has an ACL), for the classes that may reach it.
     """
     own, *above = lineage(fd)
     return own.mode & reachable(above, own.uid, own.gid)
@@ -154,9 +153,9 @@ def _up_to_root(path: str) -> Iterator[str]:
 
 
 def lineage(fd: int) -> list[Folder]:
-    """The directory `fd` and all above it, from it to the root: whatever names lead there.
+    """The directory `fd` and all directories above it, up to the root. It uses no names.
 
-    Raises OSError, as where this process may not search one of them.
+    Raises OSError, for instance if this process may not search one of them.
     """
     found: list[Folder] = []
     here = os.open(".", _PASS, dir_fd=fd)
@@ -174,6 +173,6 @@ def lineage(fd: int) -> list[Folder]:
 
 
 def _mount_of(fd: int) -> bytes:
-    # A directory that is mounted on one of its own has itself above it, and is not the root.
+    # A directory may be mounted on one of its own: then it has itself above it, but is no root.
     with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
         return next(line for line in lines if line.startswith(b"mnt_id:"))

@@ -1,4 +1,4 @@
-"""Work that may block, done in threads while the event loop goes on."""
+"""Blocking work in worker threads while the event loop goes on."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from diffmergefs.core.singleflight import SingleFlight
 
 T = TypeVar("T")
 
-#: How many threads a mount keeps for when no more can be started.
+#: How many threads a mount keeps in reserve for when it can start no other.
 RESERVED = 4
-#: How many filesystems must hang before all threads do.
+#: How many filesystems must hang before all threads hang.
 LANES = 4
 
-# trio 0.23 gave it another name, and later versions know only that.
+# The argument that lets the caller leave a thread. trio 0.23 renamed it.
 _MAY_BE_LEFT = (
     "abandon_on_cancel"
     if "abandon_on_cancel" in inspect.signature(trio.to_thread.run_sync).parameters
@@ -34,11 +34,11 @@ _MAY_BE_LEFT = (
 async def in_thread(
     work: Callable[..., T], *args: Any, limiter: trio.CapacityLimiter | None = None
 ) -> T:
-    """What `work(*args)` gives or raises, called in a worker thread.
+    """The result of `work(*args)`, called in a worker thread.
 
-    The caller can be cancelled at any time; `work` then ends alone, and nobody hears of it.
-    `limiter` says how many may be under way, by default trio's own does. Where no thread can be
-    started (pids.max), one of those that `reserved` keeps does it, or the event loop itself.
+    The caller can be cancelled at any time. `work` then goes on, and its result is lost. `limiter`
+    limits the number of threads; the default is trio's own. If no thread can be started (pids.max),
+    one of those that `reserved` keeps does the work, or the event loop itself does.
     """
     is_begun = False
 
@@ -81,7 +81,7 @@ def _settle(future: Future[T], work: Callable[[], T]) -> None:
 def _work_off(queue: SimpleQueue[Callable[[], object] | None]) -> None:
     while (work := queue.get()) is not None:
         work()
-        del work  # what it holds must not live until the next comes
+        del work  # so that its arguments do not live until the next one comes
 
 
 class _Reserve:
@@ -90,9 +90,10 @@ class _Reserve:
 
 @contextmanager
 def reserved(count: int = RESERVED) -> Iterator[None]:
-    """Inside, so many threads are there for `in_thread` when no other can be started.
+    """Keep this many threads for `in_thread`, for when no other can be started.
 
-    Fewer or none where they cannot be started now. The end of the process does not wait for them.
+    There are fewer, or none, if they cannot be started now. The end of the process does not wait
+    for them.
     """
     queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
     work_off = functools.partial(_work_off, queue)
@@ -107,10 +108,10 @@ def reserved(count: int = RESERVED) -> Iterator[None]:
 
 
 class Lanes:
-    """Threads for work on files: `each` for one lane, which is one filesystem or a set of them.
+    """Threads for work on files: up to `each` per lane. A lane is a set of filesystems.
 
-    A filesystem whose server hangs leaves the other lanes theirs, as long as not LANES of them do:
-    so many times `each` are there in all.
+    If the server of one filesystem hangs, the other lanes keep their threads. There are LANES times
+    `each` in all, so that many filesystems must hang before all threads do.
     """
 
     def __init__(self, each: int) -> None:
@@ -119,7 +120,7 @@ class Lanes:
         self._lanes: dict[Hashable, trio.CapacityLimiter] = {}
 
     async def run(self, lane: Hashable, work: Callable[..., T], *args: Any) -> T:
-        """`in_thread`, once there is room in the lane, which is made at its first use."""
+        """Call `in_thread` once the lane has a free thread. Its first use makes the lane."""
         if (room := self._lanes.get(lane)) is None:
             room = self._lanes[lane] = trio.CapacityLimiter(self._each)
         async with room:
@@ -137,10 +138,10 @@ async def once_in_thread(
     work: Callable[[], T],
     run: Callable[..., Awaitable[None]] = in_thread,
 ) -> T:
-    """As `shared.do`, but the work is done in a worker thread, and to wait for it takes none.
+    """Like `shared.do`, with the work in a worker thread. Waiting for it takes no thread.
 
-    `run` calls a function in a thread, as `in_thread` does. The work goes on for the others, and
-    for whoever asks for it later, when the one who was first is cancelled.
+    `run` calls a function in a thread, as `in_thread` does. If the first caller is cancelled, the
+    work goes on for the others, and for those who ask for it later.
     """
     while True:
         future, is_mine = shared.join(key)
@@ -165,16 +166,16 @@ async def _lead(
     try:
         await run(shared.lead, key, future, work)
     finally:
-        # At the end of trio's run it may have been cancelled before a thread took it up.
+        # At the end of trio's run this may have been cancelled before a thread began.
         shared.give_up(key, future)
 
 
 async def _ended(future: Future[T]) -> None:
     ended, token = trio.Event(), trio.lowlevel.current_trio_token()
 
-    def tell(_: Future[T]) -> None:
+    def wake(_: Future[T]) -> None:
         with contextlib.suppress(trio.RunFinishedError):
             token.run_sync_soon(ended.set)
 
-    future.add_done_callback(tell)
+    future.add_done_callback(wake)
     await ended.wait()

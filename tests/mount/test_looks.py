@@ -327,4 +327,4 @@ def test_device_state_that_another_tag_shares_goes_with_the_one_that_is_shown(
     served = Store(str(store), TrustPolicy())
     served.look()
     assert set(served.tags()) == {"base", "leaf"}
-    served.require_seen("shared/vm.state", shared.stat())
+    served.seen.require_seen("shared/vm.state", shared.stat())
