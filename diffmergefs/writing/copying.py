@@ -1,13 +1,16 @@
-"""Moving a range of a layer into a file: shared if the filesystem can, copied otherwise."""
+"""Moving ranges of layers into a file: sharing blocks, copying, and early writeback."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import repeat
 from operator import length_hint
 
@@ -18,6 +21,11 @@ from diffmergefs.core.progress import Progress
 
 # Per call, so that progress moves and a signal is answered soon.
 _KERNEL_CHUNK = 16 * BLOCK
+
+# How much is written before its writeback begins.
+_WINDOW = 32 << 20
+_SYNC_FILE_RANGE_WRITE = 2
+_libc = ctypes.CDLL(None)
 
 _FICLONE = 0x40049409
 _FICLONERANGE = 0x4020940D
@@ -122,3 +130,44 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done:], offset + done)
+
+
+@contextmanager
+def early_writeback(fd: int) -> Iterator[Callable[[int], None]]:
+    """A callable to call with each offset up to which the file is written, ascending.
+
+    Its thread makes the kernel begin to write those bytes to the disk. By itself the kernel begins
+    late, often with the fsync at the end, and the disk idles until then. The fsync must follow: it
+    waits for the bytes and takes the file's errors, which sync_file_range(2) with
+    SYNC_FILE_RANGE_WRITE alone does neither. It does all the work where there is no such call, or
+    no thread can start (pids.max). No thread is left on leaving.
+    """
+    begun = 0
+    thread = ThreadPoolExecutor(1, "writeback")
+    can_start = _starts(thread)
+
+    def written(stop: int) -> None:
+        nonlocal begun
+        if can_start and stop - begun >= _WINDOW:
+            thread.submit(_start_writeback, fd, begun, stop)
+            begun = stop
+
+    try:
+        yield written
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+def _starts(thread: ThreadPoolExecutor) -> bool:
+    # A thread that fails to start later leaves the work for it in its queue.
+    try:
+        thread.submit(int)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _start_writeback(fd: int, start: int, stop: int) -> None:
+    # This may block while the disk's queue is full, hence the thread.
+    offset, count = ctypes.c_int64(start), ctypes.c_int64(stop - start)
+    _libc.sync_file_range(fd, offset, count, _SYNC_FILE_RANGE_WRITE)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
 from diffmergefs.core import sparse
-from diffmergefs.core.buffers import BLOCK
+from diffmergefs.core.buffers import BLOCK, page_aligned
 from diffmergefs.core.errors import NoSpaceError, VerificationError
 from diffmergefs.core.extents import ExtentList, is_aligned
 from diffmergefs.core.failures import Target, block_size, described, failures, free_bytes
@@ -18,13 +18,21 @@ from diffmergefs.core.identity import limit_read_bits
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView
-from diffmergefs.writing.copying import clone_file, clone_ranges, copy_range
+from diffmergefs.writing.copying import (
+    clone_file,
+    clone_ranges,
+    copy_range,
+    early_writeback,
+    write_at,
+)
 from diffmergefs.writing.output import OutputFile
 from diffmergefs.writing.sealing import remove_seal, write_seal
-from diffmergefs.writing.writebehind import BUFFER, WriteBehind
 
-# From this size on, a piece of one layer is copied in the kernel: on NFS that is the server's work.
-_LARGE = BUFFER
+# Small segments are read together into a buffer of this size.
+_BUFFER = 2 << 20
+
+# From this size on, the kernel copies a segment of one layer: on NFS that is the server's work.
+_LARGE = _BUFFER
 
 # So many segments are shared in one go; then the layers are compared, and progress is told.
 _BATCH = 1024
@@ -127,6 +135,7 @@ class _Merge:
         self.visible = view.visible_bytes()
         self.copied = [0] * len(view.layers)
         self.shared = [0] * len(view.layers)
+        self._buffer = page_aligned(_BUFFER)
         self._unreported = 0
         self._unchecked: set[int] = set()
         self._progress = progress
@@ -139,9 +148,9 @@ class _Merge:
         # Neighbours of different layers are one range there.
         left = ExtentList(self._share())
         self._require_space(left.data_bytes)
-        with WriteBehind(self.target) as behind:
+        with early_writeback(self.target.fd) as written:
             for start, stop in left:
-                self._copy(start, stop, behind)
+                self._copy(start, stop, written)
         self._report()
         holes = self.view.size - sum(self.visible)
         return FlattenResult(self.view.size, tuple(self.copied), tuple(self.shared), holes)
@@ -198,8 +207,8 @@ class _Merge:
                 " filesystem; make room or choose another output"
             )
 
-    def _copy(self, start: int, stop: int, behind: WriteBehind) -> None:
-        # A range of the view without holes. Its smaller pieces are read together and written in
+    def _copy(self, start: int, stop: int, written: Callable[[int], None]) -> None:
+        # A range of the view without holes. Its small segments are read together and written in
         # one call: a call for each would take longer than its bytes.
         while start < stop:
             _, end, number = next(self.view.segments(start, stop - start))
@@ -207,20 +216,21 @@ class _Merge:
                 moved = functools.partial(self._moved, number)
                 copy_range(self.view.layers[number], start, end, self.target, moved)
                 self.copied[number] += end - start
-                behind.written(end)
             else:
-                end = min(stop, start - start % BUFFER + BUFFER)
-                self._gather(start, end, behind)
+                end = min(stop, start - start % _BUFFER + _BUFFER)
+                self._gather(start, end)
+            written(end)
             start = end
 
-    def _gather(self, start: int, stop: int, behind: WriteBehind) -> None:
-        buffer, supplied = behind.buffer(), dict[int, int]()
+    def _gather(self, start: int, stop: int) -> None:
+        buffer, supplied = self._buffer[: stop - start], dict[int, int]()
         try:
-            self.view.fill(buffer[: stop - start], start, supplied)
+            self.view.fill(buffer, start, supplied)
         except OSError as error:
             path = error.filename or f"{self.target.path}: reading the layers"
             raise described(error, path) from error
-        behind.write(buffer, stop - start, start)
+        with failures(self.target.path, self.target):
+            write_at(self.target.fd, buffer, start)
         for number, count in supplied.items():
             self.copied[number] += count
             self._moved(number, count)

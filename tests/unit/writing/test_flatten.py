@@ -115,7 +115,7 @@ def random_chains(draw: st.DrawFn) -> tuple[int, list[Extents]]:
 @given(
     random_chains(),
     st.sampled_from([PAGE, 3 * PAGE, FLATTEN._LARGE]),
-    st.sampled_from([PAGE, 2 * PAGE, FLATTEN.BUFFER]),
+    st.sampled_from([PAGE, 2 * PAGE, FLATTEN._BUFFER]),
 )
 def test_output_is_the_oracle(
     sized_chain: tuple[int, list[Extents]], large: int, buffer: int
@@ -124,7 +124,7 @@ def test_output_is_the_oracle(
     size, chain = sized_chain
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         copy_in_kernel(patch, large)
-        patch.setattr(FLATTEN, "BUFFER", buffer)
+        patch.setattr(FLATTEN, "_BUFFER", buffer)
         paths = write_chain(Path(directory), chain, size)
         out = Path(directory) / "out"
         with unchanged(paths), open_view(paths) as view:
@@ -164,7 +164,7 @@ def test_no_byte_is_read_that_does_not_show(
 ) -> None:
     """So a bad sector under a diff's page harms nobody. Only large pieces are the kernel's."""
     copy_in_kernel(monkeypatch, large)
-    monkeypatch.setattr(FLATTEN, "BUFFER", 4 * PAGE)
+    monkeypatch.setattr(FLATTEN, "_BUFFER", 4 * PAGE)
     numbers = {layer.fd: number for number, layer in enumerate(chain.layers)}
     read: list[tuple[int, int, int]] = []
     in_kernel: list[tuple[int, int, int]] = []
