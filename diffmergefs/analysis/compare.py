@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from typing import NamedTuple
 from diffmergefs.core.errors import VerificationError
 from diffmergefs.core.extents import PAGE, ExtentList
 from diffmergefs.core.failures import failures
+from diffmergefs.core.layer import Layer
 from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView, require_equal_size
 from diffmergefs.core.workers import in_order
@@ -92,7 +93,7 @@ def compare(
             progress(result.compared_bytes)
     ranges = ExtentList(itertools.chain.from_iterable(found))
     first = _first_difference(a, b, ranges, page_size)
-    check_unchanged(a, b)
+    check_unchanged([*a.layers, *b.layers])
     return Comparison(a.size, page_size, first, ranges, compared)
 
 
@@ -111,12 +112,12 @@ def windows(
     return in_order(comparing.window, _pieces(0, a.size, step), jobs)
 
 
-def check_unchanged(*views: MergedView) -> None:
-    """Compare each layer of the views with its fingerprint.
+def check_unchanged(layers: Iterable[Layer]) -> None:
+    """Compare each layer with its fingerprint.
 
     Raises LayerChangedError, and FileAccessError in place of OSError.
     """
-    for layer in dict.fromkeys(layer for view in views for layer in view.layers):
+    for layer in dict.fromkeys(layers):
         with failures(layer.path):
             layer.check_unchanged()
 

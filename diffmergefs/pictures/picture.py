@@ -55,9 +55,7 @@ def publish(
     FileAccessError; and what `draw` does. Then nothing is left under the name, or what was there.
     """
     with OutputFile(path, [layer.status for layer in layers], force=force) as file:
-        content = draw()
-        with failures(path, file.target), open(file.target.fd, "wb", closefd=False) as stream:
-            stream.write(content)
+        file.write(draw())
         with failures(path):
             mode = _mode(layers)
         file.finish(mode)

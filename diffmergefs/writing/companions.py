@@ -17,7 +17,7 @@ from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.stores.snapshot import is_left_out, status_of
 from diffmergefs.writing.flatten import flatten
-from diffmergefs.writing.outputdir import sync_directory
+from diffmergefs.writing.output import sync_directory
 
 
 class Kept(NamedTuple):

@@ -15,7 +15,9 @@ from itertools import repeat
 from operator import length_hint
 
 from diffmergefs.core.buffers import BLOCK, page_aligned
-from diffmergefs.core.failures import Target, described, failures
+from diffmergefs.core.errors import NoSpaceError
+from diffmergefs.core.failures import Target, described, failures, free_bytes
+from diffmergefs.core.identity import limit_read_bits
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.progress import Progress
 
@@ -123,6 +125,26 @@ def copy_through_buffer(
         with failures(target.path, target):
             write_at(target.fd, part, position)
         progress(len(part))
+
+
+def output_mode(source: Layer, inputs: Sequence[Layer]) -> int:
+    """The mode for a new file: that of `source`, without read bits that another input lacks.
+
+    Raises FileAccessError.
+    """
+    with failures(source.path):
+        return limit_read_bits(source.mode & 0o777, [layer.mode for layer in inputs])
+
+
+def require_space(target: Target, needed: int) -> None:
+    """Raise NoSpaceError if the target's filesystem has less than `needed` bytes free."""
+    with failures(target.path):
+        free = free_bytes(target.fd)
+    if free is not None and free < needed:
+        raise NoSpaceError(
+            f"{target.path}: {needed} bytes must be written, but {free} are free on its filesystem;"
+            " make room or choose another output"
+        )
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:

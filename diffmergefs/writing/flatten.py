@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
+from diffmergefs.analysis.compare import check_unchanged
 from diffmergefs.core import sparse
 from diffmergefs.core.buffers import BLOCK, page_aligned
-from diffmergefs.core.errors import NoSpaceError, VerificationError
+from diffmergefs.core.errors import VerificationError
 from diffmergefs.core.extents import ExtentList, is_aligned
-from diffmergefs.core.failures import Target, block_size, described, failures, free_bytes
-from diffmergefs.core.identity import limit_read_bits
-from diffmergefs.core.layer import Layer
+from diffmergefs.core.failures import Target, block_size, described, failures
 from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView
 from diffmergefs.writing.copying import (
@@ -23,6 +22,8 @@ from diffmergefs.writing.copying import (
     clone_ranges,
     copy_range,
     early_writeback,
+    output_mode,
+    require_space,
     write_at,
 )
 from diffmergefs.writing.output import OutputFile
@@ -94,11 +95,10 @@ def flatten(
     inputs = [layer.status for layer in view.layers]
     with OutputFile(os.fspath(output), inputs, force=force) as file:
         result = _Merge(view, file.target, progress).run()
-        file.finish(_mode(view))
+        file.finish(output_mode(view.layers[0], view.layers))
         if verify:
             _verify(view, file.target)
-        for layer in view.layers:
-            _check_unchanged(layer)
+        check_unchanged(view.layers)
         file.publish()
     if seal:
         write_seal(os.fspath(output), _data(view))
@@ -111,19 +111,6 @@ def _data(view: MergedView) -> ExtentList:
     return ExtentList(
         (start, stop) for start, stop, number in view.segments() if number is not None
     )
-
-
-def _mode(view: MergedView) -> int:
-    with failures(view.layers[0].path):
-        modes = [layer.mode & 0o777 for layer in view.layers]
-    return limit_read_bits(modes[0], modes)
-
-
-def _check_unchanged(layer: Layer) -> None:
-    try:
-        layer.check_unchanged()
-    except OSError as error:
-        raise described(error, layer.path) from error
 
 
 class _Merge:
@@ -147,7 +134,7 @@ class _Merge:
         # Shared first, so that the space for all the rest can be asked for before it is copied.
         # Neighbours of different layers are one range there.
         left = ExtentList(self._share())
-        self._require_space(left.data_bytes)
+        require_space(self.target, left.data_bytes)
         with early_writeback(self.target.fd) as written:
             for start, stop in left:
                 self._copy(start, stop, written)
@@ -164,9 +151,10 @@ class _Merge:
             for start, stop, number in self.view.segments()
             if number is not None and number >= lowest
         )
+        unit = (self._block, self.view.size)
         sharing = set(range(len(self.view.layers)))
         while batch := list(islice(wanted, _BATCH)):
-            fit = [s for s in batch if s[2] in sharing and self._on_blocks(s[0], s[1])]
+            fit = [s for s in batch if s[2] in sharing and is_aligned(s[0], s[1], *unit)]
             done = clone_ranges(self.view.layers, fit, self.target)
             self._count_shared(fit[:done])
             if done < len(fit):
@@ -194,18 +182,6 @@ class _Merge:
         self.shared[0] = self.visible[0]
         self._moved(0, self.visible[0])
         return True
-
-    def _on_blocks(self, start: int, stop: int) -> bool:
-        return is_aligned(start, stop, self._block, self.view.size)
-
-    def _require_space(self, needed: int) -> None:
-        with failures(self.target.path):
-            free = free_bytes(self.target.fd)
-        if free is not None and free < needed:
-            raise NoSpaceError(
-                f"{self.target.path}: {needed} bytes are to be copied, but {free} are free on its"
-                " filesystem; make room or choose another output"
-            )
 
     def _copy(self, start: int, stop: int, written: Callable[[int], None]) -> None:
         # A range of the view without holes. Its small segments are read together and written in
@@ -243,8 +219,7 @@ class _Merge:
             self._report()
 
     def _report(self) -> None:
-        for number in self._unchecked:
-            _check_unchanged(self.view.layers[number])
+        check_unchanged(self.view.layers[number] for number in self._unchecked)
         self._unchecked.clear()
         self._progress(self._unreported)
         self._unreported = 0

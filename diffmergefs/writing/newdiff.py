@@ -8,16 +8,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+from diffmergefs.analysis.compare import check_unchanged
 from diffmergefs.core.buffers import BLOCK, ZEROS
-from diffmergefs.core.errors import NoSpaceError, UntrustedExtentsError
+from diffmergefs.core.errors import UntrustedExtentsError
 from diffmergefs.core.extents import ExtentList, Segment, is_aligned
-from diffmergefs.core.failures import block_size, failures, free_bytes
-from diffmergefs.core.identity import limit_read_bits
+from diffmergefs.core.failures import block_size, failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.trust import TrustPolicy, problems
-from diffmergefs.writing.copying import clone_ranges, copy_through_buffer, write_at
+from diffmergefs.writing.copying import (
+    clone_ranges,
+    copy_through_buffer,
+    output_mode,
+    require_space,
+    write_at,
+)
 from diffmergefs.writing.output import OutputFile
 from diffmergefs.writing.sealing import remove_seal, write_seal
 
@@ -100,7 +106,7 @@ class NewDiff:
         """
         self._put.append(extents)
         shared = self._share(extents, progress)
-        self._require_space(extents.data_bytes - sum(shared.values()))
+        require_space(self._target, extents.data_bytes - sum(shared.values()))
         for start, stop, number in self._pieces(extents):
             if start in shared:
                 continue
@@ -126,7 +132,7 @@ class NewDiff:
         The mode is that of the source's newest layer, without the read bits that another input
         withholds. Raises UntrustedExtentsError, LayerChangedError, and like OutputFile.
         """
-        self._file.finish(self._mode())
+        self._file.finish(output_mode(self._source.layers[-1], self._inputs))
         extents = ExtentList(itertools.chain.from_iterable(self._put))
         dense = extents.covers(self._source.size)
         with closing(self._reopened()) as layer:
@@ -135,9 +141,7 @@ class NewDiff:
             with failures(self.path):
                 os.posix_fadvise(layer.fd, 0, 0, os.POSIX_FADV_DONTNEED)
             check(layer)
-        for given in self._inputs:
-            with failures(given.path):
-                given.check_unchanged()
+        check_unchanged(self._inputs)
         self._file.publish()
         if seal:
             write_seal(self.path, extents, self._policy.page_size)
@@ -162,7 +166,8 @@ class NewDiff:
         # for each page would cost more than writing it does.
         shared = {}
         for start, stop, number in self._pieces(extents):
-            if number is None or stop - start < BLOCK or not self._on_blocks(start, stop):
+            is_whole = is_aligned(start, stop, self._block, self._source.size)
+            if number is None or stop - start < BLOCK or not is_whole:
                 continue
             layer = self._source.layers[number]
             piece = (start, stop, number)
@@ -182,30 +187,12 @@ class NewDiff:
             self._sharing[layer] = not may_lack
         return self._sharing[layer]
 
-    def _on_blocks(self, start: int, stop: int) -> bool:
-        return is_aligned(start, stop, self._block, self._source.size)
-
-    def _require_space(self, needed: int) -> None:
-        with failures(self.path):
-            free = free_bytes(self._target.fd)
-        if free is not None and free < needed:
-            raise NoSpaceError(
-                f"{self.path}: {needed} bytes are to be written, but {free} are free on its"
-                " filesystem; make room or choose another output"
-            )
-
     def _write_zeros(self, start: int, stop: int, progress: Progress) -> None:
         for offset in range(start, stop, BLOCK):
             part = memoryview(ZEROS)[: min(BLOCK, stop - offset)]
             with failures(self.path, self._target):
                 write_at(self._target.fd, part, offset)
             progress(len(part))
-
-    def _mode(self) -> int:
-        with failures(self.path):
-            modes = [layer.mode & 0o777 for layer in self._inputs]
-            newest = self._source.layers[-1].mode & 0o777
-        return limit_read_bits(newest, modes)
 
     def _reopened(self) -> Layer:
         # The file as any reader of it will see it; Layer fsyncs it and walks its extents.

@@ -31,7 +31,7 @@ from diffmergefs.stores.snapshot import (
 from diffmergefs.writing.companions import Kept, copy_file, copy_folder, take_over
 from diffmergefs.writing.flatten import flatten
 from diffmergefs.writing.newdiff import NewDiff
-from diffmergefs.writing.outputdir import OutputDirectory, sync_directory
+from diffmergefs.writing.output import OutputDirectory, sync_directory
 from diffmergefs.writing.rediff import rediff
 
 
@@ -139,7 +139,7 @@ class StoreWriter:
 
         All is synced. Raises like `StoreRediff.write`.
         """
-        folder = os.path.join(self._directory.path, link.tag)
+        folder = os.path.join(self._directory.target, link.tag)
         with failures(folder):
             os.mkdir(folder, 0o700)
         path = os.path.join(folder, os.path.basename(link.layer.path))

@@ -1,4 +1,4 @@
-"""A new file that stands under its name only when it is whole (law 8)."""
+"""New files and directories that get their name in one step once they are whole (law 8)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import stat
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from types import TracebackType
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
+from typing import ClassVar, Self
 
 from diffmergefs.core.errors import NoSpaceError, OutputRefusedError
 from diffmergefs.core.failures import NO_SPACE, Target, failures, free_bytes
@@ -23,15 +24,127 @@ _UNNAMED = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
 _NAMED = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_RDWR | os.O_CLOEXEC
 # Kernels and filesystems without O_TMPFILE; the directory itself is open by then.
 _NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})
-_TEMPORARY = re.compile(r"\.diffmergefs-[0-9a-f]{16}\.tmp")
-# O_NONBLOCK: whatever has such a name must not be waited for.
+# O_NONBLOCK: a FIFO of such a name must not block the open.
 _LEFTOVER = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
-class OutputFile:
+class _Output:
+    # Until it is published, the output has no name or a temporary one, and a flock. The next writer
+    # in that directory removes what a killed process left there: such names without a lock.
+
+    _suffix: ClassVar[str]
+    _is_kind: Callable[[int], bool]  # of a file's mode
+
+    def __init__(self, path: str, location: str, inputs: Iterable[os.stat_result] = ()) -> None:
+        self.path = path
+        self._directory, self._name = os.path.split(location)
+        self._inputs = {(s.st_dev, s.st_ino) for s in inputs}
+        self._temporary: str | None = None
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        try:
+            with failures(self.path):
+                self._dirfd = self._hold(os.open(self._directory or ".", _DIRECTORY))
+                self._refuse_unfit()
+                self._remove_leftovers()
+                try:
+                    self._fd = self._create()
+                except OSError as error:
+                    raise self._described(error) from error
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._abandon()
+
+    def _refuse_unfit(self) -> None:
+        raise NotImplementedError
+
+    def _make(self, name: str) -> int:
+        raise NotImplementedError
+
+    def _remove(self, name: str) -> None:
+        raise NotImplementedError
+
+    def _hold(self, fd: int) -> int:
+        self._held.callback(os.close, fd)
+        return fd
+
+    def _described(self, error: OSError) -> Exception:
+        if error.errno not in NO_SPACE:
+            return error
+        return NoSpaceError(
+            f"{self.path}: {error.strerror}: cannot create it, {free_bytes(self._dirfd)} bytes are"
+            " free on its filesystem; make room or choose another output"
+        )
+
+    def _create(self) -> int:
+        # Until it is locked, another process may take it for a leftover and remove it: then create
+        # another one.
+        while True:
+            fd = self._hold(self._make(self._choose_temporary()))
+            _lock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:
+                return fd
+
+    def _choose_temporary(self) -> str:
+        # Noted before it exists, so that an interrupt right after leaves no litter.
+        self._temporary = f".diffmergefs-{secrets.token_hex(8)}{self._suffix}"
+        return self._temporary
+
+    def _remove_leftovers(self) -> None:
+        temporary = re.compile(rf"\.diffmergefs-[0-9a-f]{{16}}\{self._suffix}")
+        for name in filter(temporary.fullmatch, os.listdir(self._dirfd)):
+            path = os.path.join(self._directory, name)
+            try:
+                if self._remove_unless_held(name):
+                    log.info("%s: left by a killed process, removed", path)
+            except OSError as error:
+                log.info("%s: temporary, but cannot be removed: %s", path, error.strerror)
+
+    def _remove_unless_held(self, name: str) -> bool:
+        if not self._is_own(os.stat(name, dir_fd=self._dirfd, follow_symlinks=False)):
+            return False
+        fd = os.open(name, _LEFTOVER, dir_fd=self._dirfd)
+        try:
+            # A shared lock: on NFS an exclusive one needs a descriptor for writing.
+            removable = self._is_own(os.fstat(fd)) and _lock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if removable:
+                self._remove(name)
+            return removable
+        finally:
+            os.close(fd)
+
+    def _is_own(self, status: os.stat_result) -> bool:
+        is_input = (status.st_dev, status.st_ino) in self._inputs
+        return self._is_kind(status.st_mode) and status.st_uid == os.geteuid() and not is_input
+
+    def _status(self) -> os.stat_result | None:
+        try:
+            return os.stat(self._name, dir_fd=self._dirfd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def _abandon(self) -> None:
+        with self._held:
+            if self._temporary is None:
+                return
+            try:
+                self._remove(self._temporary)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                left = os.path.join(self._directory, self._temporary)
+                log.warning("%s: left behind: %s", left, error.strerror)
+
+
+class OutputFile(_Output):
     """A context manager for a file that is being written; `target` is where to write.
 
-    It has no name (O_TMPFILE) or, where the filesystem cannot do that, a temporary one in the
+    The file has no name (O_TMPFILE) or, where the filesystem cannot do that, a temporary one in the
     output's directory, and mode 0600 until `finish`. Leaving the context before `publish` removes
     it, whatever the exception. Entering removes what a killed process left in that directory under
     a temporary name: regular files of this user that are no input and that nobody holds (a writer
@@ -41,38 +154,24 @@ class OutputFile:
     is no room for a new file; FileAccessError where the directory cannot be written.
     """
 
-    target: Target
+    _suffix = ".tmp"
+    _is_kind = staticmethod(stat.S_ISREG)
 
     def __init__(
         self, path: str, inputs: Collection[os.stat_result], *, force: bool = False
     ) -> None:
-        self.path = path
-        self._directory, self._name = os.path.split(path)
-        self._inputs = {(s.st_dev, s.st_ino) for s in inputs}
+        super().__init__(path, path, inputs)
         self._force = force
-        self._temporary: str | None = None
-        self._held = ExitStack()
 
-    def __enter__(self) -> OutputFile:
-        try:
-            with failures(self.path):
-                self._dirfd = self._hold(os.open(self._directory or ".", _DIRECTORY))
-                self._refuse_unfit()
-                self._remove_leftovers()
-                with self._room_needed():
-                    self.target = Target(self._create(), self.path)
-        except BaseException:
-            self._abandon()
-            raise
-        return self
+    @property
+    def target(self) -> Target:
+        """The file, open for reading and writing."""
+        return Target(self._fd, self.path)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._abandon()
+    def write(self, content: bytes) -> None:
+        """Write all of the file's content. Raises FileAccessError, NoSpaceError."""
+        with failures(self.path, self.target), open(self.target.fd, "wb", closefd=False) as stream:
+            stream.write(content)
 
     def finish(self, mode: int) -> None:
         """Give the file its mode and fsync it. Raises FileAccessError, NoSpaceError."""
@@ -83,8 +182,8 @@ class OutputFile:
     def publish(self) -> None:
         """Put the file, whole and synced, under its name in one step, and fsync the directory.
 
-        Without `force` a file that has come to stand there meanwhile is refused; with it, it is
-        replaced, and who has the old one open keeps it. Raises like the context manager; if only
+        Without `force` a file that was created there meanwhile is refused. With it, that file is
+        replaced, and processes that have it open keep it. Raises like the context manager; if only
         the directory's fsync fails, the whole file is in place.
         """
         with failures(self.path, self.target):
@@ -94,46 +193,21 @@ class OutputFile:
                 self._link_new()
             os.fsync(self._dirfd)
 
-    def _hold(self, fd: int) -> int:
-        self._held.callback(os.close, fd)
-        return fd
-
-    @contextmanager
-    def _room_needed(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in NO_SPACE:
-                raise
-            raise NoSpaceError(
-                f"{self.path}: {error.strerror} for a new file, {free_bytes(self._dirfd)} bytes are"
-                " free on its filesystem; make room or choose another output"
-            ) from error
-
     def _create(self) -> int:
         try:
             fd = self._hold(os.open(".", _UNNAMED, 0o600, dir_fd=self._dirfd))
         except OSError as error:
             if error.errno not in _NO_TMPFILE:
                 raise
-            return self._create_named()
+            return super()._create()
         _lock(fd, fcntl.LOCK_EX)  # before it ever has a name
         return fd
 
-    def _create_named(self) -> int:
-        # Until it is locked, another process may take it for a leftover: then its name is gone, and
-        # another one is made.
-        while True:
-            name = self._choose_temporary()
-            fd = self._hold(os.open(name, _NAMED, 0o600, dir_fd=self._dirfd))
-            _lock(fd, fcntl.LOCK_EX)
-            if os.fstat(fd).st_nlink:
-                return fd
+    def _make(self, name: str) -> int:
+        return os.open(name, _NAMED, 0o600, dir_fd=self._dirfd)
 
-    def _choose_temporary(self) -> str:
-        # Noted before it exists, so that an interrupt right after leaves no litter.
-        self._temporary = f".diffmergefs-{secrets.token_hex(8)}.tmp"
-        return self._temporary
+    def _remove(self, name: str) -> None:
+        os.unlink(name, dir_fd=self._dirfd)
 
     def _link_new(self) -> None:
         try:
@@ -156,38 +230,11 @@ class OutputFile:
         source = f"/proc/self/fd/{self.target.fd}"
         os.link(source, name, dst_dir_fd=self._dirfd, follow_symlinks=True)
 
-    def _remove_leftovers(self) -> None:
-        for name in filter(_TEMPORARY.fullmatch, os.listdir(self._dirfd)):
-            path = os.path.join(self._directory, name)
-            try:
-                if self._remove_unless_held(name):
-                    log.info("%s: left by a killed process, removed", path)
-            except OSError as error:
-                log.info("%s: a temporary file, not removed: %s", path, error.strerror)
-
-    def _remove_unless_held(self, name: str) -> bool:
-        if not self._is_own(os.stat(name, dir_fd=self._dirfd, follow_symlinks=False)):
-            return False
-        fd = os.open(name, _LEFTOVER, dir_fd=self._dirfd)
-        try:
-            # A shared lock: on NFS an exclusive one needs a descriptor for writing.
-            removable = self._is_own(os.fstat(fd)) and _lock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if removable:
-                os.unlink(name, dir_fd=self._dirfd)
-            return removable
-        finally:
-            os.close(fd)
-
-    def _is_own(self, status: os.stat_result) -> bool:
-        known = (status.st_dev, status.st_ino) in self._inputs
-        return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not known
-
     def _refuse_unfit(self) -> None:
         if self._name in ("", ".", ".."):
             raise OutputRefusedError(f"{self.path}: is a directory; name a file in it")
-        try:
-            status = os.stat(self._name, dir_fd=self._dirfd, follow_symlinks=False)
-        except FileNotFoundError:
+        status = self._status()
+        if status is None:
             return
         if not stat.S_ISREG(status.st_mode):
             raise OutputRefusedError(
@@ -205,17 +252,64 @@ class OutputFile:
             f"{self.path}: exists; choose another output, or replace it with --force"
         )
 
-    def _abandon(self) -> None:
-        with self._held:
-            if self._temporary is None:
-                return
-            try:
-                os.unlink(self._temporary, dir_fd=self._dirfd)
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                left = os.path.join(self._directory, self._temporary)
-                log.warning("%s: left behind: %s", left, error.strerror)
+
+class OutputDirectory(_Output):
+    """A context manager for a directory that is being filled; `target` is where to fill it.
+
+    `final` is the absolute path that `publish` gives it. Until then it has a temporary name beside
+    that and mode 0700; leaving the context before removes it with all its contents. Entering
+    removes such directories of this user that a killed process left there and nobody holds. Raises
+    OutputRefusedError if anything exists under the output's name, FileAccessError where its parent
+    directory cannot be written, and NoSpaceError.
+    """
+
+    _suffix = ".new"  # stores ignore such names
+    _is_kind = staticmethod(stat.S_ISDIR)
+
+    def __init__(self, path: str) -> None:
+        # Without a slash at the end; an empty name stays one.
+        self.final = os.path.abspath(path) if path else ""
+        super().__init__(path, self.final)
+
+    @property
+    def target(self) -> str:
+        """The path of the directory."""
+        return os.path.join(self._directory, self._temporary or self._name)
+
+    def publish(self, mode: int) -> None:
+        """Give the directory its mode and, in one step, its name; both are synced.
+
+        What was written in it must be synced by then. Raises like the context manager.
+        """
+        with failures(self.path):
+            os.fchmod(self._fd, mode)
+            os.fsync(self._fd)
+            self._refuse_unfit()
+            os.rename(self.target, self.final)
+            self._temporary = None
+            os.fsync(self._dirfd)
+
+    def _make(self, name: str) -> int:
+        os.mkdir(name, 0o700, dir_fd=self._dirfd)
+        return os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self._dirfd)
+
+    def _remove(self, name: str) -> None:
+        shutil.rmtree(name, dir_fd=self._dirfd)
+
+    def _refuse_unfit(self) -> None:
+        if not self._name:
+            raise OutputRefusedError(f"{self.path!r}: names no new directory")
+        if self._status() is not None:
+            raise OutputRefusedError(f"{self.path}: exists; choose another output")
+
+
+def sync_directory(path: str) -> None:
+    """fsync the directory `path`, so that the names in it last. Raises OSError."""
+    fd = os.open(path, _DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _lock(fd: int, how: int) -> bool:

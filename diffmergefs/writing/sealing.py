@@ -25,7 +25,7 @@ from diffmergefs.sidecars import bmap, seal
 from diffmergefs.sidecars.bmap import ABSENT, SEAL_SUFFIX, BlockMap
 from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
 from diffmergefs.sidecars.verified import Remembered
-from diffmergefs.writing.output import OutputFile
+from diffmergefs.writing.output import OutputFile, sync_directory
 
 _MODES = 0o666
 
@@ -123,11 +123,7 @@ def _remove(path: str, suffix: str) -> None:
                 if error.errno not in ABSENT:
                     raise
                 continue
-            directory = os.open(os.path.dirname(place) or ".", os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            sync_directory(os.path.dirname(place) or ".")
 
 
 def _require_known(layer: Layer, policy: TrustPolicy) -> list[str]:
@@ -215,9 +211,8 @@ def _place(path: str) -> str:
 
 def _publish(where: str, document: bytes, layer: Layer, *, force: bool) -> None:
     with OutputFile(where, [layer.status], force=force) as file:
+        file.write(document)
         with failures(where, file.target):
-            with open(file.target.fd, "wb", closefd=False) as stream:
-                stream.write(document)
             if os.geteuid() == 0:
                 os.fchown(file.target.fd, layer.status.st_uid, layer.status.st_gid)
         with failures(where):

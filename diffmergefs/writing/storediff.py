@@ -26,7 +26,7 @@ from diffmergefs.stores.catalog import Catalog, read_catalog
 from diffmergefs.stores.snapshot import DOCUMENT
 from diffmergefs.writing.companions import take_over
 from diffmergefs.writing.newstore import Link, NewStore, StoreWriter, WriteOptions
-from diffmergefs.writing.outputdir import OutputDirectory
+from diffmergefs.writing.output import OutputDirectory
 
 
 class StoreRediff:
@@ -124,7 +124,7 @@ class StoreRediff:
             with failures(self.source):
                 status = os.fstat(self._pool.roots.root)
                 mode = copied_bits(self._pool.roots.root, status.st_mode)
-            take_over(directory.path, status, mode)
+            take_over(directory.target, status, mode)
             directory.publish(mode)
         return NewStore(output, tuple(done), self.left_out, tuple(self._overridden))
 

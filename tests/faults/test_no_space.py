@@ -82,7 +82,7 @@ def test_less_is_free_than_needed(small: Path, layers: list[Path]) -> None:
     """`flatten` asks first, and names both numbers."""
     fill(small, leave=8 * MIB)
     line = mistake(NO_SPACE, *flatten_command(layers, small / "image"))
-    assert "bytes are to be copied, but" in line and str(small / "image") in line
+    assert "bytes must be written, but" in line and str(small / "image") in line
     assert os.listdir(small) == []
 
 

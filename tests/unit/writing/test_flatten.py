@@ -679,7 +679,7 @@ def test_asks_for_space_for_what_is_copied(
         return
     with pytest.raises(NoSpaceError) as caught:
         flatten(chain, out)
-    assert f"{out}: {needed} bytes are to be copied, but {needed - 512} are free" in str(
+    assert f"{out}: {needed} bytes must be written, but {needed - 512} are free" in str(
         caught.value
     )
     assert no_litter(out)
@@ -711,7 +711,7 @@ def test_a_full_filesystem(
     """Also when the space goes away after it was asked for."""
     paths = write_chain(tmp_path, [pages(0, *range(100))], 100 * PAGE)
     if not checked:
-        monkeypatch.setattr(FLATTEN, "free_bytes", lambda fd: None)
+        monkeypatch.setattr("diffmergefs.writing.copying.free_bytes", lambda fd: None)
     with open_view(paths) as view, pytest.raises(NoSpaceError) as caught:
         flatten(view, small_fs / "out")
     assert str(caught.value).startswith(f"{small_fs}/out: ")

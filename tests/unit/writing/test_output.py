@@ -1,10 +1,11 @@
-"""What killed writers left is removed by the next one, and nothing else is."""
+"""Outputs have their name when they are whole, or never; what killed writers left goes."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from diffmergefs.core.errors import NoSpaceError
-from diffmergefs.writing import output
-from diffmergefs.writing.output import OutputFile
+from diffmergefs.core.errors import FileAccessError, NoSpaceError, OutputRefusedError
+from diffmergefs.stores.snapshot import is_left_out
+from diffmergefs.writing.output import OutputDirectory, OutputFile
 from tests.support import skips
 from tests.support.users import NOBODY
 
@@ -142,7 +143,7 @@ def test_what_somebody_holds_stays(directory: Path) -> None:
 def test_a_refused_output_removes_nothing(directory: Path) -> None:
     (directory / NAME).write_bytes(b"half")
     (directory / "image").write_bytes(b"old")
-    with pytest.raises(output.OutputRefusedError):
+    with pytest.raises(OutputRefusedError):
         write(directory / "image")
     assert names(directory) == [NAME, "image"]
 
@@ -223,7 +224,7 @@ def test_a_leftover_that_cannot_be_removed_is_no_failure(
     monkeypatch.setattr(os, "unlink", refusing)
     write(directory / "image")
     assert names(directory) == [NAME, "image"]
-    assert f"{directory / NAME}: a temporary file, not removed" in caplog.text
+    assert f"{directory / NAME}: temporary, but cannot be removed" in caplog.text
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -240,6 +241,90 @@ def test_no_room_for_a_new_file(
         return fd
 
     monkeypatch.setattr(os, "open", full)
-    with pytest.raises(NoSpaceError, match=f"image: {os.strerror(number)} for a new file, [0-9]+"):
+    with pytest.raises(
+        NoSpaceError, match=f"image: {os.strerror(number)}: cannot create it, [0-9]+"
+    ):
         write(directory / "image")
     assert names(directory) == []
+
+
+# Directories
+
+
+def test_a_directory_appears_when_it_is_published(tmp_path: Path) -> None:
+    with OutputDirectory(f"{tmp_path}/new/") as directory:
+        assert directory.final == str(tmp_path / "new")
+        (name,) = os.listdir(tmp_path)
+        assert directory.target == str(tmp_path / name) and is_left_out(name)
+        assert stat.S_IMODE(os.stat(directory.target).st_mode) == 0o700
+        Path(directory.target, "file").write_text("whole")
+        directory.publish(0o751)
+        assert os.listdir(tmp_path) == ["new"]
+    assert (tmp_path / "new" / "file").read_text() == "whole"
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o751
+
+
+def test_a_directory_with_a_relative_name_is_in_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with OutputDirectory("new") as directory:
+        directory.publish(0o700)
+    assert os.listdir(tmp_path) == ["new"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_whatever_ends_a_directory_before_that_leaves_nothing(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    with pytest.raises(error), OutputDirectory(str(tmp_path / "new")) as directory:
+        os.makedirs(f"{directory.target}/a/b")
+        Path(directory.target, "a", "file").write_text("half")
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "symlink"])
+def test_a_directory_is_refused_where_anything_is(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "new"
+    make = {"file": path.touch, "directory": path.mkdir, "symlink": lambda: path.symlink_to("no")}
+    with OutputDirectory(str(path)) as directory:
+        make[kind]()
+        with pytest.raises(OutputRefusedError, match="exists"):
+            directory.publish(0o700)
+    assert os.listdir(tmp_path) == ["new"]
+    with pytest.raises(OutputRefusedError, match="exists"), OutputDirectory(str(path)):
+        pass
+    assert os.listdir(tmp_path) == ["new"]
+
+
+@pytest.mark.parametrize("name", ["", "/"])
+def test_a_directory_without_a_new_name_is_refused(name: str) -> None:
+    with pytest.raises(OutputRefusedError, match="names no new directory"), OutputDirectory(name):
+        pass
+
+
+def test_a_directory_needs_its_parent(tmp_path: Path) -> None:
+    with pytest.raises(FileAccessError, match="No such file"), OutputDirectory(f"{tmp_path}/a/b"):
+        pass
+
+
+def test_directories_that_killed_writers_left_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    left, held, foreign = (tmp_path / f".diffmergefs-{c * 16}.new" for c in "abc")
+    for path in (left, held, foreign):
+        (path / "tag").mkdir(parents=True)
+        (path / "tag" / "memory.bin").write_text("half")
+    os.chown(foreign, NOBODY, NOBODY)
+    others = [".diffmergefs-0123.new", ".diffmergefs-dddddddddddddddd.new", "tag.new"]
+    (tmp_path / others[0]).mkdir()
+    (tmp_path / others[1]).write_text("a file")
+    (tmp_path / others[2]).mkdir()
+    fd = os.open(held, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    with OutputDirectory(str(tmp_path / "new")) as directory:
+        found = set(os.listdir(tmp_path)) - {os.path.basename(directory.target)}
+        # While it is being filled, nobody takes it for a leftover.
+        with OutputDirectory(str(tmp_path / "other")):
+            assert os.path.isdir(directory.target)
+    os.close(fd)
+    assert found == {held.name, foreign.name, *others}

@@ -252,8 +252,8 @@ def test_verify_reads_the_file_that_was_written(
 def test_no_space_is_told_before_it_runs_out(
     sides: tuple[MergedView, MergedView], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffmergefs.writing.newdiff.free_bytes", lambda fd: 6 * PAGE - 1)
-    numbers = f"{6 * PAGE} bytes are to be written, but {6 * PAGE - 1} are free"
+    monkeypatch.setattr("diffmergefs.writing.copying.free_bytes", lambda fd: 6 * PAGE - 1)
+    numbers = f"{6 * PAGE} bytes must be written, but {6 * PAGE - 1} are free"
     with pytest.raises(NoSpaceError, match=numbers):
         rediff(*sides, out)
     assert os.listdir(out.parent) == []
