@@ -30,8 +30,8 @@ from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.prefetch.adviser import Adviser
 from diffmergefs.prefetch.connection import Connection
-from diffmergefs.prefetch.guarded import GuardedNotify
-from diffmergefs.prefetch.prefetcher import Notify, Prefetcher
+from diffmergefs.prefetch.prefetcher import Prefetcher
+from diffmergefs.prefetch.push import GuardedNotify, Notify
 from diffmergefs.prefetch.record import WorkingSets
 from diffmergefs.prefetch.recorder import Recorder
 from diffmergefs.system import daemon

@@ -47,7 +47,7 @@ class Observer(Protocol):
     hit_bytes: int
 
     def opened(
-        self, file: int, inode: int, shown: OpenImage, caller: Caller, *, writing: bool
+        self, file: int, inode: int, image: OpenImage, caller: Caller, *, writing: bool
     ) -> bool:
         """A file of the image was opened. Return False to have the kernel drop its cached pages."""
         ...
@@ -82,7 +82,7 @@ class NullObserver:
     pushed_bytes = hit_bytes = 0
 
     def opened(
-        self, file: int, inode: int, shown: OpenImage, caller: Caller, *, writing: bool
+        self, file: int, inode: int, image: OpenImage, caller: Caller, *, writing: bool
     ) -> bool:
         return True
 

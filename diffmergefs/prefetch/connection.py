@@ -1,17 +1,27 @@
-"""A mount's connection to the kernel, and the guard that ends it when the daemon has died."""
+"""A mount's connection to the kernel, and the guard that ends it if the daemon dies."""
 
 from __future__ import annotations
 
-import errno
-import logging
+import contextlib
+import ctypes
 import os
-import subprocess
+import signal
+import sys
 
-from diffmergefs.core import interpreter
-from diffmergefs.prefetch import guard
-from diffmergefs.system import tuning
+if __name__ != "__main__":  # the guard runs this file with the standard library alone, in 10 ms
+    import errno
+    import logging
+    import subprocess
 
-log = logging.getLogger(__name__)
+    from diffmergefs.core import interpreter
+    from diffmergefs.system import tuning
+
+    log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_DEATH = signal.SIGUSR1
+# A signal that ends the daemon ends the guard by the daemon's end.
+_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Connection:
@@ -19,45 +29,45 @@ class Connection:
 
     def __init__(self, device: str) -> None:
         self._path = os.path.join(tuning.connection(device), "abort")
-        self._abort = self._word = -1
-        self._is_there = False
+        self._abort = self._armed = -1
+        self._is_armed = False
         self._guard: subprocess.Popen[bytes] | None = None
 
     def guard(self) -> None:
-        """Have a process end the connection if the thread that calls this ends before `close`.
+        """Start a process that ends the connection if the calling thread ends before `close`.
 
-        Call it in the main thread, which ends first when a process is killed. It is done once.
-        Raises OSError where fusectl is not mounted, or the mount is somebody else's.
+        Call it in the main thread, which ends first if a process is killed. Later calls do nothing.
+        Raises OSError if fusectl is not mounted, or the mount belongs to another user.
         """
         if self._guard is not None:
             return
         if self._abort < 0:
-            # Held open: the number may be another mount's when this one is gone.
+            # Keep it open: the number may belong to another mount when this one is gone.
             self._abort = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
-        self._word, word = os.pipe2(os.O_CLOEXEC)
+        self._armed, armed = os.pipe2(os.O_CLOEXEC)
         try:
             self._guard = interpreter.start(
-                guard.__file__, str(os.getpid()), stdin=word, stdout=self._abort
+                __file__, str(os.getpid()), stdin=armed, stdout=self._abort
             )
         finally:
-            os.close(word)
+            os.close(armed)
             if self._guard is None:
-                self._word = _closed(self._word)
+                self._armed = _closed(self._armed)
 
     def wait_for_guard(self) -> None:
-        """Return once the guard is on its guard: some ten milliseconds after it was started.
+        """Wait until the guard is armed, about ten milliseconds after its start.
 
-        Call it in a worker thread, after `guard`. Raises OSError if it has ended instead.
+        Call it in a worker thread, after `guard`. Raises OSError if the guard has ended instead.
         """
-        if self._word >= 0:
-            is_there = os.read(self._word, 1)
-            self._word = _closed(self._word)
-            self._is_there = bool(is_there)
-        if not self._is_there:
-            raise ChildProcessError(errno.ECHILD, "the guard cannot be run", guard.__file__)
+        if self._armed >= 0:
+            answer = os.read(self._armed, 1)
+            self._armed = _closed(self._armed)
+            self._is_armed = bool(answer)
+        if not self._is_armed:
+            raise ChildProcessError(errno.ECHILD, "the guard cannot run", __file__)
 
     def abort(self) -> None:
-        """End it, if it is guarded: whatever waits for an answer gets an error. Never raises."""
+        """End the connection if it has a guard: all that wait get an error. Never raises."""
         if self._guard is not None:
             try:
                 os.write(self._abort, b"1")
@@ -65,15 +75,39 @@ class Connection:
                 log.warning("%s: cannot be written: %s", self._path, error.strerror)
 
     def close(self) -> None:
-        """Let it go as it is, and end the guard."""
+        """Leave the connection as it is, and end the guard."""
         if self._guard is not None:
             self._guard.kill()
             self._guard.wait()
             self._guard = None
-        self._abort, self._word = _closed(self._abort), _closed(self._word)
+        self._abort, self._armed = _closed(self._abort), _closed(self._armed)
 
 
 def _closed(fd: int) -> int:
     if fd >= 0:
         os.close(fd)
     return -1
+
+
+def watch(daemon: int) -> None:
+    """The guard: report on stdin, wait for the death of the parent `daemon`, write to stdout.
+
+    The daemon starts it from its main thread. stdout is fusectl's `abort` file of the mount, and
+    stdin a pipe to the daemon. A daemon that is killed in the middle of a push may leave a thread
+    in the kernel that waits for a page of a request. Nobody will answer that request, and the
+    thread keeps the connection open, so all readers would wait forever.
+    """
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {_DEATH})
+    # It comes when the thread that started this process ends, even if other threads hang.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(_DEATH))
+    with contextlib.suppress(BrokenPipeError):
+        os.write(0, b"1")
+    if os.getppid() == daemon:
+        signal.sigwait({_DEATH})
+    os.write(1, b"1")
+
+
+if __name__ == "__main__":
+    watch(int(sys.argv[1]))

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 @dataclass(eq=False)
 class _Session:
     # From an image's first open to its last close; `runs` counts those of all its files.
-    shown: OpenImage
+    image: OpenImage
     files: dict[int, Touches] = field(default_factory=dict)
     opened: set[int] = field(default_factory=set)
     runs: int = 0
@@ -44,13 +44,13 @@ class Recorder:
         self._files: dict[int, tuple[_Session, Touches]] = {}
 
     def opened(
-        self, file: int, inode: int, shown: OpenImage, caller: Caller, *, writing: bool
+        self, file: int, inode: int, image: OpenImage, caller: Caller, *, writing: bool
     ) -> bool:
-        session = self._sessions.get(shown)
+        session = self._sessions.get(image)
         is_first = session is None
         if session is None:
-            session = self._sessions[shown] = _Session(shown)
-        touches = session.files[file] = Touches(shown.view.size)
+            session = self._sessions[image] = _Session(image)
+        touches = session.files[file] = Touches(image.view.size)
         session.opened.add(file)
         self._files[file] = session, touches
         return not is_first
@@ -72,7 +72,7 @@ class Recorder:
             session.runs -= len(touches)
         if session.opened:
             return None
-        del self._sessions[session.shown]
+        del self._sessions[session.image]
         return functools.partial(self._save, session)
 
     def stop(self, seconds: float) -> bool:
@@ -99,7 +99,7 @@ class Recorder:
             log.exception("writing a working set failed: this is a bug")
 
     def _write(self, session: _Session) -> None:
-        view = session.shown.view
+        view = session.image.view
         name = view.layers[-1].path
         restores = [touches for touches in session.files.values() if touches.is_restore]
         if not restores:

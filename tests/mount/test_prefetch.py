@@ -44,7 +44,7 @@ for page in map(int, sys.argv[3:]):
 # In the daemon: each piece that was pushed takes a while, or waits at a gate.
 SLOW = """
 import time
-import diffmergefs.prefetch.prefetcher as module
+import diffmergefs.prefetch.push as module
 real = module.Notify.__init__
 def init(self, store):
     def slow(inode, offset, data):
@@ -360,7 +360,7 @@ def test_fadvise_brings_nothing_of_a_mount_that_is_detached(
             try:
                 assert os.pread(fd, PAGE, TOUCHED[0] * PAGE)
                 has_said(
-                    mount, f"prefetch ends: {view}: stands there no more (the child's status: 3)"
+                    mount, f"prefetch ends: {view}: is no longer there (the child's exit status: 3)"
                 )
             finally:
                 view.unlink()

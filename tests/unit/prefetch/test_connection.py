@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.prefetch import guard
+from diffmergefs.prefetch import connection as module
 from diffmergefs.prefetch.connection import Connection
 from diffmergefs.system import tuning
 from tests.support.live import until
@@ -118,7 +118,7 @@ def test_a_connection_that_is_closed_is_let_go_and_has_no_guard(abort: Path) -> 
 
 def test_a_guard_whose_daemon_is_gone_before_it_looks_aborts_at_once(abort: Path) -> None:
     with abort.open("wb") as file:
-        command = [sys.executable, "-I", "-S", guard.__file__, "1"]
+        command = [sys.executable, "-I", "-S", module.__file__, "1"]
         read, write = os.pipe()
         subprocess.run(command, stdin=write, stdout=file, check=True, timeout=20)
         os.close(write)
@@ -167,7 +167,7 @@ def test_a_guard_that_ends_before_it_is_on_its_guard_is_none(
     abort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "ends.py").write_text("")
-    monkeypatch.setattr(guard, "__file__", str(tmp_path / "ends.py"))
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "ends.py"))
     before = set(os.listdir("/proc/self/fd"))
     connection = Connection(DEVICE)
     connection.guard()

@@ -18,8 +18,8 @@ from diffmergefs.core.extents import Extent, ExtentList
 from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.prefetch import connection
 from diffmergefs.prefetch import prefetcher as module
-from diffmergefs.prefetch.guarded import GuardedNotify
-from diffmergefs.prefetch.prefetcher import Notify, Prefetcher, Push
+from diffmergefs.prefetch.prefetcher import Prefetcher
+from diffmergefs.prefetch.push import GuardedNotify, Notify, Push
 from diffmergefs.prefetch.record import WorkingSets, identity_of_view
 from diffmergefs.prefetch.touches import PIECE, pieces
 from tests.support.images import PAGE
@@ -547,9 +547,9 @@ def test_a_push_takes_a_guard_which_is_started_when_there_is_something_to_push(
             raise FileNotFoundError(2, "No such file", "/sys/abort")
 
     other = Kernel()
-    way = GuardedNotify(Notify(kernel.store), Notify(other.store), guard)
-    assert not way.is_own(1)
-    prefetcher = Prefetcher(sets, way)
+    method = GuardedNotify(Notify(kernel.store), Notify(other.store), guard)
+    assert not method.is_own(1)
+    prefetcher = Prefetcher(sets, method)
     client = Client(prefetcher, image)
     settle(prefetcher)
     assert not guards, "there is nothing to push"
@@ -564,7 +564,7 @@ def test_a_push_takes_a_guard_which_is_started_when_there_is_something_to_push(
     assert guards == ["prefetch"]
     assert kernel.ranges == (WANTED * 2 if can_be_had else [])
     assert other.ranges == ([] if can_be_had else WANTED * 2)
-    lines = [line for line in messages(caplog) if "takes the place of notify" in line]
+    lines = [line for line in messages(caplog) if "replaces notify" in line]
     assert len(lines) == (not can_be_had) and all("/sys/abort" in line for line in lines)
 
 
@@ -598,7 +598,7 @@ def test_a_bug_is_logged_and_ends_that_push_alone(
     class Broken:
         calls = 0
 
-        def bring(self, push: Push, wanted: Sequence[Extent]) -> Any:
+        def populate(self, push: Push, wanted: Sequence[Extent]) -> Any:
             self.calls += 1
             raise ZeroDivisionError
 
@@ -606,12 +606,12 @@ def test_a_bug_is_logged_and_ends_that_push_alone(
             return False
 
     save(sets, image, TOUCHED)
-    way = Broken()
-    prefetcher = Prefetcher(sets, way)
+    method = Broken()
+    prefetcher = Prefetcher(sets, method)
     for n in (1, 2):
         client = Client(prefetcher, image)
         client.touch(*TOUCHED)
-        until(lambda n=n: way.calls == n, "it was not tried")  # type: ignore[misc]
+        until(lambda n=n: method.calls == n, "it was not tried")  # type: ignore[misc]
         client.close()
     assert prefetcher.stop(20)
     assert [r.levelno for r in caplog.records] == [logging.ERROR] * 2

@@ -1,0 +1,122 @@
+"""A push of one image's working set, and the methods that put it into the page cache."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Generator, Sequence
+from typing import Protocol, cast
+
+from diffmergefs.core.buffers import page_aligned
+from diffmergefs.core.extents import Extent, ExtentList
+from diffmergefs.fuse.nodes import OpenImage
+from diffmergefs.prefetch.touches import PIECE
+
+log = logging.getLogger(__name__)
+
+
+class Push:
+    """One image's working set on its way into the page cache.
+
+    `inode` is the inode number of the image in the mount. Once `cancelled` is set, no further step
+    begins; `done` is set when no step is under way. `wanted` has the ranges once they are known,
+    `whole` says that all of them were pushed, and `asked` which of them readers requested.
+    """
+
+    def __init__(self, image: OpenImage, inode: int) -> None:
+        self.image = image
+        self.inode = inode
+        self.cancelled = False
+        self.done = threading.Event()
+        self.steps: Generator[int, None, None] | None = None
+        self.wanted: ExtentList | None = None
+        self.whole = False
+        self.asked: set[int] = set()
+
+    def note(self, offset: int, length: int) -> None:
+        """A reader requested this range."""
+        if self.wanted is not None:
+            first = bisect_right(self.wanted.stops, offset)
+            self.asked.update(range(first, bisect_left(self.wanted.starts, offset + length)))
+
+    def hit_bytes(self) -> int:
+        """How many bytes of a whole working set lie in ranges that no reader requested."""
+        if self.wanted is None or not self.whole:
+            return 0
+        hits = (e for number, e in enumerate(self.wanted) if number not in self.asked)
+        return sum(stop - start for start, stop in hits)
+
+
+class Method(Protocol):
+    """How pages get into the page cache. The worker thread makes all calls of `populate`."""
+
+    def populate(self, push: Push, wanted: Sequence[Extent]) -> Generator[int, None, None]:
+        """Populate the page cache in short steps. Each yields its number of bytes.
+
+        Raises DiffMergeError and OSError. If it is closed early, it leaves no work under way.
+        """
+        ...
+
+    def is_own(self, pid: int) -> bool:
+        """Whether this process belongs to the method, and is no client."""
+        ...
+
+
+class Notify:
+    """The method of `--prefetch=notify`: read the layers here, and hand the pages to the kernel.
+
+    `store` is `ObservedMount.store_pages`.
+    """
+
+    def __init__(self, store: Callable[[int, int, bytes], None]) -> None:
+        self._store = store
+
+    def populate(self, push: Push, wanted: Sequence[Extent]) -> Generator[int, None, None]:
+        buffer = page_aligned(PIECE)
+        for start, stop in wanted:
+            data = buffer[: stop - start]
+            push.image.view.fill(data, start, {})
+            if push.cancelled:
+                return
+            # pyfuse3 takes any contiguous buffer, and makes no copy.
+            self._store(push.inode, start, cast(bytes, data))
+            yield stop - start
+
+    def is_own(self, pid: int) -> bool:
+        return False
+
+
+class GuardedNotify:
+    """`notify`, once `start_guard` has succeeded, and `otherwise` if it fails.
+
+    A daemon that is killed in the middle of a push could leave its readers waiting forever. The
+    guard starts at the first push, so that a mount without records has none. `start_guard` raises
+    OSError if there can be no guard; the log says so.
+    """
+
+    def __init__(self, notify: Notify, otherwise: Method, start_guard: Callable[[], None]) -> None:
+        self._notify = notify
+        self._otherwise = otherwise
+        self._start_guard = start_guard
+        self._chosen: Method | None = None
+
+    def populate(self, push: Push, wanted: Sequence[Extent]) -> Generator[int, None, None]:
+        if self._chosen is None:
+            self._chosen = self._choose()
+        yield from self._chosen.populate(push, wanted)
+
+    def is_own(self, pid: int) -> bool:
+        return self._otherwise.is_own(pid)
+
+    def _choose(self) -> Method:
+        try:
+            self._start_guard()
+        except OSError as error:
+            log.info(
+                "--prefetch=fadvise replaces notify: if the daemon were killed during a push,"
+                " nothing could make the kernel end the mount: %s",
+                error,
+            )
+            return self._otherwise
+        return self._notify
