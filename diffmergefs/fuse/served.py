@@ -142,7 +142,9 @@ class Store:
                 logged = {tag: state.logged for tag, state in self.seen.tags.items()}
                 states = {tag: TagState(tag, [], logged=text) for tag, text in logged.items()}
                 self.seen = replace(self.seen, tags=states)
-                raise FileAccessError(f"{self.root}: was deleted; it is shown when it is back")
+                raise FileAccessError(
+                    f"{self.root}: was deleted; it is served again once it is back"
+                )
             return
         if here is not None and os.path.samestat(here, there):
             return
@@ -154,7 +156,7 @@ class Store:
             os.dup2(fd, self.fd, inheritable=False)
         finally:
             os.close(fd)
-        log.warning("%s: another directory stands there now, and is shown instead", self.root)
+        log.warning("%s: another directory is at this path now, and is served instead", self.root)
 
     def _forget(self, catalog: Catalog) -> None:
         # Facts about files that are gone would grow as long as the mount lives.
@@ -255,7 +257,7 @@ class Store:
         """
         state = self.seen.tags.get(tag)
         if state is None or not state.links:
-            raise FileAccessError(f"{tag}: no such snapshot is shown")
+            raise FileAccessError(f"{tag}: no such snapshot is served")
         # One image has one inode number.
         return self._opening.do(state, lambda: self._open(state))
 

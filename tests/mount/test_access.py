@@ -218,7 +218,7 @@ def test_a_private_directory_above_all(public_path: Path, mountpoint: Path, kind
         assert view.read_bytes() == MEMORY
 
 
-def test_without_allow_other_nobody_else_comes_in(public_path: Path, mountpoint: Path) -> None:
+def test_without_allow_other_no_other_user_has_access(public_path: Path, mountpoint: Path) -> None:
     skips.require_root()
     store = write_numbered(public_path / "store", ["000-base.mem", "001-one.mem"])
     with mounted(store, mountpoint):
@@ -229,7 +229,7 @@ def test_without_allow_other_nobody_else_comes_in(public_path: Path, mountpoint:
             assert done.returncode != 0 and b"Permission denied" in done.stderr
 
 
-def test_a_changed_mode_holds_for_new_opens(public_path: Path, mountpoint: Path) -> None:
+def test_a_changed_mode_applies_to_new_opens(public_path: Path, mountpoint: Path) -> None:
     skips.require_root()
     store = write_numbered(public_path / "store", ["000-base.mem", "001-one.mem"])
     view = mountpoint / "one" / "001-one.mem"
@@ -289,7 +289,7 @@ def until_stale(fd: int, mode: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["secret", "folder"])
-def test_what_stands_at_its_path_by_now_opens_no_passed_node(
+def test_another_file_at_the_path_is_not_opened_for_a_passed_node(
     public_path: Path, mountpoint: Path, name: str
 ) -> None:
     skips.require_root()
@@ -351,7 +351,7 @@ def test_an_image_whose_layers_were_closed_to_others_is_not_opened_anew(
             os.close(fd)
 
 
-def test_an_open_passed_file_has_attributes_though_another_stands_at_its_path(
+def test_an_open_passed_file_has_attributes_even_if_another_is_at_its_path(
     public_path: Path, mountpoint: Path
 ) -> None:
     store = public_path / "store"
@@ -403,7 +403,7 @@ def exchange_until(one: Path, other: Path, reader: subprocess.Popen[bytes]) -> N
         time.sleep(0.001)
 
 
-def test_an_enemy_who_exchanges_directories_never_reads_the_guest(
+def test_an_attacker_who_exchanges_directories_never_reads_the_guest(
     public_path: Path, mountpoint: Path
 ) -> None:
     """As it was done: SOURCE is another user's, the directory of the guest is not."""

@@ -86,7 +86,7 @@ def test_two_looks_and_the_kernels_memory_fit_into_two_seconds() -> None:
     assert 2 * LOOK_SECONDS + CHANGING_SECONDS < 2
 
 
-def test_a_tag_comes_whole_and_goes(public_path: Path, mountpoint: Path) -> None:
+def test_a_tag_appears_complete_and_disappears(public_path: Path, mountpoint: Path) -> None:
     store = write_chain(public_path / "store", ["base"])
     with mounted(store, mountpoint) as mount:
         image = image_of((0, BASE_PAGES), (3, [3]))
@@ -102,7 +102,7 @@ def test_a_tag_comes_whole_and_goes(public_path: Path, mountpoint: Path) -> None
         until(lambda: not (mountpoint / "leaf").exists(), "leaf is still there")
 
 
-def test_a_tag_that_is_written_slowly_comes_whole(public_path: Path, mountpoint: Path) -> None:
+def test_a_slowly_written_tag_appears_complete(public_path: Path, mountpoint: Path) -> None:
     """As a copy writes it: the document, then the diff, which grows to its size."""
     store = write_chain(public_path / "store", ["base"])
     numbers = [2, 5, 11, 15]
@@ -166,7 +166,7 @@ def test_a_replaced_parent(public_path: Path, mountpoint: Path) -> None:
         assert "leaf: not shown: ancestor 'work' is broken: parent replaced" in mount.log()
 
 
-def test_broken_ones_are_mended(public_path: Path, mountpoint: Path) -> None:
+def test_broken_tags_are_served_once_they_are_fixed(public_path: Path, mountpoint: Path) -> None:
     store = public_path / "store"
     write_tag(store, "orphan", "base", layer=1)
     write_tag(store, "damaged", layer=2, numbers=BASE_PAGES)
@@ -213,7 +213,7 @@ def test_other_files_change(public_path: Path, mountpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["forkd", "numbered"])
-def test_what_was_just_written_is_there_at_once(
+def test_a_tag_written_just_before_the_mount_is_served_at_once(
     layout: str, public_path: Path, mountpoint: Path
 ) -> None:
     store = public_path / "store"
@@ -231,7 +231,7 @@ def test_what_was_just_written_is_there_at_once(
         assert path.read_bytes() == image_of((0, BASE_PAGES), (1, [1]))
 
 
-def test_an_ambiguous_source_leaves_what_was_shown(public_path: Path, mountpoint: Path) -> None:
+def test_an_ambiguous_source_keeps_the_served_images(public_path: Path, mountpoint: Path) -> None:
     store = write_chain(public_path / "store", ["base", "leaf"])
     expected = "the mount stays as it was until this is fixed: "
     with mounted(store, mountpoint, expect_log=(expected,)) as mount:
@@ -248,10 +248,8 @@ def test_an_ambiguous_source_leaves_what_was_shown(public_path: Path, mountpoint
 
 def test_a_source_that_is_deleted_and_made_anew(public_path: Path, mountpoint: Path) -> None:
     store = write_chain(public_path / "store", ["base", "leaf"])
-    gone = (
-        f"the mount shows nothing until this is fixed: {store}: was deleted; it is shown when it is"
-    )
-    anew = f"{store}: another directory stands there now, and is shown instead"
+    gone = f"the mount shows nothing until this is fixed: {store}: was deleted; it is served again"
+    anew = f"{store}: another directory is at this path now, and is served instead"
     with mounted(store, mountpoint, expect_log=(gone, anew)) as mount:
         with (mountpoint / "leaf" / "memory.bin").open("rb", buffering=0) as old:
             shutil.rmtree(store)

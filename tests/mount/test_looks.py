@@ -80,7 +80,7 @@ def test_an_entry_that_refuses_lstat_breaks_its_own_tag_and_no_other(
         assert mount.log().count("other: not shown") == 1
 
 
-def test_an_entry_that_comes_to_refuse_lstat_leaves_the_others_shown(
+def test_an_entry_whose_lstat_starts_to_fail_leaves_the_others_served(
     store: Path, mountpoint: Path
 ) -> None:
     write_tag(store, "other")
@@ -156,7 +156,7 @@ def test_a_base_outside_that_refuses_lstat_breaks_its_own_sandbox(
 # A look that lasts
 
 
-def test_a_look_that_lasts_says_so_in_the_log(
+def test_a_slow_look_is_logged(
     store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("diffmergefs"), "propagate", True)
@@ -219,7 +219,7 @@ def overwrite(folder: Path, memory: str, vmstate: str, n: int, order: tuple[int,
 @pytest.mark.parametrize("write", [write_pair, overwrite])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("layout", ["forkd", "numbered"])
-def test_no_memory_is_shown_with_another_ones_device_state(
+def test_no_memory_is_served_with_the_device_state_of_another(
     layout: str,
     order: tuple[int, int],
     write: Callable[[Path, str, str, int, tuple[int, int]], None],
@@ -289,7 +289,7 @@ def test_other_files_of_a_tag_pass_as_they_are(store: Path, mountpoint: Path) ->
             assert read(mountpoint / "leaf" / "memory.bin") == LEAF
 
 
-def test_a_tag_whose_log_grows_all_the_time_is_shown(store: Path) -> None:
+def test_a_tag_whose_log_grows_all_the_time_is_served(store: Path) -> None:
     write_tag(store, "new", "base", layer=1)
     os.utime(store / "new" / "memory.bin")
     served = Store(str(store), TrustPolicy())
@@ -310,7 +310,7 @@ def test_a_chmod_of_device_state_passes_at_the_next_look(store: Path, looked: St
     looked.seen.require_seen("leaf/vmstate", path.stat())
 
 
-def test_device_state_that_another_tag_shares_goes_with_the_one_that_is_shown(
+def test_device_state_shared_by_two_tags_belongs_to_the_served_one(
     store: Path,
 ) -> None:
     (store / "shared").mkdir()

@@ -216,7 +216,7 @@ def test_flattened_image_is_the_view(public_path: Path, mountpoint: Path) -> Non
             same(view_of(mountpoint, tag).read_bytes(), flat, f"{tag} viewed")
 
 
-def test_bytes_behind_the_end_of_a_mapping_are_zeros(public_path: Path, mountpoint: Path) -> None:
+def test_bytes_after_the_end_of_a_mapping_are_zeros(public_path: Path, mountpoint: Path) -> None:
     size = 5 * PAGE + 10
     base = write_layer(public_path / "base", size, [(0, signed(0, 0, size))])
     diff = write_layer(public_path / "diff", size, [(5 * PAGE, signed(1, 5 * PAGE, 10))])

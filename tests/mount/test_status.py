@@ -106,7 +106,9 @@ def test_the_handlers_are_counted_by_tag_and_layer(tmp_path: Path) -> None:
     trio.run(main)
 
 
-def test_a_read_that_waited_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_from_a_worker_thread_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     operations = operations_on(write_chain(tmp_path / "store", ["base"]))
     preadv = os.preadv
 
@@ -128,7 +130,7 @@ def test_a_read_that_waited_is_counted(tmp_path: Path, monkeypatch: pytest.Monke
     trio.run(main)
 
 
-def test_tags_that_left_the_directory_are_counted_together(tmp_path: Path) -> None:
+def test_tags_that_are_gone_are_counted_together(tmp_path: Path) -> None:
     store = write_chain(tmp_path / "store", ["base", "leaf"])
     operations = operations_on(store)
 
@@ -178,14 +180,14 @@ def test_no_layout_has_a_tag_with_the_name_of_the_status_folder(
         read_catalog(str(store)).chain(STATUS_FOLDER)
 
 
-def test_no_explicit_image_is_mounted_by_the_name_of_the_status_folder(tmp_path: Path) -> None:
+def test_no_explicit_image_can_have_the_name_of_the_status_folder(tmp_path: Path) -> None:
     base = write_layer(tmp_path / STATUS_FOLDER, SIZE, pages(0, [0]))
     (tmp_path / "mnt").mkdir()
     text = mistake(11, "mount", "-f", "--base", base, tmp_path / "mnt")
     assert f"{base}: in a mount '.diffmergefs' is its own directory" in text
 
 
-def test_a_mount_shows_its_status_to_its_owner_and_in_no_listing(
+def test_only_the_owner_reads_the_status_and_no_listing_has_it(
     public_path: Path, mountpoint: Path
 ) -> None:
     store = write_chain(public_path / "store", ["base", "leaf"])
@@ -315,7 +317,7 @@ def test_the_command_watches_until_it_is_interrupted(public_path: Path, mountpoi
             process.communicate()
 
 
-def test_the_command_on_a_terminal_shows_it_in_place(public_path: Path, mountpoint: Path) -> None:
+def test_the_command_updates_a_terminal_in_place(public_path: Path, mountpoint: Path) -> None:
     store = write_chain(public_path / "store", ["base"])
     ours, theirs = os.openpty()
     with mounted(store, mountpoint) as mount:
@@ -340,7 +342,9 @@ def test_the_command_on_a_terminal_shows_it_in_place(public_path: Path, mountpoi
             os.close(ours)
 
 
-def test_no_mount_and_a_stale_one_are_told_apart(public_path: Path, mountpoint: Path) -> None:
+def test_the_command_distinguishes_no_mount_and_a_stale_one(
+    public_path: Path, mountpoint: Path
+) -> None:
     done = run("status", mountpoint)
     assert done.returncode == 10 and "nothing is mounted there" in done.stderr
     store = write_chain(public_path / "store", ["base"])

@@ -36,7 +36,7 @@ def errno_of_getting(path: Path, name: str) -> int | None:
     return None
 
 
-def test_a_memory_file_says_what_it_is_made_of(store: Path, mountpoint: Path) -> None:
+def test_the_attributes_of_a_memory_file_describe_its_chain(store: Path, mountpoint: Path) -> None:
     with mounted(store, mountpoint, "--allow-other"):
         memory = mountpoint / "leaf" / "memory.bin"
         assert os.listxattr(memory) == [CHAIN, LAYERS, DIRTY]
@@ -56,7 +56,7 @@ def test_a_memory_file_says_what_it_is_made_of(store: Path, mountpoint: Path) ->
         assert rows["leaf"]["dirty_bytes"] == PAGE
 
 
-def test_nothing_else_has_any(store: Path, mountpoint: Path) -> None:
+def test_no_other_file_has_the_attributes(store: Path, mountpoint: Path) -> None:
     with mounted(store, mountpoint):
         leaf = mountpoint / "leaf"
         for path in (mountpoint, leaf, leaf / "vmstate", leaf / "snapshot.json"):
@@ -73,7 +73,9 @@ def test_getfattr_shows_them(store: Path, mountpoint: Path) -> None:
     assert f'{DIRTY}="{PAGE}"\n{LAYERS}="3"\n' in done.stdout.replace(f'{CHAIN}="', "", 1)
 
 
-def test_who_may_not_read_the_file_does_not_learn_its_layers(store: Path, mountpoint: Path) -> None:
+def test_a_user_who_may_not_read_the_file_does_not_learn_its_layers(
+    store: Path, mountpoint: Path
+) -> None:
     """One of another user's layers hides the whole view from the others (law 9)."""
     (store / "work" / "memory.bin").chmod(0o600)
     with mounted(store, mountpoint, "--allow-other"):
@@ -104,7 +106,7 @@ def test_hard_names_are_ascii_json(public_path: Path, mountpoint: Path) -> None:
     assert [layer["path"] for layer in json.loads(text)] == [f"{store}/{name}" for name in names]
 
 
-def test_a_chain_that_is_too_long_for_an_attribute_is_an_error_of_its_own(
+def test_a_chain_too_long_for_an_attribute_fails_with_e2big(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(str(write_chain(tmp_path / "store", ["base", "leaf"])), TrustPolicy())
@@ -120,7 +122,7 @@ def test_a_chain_that_is_too_long_for_an_attribute_is_an_error_of_its_own(
     assert image.xattr(store.root, LAYERS.encode()) == b"2"
 
 
-def test_a_long_chain_is_handed_on_whole_and_one_beyond_the_kernels_limit_is_refused(
+def test_a_long_chain_is_complete_and_one_beyond_the_kernels_limit_is_refused(
     public_path: Path, mountpoint: Path
 ) -> None:
     store = public_path / "store"

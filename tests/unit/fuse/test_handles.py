@@ -13,7 +13,7 @@ NAMES = (b"a" * 100, b"b" * 100)
 SIZE = 2 * 148
 
 
-def test_who_opens_the_same_directory_shares_what_is_read() -> None:
+def test_handles_of_one_directory_share_its_listing() -> None:
     contents = Contents(SIZE)
     first = contents.shared("folder", *NAMES)
     assert first.parts == NAMES
@@ -21,7 +21,7 @@ def test_who_opens_the_same_directory_shares_what_is_read() -> None:
     assert all(content is first for content in again)
 
 
-def test_all_of_them_together_have_a_limit_and_a_first_one_none() -> None:
+def test_contents_have_a_common_limit_that_does_not_bind_the_first() -> None:
     contents = Contents(SIZE)
     held = contents.shared("folder", *NAMES * 100)
     for folder, names in (("other", NAMES), ("folder", NAMES)):

@@ -198,7 +198,7 @@ def test_a_bug_is_an_error_for_one_request(
     trio.run(main)
 
 
-def test_handles_that_are_odd(operations: Operations, tmp_path: Path) -> None:
+def test_odd_handles_fail_alone(operations: Operations, tmp_path: Path) -> None:
     """An unknown one, an offset that no file has, and a file whose close fails."""
 
     async def main() -> None:
@@ -236,7 +236,7 @@ def test_many_open_directories_keep_one_listing(operations: Operations, tmp_path
     trio.run(main)
 
 
-def test_documents_of_many_tags_and_their_handles_take_the_room_of_one(
+def test_documents_of_many_tags_take_the_memory_of_one(
     operations: Operations, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
@@ -271,7 +271,7 @@ def test_documents_of_many_tags_and_their_handles_take_the_room_of_one(
     trio.run(main)
 
 
-def test_what_a_listing_added_before_it_failed_counts_as_looked_up(
+def test_entries_added_before_a_listing_failed_count_as_looked_up(
     operations: Operations, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The kernel forgets what it was given, and nothing else."""
@@ -333,7 +333,7 @@ def test_an_entry_without_room_is_not_remembered(
     trio.run(main)
 
 
-def test_lookup_answers_the_image_that_was_opened_whatever_a_look_found(
+def test_lookup_returns_the_image_just_opened_even_if_a_look_dropped_it(
     operations: Operations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = operations.tree.store
@@ -392,7 +392,7 @@ def test_an_open_file_keeps_an_image_that_a_look_dropped(operations: Operations)
     trio.run(main)
 
 
-def test_a_passed_file_is_read_in_full_though_the_system_gives_less_at_once(
+def test_a_passed_file_is_read_in_full_even_if_read_is_short(
     operations: Operations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = operations.tree.store

@@ -89,7 +89,7 @@ def test_nothing_is_opened_before_open(root: Path) -> None:
     assert opened_beneath(root) - before == memories
 
 
-def test_a_store_that_is_gone_holds_no_descriptor(root: Path) -> None:
+def test_a_dropped_store_holds_no_descriptor(root: Path) -> None:
     fd = looked(root).fd
     gc.collect()
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -144,7 +144,7 @@ def test_threads_that_open_one_tag_at_once_get_one_image(root: Path) -> None:
     assert store.opened("leaf") is found[0]
 
 
-def test_a_tag_that_is_not_shown_cannot_be_opened(root: Path) -> None:
+def test_a_tag_that_is_not_served_cannot_be_opened(root: Path) -> None:
     store = looked(root)
     with pytest.raises(FileAccessError, match="nobody"):
         store.open("nobody")
@@ -224,7 +224,7 @@ def test_a_layer_that_was_renamed_while_open_is_served_under_its_new_name(root: 
     assert (renamed.name, renamed.view) == ("other.mem", shown.view)
 
 
-def test_a_look_that_fails_leaves_what_was_shown_and_the_next_one_recovers(
+def test_a_failed_look_keeps_the_served_images_and_the_next_recovers(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = looked(root)
@@ -246,7 +246,7 @@ def test_a_look_that_fails_leaves_what_was_shown_and_the_next_one_recovers(
     assert store.open("work").view.read(0, PAGE) == signed(7, 0, PAGE)
 
 
-def test_what_is_not_shown_is_logged_once_with_its_reason(
+def test_a_broken_tag_is_logged_once_with_the_reason(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_tag(root, "orphan", "nobody")
@@ -259,7 +259,7 @@ def test_what_is_not_shown_is_logged_once_with_its_reason(
     assert [r.getMessage() for r in caplog.records] == ["orphan: gone"]
 
 
-def test_a_replaced_parent_is_hashed_and_not_believed_if_it_changes_meanwhile(
+def test_the_hash_of_a_replaced_parent_does_not_count_if_it_changes_meanwhile(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = root / "base" / "memory.bin"
@@ -282,7 +282,7 @@ def test_a_replaced_parent_is_hashed_and_not_believed_if_it_changes_meanwhile(
     until_tags(store, "base", "work", "leaf")
 
 
-def test_tags_that_must_settle_are_told(root: Path) -> None:
+def test_look_returns_the_tags_that_must_settle(root: Path) -> None:
     store = Store(str(root), TrustPolicy(), clock=lambda: OLD_NS + SECOND_NS)
     assert store.look() == {"base", "work", "leaf"}
     assert store.tags() == []
@@ -322,7 +322,7 @@ def test_a_look_does_not_wait_for_a_hash(root: Path, monkeypatch: pytest.MonkeyP
     assert len(hashed) == 1
 
 
-def test_a_parent_that_cannot_be_hashed_holds_no_other_up(
+def test_a_parent_that_cannot_be_hashed_does_not_delay_others(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for tag in ("one", "two"):
@@ -364,7 +364,7 @@ def test_the_same_complaint_is_logged_once(root: Path, caplog: pytest.LogCapture
     assert warnings(caplog)[0].startswith("base: cannot be opened now: base/memory.bin: changed")
 
 
-def test_what_is_remembered_of_tags_that_are_gone_is_dropped(root: Path) -> None:
+def test_everything_about_tags_that_are_gone_is_dropped(root: Path) -> None:
     write_tag(root, "other", layer=5, numbers=BASE_PAGES)
     filled = write_tag(root, "filled", "other", layer=7) / "memory.bin"
     filled.write_bytes(filled.read_bytes())
@@ -396,7 +396,7 @@ def test_a_directory_that_is_deleted_and_made_anew_is_followed(
     shutil.rmtree(root)
     with pytest.raises(FileAccessError) as caught:
         store.look()
-    assert str(caught.value) == f"{root}: was deleted; it is shown when it is back"
+    assert str(caught.value) == f"{root}: was deleted; it is served again once it is back"
     assert store.tags() == []
     write_tag(root, "leaf", layer=7, numbers=BASE_PAGES)
     store.look()
@@ -404,11 +404,11 @@ def test_a_directory_that_is_deleted_and_made_anew_is_followed(
     assert store.open("leaf").view.read(0, PAGE) == signed(7, 0, PAGE)
     assert old.view.read(PAGE, PAGE) == signed(1, PAGE, PAGE)
     assert where(store) == str(root)
-    moved = f"{root}: another directory stands there now, and is shown instead"
+    moved = f"{root}: another directory is at this path now, and is served instead"
     assert [text for text in warnings(caplog) if "another directory" in text] == [moved]
 
 
-def test_a_directory_that_was_renamed_is_followed_until_another_stands_there(root: Path) -> None:
+def test_a_renamed_directory_is_followed_until_another_is_at_its_path(root: Path) -> None:
     store = looked(root)
     moved = root.rename(root.with_name("moved"))
     write_tag(moved, "later")
@@ -436,7 +436,7 @@ def test_a_link_that_leads_elsewhere_is_followed(root: Path) -> None:
     assert store.tags() == ["new"]
 
 
-def test_a_filesystem_that_is_mounted_there_is_followed(public_path: Path) -> None:
+def test_a_filesystem_mounted_over_the_directory_is_followed(public_path: Path) -> None:
     skips.require_mounts()
     root = write_chain(public_path / "store", ["base", "leaf"])
     store = looked(root)

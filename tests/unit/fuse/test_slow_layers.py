@@ -70,7 +70,7 @@ async def opened(operations: Operations) -> int:
     return (await operations.open(entry.st_ino, os.O_RDONLY, CTX)).fh
 
 
-def test_readers_of_a_slow_layer_wait_beside_each_other_and_others_do_not_wait(
+def test_readers_of_a_slow_layer_wait_in_parallel_and_others_do_not_wait(
     chain: tuple[Operations, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operations, oracle = chain
@@ -101,7 +101,7 @@ def test_readers_of_a_slow_layer_wait_beside_each_other_and_others_do_not_wait(
         assert data == oracle[offset : offset + PAGE]
 
 
-def test_a_miss_sends_the_whole_rest_and_nothing_else_to_one_thread(
+def test_one_thread_reads_exactly_the_rest_of_a_miss(
     chain: tuple[Operations, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operations, oracle = chain
@@ -119,7 +119,7 @@ def test_a_miss_sends_the_whole_rest_and_nothing_else_to_one_thread(
     assert store.asked == [(name, page * PAGE, PAGE) for name, page in asked]
 
 
-def test_a_reused_buffer_shows_nothing_of_the_reads_before(
+def test_a_reused_buffer_holds_no_bytes_of_earlier_reads(
     chain: tuple[Operations, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once and in threads: holes are zeros, and no reply is longer than what was asked."""
@@ -184,7 +184,7 @@ def test_a_change_while_a_read_waits_is_seen(
     trio.run(main)
 
 
-def test_buffers_are_handed_out_once_and_used_again() -> None:
+def test_each_buffer_has_one_user_at_a_time_and_is_reused() -> None:
     buffers = Buffers()
     one, two = buffers.take(PAGE), buffers.take(BLOCK)
     assert (len(one), len(two)) == (PAGE, BLOCK)

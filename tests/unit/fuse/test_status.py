@@ -55,7 +55,7 @@ def samples(found: Status) -> dict[str, float]:
     }
 
 
-def test_the_facts_are_what_was_counted() -> None:
+def test_the_status_holds_what_was_counted() -> None:
     found = status()
     assert found.operations == (
         Operation("lookup", 2, {"ENOENT": 1}),
@@ -84,7 +84,7 @@ def test_a_bucket_counts_the_reads_that_took_at_most_so_long(nanoseconds: int) -
         assert bucket.reads == (nanoseconds <= round(bucket.seconds * 1e9))
 
 
-def test_the_json_holds_the_facts_and_gives_them_back() -> None:
+def test_the_json_holds_the_status_and_can_be_parsed() -> None:
     found = status()
     text = found.to_json()
     assert json.loads(text).keys() == {field.name for field in dataclasses.fields(Status)}
@@ -94,7 +94,7 @@ def test_the_json_holds_the_facts_and_gives_them_back() -> None:
             Status.from_json(other)
 
 
-def test_the_openmetrics_text_says_the_same() -> None:
+def test_the_openmetrics_text_has_the_same_numbers() -> None:
     found = samples(status())
     assert found["diffmergefs_build_info,version=1.2"] == 1
     assert found["diffmergefs_requests_total,operation=read"] == 3
@@ -135,7 +135,7 @@ def test_a_name_that_is_not_utf_8_is_escaped() -> None:
     assert Status.from_json(found.to_json()) == found
 
 
-def test_tags_that_are_gone_are_added_up() -> None:
+def test_the_counts_of_tags_that_are_gone_are_added_up() -> None:
     metrics = Metrics()
     for tag, supplied in (("a", {0: 1, 1: 2}), ("b", {0: 10}), ("c", {0: 100, HOLE: 5})):
         metrics.read(1, supplied, metrics.of_tag(tag))

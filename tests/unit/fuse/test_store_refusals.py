@@ -88,7 +88,7 @@ def test_a_refused_chain_holds_no_layer_open(root: Path, monkeypatch: pytest.Mon
         assert opened_beneath(root) == before
 
 
-def test_a_refusal_asked_for_again_and_again_does_not_grow(
+def test_the_traceback_of_a_refusal_does_not_grow(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = looked(root)
@@ -101,7 +101,7 @@ def test_a_refusal_asked_for_again_and_again_does_not_grow(
     assert lengths[1] == lengths[2] == lengths[3]
 
 
-def test_an_empty_layer_is_never_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_empty_layer_is_never_served(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_tag(tmp_path, "base", size=0, numbers=[])
     assert looked(tmp_path).tags() == []
     assert "base: not shown: base/memory.bin: is empty (0 bytes)" in warnings(caplog)[0]
@@ -135,9 +135,7 @@ def test_a_passing_failure_is_not_remembered(
     assert store.open("leaf").view.size == SIZE
 
 
-def test_an_error_that_is_kept_keeps_nothing_else(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kept_error_keeps_nothing_else_alive(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the frames through which it was raised, and so no layer that a caller holds in one."""
     store = looked(root)
     refuse_alignment(monkeypatch)

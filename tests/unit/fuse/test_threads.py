@@ -15,7 +15,7 @@ from diffmergefs.fuse.nodes import lane_of
 from diffmergefs.fuse.threads import Lanes, in_thread, once_in_thread
 
 
-def test_it_gives_what_the_work_gives_and_raises_what_it_raises() -> None:
+def test_in_thread_returns_and_raises_what_the_work_does() -> None:
     async def main() -> None:
         assert await in_thread(lambda a, b: a + b, 1, 2) == 3
         with pytest.raises(ZeroDivisionError):
@@ -24,7 +24,7 @@ def test_it_gives_what_the_work_gives_and_raises_what_it_raises() -> None:
     trio.run(main)
 
 
-def test_who_is_cancelled_does_not_wait_for_the_work() -> None:
+def test_a_cancelled_caller_does_not_wait_for_the_work() -> None:
     goes_on, ended = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -49,7 +49,7 @@ def test_who_is_cancelled_does_not_wait_for_the_work() -> None:
     assert ended.wait(60)
 
 
-def test_this_trio_knows_the_word_for_it() -> None:
+def test_this_trio_knows_the_argument() -> None:
     assert threads._MAY_BE_LEFT in inspect.signature(trio.to_thread.run_sync).parameters
 
 
@@ -76,7 +76,7 @@ def no_more(monkeypatch: pytest.MonkeyPatch) -> NoMore:
     return NoMore(monkeypatch)
 
 
-def test_threads_that_were_kept_do_what_no_other_can(no_more: NoMore) -> None:
+def test_reserved_threads_do_the_work_when_no_other_can_start(no_more: NoMore) -> None:
     async def main() -> None:
         limiter = trio.CapacityLimiter(1)
         for n in range(10):
@@ -91,7 +91,7 @@ def test_threads_that_were_kept_do_what_no_other_can(no_more: NoMore) -> None:
         trio.run(main)
 
 
-def test_without_any_the_event_loop_does_it(no_more: NoMore) -> None:
+def test_without_reserved_threads_the_event_loop_does_the_work(no_more: NoMore) -> None:
     async def main() -> None:
         assert await in_thread(threading.current_thread) is threading.main_thread()
         assert await once_in_thread(SingleFlight[int](), "key", lambda: 7) == 7
@@ -101,7 +101,7 @@ def test_without_any_the_event_loop_does_it(no_more: NoMore) -> None:
         trio.run(main)
 
 
-def test_an_error_of_the_work_is_no_lack_of_threads() -> None:
+def test_an_error_of_the_work_is_not_taken_for_a_lack_of_threads() -> None:
     calls = []
 
     def work() -> None:
@@ -119,7 +119,7 @@ def test_an_error_of_the_work_is_no_lack_of_threads() -> None:
 # Lanes
 
 
-def test_a_lane_that_hangs_leaves_the_others_theirs() -> None:
+def test_a_lane_that_hangs_leaves_the_other_lanes_their_threads() -> None:
     go_on = threading.Event()
 
     async def main() -> None:

@@ -89,7 +89,7 @@ def replace_memory(root: Path, tag: str) -> None:
     new.rename(root / tag / "memory.bin")
 
 
-def test_the_root_has_a_folder_for_each_tag_that_is_shown(root: Path) -> None:
+def test_the_root_has_a_folder_for_each_served_tag(root: Path) -> None:
     write_tag(root, "orphan", "nobody")
     (root / "notes").touch()
     tree = tree_of(root)
@@ -104,7 +104,7 @@ def test_the_root_has_a_folder_for_each_tag_that_is_shown(root: Path) -> None:
             tree.child(Root(), name)
 
 
-def test_a_tag_shows_its_memory_once_it_is_open_its_files_and_its_document(root: Path) -> None:
+def test_a_tag_has_its_files_its_document_and_once_open_its_memory(root: Path) -> None:
     (root / "work" / "sub").mkdir()
     (root / "work" / "sub" / "note").touch()
     tree = tree_of(root)
@@ -124,7 +124,9 @@ def test_a_tag_shows_its_memory_once_it_is_open_its_files_and_its_document(root:
         tree.children(found["vmstate"])
 
 
-def test_a_refused_memory_file_has_no_entry_and_says_why(public_path: Path) -> None:
+def test_a_refused_memory_file_has_no_entry_and_its_lookup_gives_the_reason(
+    public_path: Path,
+) -> None:
     write_chain(public_path, ["base", "filled"])
     memory = public_path / "filled" / "memory.bin"
     memory.write_bytes(memory.read_bytes())
@@ -137,7 +139,7 @@ def test_a_refused_memory_file_has_no_entry_and_says_why(public_path: Path) -> N
         tree.child(folder_of(tree, "filled"), "memory.bin")
 
 
-def test_numbered_tags_show_their_own_files_only(public_path: Path) -> None:
+def test_numbered_tags_have_only_their_own_files(public_path: Path) -> None:
     names = ["000-base.mem", "001-work.mem"]
     write_numbered(public_path, names, companions=["001-work.vmstate"])
     seal_layer(public_path / "001-work.mem")
@@ -166,7 +168,7 @@ def test_fifos_sockets_devices_seals_and_staging_names_are_left_out(root: Path) 
             tree.child(folder_of(tree, "work"), name)
 
 
-def test_a_symlink_is_passed_through_as_it_is_and_not_followed(root: Path) -> None:
+def test_a_symlink_is_passed_through_and_not_followed(root: Path) -> None:
     (root / "work" / "link").symlink_to("/etc/../nowhere")
     tree = tree_of(root)
     link = tree.child(folder_of(tree, "work"), "link")
@@ -271,7 +273,7 @@ def test_a_memory_file_keeps_its_number_when_it_is_forgotten(root: Path) -> None
     assert tree.inodes.node(number) == opened(tree, "work")
 
 
-def test_a_new_image_is_a_file_with_a_new_number_and_the_old_one_is_served_on(root: Path) -> None:
+def test_a_new_image_has_a_new_number_and_the_old_one_is_still_served(root: Path) -> None:
     tree = tree_of(root)
     old = opened(tree, "base")
     number = tree.inodes.number(old)
@@ -293,7 +295,7 @@ def test_a_replaced_passed_file_has_a_new_number(root: Path) -> None:
     assert tree.inodes.number(tree.child(folder, "vmstate")) > number
 
 
-def test_explicit_layers_are_one_file_under_the_bases_name(public_path: Path) -> None:
+def test_explicit_layers_are_one_file_with_the_bases_name(public_path: Path) -> None:
     base = write_layer(public_path / "mem_file", SIZE, pages(0, BASE_PAGES))
     image = open_chain(base, [write_layer(public_path / "mem_diff", SIZE, pages(1, [1]))])
     shown = OpenImage.of(image.view, "mem_file", view_access(image.view.layers))
@@ -358,7 +360,7 @@ def require_stale(act: Callable[[], object]) -> None:
     assert caught.value.errno == errno.ESTALE
 
 
-def test_a_node_is_never_what_has_come_to_stand_at_its_path(root: Path) -> None:
+def test_a_node_is_never_another_file_that_is_now_at_its_path(root: Path) -> None:
     work = root / "work"
     (work / "sub").mkdir(0o700)
     (work / "sub" / "note").touch()
@@ -391,7 +393,7 @@ def test_a_node_is_never_what_has_come_to_stand_at_its_path(root: Path) -> None:
     assert tree.attributes(file).size == len("state of work")
 
 
-def test_a_passed_file_that_is_open_keeps_its_attributes_but_lets_nobody_else_in(
+def test_an_open_passed_file_keeps_its_attributes_but_admits_only_its_owner(
     root: Path,
 ) -> None:
     path = root / "work" / "vmstate"
@@ -438,7 +440,7 @@ def test_a_document_has_the_attributes_of_the_file_that_was_read(root: Path) -> 
         tree.passthrough.content(node)
 
 
-def test_no_moment_of_an_exchange_shows_a_private_directorys_file(
+def test_no_moment_of_an_exchange_exposes_a_private_directorys_file(
     public_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = write_chain(public_path / "store", ["secret"])
@@ -470,7 +472,7 @@ def test_no_moment_of_an_exchange_shows_a_private_directorys_file(
 
 
 @pytest.mark.parametrize("name", ["state.tmp", ".compact-staging-state", "vm.part"])
-def test_a_vmstate_is_shown_whatever_it_is_called(root: Path, name: str) -> None:
+def test_a_vmstate_is_served_under_any_name(root: Path, name: str) -> None:
     write_tag(root, "leaf", "work", layer=2, vmstate=name)
     (root / "leaf" / "beside.tmp").touch()
     tree = tree_of(root)
@@ -502,7 +504,7 @@ def test_the_layer_of_a_broken_tag_is_not_passed_through_elsewhere(root: Path, b
         tree.child(folder_of(tree, "work"), "other.mem")
 
 
-def test_a_passed_file_takes_none_of_the_last_descriptors(
+def test_a_passed_file_does_not_take_the_last_descriptors(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = tree_of(root)
