@@ -1,4 +1,4 @@
-"""Extents and the one merge rule: no store, no FUSE, no terminal."""
+"""Extents, layers and the one merge rule: no store, no FUSE, no terminal."""
 
 __version__ = "0.1.0"
 

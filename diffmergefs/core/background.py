@@ -1,4 +1,4 @@
-"""Threads beside the work that matters, and the closing of files whose filesystem may hang."""
+"""Background threads, and closing files in them, since a filesystem may hang on close."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from queue import SimpleQueue
 
 
 def started(work: Callable[[], object], name: str) -> threading.Thread | None:
-    """A new thread that does this, or None where no more can be started (pids.max, no memory).
+    """A new thread that runs `work`, or None if no thread can be started (pids.max, no memory).
 
-    The end of the process does not wait for it. For work without which everything else goes on.
+    The process does not wait for it at its end. Only for work that everything else can do without.
     """
     thread = threading.Thread(target=work, name=name, daemon=True)
     try:
@@ -24,11 +24,11 @@ def started(work: Callable[[], object], name: str) -> threading.Thread | None:
 
 
 def close(fd: int, device: int) -> None:
-    """Close a descriptor of a file of the filesystem `device` (st_dev): here, or inside of
-    `closing_in_threads` at some time in a thread. Raises nothing: it is closed whatever is said.
+    """Close a file of the filesystem `device` (st_dev), in a thread inside `closing_in_threads`.
 
-    close(2) waits for the server of a network or FUSE filesystem, which may hang. May be called
-    wherever a last reference drops, in the middle of anything.
+    close(2) waits for the server of a network or FUSE filesystem, which may hang. Raises nothing:
+    the descriptor is closed even if close(2) reports an error. A finalizer may call this, at any
+    point of any code.
     """
     if (queue := _Closing.queue) is not None:
         queue.put((fd, device))
@@ -40,13 +40,13 @@ def close(fd: int, device: int) -> None:
 def closing_in_threads() -> Iterator[None]:
     """Inside, `close` never waits: each filesystem has a thread that closes its files.
 
-    What is not closed at the end the end of the process closes. For one part of a process at once.
+    The end of the process closes what is still open then. Contexts must not overlap.
     """
     closing = _Closing()
     if started(closing.deal, "closing") is None:
         yield
         return
-    # SimpleQueue alone may be put to where a finalizer has interrupted another put.
+    # Of all queues, only SimpleQueue allows a put in a finalizer that interrupts another put.
     _Closing.queue = closing.given
     try:
         yield
@@ -67,7 +67,7 @@ class _Closing:
             fd, device = item
             lane = self._lanes.get(device) or self._new_lane(device)
             if lane is None:
-                _close(fd)  # no thread can be had: then the others wait for it
+                _close(fd)  # no thread can be started, so the other filesystems wait
             else:
                 lane.put(fd)
         for lane in self._lanes.values():

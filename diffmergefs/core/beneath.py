@@ -18,9 +18,9 @@ _OPEN_REGULAR = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 class AllowedRoots:
     """The directory `root`, an open descriptor, and the directories `outside` that a user allows.
 
-    As the `root` of the functions here: a relative path leads beneath `root`, an absolute one
-    beneath that of `outside` in which it lies by its name (the deepest of them), and nowhere else.
-    The allowed directory itself may be a symlink; it is looked up anew each time.
+    The functions here take it as their `root`. A relative path is opened beneath `root`. An
+    absolute path is opened beneath the deepest directory of `outside` that is a prefix of it, and
+    refused without one. That directory itself may be a symlink; each call resolves it again.
     """
 
     def __init__(self, root: int, outside: Iterable[str] = ()) -> None:
@@ -28,7 +28,7 @@ class AllowedRoots:
         self.outside = sorted({os.path.abspath(path) for path in outside}, key=len, reverse=True)
 
     def allowed(self, path: str) -> str | None:
-        """That of `outside` in which the absolute `path` lies by its name, or which it is."""
+        """The deepest directory of `outside` that is the absolute `path` or a prefix of it."""
         if not path.startswith("/"):
             return None
         within = (top for top in self.outside if f"{path}/".startswith(f"{top.rstrip('/')}/"))
@@ -41,7 +41,7 @@ Root = int | AllowedRoots
 def open_directory(root: Root, relative: str = "") -> int:
     """A new descriptor of the directory `relative` beneath the directory `root`.
 
-    '' is the root itself. Raises OSError (ENOTDIR where a component is a symlink) and
+    '' is the root itself. Raises OSError (ENOTDIR if a component is a symlink) and
     FileAccessError for a `..` or an absolute path that `root` does not allow.
     """
     parent, name = _walk(root, relative)
@@ -56,7 +56,7 @@ def open_regular(root: Root | None, path: str) -> int:
 
     With `root` None, `path` is any path and symlinks are followed. Raises FileAccessError for
     anything but a regular file, without opening it, OSError as open(2) does, and
-    UnsupportedPlatformError where /proc is missing.
+    UnsupportedPlatformError if /proc is not mounted.
     """
     handle = open_handle(root, path)
     try:
@@ -65,17 +65,17 @@ def open_regular(root: Root | None, path: str) -> int:
             raise FileAccessError(f"{path}: {_KINDS.get(stat.S_IFMT(mode))}, not a regular file")
         return os.open(f"/proc/self/fd/{handle}", _OPEN_REGULAR)
     except FileNotFoundError as error:
-        # What is open has not gone.
+        # The file is open, so it exists: /proc is what is missing.
         raise UnsupportedPlatformError(NO_PROC) from error
     finally:
         os.close(handle)
 
 
 def open_handle(root: Root | None, path: str) -> int:
-    """A new O_PATH descriptor of whatever stands at `path`; arguments as of `open_regular`.
+    """A new O_PATH descriptor of whatever is at `path`; arguments as for `open_regular`.
 
-    It opens nothing: a FIFO does not block and a device does not act. What it names cannot be
-    exchanged between a check and an open through /proc/self/fd.
+    It opens nothing: a FIFO does not block and a device does not act. Check the descriptor and then
+    open it through /proc/self/fd, and nobody can exchange the file in between.
     """
     if root is None:
         return os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -97,10 +97,10 @@ def stat_beneath(root: Root, relative: str) -> os.stat_result:
 
 @contextmanager
 def passing(root: Root | None, folder: str = "") -> Iterator[int]:
-    """An O_PATH descriptor of the directory `folder` beneath `root`, for the context's time.
+    """An O_PATH descriptor of the directory `folder` beneath `root`, closed when the context ends.
 
-    It takes the permission to search it, not to read it. With `root` None, `folder` is any path
-    and symlinks are followed. Raises like `open_directory`.
+    It requires permission to search the directory, not to read it. With `root` None, `folder` is
+    any path and symlinks are followed. Raises like `open_directory`.
     """
     fd = _pass(root, folder)
     try:
@@ -120,8 +120,8 @@ def _pass(root: Root | None, folder: str) -> int:
 
 
 def _walk(root: Root, path: str) -> tuple[int, str]:
-    # The directory in which the last component of `path` stands, and that component. O_PATH:
-    # passing through a directory takes the permission to search it, not to read it.
+    # The directory that holds the last component of `path`, and that component. With O_PATH,
+    # passing through a directory requires permission to search it, not to read it.
     fd, names = _start(root, path)
     try:
         for name in names[:-1]:

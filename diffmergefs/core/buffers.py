@@ -1,4 +1,4 @@
-"""The unit of reading and copying, and page-aligned buffers of that size that are used again."""
+"""The unit of reading and copying, and reusable page-aligned buffers of that size."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ _KEPT = 8
 
 
 def page_aligned(size: int) -> memoryview:
-    """A writable buffer of `size` bytes, at least one, of zeros; it begins on a page of memory.
+    """A writable, zeroed buffer of `size` bytes (at least one) that starts on a page boundary.
 
-    A large bytearray begins 16 bytes into one. Some processors copy six times slower to there from
-    a page of the page cache: AMD's EPYC, preadv of 1 MiB, 1.6 GiB/s against 10.8 (seen with every
-    other offset that was tried, 32 to 4080). Freed with its last reference.
+    A large bytearray starts 16 bytes after one. Some processors copy from the page cache to such an
+    address six times slower: on AMD's EPYC, preadv of 1 MiB reaches 1.6 GiB/s there and 10.8 GiB/s
+    on a boundary (all other offsets that were tried, 32 to 4080, are slow too). The buffer is freed
+    with its last reference.
     """
     return memoryview(mmap.mmap(-1, size))[:size]
 
 
 class Buffers:
-    """Buffers of any size, of which those of up to 1 MiB are used again. For one thread.
+    """A pool of buffers of any size; those of up to 1 MiB are reused. For one thread.
 
-    Their contents are whatever was left there.
+    A reused buffer still has its old contents. Reuse saves the page faults of a fresh buffer.
     """
 
     def __init__(self) -> None:
@@ -35,19 +36,19 @@ class Buffers:
         self._idle: list[memoryview] = []
 
     def shared(self, size: int) -> memoryview:
-        """The one buffer that everybody shares, `size` bytes of it: good until the next call."""
+        """`size` bytes of the one shared buffer, valid until the next call."""
         return self._shared[:size] if size <= BLOCK else page_aligned(size)
 
     def take(self, size: int) -> memoryview:
-        """A buffer of `size` bytes that nobody else has until `give_back`."""
+        """A buffer of `size` bytes that nobody else uses until `give_back`."""
         if size > BLOCK:
             return page_aligned(size)
-        # Pages that were never written to take no memory, however large the buffer.
+        # Pages that were never written take no memory, so a large buffer costs nothing.
         whole = self._idle.pop() if self._idle else page_aligned(BLOCK)
         return whole[:size]
 
     def give_back(self, buffer: memoryview) -> None:
-        """Let a buffer that was taken be used again; some are kept, the others are freed."""
+        """Return a buffer that was taken. The pool keeps some of them and frees the rest."""
         whole = memoryview(buffer.obj)
         if len(whole) == BLOCK and len(self._idle) < _KEPT:
             self._idle.append(whole)

@@ -1,4 +1,4 @@
-"""The exception family: what went wrong in one line, with its errno and its exit code."""
+"""The exceptions: each says in one line what went wrong, and has an errno and an exit code."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _CONTROLS = frozenset({"Cc", "Zl", "Zp"})
 
 
 def one_line(text: str) -> str:
-    """The text with control characters and line separators as escapes, as in `repr`.
+    """The text with control characters and line separators escaped, as in `repr`.
 
-    File names may hold them, and none may forge a line of a log or move a terminal's cursor.
+    A file name may contain them; it must not forge a line in a log or move a terminal's cursor.
     """
     if text.isprintable():
         return text
@@ -25,11 +25,11 @@ def counted(number: int, what: str) -> str:
 
 
 class DiffMergeError(Exception):
-    """An expected failure; `str()` of it is one line: the path, the numbers, the next step.
+    """An expected failure. `str()` gives one line: the path, the numbers, the next step.
 
-    `exit_code` is what the command line ends with and `errno` what a mounted view answers. Each
-    class that a user can meet has an exit code of its own (docs/exit-codes.md lists them all).
-    `check` is a word for what was looked at, for programs.
+    The command line exits with `exit_code`; a mounted view answers with `errno`. Each class that a
+    user can meet has its own exit code (docs/exit-codes.md lists them all). `check` names, for
+    programs, what was checked.
     """
 
     exit_code: ClassVar[int] = 3
@@ -39,21 +39,22 @@ class DiffMergeError(Exception):
 
     @property
     def remedy(self) -> str:
-        """The next step: what its line ends with, or, where that has none, what usually helps."""
+        """The next step: the end of the message, or what usually helps if the message has none."""
         _, _, step = str(self).partition("; ")
         return step or self._USUAL_REMEDY
 
     @property
     def is_passing(self) -> bool:
-        """Whether the reason may go while every file stays as it is: then ask again."""
+        """Whether the cause may go away without a change to any file, so that a retry can help."""
         return False
 
     def __str__(self) -> str:
         return one_line(super().__str__())
 
     def anew(self) -> Self:
-        """The same error without its traceback: who keeps one would keep alive all that the frames
-        of the one that was raised hold, open layers among them.
+        """The same error without its traceback, for callers that store it.
+
+        A traceback keeps alive everything that its frames hold, open layers included.
         """
         fresh = type(self).__new__(type(self))
         fresh.args = self.args
@@ -67,7 +68,7 @@ class BrokenChainError(DiffMergeError):
     exit_code = 3
     check = "chain"
     _USUAL_REMEDY = (
-        "bring back what is missing, mend the snapshot's record, or take the snapshot again"
+        "restore what is missing, correct the snapshot's record, or take the snapshot again"
     )
 
 
@@ -76,15 +77,15 @@ class SizeMismatchError(DiffMergeError):
 
     exit_code = 4
     check = "size"
-    _USUAL_REMEDY = "take the diff again from the base that stands here"
+    _USUAL_REMEDY = "take the diff again from this base"
 
 
 class UntrustedExtentsError(DiffMergeError):
-    """A diff's data extents cannot be trusted where it is stored (law 4).
+    """A diff's data extents cannot be trusted on the filesystem that stores it (law 4).
 
     `check` names the failed check: 'filesystem', 'grain', 'alignment', 'unwritten', 'map',
-    'copy-up', 'blocks' or 'filled' (with `--strict`). `--trust-grain` may override all of them but
-    the last two. One of 'map' depends on what is in the page cache.
+    'copy-up', 'blocks' or 'filled' (with `--strict`). `--trust-grain` can override all but the
+    last two. The result of 'map' depends on what is in the page cache.
     """
 
     exit_code = 5
@@ -99,7 +100,7 @@ class UntrustedExtentsError(DiffMergeError):
 
 
 class DenseDiffError(DiffMergeError):
-    """A diff without a hole, where nothing shows that it was meant as a complete image."""
+    """A diff without holes that nothing identifies as a complete image."""
 
     exit_code = 6
     check = "dense"
@@ -114,14 +115,14 @@ class LayerChangedError(DiffMergeError):
 
 
 class OutputRefusedError(DiffMergeError):
-    """An output that exists already, or that is one of its own inputs."""
+    """An output that already exists or is one of its own inputs."""
 
     exit_code = 8
     errno = errno.EEXIST
 
 
 class NoSpaceError(DiffMergeError):
-    """The output's filesystem has less free space than what would be copied."""
+    """The output's filesystem has less free space than the copy needs."""
 
     exit_code = 9
     errno = errno.ENOSPC
@@ -135,7 +136,7 @@ class MountpointError(DiffMergeError):
 
 
 class MountFailedError(DiffMergeError):
-    """The mount could not be made or did not come up."""
+    """The mount could not be created or did not start."""
 
     exit_code = 11
 
@@ -147,11 +148,11 @@ class MountTimeoutError(DiffMergeError):
     errno = errno.ETIMEDOUT
 
 
-NO_PROC = "/proc is not mounted, and without it no file can be opened: mount -t proc proc /proc"
+NO_PROC = "/proc is not mounted, and no file can be opened without it: mount -t proc proc /proc"
 
 
 class UnsupportedPlatformError(DiffMergeError):
-    """Holes can be read on Linux only, and files opened only where /proc is mounted."""
+    """This is not Linux, or /proc is not mounted: holes cannot be read, or files not opened."""
 
     exit_code = 13
     errno = errno.EOPNOTSUPP
@@ -162,28 +163,28 @@ class FileAccessError(DiffMergeError):
 
     exit_code = 14
     check = "access"
-    _USUAL_REMEDY = "see that this user can read it, and that its storage is well"
+    _USUAL_REMEDY = "check that this user can read it and that its storage works"
 
 
 class BusyError(DiffMergeError):
-    """A mount with open files, not unmounted."""
+    """A mount that was not unmounted because files in it are open."""
 
     exit_code = 15
     errno = errno.EBUSY
 
 
 class VerificationError(DiffMergeError):
-    """What was written does not read back as the view (`flatten --verify`)."""
+    """The output does not read back as the view (`flatten --verify`)."""
 
     exit_code = 16
 
 
 class SealError(DiffMergeError):
-    """A seal that is malformed, does not fit its file, or whose checksums do not."""
+    """A seal that is malformed, or whose size or checksums do not match its file."""
 
     exit_code = 17
     check = "seal"
-    _USUAL_REMEDY = "bring back the file that was sealed, or take the diff again"
+    _USUAL_REMEDY = "restore the file that was sealed, or take the diff again"
 
 
 class WriterError(DiffMergeError):
@@ -200,37 +201,37 @@ class WriterError(DiffMergeError):
 
 
 class PinError(DiffMergeError):
-    """A parent whose content is not the one that a snapshot records (`parent_content_hash`)."""
+    """A parent whose content differs from the hash in the snapshot (`parent_content_hash`)."""
 
     exit_code = 19
     check = "pin"
-    _USUAL_REMEDY = "bring back the parent that was recorded, or take the snapshot again"
+    _USUAL_REMEDY = "restore the recorded parent, or take the snapshot again"
 
 
 class MissingExtraError(DiffMergeError):
-    """An optional part of the program that is not installed, with the command that installs it."""
+    """An optional dependency is not installed; the message has the command that installs it."""
 
     exit_code = 20
     errno = errno.ENOSYS
 
 
 class PresenceError(DiffMergeError):
-    """A presence file (FILE.presence) that is torn, malformed, or does not fit its diff."""
+    """A presence file (FILE.presence) that is incomplete, malformed, or of another diff."""
 
     exit_code = 21
     check = "presence"
-    _USUAL_REMEDY = "bring back both files of that save, or save the snapshot again"
+    _USUAL_REMEDY = "restore both files of that save, or save the snapshot again"
 
 
 class ForeignFormatError(DiffMergeError):
-    """A file or directory in a format of others that cannot be merged by its holes."""
+    """A file or directory in a foreign format, whose holes do not say what is data."""
 
     exit_code = 22
     check = "format"
 
 
 class MountAbortedError(DiffMergeError):
-    """A mount whose connection to the kernel was ended from outside: an abort, or `umount -f`."""
+    """A mount whose FUSE connection someone else ended: by an abort, or `umount -f`."""
 
     exit_code = 23
     errno = errno.ENOTCONN

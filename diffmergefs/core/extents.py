@@ -1,4 +1,4 @@
-"""Data extents and the one rule that merges them: numbers only, no file is ever opened here.
+"""Data extents and the one rule that merges them. Only numbers: nothing here opens a file.
 
 All ranges are half-open byte ranges `[start, stop)`.
 """
@@ -28,7 +28,7 @@ class Extent(NamedTuple):
 class Segment(NamedTuple):
     """The non-empty byte range `[start, stop)` of a view that one layer supplies.
 
-    `layer` is the layer's position in its chain (0 is the base); None means a hole in every layer:
+    `layer` is the layer's position in its chain (0 is the base). None means a hole in every layer:
     the bytes are zeros.
     """
 
@@ -96,7 +96,7 @@ class ExtentList:
 
     def outside(self, *others: ExtentList) -> Iterator[Extent]:
         """The ranges that are data here and in none of the `others`, in order."""
-        # In a merge the lowest layer shows where the upper ones have nothing.
+        # In a merge the lowest layer supplies the bytes where the upper ones have no data.
         for segment in SegmentMap([self, *others]):
             if segment.layer == 0:
                 yield Extent(segment.start, segment.stop)
@@ -115,11 +115,11 @@ def _common(a: ExtentList, b: ExtentList) -> Iterator[tuple[int, int]]:
 
 
 class SegmentMap:
-    """The merge of the layers' extents: for each byte the newest layer that has data there.
+    """The merge of the layers' extents: for each byte, the newest layer that has data there.
 
-    `layers` are extent lists, base first, at most 1,000. Iterating gives the segments in order,
-    without the holes that are common to all layers; neighbours of one layer are joined. At rest a
-    segment takes 10 bytes (its start and its layer; it ends where the next one starts).
+    `layers` are extent lists, base first, at most 1,000. Iteration yields the segments in order,
+    without the holes common to all layers; neighbours of one layer are joined. In memory a segment
+    takes 10 bytes: its start and its layer (it ends where the next one starts).
     """
 
     __slots__ = ("__weakref__", "_owners", "_starts")
@@ -130,9 +130,10 @@ class SegmentMap:
         self._starts, self._owners = _merge(layers)
 
     def under(self, newer: ExtentList, number: int) -> SegmentMap:
-        """The merge of the same layers and of a newer one, whose position in the chain is `number`.
+        """The merge of the same layers and a newer one, whose position in the chain is `number`.
 
-        Takes a microsecond or two for each of its extents, whatever lies below; this map stays.
+        It takes a microsecond or two per extent of the newer layer, whatever is below. This map
+        does not change.
         """
         merged = SegmentMap(())
         merged._starts, merged._owners = _overlay(self._starts, self._owners, newer, number + 1)
@@ -147,11 +148,11 @@ class SegmentMap:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of memory that the map's entries take."""
+        """How many bytes of memory the map's entries take."""
         return sum(a.itemsize * len(a) for a in (self._starts, self._owners))
 
     def owned_bytes(self, layers: int) -> list[int]:
-        """For each of so many layers, how many bytes it owns."""
+        """How many bytes each of the first `layers` layers supplies."""
         owned = [0] * (layers + 1)
         for start, stop, owner in zip(self._starts, self._starts[1:], self._owners, strict=False):
             owned[owner] += stop - start
@@ -160,14 +161,15 @@ class SegmentMap:
     def window(self, start: int, stop: int) -> Iterable[tuple[int, int, int | None]]:
         """The segments that tile `[start, stop)` exactly: sorted, never empty, holes included.
 
-        As plain tuples, in a `Segment`'s order: every read goes through here, and to name the
-        fields would take longer than to find them.
+        They are plain tuples in the order of `Segment`: every read comes through here, and making
+        a `Segment` takes longer than the search.
         """
         starts = self._starts
         i = bisect_right(starts, start)
         owner = self._owners[i - 1] if i else 0
         if start < stop and (i == len(starts) or stop <= starts[i]):
-            # Most windows are a page, in one segment: a generator takes longer than the search.
+            # Most windows are one page in one segment. A generator would take longer than the
+            # search.
             return ((start, stop, owner - 1 if owner else None),)
         return self._tiles(i, owner, start, stop)
 
@@ -188,9 +190,9 @@ class SegmentMap:
 
 def _merge(layers: Sequence[ExtentList]) -> tuple[array[int], array[int]]:
     # A sweep over all borders in ascending order. `active` has bit n set while layer n has data,
-    # so its bit length is 1 + the newest such layer, and 0 where all have holes. Each border is
-    # one int, offset and layer packed, so that the sort compares plain numbers and its cost, like
-    # the sweep's, depends on the number of borders and not on the depth of the chain.
+    # so its bit length is 1 + the newest such layer, or 0 where all have holes. Each border is one
+    # int, offset and layer packed, so that the sort compares plain numbers. The cost of sort and
+    # sweep depends on the number of borders, not on the depth of the chain.
     borders: list[int] = []
     for n, extents in enumerate(layers):
         borders.extend([offset << _LAYER_BITS | n for offset in extents.starts])
@@ -218,10 +220,10 @@ def _merge(layers: Sequence[ExtentList]) -> tuple[array[int], array[int]]:
 def _overlay(
     starts: array[int], owners: array[int], newer: ExtentList, owner: int
 ) -> tuple[array[int], array[int]]:
-    # What lies between two extents of the newer layer is copied in one piece. No neighbours of one
-    # owner arise: there were none, and the new owner is in none of the pieces.
+    # What is between two extents of the newer layer is copied in one piece. This makes no adjacent
+    # segments of one owner: there were none before, and the new owner is in none of the pieces.
     new_starts, new_owners = array("Q"), array("H")
-    position = 0  # of the first border that was not copied, nor lies under the newer layer
+    position = 0  # the first border that was neither copied nor covered by the newer layer
     for start, stop in zip(newer.starts, newer.stops, strict=True):
         border = bisect_left(starts, start, position)
         new_starts += starts[position:border]

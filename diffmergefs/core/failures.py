@@ -1,4 +1,4 @@
-"""Failures of files as one line each, and how much room a filesystem has."""
+"""OSErrors as one-line errors with a path, and the free space of a filesystem."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from diffmergefs.core.errors import DiffMergeError, FileAccessError, NoSpaceError
 
-#: What says that there is no room for the output, or none left of the writer's quota.
+#: The errnos for a full filesystem and for an exhausted quota.
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Target(NamedTuple):
-    """A file that is written: its descriptor, open for reading and writing, and its path."""
+    """A file being written: its descriptor, open for reading and writing, and its path."""
 
     fd: int
     path: str
@@ -23,9 +23,9 @@ class Target(NamedTuple):
 
 @contextmanager
 def failures(path: str, target: Target | None = None) -> Iterator[None]:
-    """Turn an OSError into one line: FileAccessError, with `path`.
+    """Turn an OSError into a FileAccessError whose one line begins with `path`.
 
-    With `target`, the file that is written, no space (or quota) left is NoSpaceError.
+    With `target`, the file being written, a full filesystem or quota becomes a NoSpaceError.
     """
     try:
         yield
@@ -34,7 +34,7 @@ def failures(path: str, target: Target | None = None) -> Iterator[None]:
 
 
 def described(error: OSError, path: str, target: Target | None = None) -> DiffMergeError:
-    """What `failures` raises in the place of `error`."""
+    """The error that `failures` raises in place of `error`."""
     if target is None or error.errno not in NO_SPACE:
         return FileAccessError(f"{path}: {error.strerror or error}")
     return NoSpaceError(
@@ -45,17 +45,17 @@ def described(error: OSError, path: str, target: Target | None = None) -> DiffMe
 
 
 def free_bytes(fd: int) -> int | None:
-    """What an unprivileged user may still write on the filesystem of `fd`; None if it has no limit.
+    """The bytes free for an unprivileged user on the filesystem of `fd`; None if not limited.
 
-    A tmpfs without a limit, and some FUSE filesystems, report zero blocks in all; other FUSE
-    servers cannot be asked.
+    A tmpfs without a limit and some FUSE filesystems report a total of zero blocks. Other FUSE
+    servers do not implement the call: for them too the answer is None.
     """
     status = _statvfs(fd)
     return status.f_bavail * status.f_frsize if status and status.f_blocks else None
 
 
 def block_size(fd: int) -> int:
-    """The unit in bytes in which the filesystem of the file `fd` stores, and may share, blocks."""
+    """The size in bytes of the blocks that the filesystem of `fd` stores and can share."""
     status = _statvfs(fd)
     return status.f_frsize if status else os.fstat(fd).st_blksize
 

@@ -1,7 +1,7 @@
-"""Formats of others that cannot be merged by holes, known by their marks.
+"""Foreign formats, in which holes do not say what is data, recognised by their magic bytes.
 
-Each is declined by name, with what to do instead. Sources of the marks: QEMU's docs/interop/qcow2
-and docs/devel/migration (mapped-ram), e2b-dev/infra (storage/header), wrennhq/wrenn
+The error names the format and says what to do instead. Sources: QEMU's docs/interop/qcow2 and
+docs/devel/migration (mapped-ram), e2b-dev/infra (storage/header), wrennhq/wrenn
 (internal/snapshot), kvcache-ai/AgentENV (storage/overlaybd, docs/src/concepts/snapshots.md).
 """
 
@@ -40,14 +40,14 @@ _GENERATION = re.compile(r"memfile\.[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
 def of_head(head: bytes) -> str | None:
-    """What to say of a file that begins with `head` (`HEAD` bytes are enough), or None.
+    """Why a file that begins with `head` is refused (`HEAD` bytes are enough), or None.
 
-    Guest memory could begin like that too: then it is declined all the same.
+    Guest memory could begin with the same bytes; it is then refused too.
     """
     if head.startswith(b"QFI\xfb"):
         return _QCOW2
     if head.startswith(b"QEVM\0\0\0"):
-        # Capabilities that matter stand by name in its configuration section.
+        # The configuration section names the capabilities.
         return _MAPPED_RAM if b"mapped-ram" in head else _MIGRATION
     if head.startswith((b"LSMT\0\1\2", b"ZFile\0\1")):
         return _AGENTENV
@@ -55,7 +55,7 @@ def of_head(head: bytes) -> str | None:
 
 
 def of_directory(names: Collection[str]) -> str | None:
-    """What to say of a directory with files of these names, or None."""
+    """Why a directory with files of these names is refused, or None."""
     if _HEADER in names:
         is_wrenn = "rootfs.cow" in names or any(map(_GENERATION.fullmatch, names))
         return _WRENN if is_wrenn else _E2B
@@ -67,7 +67,7 @@ def of_directory(names: Collection[str]) -> str | None:
 def require_own_file(fd: int, path: str) -> None:
     """Raise ForeignFormatError if the open file begins like one of these formats.
 
-    One whose beginning cannot be read is none of them: whoever needs those bytes is told then.
+    A file whose first bytes cannot be read passes: whoever needs those bytes gets the error then.
     """
     try:
         head = os.pread(fd, HEAD, 0)
@@ -80,7 +80,7 @@ def require_own_file(fd: int, path: str) -> None:
 def require_own_neighbours(path: str) -> None:
     """Raise ForeignFormatError if the file at `path` is the memory of one of these directories.
 
-    Its bytes tell nothing, but its name and the map beside it do.
+    Its bytes show nothing, but its name and the map beside it do.
     """
     folder, name = os.path.split(os.path.realpath(path))
     is_memory = name == "memfile" or _GENERATION.fullmatch(name)
@@ -89,6 +89,6 @@ def require_own_neighbours(path: str) -> None:
 
 
 def require_own_directory(names: Collection[str], path: str) -> None:
-    """Raise ForeignFormatError if these are the names in a directory of one of these formats."""
+    """Raise ForeignFormatError if a directory with these names is of one of these formats."""
     if (declined := of_directory(names)) is not None:
         raise ForeignFormatError(f"{path}: {declined}")

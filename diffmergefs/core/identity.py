@@ -11,8 +11,8 @@ They differ in what may happen to a file that still counts as the same:
 - `diffmergefs.sidecars.verified.Identity`: a `FileVersion` under a path. Use it for what is stored
   for later runs: a path has one entry, and a changed file must never match an old one.
 
-None of them proves that content is unchanged: a program can set a file's mtime back. The ctime,
-which only the kernel sets, is in all but `FileKey`.
+A program can set a file's mtime back, so a `FileKey` does not prove that the content is unchanged.
+The other three contain the ctime, which only the kernel sets.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Python in a process of its own: the one place that starts our interpreter.
+"""Python in a separate process: the only place that starts our interpreter.
 
-A new interpreter looks for modules in its current directory, and where its environment says. For
-root both may be somebody else's (law 9). So each is started in /, and is told where to look.
+A new interpreter imports modules from its current directory and from where its environment points.
+If root runs it, someone else may control both (law 9). So each one starts in /, with an explicit
+module path.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ _Stream = int | IO[bytes]
 
 
 def start(program: str, *arguments: str, stdin: int, stdout: int) -> subprocess.Popen[bytes]:
-    """Run the file with this interpreter; stderr is lost. Raises OSError.
+    """Run a Python file with this interpreter; its stderr is discarded. Raises OSError.
 
-    Neither the environment nor a directory of somebody's says what is run: the program sees the
-    standard library only. It is in a session of its own, so that no terminal's signal reaches it.
+    The program can import only the standard library, whatever the environment and the current
+    directory contain. It runs in its own session, so no signal of a terminal reaches it.
     """
     return subprocess.Popen(
         [sys.executable, "-I", "-S", program, *arguments],
@@ -41,8 +42,8 @@ def start_code(
 ) -> subprocess.Popen[bytes]:
     """Run Python code with this interpreter, in /; stdin is /dev/null. Raises OSError.
 
-    It finds the modules that this process finds, by the absolute entries of its `sys.path`, and no
-    others. As root it heeds no variable of Python's in its environment, which is ours or `env`.
+    It can import exactly what the absolute entries of this process's `sys.path` offer. Its
+    environment is ours or `env`; as root it ignores Python's variables there.
     """
     known = [entry for entry in sys.path if os.path.isabs(entry)]
     return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""One layer: an open image file, its extents, and the watch over what must not change (law 6)."""
+"""One layer: an open image file, its extents, and the check that it does not change (law 6)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _counting = threading.Lock()
 
 
 class Record(NamedTuple):
-    """A file beside a layer by which its extents go, in place of the filesystem's holes.
+    """A sidecar whose extents override the filesystem's.
 
-    `suffix` is what its name has after the layer's (`.bmap` for a seal), `path` is for messages,
-    `key` says which content of that file, `block` is its unit in bytes. `unchecked` counts the
-    ranges that were taken without a checksum or a look at them.
+    `suffix` is what its name adds to the layer's (`.bmap` for a seal), `path` is for messages,
+    `key` identifies its content, `block` is its unit in bytes. `unchecked` counts the ranges that
+    were accepted without comparing a checksum or their bytes.
     """
 
     suffix: str
@@ -39,15 +39,15 @@ class Record(NamedTuple):
 class Layer:
     """An open, read-only image file with its data extents.
 
-    `path` is for messages. `size` is the logical size, `walked` the data extents that the
-    filesystem reports, `unwritten` the preallocated ranges (zeros, which may be among them or not),
-    `unmapped` and `unreported` where its own map contradicts it (see `sparse.Walk`), and `extents`
-    those in force, all as they were found when it was opened; they stay so for the layer's life.
-    `extents` and `walked` differ only for a layer with `records`. The file is never written,
-    extended or locked. One descriptor; `close()` closes it, and so does the end of the last
-    reference. Safe to use from several threads.
+    `path` is for messages. `size` is the logical size. `walked` are the data extents that the
+    filesystem reports, `unwritten` the preallocated ranges (zeros, which may or may not be part of
+    `walked`), `unmapped` and `unreported` the ranges where its own map disagrees (see
+    `sparse.Walk`). `extents` are the ones in force; they differ from `walked` only for a layer with
+    `records`. All of them are as they were when the layer was opened, for the layer's whole life.
+    The file is never written, extended or locked. A layer has one descriptor, closed by `close()`
+    or with the last reference. Safe to use from several threads.
 
-    `taints` counts the layers that were found changed since this process began.
+    `taints` counts the layers that this process found changed since it started.
     """
 
     taints: ClassVar[int] = 0
@@ -55,8 +55,8 @@ class Layer:
     def __init__(self, path: str, fd: int) -> None:
         """Take over `fd`, sync the file and walk its extents. Raises OSError, SizeMismatchError.
 
-        The fsync is of the layer's own data (SEEK_DATA is exact and fast only on a clean file);
-        the fingerprint is taken between it and the walk, so that a store during the walk shows.
+        SEEK_DATA is exact and fast only on a clean file, so the file is synced first. The
+        fingerprint is taken between the sync and the walk, so a write during the walk is detected.
         """
         self.path = path
         self.fd = fd
@@ -72,13 +72,13 @@ class Layer:
         self.size = self.status.st_size
         require_size(path, self.size)
         _sync(fd)
-        # The size is the first one seen: a file that grew during the sync shows at once.
+        # With the first size seen, so that growth during the sync is detected too.
         self.fingerprint = Fingerprint.of(fd)._replace(size=self.size)
         found = sparse.walk(fd, self.size)
         self.walked, self.unwritten, self.unmapped, self.unreported = found
         self.extents = self.walked
         self.records: tuple[Record, ...] = ()
-        # tmpfs refuses RWF_NOWAIT, and its pages are in memory anyway.
+        # tmpfs does not support RWF_NOWAIT; its pages are in memory anyway.
         in_memory = sparse.filesystem_magic(fd) == sparse.TMPFS_MAGIC
         self._nowait = 0 if in_memory else os.RWF_NOWAIT
 
@@ -87,8 +87,8 @@ class Layer:
         """Open the regular file `path` (beneath the directory descriptor `root`, if given).
 
         Messages call it `name`, by default `path`. Blocks for the fsync and the walk. Raises
-        FileAccessError with that name in its one line, and ForeignFormatError for a file that is
-        no memory image by its first bytes.
+        FileAccessError with that name, and ForeignFormatError if the file's first bytes show that
+        it is not a memory image.
         """
         sparse.require_linux()
         name = path if name is None else name
@@ -109,7 +109,7 @@ class Layer:
 
     @property
     def mode(self) -> int:
-        """The permission bits for a copy of the file: the owner's alone where it has an ACL.
+        """The permission bits for a copy of the file: only the owner's if it has an ACL.
 
         Raises OSError with `path` as its filename.
         """
@@ -120,9 +120,9 @@ class Layer:
             raise
 
     def adopt(self, extents: ExtentList, record: Record) -> None:
-        """Put in force the extents of a record that was found to be right, before any are used.
+        """Put the extents of a checked record in force, before anything uses the layer's extents.
 
-        A layer that has one already must have the same extents by it: that is the caller's to see.
+        If the layer has a record already, the caller makes sure that both have the same extents.
         """
         self.extents, self.records = extents, (record, *self.records)
 
@@ -152,15 +152,15 @@ class Layer:
             raise
         if count < len(buffer):
             if flags:
-                # Linux 5.9 and 5.10 answer 0 for a miss (preadv2(2), BUGS): only a read that may
-                # wait can tell the end of the file.
+                # Linux 5.9 and 5.10 return 0 for a miss (preadv2(2), BUGS): only a read that may
+                # wait can detect the end of the file.
                 raise BlockingIOError(errno.EAGAIN, "a short read with RWF_NOWAIT", self.path)
             self._taint(f"it ends before byte {offset + len(buffer)}, it had {self.size}")
 
     def is_unchanged(self) -> bool:
-        """Whether the fingerprint is that of the walk; if not, call `check_unchanged`.
+        """Whether the fingerprint is still that of the walk; if not, call `check_unchanged`.
 
-        Raises LayerChangedError if the layer is tainted or its size or mtime moved. Costs an
+        Raises LayerChangedError if the layer is tainted, or its size or mtime moved. Costs one
         fstat; never blocks.
         """
         if self.tainted:
@@ -180,12 +180,12 @@ class Layer:
         return False
 
     def check_unchanged(self) -> None:
-        """Return if the bytes read so far are those of the view; raise LayerChangedError if not.
+        """Raise LayerChangedError unless the bytes read so far are those of the view.
 
-        A moved ctime or block count alone is no proof of a change (chmod, rename, writeback and a
-        reader of a tmpfs hole move them), so the extents are walked again: the same ones, more data
-        that reads as zeros, or less where nothing was written but only preallocated or cached,
-        leave the extents known before in force. Blocks for the walk.
+        A moved ctime or block count alone proves no change: chmod, rename, writeback and reading a
+        hole of tmpfs move them. Then the extents are walked again. The known extents stay in force
+        if they are the same, if there is more data that reads as zeros, or if only preallocated or
+        cached ranges are gone. Blocks for the walk.
         """
         if self.is_unchanged():
             return
@@ -199,7 +199,7 @@ class Layer:
     def _accept(self, now: Fingerprint, extents: ExtentList) -> None:
         gained = ExtentList(extents.outside(self.walked))
         lost = ExtentList(self.walked.outside(extents))
-        # Preallocated and reserved ranges are data as long as their zeros are in the page cache.
+        # Preallocated and reserved ranges count as data while their zeros are in the page cache.
         if any(lost.outside(self.unwritten, self.unmapped)):
             self._taint("data extents are gone")
         elif not all(self.is_zero(start, stop) for start, stop in gained):
@@ -214,8 +214,8 @@ class Layer:
                 if len(lost)
                 else "the same extents",
             )
-            # Size and mtime may have moved since is_unchanged: then the next comparison sees it,
-            # because the fingerprint accepted is the one taken before the walk.
+            # If size or mtime moved since is_unchanged, the next comparison detects it, because
+            # the accepted fingerprint has the old ones.
             self.fingerprint = now._replace(
                 size=self.fingerprint.size, mtime_ns=self.fingerprint.mtime_ns
             )
@@ -247,7 +247,7 @@ class Layer:
     def _changed(self) -> LayerChangedError:
         return LayerChangedError(
             f"{self.path}: the layer changed while in use: {self.tainted};"
-            " its bytes can no longer be told from the view's, open it again"
+            " its bytes may no longer be those of the view, open it again"
         )
 
 
@@ -263,7 +263,7 @@ def require_size(path: str, size: int) -> None:
 
 
 def _sync(fd: int) -> None:
-    # squashfs and erofs have no fsync (EINVAL): what cannot be written is clean.
+    # squashfs and erofs have no fsync (EINVAL). A file that cannot be written is clean.
     try:
         os.fsync(fd)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Doing once what several want at the same time."""
+"""Work that several callers need at the same time is done once."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 
 class SingleFlight(Generic[T]):
-    """Work that is done once for each key, however many ask for it while it is under way.
+    """Runs work once for each key, however many callers ask for it while it is running.
 
-    All of them get what it gives, or its error. Nothing is remembered: whoever asks after its end
-    has it done again, so the work itself must look first whether its result is known by then. One
-    that is interrupted (by KeyboardInterrupt, for instance) or given up before it began has neither
-    result nor error: one of those who wait does it then. Safe for several threads; the work must
-    not ask for its own key.
+    All of them get its result, or its error. Nothing is kept: a later call runs the work again, so
+    the work itself must first check whether its result is known by then. If the work is interrupted
+    (for instance by KeyboardInterrupt), or given up before it starts, there is neither result nor
+    error, and one of the waiting callers runs it. Safe for several threads; the work must not ask
+    for its own key.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class SingleFlight(Generic[T]):
         self._guard = threading.Lock()
 
     def do(self, key: Hashable, work: Callable[[], T]) -> T:
-        """What `work` gives or raises; called here, or waited for where it is under way already."""
+        """The result of `work`, or its error. Calls it, or waits for the call that is running."""
         while True:
             future, is_mine = self.join(key)
             try:
@@ -35,21 +35,21 @@ class SingleFlight(Generic[T]):
             except CancelledError:
                 continue
             finally:
-                del future  # an error holds this frame, which must not hold the error
+                del future  # the error refers to this frame, which must not refer to the error
 
     def join(self, key: Hashable) -> tuple[Future[T], bool]:
-        """Where the outcome will be, and whether the caller must see to it that `lead` is called.
+        """The future outcome, and whether the caller must make sure that `lead` is called.
 
-        For those who must not block; CancelledError in it means that it is to be asked for anew.
+        For callers that must not block. If the future raises CancelledError, call `join` again.
         """
         with self._guard:
             is_new = key not in self._running
             return self._running.setdefault(key, Future()), is_new
 
     def lead(self, key: Hashable, future: Future[T], work: Callable[[], T]) -> None:
-        """Do the work of a `join` that fell to the caller; what it raises goes into `future`.
+        """Do the work after a `join` that made the caller its leader; errors go into `future`.
 
-        Raises only what is no Exception. Does nothing if it was given up before.
+        Raises only what is not an Exception. Does nothing if the work was given up before.
         """
         try:
             if not future.set_running_or_notify_cancel():
@@ -69,12 +69,12 @@ class SingleFlight(Generic[T]):
             del future
 
     def give_up(self, key: Hashable, future: Future[T]) -> None:
-        """Leave to somebody else what fell to the caller, if `lead` has not begun with it."""
+        """Leave the work to another caller, unless `lead` has started it."""
         with self._guard:
             if future.cancel() and self._running.get(key) is future:
                 del self._running[key]
 
     def _end(self, key: Hashable) -> None:
-        # Before the outcome is told: who has heard of it and asks again must not get it once more.
+        # Before the outcome is set: a caller that has it and asks again must start new work.
         with self._guard:
             del self._running[key]

@@ -1,4 +1,4 @@
-"""What a filesystem says about a sparse file: the only home of SEEK_DATA, SEEK_HOLE and FIEMAP."""
+"""What a filesystem reports about a sparse file: SEEK_DATA, SEEK_HOLE and FIEMAP, only here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ _FIEMAP_EXTENT_DELALLOC = 0x4
 _FIEMAP_EXTENT_UNWRITTEN = 0x800
 _NOT_WRITTEN = _FIEMAP_EXTENT_DELALLOC | _FIEMAP_EXTENT_UNWRITTEN
 _FIEMAP_HEADER = struct.Struct("=QQIIII")
-# struct fiemap_extent: its bytes; in which 8 of them is the length, in which 4 the flags.
+# struct fiemap_extent: its size; the index of the length in words of 8 bytes, and of the flags
+# in words of 4.
 _FIEMAP_EXTENT = 56
 _FIEMAP_LENGTH = 2
 _FIEMAP_FLAGS = 10
@@ -38,7 +39,7 @@ _NO_FIEMAP = frozenset({errno.EOPNOTSUPP, errno.ENOTTY})
 
 
 def require_linux() -> None:
-    """Raise UnsupportedPlatformError off Linux: nothing else reports holes as this needs them."""
+    """Raise UnsupportedPlatformError unless this is Linux, which alone reports holes as needed."""
     if sys.platform != "linux":
         raise UnsupportedPlatformError(
             f"data extents can be read on Linux only, this is {sys.platform}"
@@ -48,14 +49,14 @@ def require_linux() -> None:
 def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
     """The ranges (start, stop) of `[0, size)` that the filesystem reports as data, ascending.
 
-    `fd` is open for reading; its file position moves, nothing else does. Ranges are as the
-    filesystem gives them, clipped to `size`: they may be adjacent, and they are as coarse as its
-    grain. Nothing is synced: a caller that needs exact extents calls `os.fsync(fd)` first (btrfs
-    walks a dirty file 30 times slower). Raises UnsupportedPlatformError off Linux and OSError as
+    `fd` is open for reading; only its file position moves. The ranges are clipped to `size` and
+    otherwise as the filesystem reports them: they may be adjacent, and they are as coarse as its
+    grain. Nothing is synced: call `os.fsync(fd)` first if you need exact extents (btrfs also walks
+    a dirty file 30 times slower). Raises UnsupportedPlatformError off Linux, and OSError as
     lseek(2) does.
     """
     require_linux()
-    # To look these up for each call, and to make an Extent of each range, took a quarter of a walk.
+    # Looking these up for each call and making an Extent of each range took a quarter of a walk.
     seek, data, hole = os.lseek, os.SEEK_DATA, os.SEEK_HOLE
     position = 0
     while position < size:
@@ -69,19 +70,19 @@ def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
             return
         stop = seek(fd, start, hole)
         position = stop if stop < size else size
-        if start < position:  # not so if the data was punched out between the two calls
+        if start < position:  # false if the data was punched out between the two calls
             yield start, position
 
 
 class Walk(NamedTuple):
-    """What a filesystem says of a file's data, and where its two answers differ.
+    """What a filesystem reports about a file's data, and where its two interfaces disagree.
 
-    `data` are the ranges that SEEK_DATA reports and `unwritten` the preallocated ones, which may be
-    among them or not. `unmapped` are data where the filesystem's own map (FIEMAP) has neither
-    written bytes nor preallocated ones: the page cache makes holes look so, on xfs where space is
-    reserved for copy-on-write. `unreported` is written by the map and a hole by SEEK_DATA, which no
-    filesystem is known to say of a file that nobody writes to. Without FIEMAP (tmpfs, NFS) all but
-    `data` are empty.
+    `data` are the ranges that SEEK_DATA reports. `unwritten` are the preallocated ranges, which may
+    or may not be part of `data`. `unmapped` are ranges of `data` for which the filesystem's own map
+    (FIEMAP) has neither written nor preallocated bytes: pages in the page cache make a hole look
+    like that on xfs, where it reserves space for copy-on-write. `unreported` are written according
+    to the map and holes according to SEEK_DATA; no filesystem is known to report that for a file
+    that nobody writes to. Without FIEMAP (tmpfs, NFS) all but `data` are empty.
     """
 
     data: ExtentList
@@ -91,11 +92,11 @@ class Walk(NamedTuple):
 
 
 def walk(fd: int, size: int) -> Walk:
-    """The data of `[0, size)`, held against the filesystem's own map.
+    """The data of `[0, size)`, compared with the filesystem's own map.
 
-    Where that has less, the file's cached pages are dropped once and it is walked again, which
-    moves no time stamp; pages that are dirty, or that a process has mapped, stay. Dirty ones are
-    written back first where there is a map, as for `data_extents` the caller does. Raises as that.
+    If the map has less, this drops the file's cached pages once and walks it again. That moves no
+    time stamp; pages that are dirty or mapped by a process stay cached. If there is a map, dirty
+    pages are written back first; otherwise the caller syncs, as for `data_extents`. Raises like it.
     """
     found = _held_against_map(fd, size)
     if len(found.unmapped):
@@ -105,7 +106,7 @@ def walk(fd: int, size: int) -> Walk:
 
 
 def stays_data(fd: int, offset: int) -> bool:
-    """Whether SEEK_DATA calls the byte data even after the file's cached pages were dropped."""
+    """Whether SEEK_DATA reports the byte as data even after the file's cached pages are dropped."""
     _drop_cached(fd)
     try:
         return os.lseek(fd, offset, os.SEEK_DATA) == offset
@@ -133,13 +134,14 @@ def _held_against_map(fd: int, size: int) -> Walk:
 
 
 class _Mapped(NamedTuple):
-    # The extents of a file's map, clipped to its size.
+    # The extents of a file's FIEMAP, clipped to its size.
     starts: array[int]
     stops: array[int]
     flags: array[int]
 
     def add(self, fields: memoryview, count: int) -> None:
-        # So many extents of a reply; to unpack one after another would take longer than the call.
+        # The first `count` extents of a reply. Unpacking them one by one would take longer than
+        # the ioctl.
         words = fields[: count * _FIEMAP_EXTENT].cast("Q")
         starts = words[:: _FIEMAP_EXTENT // 8].tolist()
         lengths = words[_FIEMAP_LENGTH :: _FIEMAP_EXTENT // 8].tolist()
@@ -148,12 +150,13 @@ class _Mapped(NamedTuple):
         self.flags.extend(words.cast("B").cast("I")[_FIEMAP_FLAGS :: _FIEMAP_EXTENT // 4].tolist())
 
     def is_just(self, data: ExtentList) -> bool:
-        # Mostly it is: to join what is adjacent, and to compare the rest, takes ten times longer.
+        # Usually true, and ten times cheaper than to join adjacent extents and compare those.
         written = not any(flag & _NOT_WRITTEN for flag in set(self.flags))
         return written and self.starts == data.starts and self.stops == data.stops
 
     def ranges(self, kind: int) -> Iterator[tuple[int, int]]:
-        # Those of which these flags of `_NOT_WRITTEN` are set. A filesystem may repeat a part.
+        # The ranges with exactly these flags of `_NOT_WRITTEN`. A filesystem may report a part
+        # twice.
         position = 0
         for start, stop, flags in zip(self.starts, self.stops, self.flags, strict=True):
             start = max(start, position)
@@ -163,10 +166,10 @@ class _Mapped(NamedTuple):
 
 
 def _fiemap(fd: int, size: int) -> _Mapped | None:
-    # None where the filesystem has no FIEMAP.
+    # None if the filesystem has no FIEMAP.
     found = _Mapped(array("Q"), array("Q"), array("I"))
     request = bytearray(_FIEMAP_HEADER.size + _FIEMAP_BATCH * _FIEMAP_EXTENT)
-    # On btrfs what fsync wrote may not be in the map yet: this flag waits for it.
+    # On btrfs the map may lack what fsync wrote; this flag waits for it.
     position, sync = 0, _FIEMAP_FLAG_SYNC
     while position < size:
         _FIEMAP_HEADER.pack_into(request, 0, position, size - position, sync, 0, _FIEMAP_BATCH, 0)
@@ -187,12 +190,12 @@ def _fiemap(fd: int, size: int) -> _Mapped | None:
 
 
 def has_map(fd: int) -> bool:
-    """Whether the filesystem gives a map of the extents of the regular file `fd` (FIEMAP)."""
+    """Whether the filesystem supports FIEMAP for the regular file `fd`."""
     return _answers(fd, _FS_IOC_FIEMAP, _FIEMAP_HEADER.pack(0, 1, 0, 0, 0, 0))
 
 
 def has_flags(fd: int) -> bool:
-    """Whether the filesystem gives the flags of the file `fd` (ioctl_iflags(2))."""
+    """Whether the filesystem reports the flags of the file `fd` (ioctl_iflags(2))."""
     return _answers(fd, _FS_IOC_GETFLAGS, bytes(8))
 
 
@@ -207,10 +210,10 @@ def _answers(fd: int, request: int, argument: bytes) -> bool:
 def filesystem_magic(fd: int) -> int:
     """The `f_type` of fstatfs(2): the magic number of the filesystem that holds `fd`.
 
-    Only a FUSE server can lack statfs, so that is what such a filesystem is taken for.
+    A filesystem without statfs counts as FUSE, since only a FUSE server can lack it.
     """
-    # Python's statvfs leaves f_type out. It is the first word of struct statfs, whose size is
-    # 120 bytes on 64-bit Linux; 256 leaves room everywhere.
+    # Python's statvfs omits f_type. It is the first word of struct statfs, which has 120 bytes on
+    # 64-bit Linux; 256 are enough everywhere.
     buffer = ctypes.create_string_buffer(256)
     if _libc.fstatfs(fd, buffer) != 0:
         number = ctypes.get_errno()
@@ -227,8 +230,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def read_into(fd: int, buffer: memoryview, offset: int, flags: int = 0) -> int:
     """Fill `buffer` from `offset` on; the number of bytes read, less only at the end of the file.
 
-    Positionless. `flags` are preadv2(2)'s: with RWF_NOWAIT a miss raises BlockingIOError, and then
-    the buffer's contents are undefined. A full read takes one system call.
+    The file position is neither used nor moved. `flags` are those of preadv2(2): with RWF_NOWAIT a
+    page-cache miss raises BlockingIOError, and the buffer's contents are then undefined. A full
+    read takes one system call.
     """
     done = count = os.preadv(fd, (buffer,), offset, flags)
     while count and done < len(buffer):

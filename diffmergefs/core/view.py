@@ -1,4 +1,4 @@
-"""The merged view of a chain: one plan, `segments`, and exact reads by it."""
+"""The merged view of a chain: one plan, `segments`, and exact reads that follow it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from diffmergefs.core.errors import BrokenChainError, SizeMismatchError
 from diffmergefs.core.extents import MAX_LAYERS, Segment, SegmentMap
 from diffmergefs.core.layer import Layer
 
-#: In the place of a layer's number: bytes that no layer supplies.
+#: The layer number of bytes that no layer supplies.
 HOLE = -1
-# FUSE files, for one, know no RWF_NOWAIT (EOPNOTSUPP).
+# FUSE files, for example, do not support RWF_NOWAIT (EOPNOTSUPP).
 _MISSES = frozenset({errno.EAGAIN, errno.EOPNOTSUPP})
 
 
 class MergedView:
     """A chain of open layers as one complete, read-only image of `size` bytes.
 
-    `layers` are base first, 1 to 1,000, all of the same size; their extents are taken as trusted
-    (`diffmergefs.opening.trust`). Nothing is copied and no layer is ever written. Safe to use from
-    several threads. As a context manager it closes its layers.
+    `layers` are base first, 1 to 1,000, all of the same size. The view trusts their extents
+    (`diffmergefs.opening.trust` checks them). Nothing is copied and no layer is ever written. Safe
+    to use from several threads. As a context manager it closes its layers.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -38,7 +38,7 @@ class MergedView:
 
     @functools.cached_property
     def _map(self) -> SegmentMap:
-        # Merged at the first use, so that who only judges a chain does not pay for it.
+        # Merged at the first use, so callers that only validate a chain do not pay for the merge.
         return _merged(self.layers)
 
     def __enter__(self) -> MergedView:
@@ -58,11 +58,11 @@ class MergedView:
             layer.close()
 
     def segments(self, offset: int = 0, length: int | None = None) -> Iterator[Segment]:
-        """Who supplies `[offset, offset + length)`, clipped to the image; by default all of it.
+        """Which layers supply `[offset, offset + length)`, clipped to the image; by default all.
 
         The segments tile the window exactly: sorted, never empty, neighbours of one layer joined,
-        a hole in every layer as a segment of layer None. No file is touched. Raises ValueError for
-        a negative offset or length.
+        and a hole in every layer is a segment of layer None. No file is accessed. Raises ValueError
+        for a negative offset or length.
         """
         if offset < 0 or (length is not None and length < 0):
             raise ValueError(f"negative window: offset {offset}, length {length}")
@@ -72,7 +72,7 @@ class MergedView:
     def read(self, offset: int, length: int) -> bytearray:
         """The bytes of `[offset, offset + length)`, fewer only where the image ends.
 
-        Each layer is asked for just the bytes that it supplies; every layer that was asked is then
+        Only the bytes that a layer supplies are read from it; then every layer that was read is
         compared with its fingerprint (law 6). Raises ValueError for a negative offset or length,
         LayerChangedError, OSError; never returns short or mixed bytes. May block.
         """
@@ -81,7 +81,7 @@ class MergedView:
         return data
 
     def read_nowait(self, offset: int, length: int) -> bytearray | None:
-        """Like `read`, but None wherever it would block: then call `read`, in a thread."""
+        """Like `read`, but None if it would block: then call `read` in a thread."""
         data = self._room(offset, length)
         return data if self.fill_nowait(memoryview(data), offset, {}) == len(data) else None
 
@@ -91,11 +91,11 @@ class MergedView:
         return bytearray(max(0, min(length, self.size - offset)))
 
     def fill_nowait(self, buffer: memoryview, offset: int, supplied: dict[int, int]) -> int:
-        """Fill `buffer` from `offset` on as far as it can be done without waiting: how many bytes.
+        """Fill `buffer` from `offset` on as far as possible without waiting; how many bytes it did.
 
-        `[offset, offset + len(buffer))` must lie within the image, and `supplied` be empty. If all
-        of the buffer is filled, it holds the view's bytes, and `supplied` says how many of them
-        came from each layer (`HOLE`: from none). If not, `fill` must do the rest. Raises
+        `[offset, offset + len(buffer))` must lie within the image, and `supplied` must be empty. If
+        the whole buffer is filled, it holds the view's bytes, and `supplied` has the number of
+        bytes from each layer (`HOLE`: from none). If not, call `fill` for the rest. Raises
         LayerChangedError, OSError.
         """
         done = self._pour(buffer, offset, supplied, 0, True)
@@ -110,8 +110,8 @@ class MergedView:
     ) -> None:
         """Fill all of `buffer` with the view's bytes from `offset` on.
 
-        Goes on after the first `done` bytes where `fill_nowait` has filled those, with its
-        `supplied`. Requires, tells and raises what `fill_nowait` does. May block.
+        To continue after `fill_nowait`, pass its result as `done` and its `supplied`. Requires,
+        reports and raises what `fill_nowait` does. May block.
         """
         self._pour(buffer, offset, supplied, done, False)
         for number in supplied:
@@ -126,7 +126,7 @@ class MergedView:
         done: int,
         nowait: bool,
     ) -> int:
-        # Every read of a view comes through this loop. It gives how far it came: to the end, or
+        # Every read of a view comes through this loop. It returns how far it got: to the end, or
         # with `nowait` to the first segment that is not in memory.
         for start, stop, number in self._map.window(offset + done, offset + len(buffer)):
             part = buffer[start - offset : stop - offset]
@@ -154,9 +154,9 @@ class MergedView:
 
 
 def _merged(layers: tuple[Layer, ...]) -> SegmentMap:
-    # From the merge of the longest part of the chain that an open view has, where less than a
-    # quarter of the extents lies above it: to merge all anew takes a third of the time an extent.
-    # So to look at each snapshot of a chain takes time in proportion to its length, not its square.
+    # Extends the merge of the longest lower part of the chain that an open view has, if less than a
+    # quarter of the extents is above it; a new merge takes a third of the time per extent. So
+    # opening every snapshot of a chain takes time in proportion to its length, not its square.
     extents = [layer.extents for layer in layers]
     total, above = sum(map(len, extents)), 0
     for depth in range(len(layers), 0, -1):
@@ -174,7 +174,7 @@ def _merged(layers: tuple[Layer, ...]) -> SegmentMap:
     return known
 
 
-# Those that open views use: an entry goes with its map.
+# The maps that open views use: an entry disappears with its map.
 _MAPS: weakref.WeakValueDictionary[tuple[Layer, ...], SegmentMap]
 _MAPS = weakref.WeakValueDictionary()
 
@@ -190,5 +190,5 @@ def require_equal_size(path: str, size: int, other_path: str, other_size: int) -
     if size != other_size:
         raise SizeMismatchError(
             f"{other_path}: {other_size} bytes, but {path} has {size};"
-            " all layers of a chain have the same size, none is extended or cut"
+            " all layers of a chain must have the same size, none is extended or cut"
         )

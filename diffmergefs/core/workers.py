@@ -1,4 +1,4 @@
-"""Work on a list of items that several processes share, with the results in order."""
+"""A list of items worked off by several processes, with the results in order."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ R = TypeVar("R")
 def in_order(work: Callable[[T], R], items: Sequence[T], jobs: int = 1) -> Generator[R, None, None]:
     """`work(item)` for each of the items, in their order, by up to `jobs` processes.
 
-    With one job, or one item, it happens in this process. The others are forks of it: they share
-    its open files and see its memory as it was then; results must be picklable. What `work` raises
-    is raised here, with the traceback of its process as a note. Close the generator (or exhaust
-    it): that ends the processes, and so does the end of this one; SIGINT, SIGTERM and SIGHUP do
-    not. Raises ValueError for less than one job, and OSError (ECHILD) if a process was ended from
-    outside.
+    With one job, or one item, this process does the work. Otherwise forks of it do: they share its
+    open files and have a copy of its memory; results must be picklable. An exception of `work` is
+    raised here, with the traceback of its process as a note. Close or exhaust the generator: that
+    ends the processes, as the end of this one does; SIGINT, SIGTERM and SIGHUP do not. Raises
+    ValueError for less than one job, and OSError (ECHILD) if someone else ended a process.
     """
     if jobs < 1:
         raise ValueError(f"{jobs} jobs, at least one is needed")
@@ -36,7 +35,7 @@ def in_order(work: Callable[[T], R], items: Sequence[T], jobs: int = 1) -> Gener
     if jobs < 2:
         yield from map(work, items)
         return
-    # Loaded only where there are processes: it takes 20 ms.
+    # Imported only if there are processes to start: it takes 20 ms.
     import multiprocessing
 
     context = multiprocessing.get_context("fork")
@@ -47,8 +46,8 @@ def in_order(work: Callable[[T], R], items: Sequence[T], jobs: int = 1) -> Gener
             for number in range(jobs):
                 reader, writer = context.Pipe(duplex=False)
                 readers.append(reader)
-                # Each process has every n-th item, so that its pipe holds them in the order in
-                # which they are taken; a full pipe lets it wait.
+                # Each process does every n-th item, so that its pipe holds the results in the
+                # order in which they are read; a full pipe makes the process wait.
                 share = (work, items[number::jobs], writer, readers)
                 processes.append(context.Process(target=_serve, args=share, daemon=True))
                 processes[-1].start()
@@ -67,9 +66,9 @@ def in_order(work: Callable[[T], R], items: Sequence[T], jobs: int = 1) -> Gener
 
 @contextmanager
 def _ending_signals_held() -> Iterator[None]:
-    # Terminals and service managers signal all processes of a group. This one answers, and ends the
-    # others, which hold such signals for all their life, as they were when they were forked: if
-    # they ended first, that would look like a failure of theirs.
+    # Terminals and service managers signal all processes of a group. This process handles the
+    # signal and ends the others. They keep such signals blocked, as at the fork, for all their
+    # life: if they ended first, that would look like a failure.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
         yield
@@ -81,7 +80,7 @@ def _serve(
     work: Callable[[Any], Any], items: Sequence[Any], writer: Connection, readers: list[Connection]
 ) -> None:
     for reader in readers:
-        reader.close()  # or the end of the parent would not be seen by those who write
+        reader.close()  # otherwise the writers would not notice the end of the parent
     try:
         for item in items:
             writer.send((work(item), None))

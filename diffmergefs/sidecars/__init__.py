@@ -1,1 +1,1 @@
-"""Records beside a layer whose extents override the filesystem's, and what was verified."""
+"""Sidecars whose extents override the filesystem's, and the memory of what was verified."""

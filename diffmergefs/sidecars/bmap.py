@@ -15,7 +15,7 @@ from typing import NamedTuple
 from diffmergefs.core.extents import ExtentList
 
 SEAL_SUFFIX = ".bmap"
-# A name that is too long with the suffix is one that no seal has.
+# If the name is too long with the suffix, there can be no seal.
 ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
 MAX_BYTES = 1 << 30
 DIGEST = hashlib.sha256().digest_size
@@ -34,9 +34,9 @@ class Range(NamedTuple):
 class BlockMap:
     """A map of a file of `size` bytes in blocks of `block` bytes.
 
-    `starts` and `stops` are the mapped ranges in bytes, ascending and apart or adjacent, the last
-    one cut at the size; `digests` has 32 bytes for each range, which count unless the range's
-    number is in `bare`.
+    `starts` and `stops` are the mapped ranges in bytes, ascending and disjoint (they may be
+    adjacent), the last one cut at the size. `digests` has 32 bytes for each range; they are
+    meaningless if the range's number is in `bare`.
     """
 
     size: int
@@ -50,7 +50,7 @@ class BlockMap:
         return len(self.starts)
 
     def ranges(self, first: int = 0, stop: int | None = None) -> Iterator[Range]:
-        """The ranges from number `first` up to number `stop`."""
+        """The ranges from number `first` up to, not including, number `stop`."""
         for n in range(first, len(self) if stop is None else stop):
             digest = None if n in self.bare else self.digests[n * DIGEST : (n + 1) * DIGEST]
             yield Range(self.starts[n], self.stops[n], digest)
@@ -79,10 +79,10 @@ _TAIL = """    </BlockMap>
 
 
 def dump(found: BlockMap) -> bytes:
-    """The map as an XML document that `bmapreader.parse` and bmaptool(1) read.
+    """The map as an XML document that `bmapreader.parse` and bmaptool(1) can read.
 
-    The same map gives the same bytes. Ranges begin and end on blocks; the last may end with the
-    file.
+    The same map always gives the same bytes. Ranges must begin and end on blocks; the last may end
+    with the file.
     """
     block = found.block
     lines, mapped = [], 0

@@ -1,4 +1,4 @@
-"""Reading a bmap: an XML document that may come from anywhere."""
+"""Parsing a bmap: an XML document from an untrusted source."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffmergefs.sidecars.bmap import DIGEST, HEX, BlockMap
 
 _MAX_TEXT = 128
 _RANGE = re.compile(r"([0-9]{1,16})(?:-([0-9]{1,16}))?")
-# No number of bytes that such a size allows is more than an array of 64 bits holds.
+# The largest such number of bytes fits into an array of 64-bit integers.
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _FIELDS = frozenset(
     {"ImageSize", "BlockSize", "BlocksCount", "MappedBlocksCount", "ChecksumType"}
@@ -28,11 +28,11 @@ _FIELDS = frozenset(
 
 
 def parse(data: bytes, name: str = "bmap") -> BlockMap:
-    """The map in the XML document `data`; `name` stands in messages.
+    """The map in the XML document `data`; messages call it `name`.
 
-    Read with care: no DTD, entity or external reference is taken. Raises SealError for what is
-    not bmap 2, whose numbers contradict each other, whose ranges are not in order, overlap or lie
-    beyond the end, or whose own checksum is not right.
+    A DTD, an entity or an external reference is refused. Raises SealError if the document is not
+    bmap 2, if its numbers contradict each other, if its ranges are out of order, overlap or lie
+    beyond the end, or if its own checksum is wrong.
     """
     handler = _Handler()
     parser = _Parser(forbid_dtd=True)
@@ -45,9 +45,9 @@ def parse(data: bytes, name: str = "bmap") -> BlockMap:
         _require_own_checksum(data, handler.fields["BmapFileChecksum"])
     except (SAXException, DefusedXmlException, ValueError, LookupError) as error:
         raise SealError(
-            f"{name}: not a bmap 2.0 file that can be used: {_reason(error)}; bring back the one"
-            " that was made with the layer, or go without it with --no-seal; only if the layer's"
-            " holes are known to be right, make it anew with `diffmergefs seal --force`"
+            f"{name}: not a usable bmap 2.0 file: {_reason(error)}; restore the one that was made"
+            " with the layer, or ignore it with --no-seal; only if you know that the layer's holes"
+            " are right, make a new one with `diffmergefs seal --force`"
         ) from error
     return found
 
@@ -61,8 +61,8 @@ def _reason(error: Exception) -> str:
 
 
 class _Parser(DefusedExpatParser):
-    # Hands elements over at once, without an object around their attributes, and a text in one
-    # piece: with a million ranges that is a quarter of the time.
+    # Passes elements on directly, without an object around their attributes, and each text in one
+    # piece: a million ranges take a quarter of the time.
     _parser: Any
     _cont_handler: Any
 
@@ -74,7 +74,7 @@ class _Parser(DefusedExpatParser):
 
 
 class _Handler(ContentHandler):
-    # Takes the elements as they come: a map of a million ranges never stands in a tree.
+    # Handles one element after another: a map of a million ranges is never held as a tree.
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,14 +111,14 @@ class _Handler(ContentHandler):
             self._add("".join(self._text).strip())
         elif name in _FIELDS:
             if name in self.fields:
-                raise ValueError(f"{name} stands twice")
+                raise ValueError(f"{name} occurs twice")
             self.fields[name] = "".join(self._text).strip()
         self._text, self._length = [], 0
 
     def _add(self, text: str) -> None:
         match = _RANGE.fullmatch(text)
         if match is None:
-            raise ValueError(f"{text[:_MAX_TEXT]!r} is no range of blocks")
+            raise ValueError(f"{text[:_MAX_TEXT]!r} is not a range of blocks")
         first = int(match[1])
         last = int(match[2]) if match[2] else first
         if last < first:
@@ -145,7 +145,7 @@ class _Handler(ContentHandler):
             raise ValueError(f"{self.fields['BlocksCount']} blocks, but {size} bytes have {blocks}")
         if self._number("MappedBlocksCount") != mapped:
             raise ValueError(
-                f"{self.fields['MappedBlocksCount']} blocks are said to be mapped, {mapped} are"
+                f"it records {self.fields['MappedBlocksCount']} mapped blocks, but has {mapped}"
             )
         if self._lasts and self._lasts[-1] >= blocks:
             raise ValueError(f"block {self._lasts[-1]} is mapped, beyond the end at {blocks}")
@@ -168,14 +168,14 @@ def _digest(text: str) -> bytes:
         digest = bytes.fromhex(text)
     except ValueError:
         digest = b""
-    # fromhex passes over white space: then there are fewer bytes.
+    # fromhex skips white space; then there are fewer bytes.
     if len(text) != HEX or len(digest) != DIGEST:
-        raise ValueError(f"{text[:_MAX_TEXT]!r} is no sha256")
+        raise ValueError(f"{text[:_MAX_TEXT]!r} is not a sha256")
     return digest
 
 
 def _require_own_checksum(data: bytes, recorded: str) -> None:
-    # Taken over the whole file with the checksum itself as zeros.
+    # The checksum is of the whole file with the checksum itself replaced by zeros.
     _digest(recorded)
     text = recorded.encode()
     where = data.find(text)

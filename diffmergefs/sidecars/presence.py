@@ -41,7 +41,7 @@ KIND = "presence"
 class Presence:
     """Which pages of `page` bytes a diff of `pages` pages holds, as `extents` of whole pages.
 
-    The last page may reach beyond the end of the file.
+    The last page may extend beyond the end of the file.
     """
 
     page: int
@@ -59,7 +59,7 @@ def _shifted(value: int, _: int) -> int:
 
 
 def crc64(data: bytes) -> int:
-    """The CRC-64 of the format: Jones's polynomial, reflected, nothing before or after it."""
+    """The CRC-64 of the format: Jones's polynomial, reflected, initial and final value zero."""
     table = _table()
     value = 0
     for byte in data:
@@ -68,26 +68,26 @@ def crc64(data: bytes) -> int:
 
 
 def parse(data: bytes, name: str = "presence") -> Presence:
-    """The bitmap in `data`, a whole file; `name` stands in messages.
+    """The bitmap in `data`, a whole file; messages call it `name`.
 
-    Raises PresenceError, each with a reason of its own, for an empty file (a save that was
-    interrupted), for the one byte 0x55 (a save that could not tell which pages are present), and
-    for what is malformed: another magic, a page size that makes no sense, a length that does not
-    fit the number of pages, a bit beyond the last page, a wrong checksum.
+    Raises PresenceError, each with its own reason, for an empty file (an interrupted save), for the
+    single byte 0x55 (a save that could not derive which pages are present), and for a malformed
+    file: a wrong magic, an impossible page size, a length that does not match the number of pages,
+    a bit beyond the last page, a wrong checksum.
     """
     if not data:
-        raise PresenceError(f"{name}: is empty (0 bytes): the save was torn; {_AGAIN}")
+        raise PresenceError(f"{name}: is empty (0 bytes): the save was interrupted; {_AGAIN}")
     if data == _UNDERIVABLE:
         raise PresenceError(
-            f"{name}: holds the one byte 0x55: the save could not derive which pages are present;"
+            f"{name}: is the single byte 0x55: the save could not derive which pages are present;"
             " take a full snapshot instead"
         )
     try:
         return _parse(data)
     except ValueError as error:
         raise PresenceError(
-            f"{name}: no presence file that can be used: {error}; copy it again together with its"
-            f" diff, or {_AGAIN}"
+            f"{name}: not a usable presence file: {error}; copy it again together with its diff,"
+            f" or {_AGAIN}"
         ) from error
 
 
@@ -105,7 +105,7 @@ def _parse(data: bytes) -> Presence:
     if recorded != found:
         raise ValueError(f"its CRC-64 is {found:#018x}, it records {recorded:#018x}")
     if page < _MIN_PAGE or page & (page - 1):
-        raise ValueError(f"pages of {page} bytes, which is no power of two of at least {_MIN_PAGE}")
+        raise ValueError(f"pages of {page} bytes: not a power of two of at least {_MIN_PAGE}")
     if page * pages >= 1 << 63:
         raise ValueError(f"{pages} pages of {page} bytes are more than a file can have")
     bitmap = memoryview(data)[_HEADER.size : -_CHECKSUM.size]
@@ -114,7 +114,7 @@ def _parse(data: bytes) -> Presence:
 
 
 def _runs(bitmap: memoryview, pages: int) -> Iterator[tuple[int, int]]:
-    # The runs of set bits; a run that goes on in the next word comes in two.
+    # The runs of set bits; a run that continues in the next word comes as two.
     for number, (word,) in enumerate(_CHECKSUM.iter_unpack(bitmap)):
         while word:
             first = (word & -word).bit_length() - 1
@@ -128,7 +128,7 @@ def _runs(bitmap: memoryview, pages: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class StoredPresence:
-    """A presence file as it was read: its path for messages, which file, its bitmap, its sha256."""
+    """A presence file as it was read: its path for messages, identity, bitmap and sha256."""
 
     path: str
     key: FileKey
@@ -139,10 +139,11 @@ class StoredPresence:
 def find(
     path: str, root: beneath.Root | None = None, name: str | None = None
 ) -> StoredPresence | None:
-    """The presence file beside the diff `path`, which messages call `name`; None without one.
+    """The presence file beside the diff `path`, which messages call `name`; None if it has none.
 
-    Without a `root` the diff may be a symlink: then it is beside the link, or else beside the file.
-    Raises PresenceError for what cannot be used, and FileAccessError.
+    Without a `root` the diff may be a symlink: the presence file is then beside the link or, if
+    there is none, beside the link's target. Raises PresenceError for an unusable file, and
+    FileAccessError.
     """
     places = [path] if root is not None else dict.fromkeys((path, os.path.realpath(path)))
     for place in places:
@@ -175,15 +176,15 @@ def _read(fd: int, name: str) -> StoredPresence:
 
 
 def adopt(layer: Layer, found: StoredPresence) -> None:
-    """Put the extents of the bitmap in force. Raises PresenceError if it is for another size."""
+    """Put the bitmap's extents in force. Raises PresenceError if it is for another size."""
     bits = found.bits
     expected = -(-layer.size // bits.page)
     if bits.pages != expected:
         raise PresenceError(
             f"{found.path}: for {bits.pages} pages of {bits.page} bytes, but {layer.path} has"
-            f" {layer.size} bytes, which are {expected}; they do not belong together"
+            f" {layer.size} bytes, which are {expected} pages; they do not belong together"
         )
-    # The last page may reach beyond the end of the file.
+    # The last page may extend beyond the end of the file.
     extents = ExtentList((start, min(stop, layer.size)) for start, stop in bits.extents)
     layer.adopt(extents, Record(PRESENCE_SUFFIX, found.path, found.key, bits.page))
 
@@ -191,15 +192,16 @@ def adopt(layer: Layer, found: StoredPresence) -> None:
 def compare(layer: Layer, found: StoredPresence) -> None:
     """Raise PresenceError unless all bytes of the layer outside its present pages are zeros.
 
-    Nothing binds a presence file to its diff but this: a page that was written since, and is not
-    marked, shows that they are not of one save. What the filesystem calls a hole is not read. The
+    Nothing else binds a presence file to its diff: data in a page that is not marked as present
+    shows that they are not from the same save. Holes of the filesystem are not read. The
     fingerprint is compared at the end (law 6). Blocks. Raises LayerChangedError and OSError.
     """
     for start, stop in layer.walked.outside(layer.extents):
         if not layer.is_zero(start, stop):
             raise PresenceError(
-                f"{found.path}: leaves out bytes [{start}, {stop}) of {layer.path}, which are not"
-                " zeros: it is of another save; copy both files again, or save the snapshot again"
+                f"{found.path}: marks bytes [{start}, {stop}) of {layer.path} as absent, but they"
+                " are not zeros: it is from another save; copy both files again, or save the"
+                " snapshot again"
             )
     layer.check_unchanged()
 
@@ -207,9 +209,9 @@ def compare(layer: Layer, found: StoredPresence) -> None:
 def compare_once(
     layer: Layer, found: StoredPresence, memory: Remembered, *, anew: bool = False
 ) -> None:
-    """`compare`, unless it is remembered that it was right (or, if `anew`, in any case).
+    """`compare`, unless `memory` has an earlier success and `anew` is false.
 
-    Raises like `compare`, but FileAccessError in place of OSError.
+    Raises like `compare`, but FileAccessError instead of OSError.
     """
     try:
         identity, since_ns = Identity.of_open(layer.fd), time.time_ns()

@@ -1,4 +1,4 @@
-"""Seals: `FILE.bmap` beside a layer says where its data are, whatever a copy did to its holes."""
+"""Seals: `FILE.bmap` beside a layer records its extents, whatever a copy does to its holes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from diffmergefs.sidecars.verified import Identity, Remembered
 KIND = "seal"
 
 _WAY_OUT = (
-    "put the file back from which it was made, or take the diff again; with --no-seal the"
-    " filesystem's holes count (wrong bytes if a copy has harmed them)"
+    "restore the file from which it was made, or take the diff again; with --no-seal the"
+    " filesystem's holes apply (wrong bytes if a copy has damaged them)"
 )
 
 
 @dataclass(frozen=True)
 class StoredSeal:
-    """A seal as it was read: its path for messages, which file it was, its map and its sha256."""
+    """A seal as it was read: its path for messages, identity, map and sha256."""
 
     path: str
     key: FileKey
@@ -41,7 +41,7 @@ class StoredSeal:
 def read(path: str, root: beneath.Root | None = None, name: str | None = None) -> StoredSeal:
     """The seal in the regular file `path`, beneath `root` if given; messages call it `name`.
 
-    Raises FileNotFoundError, SealError for what is no bmap 2.0, and FileAccessError.
+    Raises FileNotFoundError, SealError if it is not a bmap 2.0, and FileAccessError.
     """
     name = path if name is None else name
     try:
@@ -49,8 +49,8 @@ def read(path: str, root: beneath.Root | None = None, name: str | None = None) -
             key = FileKey.of(os.fstat(file.fileno()))
             if key.size > bmap.MAX_BYTES:
                 raise SealError(
-                    f"{name}: {key.size} bytes, a seal has at most {bmap.MAX_BYTES}; bring back the"
-                    " one that was made with the layer, or go without it with --no-seal"
+                    f"{name}: {key.size} bytes, a seal has at most {bmap.MAX_BYTES}; restore the"
+                    " one that was made with the layer, or ignore it with --no-seal"
                 )
             data = file.read(key.size + 1)
             if len(data) != key.size or FileKey.of(os.fstat(file.fileno())) != key:
@@ -59,7 +59,7 @@ def read(path: str, root: beneath.Root | None = None, name: str | None = None) -
         if error.errno in ABSENT:
             raise FileNotFoundError(error.errno, error.strerror, name) from error
         raise FileAccessError(f"{name}: {error.strerror}") from error
-    # Loaded only for who has a seal: it takes 30 ms, for reading XML brings HTTP with it.
+    # Imported only if there is a seal: it takes 30 ms, because the XML parser imports HTTP.
     from diffmergefs.sidecars.bmapreader import parse
 
     return StoredSeal(name, key, parse(data, name), hashlib.sha256(data).hexdigest())
@@ -68,8 +68,8 @@ def read(path: str, root: beneath.Root | None = None, name: str | None = None) -
 def find(path: str, root: beneath.Root | None = None, name: str | None = None) -> StoredSeal | None:
     """The seal beside the layer `path`, which messages call `name`, or None if it has none.
 
-    Without a `root` the layer may be a symlink: then the seal is beside the link, or else beside
-    the file. Raises like `read`.
+    Without a `root` the layer may be a symlink: the seal is then beside the link or, if there is
+    none, beside the link's target. Raises like `read`.
     """
     places = [path] if root is not None else dict.fromkeys((path, os.path.realpath(path)))
     for place in places:
@@ -80,7 +80,7 @@ def find(path: str, root: beneath.Root | None = None, name: str | None = None) -
 
 
 def adopt(layer: Layer, seal: StoredSeal, *, is_checked: bool) -> None:
-    """Put the seal's extents in force; `is_checked` says that it is or will be compared.
+    """Put the seal's extents in force. `is_checked` says that it was or will be compared.
 
     Raises SealError if it is for a file of another size, or contradicts the layer's presence file.
     """
@@ -89,18 +89,18 @@ def adopt(layer: Layer, seal: StoredSeal, *, is_checked: bool) -> None:
     for record in layer.records:
         if extents != layer.extents:
             raise SealError(
-                f"{seal.path}: says otherwise than {record.path} which pages are data, so one of"
-                " them is not this file's; remove the seal if it was made without the other, or"
-                " go without it with --no-seal"
+                f"{seal.path}: disagrees with {record.path} about which pages hold data, so one of"
+                " them belongs to another file; remove the seal if it was made without the other,"
+                " or ignore it with --no-seal"
             )
     unchecked = 0 if is_checked else len(seal.map.bare)
     layer.adopt(extents, Record(SEAL_SUFFIX, seal.path, seal.key, seal.map.block, unchecked))
 
 
 def compare_once(layer: Layer, seal: StoredSeal, memory: Remembered, *, anew: bool = False) -> None:
-    """`compare_and_remember`, unless it is remembered (or, if `anew`, in any case).
+    """`compare_and_remember`, unless `memory` has an earlier success and `anew` is false.
 
-    Raises like `compare`, but FileAccessError in place of OSError.
+    Raises like `compare`, but FileAccessError instead of OSError.
     """
     try:
         identity = Identity.of_open(layer.fd)
@@ -118,7 +118,7 @@ def compare_and_remember(
     memory: Remembered,
     progress: Progress = ignore_progress,
 ) -> None:
-    """`compare`, and remember it for later runs if all was right."""
+    """`compare`, and remember its success for later runs."""
     identity, since_ns = Identity.of_open(layer.fd), time.time_ns()
     compare(layer, seal, progress)
     memory.remember(KIND, identity, seal.digest, since_ns)
@@ -134,11 +134,11 @@ def require_fit(layer: Layer, seal: StoredSeal) -> None:
 
 
 def compare(layer: Layer, seal: StoredSeal, progress: Progress = ignore_progress) -> None:
-    """Raise SealError for the first range of the layer's file that is not what the seal records.
+    """Raise SealError for the first range of the layer's file that differs from the seal.
 
-    Each range must have its checksum, or be zeros if it has none, and all data outside the ranges
-    must read as zeros. `progress` is given `compared_bytes` in all. The fingerprint is compared at
-    the end (law 6). Blocks. Raises LayerChangedError and OSError.
+    Each range must have its checksum, or be zeros if the seal has none, and all data outside the
+    ranges must read as zeros. `progress` gets `compared_bytes` in total. The fingerprint is
+    compared at the end (law 6). Blocks. Raises LayerChangedError and OSError.
     """
     require_fit(layer, seal)
     buffer = page_aligned(BLOCK)
@@ -158,7 +158,7 @@ def compare(layer: Layer, seal: StoredSeal, progress: Progress = ignore_progress
 
 
 def compared_bytes(layer: Layer, seal: StoredSeal) -> int:
-    """How many bytes `compare` reads, if all is right."""
+    """How many bytes `compare` reads if it finds no difference."""
     ranges = sum(seal.map.stops) - sum(seal.map.starts)
     return ranges + sum(stop - start for start, stop in _outside(layer, seal))
 
@@ -204,6 +204,5 @@ def _require_zeros(
 
 
 def _outside(layer: Layer, seal: StoredSeal) -> Iterator[Extent]:
-    # What the filesystem calls data and the seal a hole. The filesystem's own holes read as zeros
-    # anyway.
+    # Data for the filesystem, but a hole for the seal. The filesystem's own holes read as zeros.
     return layer.walked.outside(seal.map.extents())

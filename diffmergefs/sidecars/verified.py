@@ -1,4 +1,4 @@
-"""What was verified once, remembered in the user's state directory by the file's identity."""
+"""A memory of what was verified, in the user's state directory, by the file's identity."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 ROOTS_DIRECTORY = "/var/lib/diffmergefs"
 MAX_REMEMBERED = 65_536
 
-# The number belongs to the table's form: another form is another file.
+# The number is the version of the table's schema.
 _DATABASE = "verified-1.sqlite3"
 _TABLE = """
 CREATE TABLE IF NOT EXISTS verified (
@@ -33,8 +33,8 @@ DELETE FROM verified
 WHERE rowid IN (SELECT rowid FROM verified ORDER BY rowid DESC LIMIT -1 OFFSET ?)
 """
 _BUSY_SECONDS = 5.0
-_TICK_NS = 50_000_000  # kernels stamp files by a clock that ticks every 10 ms at worst
-_COARSE_TICK_NS = 2_000_000_000  # where whole seconds are stored
+_TICK_NS = 50_000_000  # the kernel's clock for time stamps ticks every 10 ms at worst
+_COARSE_TICK_NS = 2_000_000_000  # on filesystems that store whole seconds
 
 
 class Identity(NamedTuple):
@@ -53,9 +53,9 @@ class Identity(NamedTuple):
         return cls(os.readlink(f"/proc/self/fd/{fd}"), FileVersion.of(os.fstat(fd)))
 
     def is_final(self, since_ns: int) -> bool:
-        """Whether a store after the time `since_ns` would make another identity for certain.
+        """Whether a write after the time `since_ns` is certain to make another identity.
 
-        Time stamps tick: a store within the tick of the last one moves none of them.
+        Time stamps have a resolution: a write within the same tick as the last one moves none.
         """
         ctime_ns = self.version.ctime_ns
         tick = _TICK_NS if ctime_ns % 1_000_000_000 else _COARSE_TICK_NS
@@ -63,27 +63,28 @@ class Identity(NamedTuple):
 
 
 class Remembered:
-    """What was verified of files, kept over runs; safe for several threads, forks and processes.
+    """What earlier runs verified of files; safe for several threads, forks and processes.
 
-    `directory` is where it is kept: by default `default_directory()`. It is made when something
-    is first remembered. One that is not owned by the effective user, or that others may write to,
-    is not believed, since anyone could have planted 'verified' there. Nothing here raises: where
-    the directory or the database cannot be used, the reason is logged once, and nothing is known.
-    A database that is damaged is set aside as `*.corrupt`. At most `MAX_REMEMBERED` entries are
-    kept, one for each kind and path; the oldest go first.
+    `directory` holds the database: by default `default_directory()`. It is created when something
+    is first remembered. A directory that the effective user does not own, or that others may write
+    to, is not used, since anyone could have planted a verdict there. Nothing here raises: if the
+    directory or the database cannot be used, the reason is logged once, and nothing is known. A
+    damaged database is renamed to `*.corrupt`. At most `MAX_REMEMBERED` entries are kept, one per
+    kind and path; the oldest are dropped first.
 
-    A kind is 'sha256' (the value is the hex digest of the file's content) or 'seal' (the value is
-    the sha256 of the seal whose checks the file passed); `opening.content` has kinds of its own.
+    Kinds are 'sha256' (the value is the hex digest of the file's content), 'seal' and 'presence'
+    (the value is the sha256 of the sidecar whose comparison the file passed); `opening.content`
+    has its own.
     """
 
     def __init__(self, directory: str | None = None) -> None:
-        self._said = False
+        self._logged = False
         self._directory = directory
         if directory is None:
             try:
                 self._directory = default_directory()
             except KeyError:
-                self._say(f"user {os.geteuid()} has no home directory; --state-dir names another")
+                self._warn(f"user {os.geteuid()} has no home directory; --state-dir names another")
 
     def recall(self, kind: str, identity: Identity) -> str | None:
         """The value remembered for the file with exactly this identity, or None."""
@@ -104,9 +105,9 @@ class Remembered:
     ) -> None:
         """Keep `value` for the file with this identity, in place of what its path had before.
 
-        `since_ns` is the `time.time_ns()` before the first byte was read, by default now: if the
-        file was changed so shortly before that a store while it was read might not show in its
-        identity, nothing is kept.
+        `since_ns` is the `time.time_ns()` before the first byte was read, by default now. If the
+        file had changed so shortly before that its identity might miss a write during the read,
+        nothing is kept.
         """
         if not identity.is_final(time.time_ns() if since_ns is None else since_ns):
             return
@@ -118,15 +119,15 @@ class Remembered:
             connection.execute(_DROP_OLDEST, (MAX_REMEMBERED,))
 
     def _connection(self, *, make: bool) -> sqlite3.Connection:
-        # One for each call, so that none is shared by threads or carried over a fork.
+        # One per call, so that no connection is shared by threads or inherited by a fork.
         if self._directory is None:
-            raise FileNotFoundError  # said when this was made
+            raise FileNotFoundError  # already logged by __init__
         path = os.path.join(self._directory, _DATABASE)
         if make:
             os.makedirs(self._directory, mode=0o700, exist_ok=True)
         require_own(self._directory, os.stat(self._directory))
         if make:
-            # Not by open(): closing a descriptor drops the locks that another thread's SQLite has.
+            # Not open(): a close would release the locks that another thread's SQLite holds.
             with suppress(FileExistsError):
                 os.mknod(path, stat.S_IFREG | 0o600)
         require_own(path, os.lstat(path))
@@ -143,31 +144,32 @@ class Remembered:
         try:
             yield
         except OSError as error:
-            self._say(f"{error.filename or self._directory}: {error.strerror}")
+            self._warn(f"{error.filename or self._directory}: {error.strerror}")
         except sqlite3.OperationalError as error:
-            self._say(f"{self._directory}: {error}")
+            self._warn(f"{self._directory}: {error}")
         except sqlite3.DatabaseError as error:
             self._set_aside(error)
 
     def _set_aside(self, error: sqlite3.DatabaseError) -> None:
         path = os.path.join(self._directory or "", _DATABASE)
-        self._say(f"{path}: {error}; set aside as {_DATABASE}.corrupt")
+        self._warn(f"{path}: {error}; set aside as {_DATABASE}.corrupt")
         with suppress(OSError):
             os.replace(path, f"{path}.corrupt")
 
-    def _say(self, reason: str) -> None:
-        if not self._said:
-            self._said = True
+    def _warn(self, reason: str) -> None:
+        if not self._logged:
+            self._logged = True
             log.warning(
-                "%s: what was verified is not remembered and will be verified again",
+                "%s: verification results are not stored; the next run verifies again",
                 one_line(reason),
             )
 
 
 def default_directory() -> str:
-    """The state directory of the effective user; raises KeyError if that user has no home.
+    """The state directory of the effective user. Raises KeyError if that user has no home.
 
-    Root's is fixed: an environment variable of whoever called it could name a directory of theirs.
+    Root's is fixed: the environment may come from another user, who could name a directory of
+    their own.
     """
     if os.geteuid() == 0:
         return ROOTS_DIRECTORY
@@ -178,14 +180,14 @@ def default_directory() -> str:
 
 
 def _facts(identity: Identity) -> str:
-    # As text: device and inode numbers have 64 bits, SQLite's integers 63.
+    # As text: device and inode numbers have 64 bits, SQLite's integers have 63.
     return ":".join(str(number) for number in identity.version)
 
 
 def require_own(path: str, status: os.stat_result) -> None:
-    """Raise OSError unless this is the effective user's, and nobody else may write to it.
+    """Raise OSError unless the effective user owns `path`, and nobody else may write to it.
 
-    It is a directory or a regular file. What others could have planted is not believed.
+    It must be a directory or a regular file. Content that others could have planted is not used.
     """
     kind = stat.S_IFMT(status.st_mode)
     if kind not in (stat.S_IFDIR, stat.S_IFREG):

@@ -116,24 +116,24 @@ WRONG: list[tuple[bytes, str]] = [
     (document(RANGE, size=10**18), "ImageSize is '1000000000000000000'"),
     (document(RANGE, BlockSize="3000"), "in blocks of 3000"),
     (document(RANGE, BlocksCount="11"), "11 blocks, but 40960 bytes have 10"),
-    (document(RANGE, mapped=2), "2 blocks are said to be mapped, 1 are"),
+    (document(RANGE, mapped=2), "it records 2 mapped blocks, but has 1"),
     (document(RANGE, ChecksumType="md5"), "checksums are 'md5'"),
     (document(RANGE, ChecksumType=""), "'ChecksumType'"),
     (document(RANGE, BmapFileChecksum=""), "'BmapFileChecksum'"),
-    (document(RANGE, BmapFileChecksum="ab"), "'ab' is no sha256"),
+    (document(RANGE, BmapFileChecksum="ab"), "'ab' is not a sha256"),
     (document(RANGE, BmapFileChecksum=SUM), "its own checksum is"),
     (document(RANGE).replace(b"40960", b"40961"), "its own checksum is|40961 bytes have 11"),
     (document("<Range>10</Range>"), "block 10 is mapped, beyond the end at 10"),
     (document("<Range>3-2</Range>"), "ends before it begins"),
     (document("<Range>2-4</Range><Range>4-5</Range>", mapped=5), "overlaps the one before"),
     (document("<Range>4</Range><Range>2</Range>", mapped=2), "not in order"),
-    (document("<Range>a</Range>"), "'a' is no range of blocks"),
-    (document("<Range></Range>"), "'' is no range of blocks"),
-    (document(f"<Range>{'9' * 17}</Range>"), "is no range of blocks"),
-    (document('<Range chksum="xyz">1</Range>'), "'xyz' is no sha256"),
-    (document(f'<Range chksum="{"g" * 64}">1</Range>'), "'" + "g" * 64 + "' is no sha256"),
+    (document("<Range>a</Range>"), "'a' is not a range of blocks"),
+    (document("<Range></Range>"), "'' is not a range of blocks"),
+    (document(f"<Range>{'9' * 17}</Range>"), "is not a range of blocks"),
+    (document('<Range chksum="xyz">1</Range>'), "'xyz' is not a sha256"),
+    (document(f'<Range chksum="{"g" * 64}">1</Range>'), "'" + "g" * 64 + "' is not a sha256"),
     (document(f"<Range>{'x' * 200}</Range>"), "a text of more than 128 characters"),
-    (document(RANGE + "<ImageSize> 40960 </ImageSize>"), "ImageSize stands twice"),
+    (document(RANGE + "<ImageSize> 40960 </ImageSize>"), "ImageSize occurs twice"),
     (b"<!DOCTYPE bmap>" + document(RANGE), "a document type or entities"),
     (
         b'<!DOCTYPE bmap [<!ENTITY x SYSTEM "file:///etc/passwd">]>'
@@ -148,9 +148,9 @@ def test_what_is_not_right_is_refused_in_one_line_with_its_name(text: bytes, rea
     with pytest.raises(SealError, match=reason) as caught:
         parse(text, "layer.bmap")
     said = str(caught.value)
-    assert said.startswith("layer.bmap: not a bmap 2.0 file that can be used: ")
+    assert said.startswith("layer.bmap: not a usable bmap 2.0 file: ")
     assert "\n" not in said and "--no-seal" in said
-    assert said.endswith("known to be right, make it anew with `diffmergefs seal --force`")
+    assert said.endswith("are right, make a new one with `diffmergefs seal --force`")
 
 
 def test_any_byte_of_a_map_that_is_turned_is_refused_or_means_the_same() -> None:

@@ -101,7 +101,7 @@ def test_another_byte_within_a_range_is_a_stale_seal(diff: Path, verify: str, of
     start, stop = next(e for e in EXTENTS if e[0] <= offset < e[1])
     said = str(caught.value)
     assert said.startswith(f"{diff}.bmap: ") and f"[{start}, {stop}) of {diff} is " in said
-    assert "put the file back" in said and "--no-seal" in said
+    assert "restore the file" in said and "--no-seal" in said
 
 
 @pytest.mark.parametrize("offset", [0, 2 * PAGE - 1, 3 * PAGE, SIZE - 1])
@@ -122,7 +122,7 @@ def test_a_seal_for_another_size_is_refused(diff: Path) -> None:
 def test_what_is_no_seal_is_refused(diff: Path, text: bytes) -> None:
     Path(f"{diff}.bmap").write_bytes(text)
     for verify in ("no", "pins", "full"):
-        with pytest.raises(SealError, match=r"not a bmap 2\.0 file that can be used"):
+        with pytest.raises(SealError, match=r"not a usable bmap 2\.0 file"):
             opened(diff, verify=verify)
 
 

@@ -194,7 +194,7 @@ def test_an_unusable_directory_is_logged_once_and_forgotten(
         kept.remember("sha256", OLD, "ab")
         assert kept.recall("sha256", OLD) is None
     [line] = warnings(caplog)
-    assert "verified again" in line
+    assert "the next run verifies again" in line
 
 
 def test_what_a_path_had_before_is_replaced(directory: Path) -> None:

@@ -99,7 +99,7 @@ def write_base(text: str | bytes) -> Callable[[Path], object]:
         (write_base("/elsewhere/mem.snap"), "is not at that path beneath"),
         (write_base("/" + "x" * 5000), "over 4096 bytes, too large"),
         (lambda s: beside(s, ".presence").unlink(), "mem.diff.presence: is missing"),
-        (lambda s: beside(s, ".presence").write_bytes(b""), "the save was torn"),
+        (lambda s: beside(s, ".presence").write_bytes(b""), "the save was interrupted"),
         (lambda s: beside(s, ".presence").write_bytes(b"U"), "could not derive"),
         (lambda s: beside(s, ".presence").write_bytes(b"V"), "1 bytes are too few"),
         (lambda s: (s / "vm-1/mem.snap").touch(), "holds mem.snap and mem.diff"),
@@ -194,11 +194,11 @@ def test_a_diff_is_no_explicit_base(store: Path) -> None:
 
 def test_the_command_line_says_why_in_one_line(store: Path, mountpoint: Path) -> None:
     beside(store, ".presence").write_bytes(b"")
-    assert "the save was torn" in mistake(3, "info", store / "vm-1")
+    assert "the save was interrupted" in mistake(3, "info", store / "vm-1")
     listed = diffmergefs("list", store)
     assert listed.returncode == 0 and "broken: vm-1/mem.diff.presence: is empty" in listed.stdout
     explicit = ("--base", store / "templates/python/mem.snap", "--diff", store / "vm-1/mem.diff")
-    assert "the save was torn" in mistake(21, "flatten", *explicit, "-o", mountpoint / "x")
+    assert "the save was interrupted" in mistake(21, "flatten", *explicit, "-o", mountpoint / "x")
     verified = diffmergefs("verify", "--json", *explicit)
     faults = [fault["kind"] for fault in json.loads(verified.stdout)["faults"]]
     assert (verified.returncode, faults) == (1, ["presence"])
