@@ -1,4 +1,4 @@
-"""`compare`: are two images the same, and if not, where do they differ?"""
+"""`compare`: whether two images are equal, and where they differ."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from diffmergefs.analysis.compare import Comparison, bytes_to_compare, count_pag
 from diffmergefs.analysis.compare import compare as compare_views
 from diffmergefs.cli.inputs import jobs_option, opened_side, plain_option, side_diffs
 from diffmergefs.cli.options import PATH, json_option, store_options, trust_options
-from diffmergefs.cli.output import new_table, print_json, print_table, progress
+from diffmergefs.cli.output import print_json, print_table, progress
 from diffmergefs.core.extents import ExtentList
 from diffmergefs.opening.trust import TrustPolicy
 
@@ -16,7 +16,7 @@ from diffmergefs.opening.trust import TrustPolicy
 @click.command()
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
-@click.option("--map", "with_map", is_flag=True, help="Print the ranges that differ, too.")
+@click.option("--map", "with_map", is_flag=True, help="Also print the ranges that differ.")
 @side_diffs("a")
 @side_diffs("b")
 @plain_option
@@ -35,11 +35,11 @@ def compare(
     as_json: bool,
     policy: TrustPolicy,
 ) -> int:
-    """Compare two images: the first byte that differs, and how many pages do.
+    """Compare two images: print the first byte that differs, and how many pages differ.
 
-    Each is an IMAGE (a snapshot directory or a numbered layer) or any other file, taken as it is:
-    a hole counts as zeros. Both must have one size. What both take from the same layer file is not
-    read. The exit code is 0 if they are equal, and 1 if not.
+    Each is an IMAGE (a snapshot directory or a numbered layer) or any other file, which is read as
+    a complete image: its holes are zeros. Both must have the same size. Ranges that both take from
+    the same layer file are not read. The exit code is 0 if the images are equal, otherwise 1.
 
     \b
     Examples:
@@ -49,9 +49,9 @@ def compare(
     with (
         opened_side(a, a_diffs, policy, plain) as one,
         opened_side(b, b_diffs, policy, plain) as other,
-        progress("compare", bytes_to_compare(one, other)) as moved,
+        progress("compare", bytes_to_compare(one, other)) as advance,
     ):
-        found = compare_views(one, other, page_size=policy.page_size, jobs=jobs, progress=moved)
+        found = compare_views(one, other, page_size=policy.page_size, jobs=jobs, progress=advance)
     if as_json:
         _print_json(found, with_map)
     else:
@@ -87,8 +87,7 @@ def _print_text(found: Comparison, with_map: bool) -> None:
         f" {found.differing_pages} of {_pages(found)} pages of {found.page_size} bytes differ"
     )
     if with_map:
-        table = new_table(">START", ">STOP", ">PAGES")
-        for start, stop in found.ranges:
-            pages = count_pages(ExtentList([(start, stop)]), found.page_size)
-            table.add_row(str(start), str(stop), str(pages))
-        print_table(table)
+        print_table(
+            (">START", ">STOP", ">PAGES"),
+            ((*r, count_pages(ExtentList([r]), found.page_size)) for r in found.ranges),
+        )

@@ -1,18 +1,18 @@
-"""`completion`: what makes a shell complete our command lines."""
+"""`completion`: print a shell completion script."""
 
 from __future__ import annotations
 
 import click
 from click.shell_completion import get_completion_class
 
-#: The shells that are known.
+#: The supported shells.
 SHELLS = ["bash", "zsh", "fish"]
 
 
 @click.command()
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> None:
-    """Print what makes SHELL (bash, zsh or fish) complete verbs, options and file names.
+    """Print a script that makes SHELL (bash, zsh or fish) complete verbs, options and files.
 
     \b
     Examples:
@@ -24,9 +24,9 @@ def completion(shell: str) -> None:
 
 
 def script(shell: str) -> str:
-    """The completion script for one of SHELLS. It calls `diffmergefs` for each completion."""
+    """The completion script for one of `SHELLS`. It calls `diffmergefs` for each completion."""
     kind = get_completion_class(shell)
     assert kind is not None
     made = kind(click.Group(), {}, "diffmergefs", "_DIFFMERGEFS_COMPLETE")
-    # Not its source(), which for bash runs a bash and says what it thinks of its version.
+    # click's source() would run bash and print a warning about its version.
     return made.source_template % made.source_vars()

@@ -1,4 +1,4 @@
-"""`list` and `info`: what is there, and what it is made of."""
+"""`list` and `info`: the snapshots of a directory, and the layers of an image."""
 
 from __future__ import annotations
 
@@ -10,14 +10,7 @@ import click
 from diffmergefs.analysis import info as infos
 from diffmergefs.cli.inputs import ImageArguments, image_options
 from diffmergefs.cli.options import PATH, json_option, store_options, strict_option, trust_options
-from diffmergefs.cli.output import (
-    new_table,
-    print_diagnostic,
-    print_json,
-    print_table,
-    printable,
-    progress,
-)
+from diffmergefs.cli.output import print_diagnostic, print_json, print_table, printable, progress
 from diffmergefs.cli.picture import draw_extents, picture_path
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.core.layer import Layer
@@ -31,11 +24,11 @@ from diffmergefs.stores.catalog import LAYOUTS, Catalog, read_catalog
 
 @dataclass(frozen=True)
 class Row:
-    """One snapshot as `list` shows it; what could not be found out is None. Sizes in bytes.
+    """One snapshot in the output of `list`. An unknown value is None. Sizes are in bytes.
 
-    `pinned` says whether it records its parent's hash, and is None for a base. Of one that is
-    refused `reason` is the whole line, `check` what was looked at, and `remedy` what helps.
-    `hints` are about its own layer.
+    `pinned` says whether the snapshot records its parent's hash; it is None for a base. If the
+    snapshot is refused, `reason` is the whole message, `check` the name of the check, and `remedy`
+    what the user can do. `hints` are about the snapshot's own layer.
     """
 
     tag: str
@@ -50,12 +43,19 @@ class Row:
     remedy: str | None = None
     hints: tuple[str, ...] = ()
 
+    @property
+    def state_text(self) -> str:
+        """The state for the table, with its reason."""
+        if self.reason:
+            return f"{self.state}: {self.reason}"
+        return f"{self.state}, unpinned" if self.pinned is False else self.state
+
 
 @click.command("list")
 @click.argument("source", type=PATH)
-@click.option("--layout", type=click.Choice(LAYOUTS), help="What SOURCE holds, if it is unclear.")
+@click.option("--layout", type=click.Choice(LAYOUTS), help="The layout of SOURCE, if ambiguous.")
 @click.option("--suffix", help="The suffix of numbered memory files (.mem).")
-@click.option("--why", is_flag=True, help="Say of each that is broken which check, and what helps.")
+@click.option("--why", is_flag=True, help="Print which check refuses a broken snapshot, and why.")
 @json_option
 @trust_options
 @strict_option
@@ -68,12 +68,12 @@ def list_(
     as_json: bool,
     policy: TrustPolicy,
 ) -> None:
-    """One line a snapshot of SOURCE: tag, parent, depth, size, own dirty bytes, state.
+    """Print one line per snapshot in SOURCE: tag, parent, depth, size, dirty bytes, state.
 
-    The state is 'complete', 'dense' (a complete image in spite of its parent) or 'broken' with
-    the reason. 'unpinned' is one that records no hash of its parent, so that nothing can tell
-    whether the parent is still the same. The extents of every layer are walked. Hashes are not
-    compared: `diffmergefs verify` does that. A diff whose holes look filled has a hint on stderr.
+    The state is 'complete', 'dense' (a complete image although it has a parent) or 'broken' with
+    the reason. A snapshot is 'unpinned' if it does not record its parent's hash, so that a replaced
+    parent cannot be detected. The extents of every layer are walked. Hashes are not compared; use
+    `diffmergefs verify` for that. If a diff's holes look filled, a hint goes to stderr.
 
     \b
     Examples:
@@ -82,31 +82,22 @@ def list_(
       diffmergefs list --json /srv/snapshots | jq '.[] | select(.state == "broken")'
     """
     catalog = read_catalog(source, layout, suffix, options=policy)
-    held: list[Layer] = []  # so that each layer that is shared is walked once
+    held: list[Layer] = []  # keeps shared layers open, so that each is walked once
     rows = []
     with (
         opened_store(source, policy, where="") as pool,
-        progress("list", len(catalog.snapshots), unit="snapshots") as moved,
+        progress("list", len(catalog.snapshots), unit="snapshots") as advance,
     ):
         for tag in sorted(catalog.snapshots):
             rows.append(_row(catalog, tag, pool, policy, held))
-            moved(1)
+            advance(1)
     if as_json:
         print_json([asdict(row) for row in rows])
         return
-    table = new_table("TAG", "PARENT", ">DEPTH", ">SIZE", ">DIRTY", "STATE")
-    for row in rows:
-        numbers = (row.depth, row.size, row.dirty_bytes)
-        state = f"{row.state}: {row.reason}" if row.reason else row.state
-        if row.pinned is False and row.reason is None:
-            state += ", unpinned"
-        table.add_row(
-            printable(row.tag),
-            printable(row.parent or "-"),
-            *("-" if number is None else str(number) for number in numbers),
-            printable(state),
-        )
-    print_table(table)
+    print_table(
+        ("TAG", "PARENT", ">DEPTH", ">SIZE", ">DIRTY", "STATE"),
+        ((r.tag, r.parent, r.depth, r.size, r.dirty_bytes, r.state_text) for r in rows),
+    )
     if why:
         _print_refusals(rows)
 
@@ -157,19 +148,15 @@ def _row(
     type=PATH,
     metavar="FILE",
     callback=picture_path,
-    help="Draw the number of extents of each layer, and how long they are: FILE.png or FILE.svg.",
+    help="Draw the number and lengths of each layer's extents: FILE.png or FILE.svg.",
 )
-@click.option("--force", is_flag=True, help="Replace the picture if it exists, in one step.")
+@click.option("--force", is_flag=True, help="Replace the picture atomically if it exists.")
 @json_option
-def info(
-    source: ImageArguments,
-    plot: str | None,
-    force: bool,
-    as_json: bool,
-) -> None:
-    """The chain of IMAGE, and for each layer what it holds and what of it is visible.
+def info(source: ImageArguments, plot: str | None, force: bool, as_json: bool) -> None:
+    """Print the layers of IMAGE, what each one holds, and how much of it is visible.
 
-    IMAGE is a snapshot directory or a numbered layer file; --base and --diff name layers instead.
+    IMAGE is a snapshot directory or a numbered layer file. You can name layers with --base and
+    --diff instead.
 
     \b
     Examples:
@@ -178,7 +165,7 @@ def info(
       diffmergefs info /srv/snapshots/pandas --plot extents.png
     """
     if force and plot is None:
-        raise click.UsageError("--force is about a picture: name it with --plot")
+        raise click.UsageError("--force needs a picture: name it with --plot")
     if plot is not None:
         require_matplotlib()
     with (found := source.open()).view as view:
@@ -186,23 +173,26 @@ def info(
         for line in infos.notices(found):
             print_diagnostic(line)
         if plot is not None:
-            title = source.title
-            draw_extents(view, title, source.policy.page_size, plot, force=force)
+            draw_extents(view, source.title, source.policy.page_size, plot, force=force)
     if as_json:
         print_json(facts.as_dict())
         return
-    table = new_table(
-        ">#", "LAYER", ">DATA", ">EXTENTS", ">VISIBLE", ">SHADOWED", ">GRAIN", "TRUST"
+    print_table(
+        (">#", "LAYER", ">DATA", ">EXTENTS", ">VISIBLE", ">SHADOWED", ">GRAIN", "TRUST"),
+        (
+            (
+                n,
+                i.path,
+                i.data_bytes,
+                i.extents,
+                i.visible_bytes,
+                i.shadowed_bytes,
+                i.grain,
+                i.trust,
+            )
+            for n, i in enumerate(facts.layers)
+        ),
     )
-    for number, layer in enumerate(facts.layers):
-        table.add_row(
-            str(number),
-            printable(layer.path),
-            *(str(n) for n in (layer.data_bytes, layer.extents, layer.visible_bytes)),
-            *(str(n) for n in (layer.shadowed_bytes, layer.grain)),
-            printable(layer.trust),
-        )
-    print_table(table)
     state = ", dense" if facts.dense else ""
     click.echo(
         f"{len(facts.layers)} layers, {facts.size} bytes, of which {facts.holes} are holes in all;"

@@ -1,4 +1,4 @@
-"""`map`: which layer supplies which part of an image, in the terminal, as a picture, as JSON."""
+"""`map`: show which layer supplies which part of an image: as text, a picture or JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import click
 
@@ -30,7 +30,7 @@ _POWERS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 def _range(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> tuple[int, int | None] | None:
-    # START:END in bytes, decimal or 0x..., with K, M, G or T; either may be left out.
+    # START:END in bytes, decimal or 0x..., with K, M, G or T. Either may be left out.
     if value is None:
         return None
     start, colon, stop = value.partition(":")
@@ -43,7 +43,7 @@ def _bytes(text: str) -> int | None:
     if not text:
         return None
     if not (found := _NUMBER.fullmatch(text)):
-        raise click.BadParameter(f"{text!r} is no number of bytes, like 4096, 0x1000 or 4K")
+        raise click.BadParameter(f"{text!r} is not a number of bytes, like 4096, 0x1000 or 4K")
     return (
         int(found[1], 0 if found[1][:2].lower() == "0x" else 10)
         << _POWERS[(found[2] or "").lower()]
@@ -60,20 +60,20 @@ def _bytes(text: str) -> int | None:
     callback=picture_path,
     help="Draw a picture, FILE.png or FILE.svg.",
 )
-@click.option("--force", is_flag=True, help="Replace the picture if it exists, in one step.")
+@click.option("--force", is_flag=True, help="Replace the picture atomically if it exists.")
 @click.option(
     "--layout",
     type=click.Choice(["hilbert", "linear"]),
-    help="How the picture is laid out: along a Hilbert curve (hilbert), or row by row.",
+    help="Draw the picture along a Hilbert curve (the default) or row by row (linear).",
 )
 @click.option(
     "--range",
     "window",
     callback=_range,
     metavar="START:END",
-    help="Only these bytes: decimal or 0x..., with K, M, G or T; either may be left out.",
+    help="Only these bytes: decimal or 0x..., with K, M, G or T. You may leave out either one.",
 )
-@click.option("--zeros", "scan", is_flag=True, help="Read the data once, and tell written zeros.")
+@click.option("--zeros", "scan", is_flag=True, help="Read the data once to find written zeros.")
 @click.option("--json", "as_json", is_flag=True, help="Print the ranges as JSON.")
 def map_(
     source: ImageArguments,
@@ -84,12 +84,13 @@ def map_(
     scan: bool,
     as_json: bool,
 ) -> None:
-    """Which layer supplies which part of IMAGE.
+    """Show which layer supplies which part of IMAGE.
 
-    In the terminal a row for each layer: each column shows how much of that part of the image comes
-    from it, on a logarithmic scale on which one page is still seen. With -o a picture, which takes
-    matplotlib (pip install 'diffmergefs[plot]'). With --json the ranges, like those of `qemu-img
-    map --output=json`; depth 0 is the newest layer. Only metadata is read, but for --zeros.
+    The terminal has a row for each layer. Each column shows how much of that part of the image
+    comes from the layer, on a logarithmic scale that makes a single page visible. -o draws a
+    picture and needs matplotlib (pip install 'diffmergefs[plot]'). --json prints the ranges, like
+    `qemu-img map --output=json`; depth 0 is the newest layer. Only metadata is read, except with
+    --zeros.
 
     \b
     Examples:
@@ -99,17 +100,18 @@ def map_(
       diffmergefs map --json /srv/snapshots/pandas | jq '.[] | select(.depth == 0)'
     """
     if output is None and (force or layout):
-        raise click.UsageError("--force and --layout are about a picture: name it with -o")
+        raise click.UsageError("--force and --layout need a picture: name it with -o")
     if output is not None and as_json:
-        raise click.UsageError("--json prints ranges, -o draws a picture: one at a time")
+        raise click.UsageError("--json and -o cannot be combined")
     if output is not None:
         require_matplotlib()
     with (found := source.open()).view as view:
         start, stop = _within(window, view.size)
         paths = [printable(layer.path) for layer in view.layers]
-        title = source.title
         names = [printable(name) for name in short_names([layer.path for layer in view.layers])]
-        subject = Subject(title, names, view.size, start, stop, source.policy.page_size, scan)
+        subject = Subject(
+            source.title, names, view.size, start, stop, source.policy.page_size, scan
+        )
         found_pieces = _pieces(view, subject, bar=not (as_json and sys.stdout.isatty()))
         if output is not None:
             draw_map(found_pieces, view, subject, layout or "hilbert", output, force=force)
@@ -127,7 +129,7 @@ def _within(window: tuple[int, int | None] | None, size: int) -> tuple[int, int]
     stop = size if stop is None else stop
     if not start < stop <= size:
         raise click.BadParameter(
-            f"{start:#x}:{stop:#x} is no range within the image's {size:#x} bytes",
+            f"{start:#x}:{stop:#x} is not a range within the image's {size:#x} bytes",
             param_hint="--range",
         )
     return start, stop
@@ -135,29 +137,27 @@ def _within(window: tuple[int, int | None] | None, size: int) -> tuple[int, int]
 
 @contextmanager
 def _pieces(view: MergedView, subject: Subject, *, bar: bool) -> Iterator[Iterable[Piece]]:
-    # With a progress bar, unless what is printed meanwhile would run into it.
-    start, stop, page = subject.start, subject.stop, subject.page
+    # Without a progress bar if the output would run into it.
+    start, stop = subject.start, subject.stop
     found = zeros.pieces(view, start, stop)
-    if not bar:
-        silent = zeros.scanned_pieces(view, start, stop, page, ignore_progress)
-        yield silent if subject.scanned else found
-    elif subject.scanned:
-        data = sum(piece.stop - piece.start for piece in found if piece.layer is not None)
-        with progress("zeros", data) as moved:
-            yield zeros.scanned_pieces(view, start, stop, page, moved)
-    else:
-        with progress("map", stop - start) as moved:
-            yield _reported(found, moved)
+    what, total = "map", stop - start
+    if subject.scanned:
+        what, total = "zeros", sum(p.stop - p.start for p in found if p.layer is not None)
+    with progress(what, total) if bar else nullcontext(ignore_progress) as advance:
+        if subject.scanned:
+            yield zeros.scanned_pieces(view, start, stop, subject.page, advance)
+        else:
+            yield _reported(found, advance)
 
 
-def _reported(pieces: Iterable[Piece], moved: Progress) -> Iterator[Piece]:
+def _reported(pieces: Iterable[Piece], advance: Progress) -> Iterator[Piece]:
     for piece in pieces:
         yield piece
-        moved(piece.stop - piece.start)
+        advance(piece.stop - piece.start)
 
 
 def _print_ranges(pieces: Iterable[Piece], image: Image) -> None:
-    # One object a line, as they come: there may be millions.
+    # One object per line, printed at once: there may be millions.
     before = "["
     newest = len(image.view.layers) - 1
     for start, stop, layer, zero in pieces:
@@ -165,7 +165,7 @@ def _print_ranges(pieces: Iterable[Piece], image: Image) -> None:
         entry: dict[str, int | str] = {
             "start": start,
             "length": stop - start,
-            # As qemu-img has it: a hole in all layers is found out at the base.
+            # A hole in all layers has the base's depth, as in qemu-img.
             "depth": newest - (layer or 0),
             "present": present,
             "zero": zero,

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ _ESCAPED = frozenset({"Cc", "Zl", "Zp"})
 # Wide enough that each row stays one line when stdout is not a terminal.
 _PIPE_WIDTH = 4096
 
-# The seconds between two moves of a bar, each of which costs more than the copy of a page.
+# The time between two updates of a bar: an update costs more than copying a page.
 _SECONDS = 0.1
 
 
@@ -53,42 +53,42 @@ def print_diagnostic(text: str) -> None:
         print(diagnostic(text), file=sys.stderr, flush=True)
 
 
-def count(number: int, what: str) -> str:
-    """`1 diff`, `2 diffs`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def print_json(facts: object) -> None:
     """Print the facts as JSON on stdout."""
     print(json.dumps(facts, indent=2))
 
 
-def new_table(*columns: str) -> Table:
-    """An empty table. A column whose name begins with `>` holds numbers, aligned to the right."""
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A table. A column whose name begins with `>` holds numbers, aligned to the right.
+
+    Cells are printed as their `str`, escaped by `printable`, and None as `-`.
+    """
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         right = column.startswith(">")
-        table.add_column(column.lstrip(">"), justify="right" if right else "left", overflow="fold")
-    return table
+        made.add_column(column.lstrip(">"), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*("-" if cell is None else printable(str(cell)) for cell in row))
+    return made
 
 
-def print_table(table: Table) -> None:
-    """Print a table on stdout. If stdout is not a terminal, each row is one line."""
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a `table` on stdout. If stdout is not a terminal, each row is one line."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else _PIPE_WIDTH
     console = Console(highlight=False, markup=False, emoji=False, width=width)
     # print() writes it: rich ends the process with status 1 when the reader has gone away.
     with console.capture() as capture:
-        console.print(table)
+        console.print(table(columns, rows))
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 @contextmanager
 def progress(what: str, total: int | None = None, *, unit: str = "bytes") -> Iterator[Progress]:
-    """A callable that takes how much was done since its last call, and moves a progress bar.
+    """A callable that takes the amount done since its last call, and moves a progress bar.
 
     `total` is None if it is unknown. Counts are formatted as sizes if `unit` is 'bytes', and left
     out if it is empty. Nothing is printed if stderr is not a terminal.

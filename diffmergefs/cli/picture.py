@@ -1,8 +1,8 @@
-"""The pictures of `map` and `info`, as their options ask for them."""
+"""The pictures of `map` and `info`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 def picture_path(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> str | None:
-    """Refuse the name of a picture that is not that of a PNG or an SVG file."""
+    """Refuse a file name for a picture that does not end in .png or .svg."""
     if value is not None and picture_format(value) is None:
         endings = " or ".join(f".{name}" for name in FORMATS)
-        raise click.BadParameter(f"{printable(value)}: a picture's name ends with {endings}")
+        raise click.BadParameter(f"{printable(value)}: a picture's name must end in {endings}")
     return value
 
 
@@ -38,34 +38,36 @@ def draw_map(
     *,
     force: bool,
 ) -> None:
-    """Write the map of the pieces that are `found` to `output`, once that can be written.
+    """Write the map of the `found` pieces to `output`, after checking that it can be written.
 
-    Requires `require_matplotlib`, like all here.
+    Requires `require_matplotlib`, like all functions here.
     """
     from diffmergefs.pictures.map_picture import MapPicture
 
-    def draw() -> bytes:
+    def make() -> Picture:
         with found as pieces:
-            picture = MapPicture(pieces, subject, layout)
-        return _drawn(picture, output)
+            return MapPicture(pieces, subject, layout)
 
-    publish(output, view.layers, draw, force=force)
-    print_diagnostic(f"{output}: written")
+    _publish(output, view, make, force=force)
 
 
 def draw_extents(view: MergedView, title: str, page: int, output: str, *, force: bool) -> None:
     """Write the histograms of the layers' extents to `output`."""
     from diffmergefs.pictures.extents_picture import ExtentsPicture
 
-    def draw() -> bytes:
+    def make() -> Picture:
         names = [printable(name) for name in short_names([layer.path for layer in view.layers])]
         lengths = [run_lengths(layer.extents, page) for layer in view.layers]
-        return _drawn(ExtentsPicture(title, names, lengths, page), output)
+        return ExtentsPicture(title, names, lengths, page)
+
+    _publish(output, view, make, force=force)
+
+
+def _publish(output: str, view: MergedView, make: Callable[[], Picture], *, force: bool) -> None:
+    def draw() -> bytes:
+        picture = make()
+        with progress("draw", unit=""):
+            return picture.svg() if picture_format(output) == "svg" else picture.png()
 
     publish(output, view.layers, draw, force=force)
     print_diagnostic(f"{output}: written")
-
-
-def _drawn(picture: Picture, output: str) -> bytes:
-    with progress("draw", unit=""):
-        return picture.svg() if picture_format(output) == "svg" else picture.png()

@@ -1,4 +1,4 @@
-"""`prefetch`: the record of an image's working set, shown or removed."""
+"""`prefetch`: show or remove the recorded working set of an image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffmergefs.cli.options import (
     with_policy,
     working_set_dir_option,
 )
-from diffmergefs.cli.output import new_table, print_diagnostic, print_json, print_table, printable
+from diffmergefs.cli.output import print_diagnostic, print_json, printable
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.prefetch.record import Identity, WorkingSet, WorkingSets, identity_of_files
 from diffmergefs.prefetch.touches import pieces
@@ -22,9 +22,9 @@ from diffmergefs.stores.lookup import find_image
 
 
 @click.command()
-@click.option("--show", is_flag=True, help="Say what is recorded, and whether it still fits.")
+@click.option("--show", is_flag=True, help="Print what is recorded, and whether it still fits.")
 @click.option("--forget", is_flag=True, help="Remove the record.")
-@click.option("--json", "as_json", is_flag=True, help="Print the facts, ranges too, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result and the ranges as JSON.")
 @working_set_dir_option
 @state_dir_option
 @store_options
@@ -37,11 +37,11 @@ def prefetch(
     as_json: bool,
     working_set_dir: str | None,
 ) -> int:
-    """The record of IMAGE's working set: the pages that a restore touched first.
+    """Show or remove the working set of IMAGE: the pages that a restore touched first.
 
-    `diffmergefs mount --record` writes it, and a mount brings those pages into the page cache when
-    the image is opened. IMAGE is a snapshot directory or a numbered layer file; --base and --diff
-    name layers instead. No layer is opened.
+    `diffmergefs mount --record` records it, and a mount reads those pages into the page cache when
+    the image is opened. IMAGE is a snapshot directory or a numbered layer file. You can name layers
+    with --base and --diff instead. No layer is opened.
 
     \b
     Examples:
@@ -49,7 +49,7 @@ def prefetch(
       diffmergefs prefetch --base mem_file --diff mem_diff --forget
     """
     if show == forget:
-        raise click.UsageError("say either --show or --forget")
+        raise click.UsageError("give either --show or --forget")
     sets = WorkingSets(working_set_dir, source.policy.state_dir)
     layers = identity_of_files(_layers_of(source))
     if forget:
@@ -86,7 +86,7 @@ def _show(sets: WorkingSets, layers: Identity, as_json: bool) -> int:
     if as_json:
         print_json(_facts(path, record, reason))
     elif record is None:
-        print_diagnostic(f"{path}: there is no record; mount --record makes one")
+        print_diagnostic(f"{path}: there is no record; `mount --record` makes one")
     else:
         _print(path, record, reason)
     return 0 if record is not None and reason is None else 1
@@ -112,12 +112,13 @@ def _facts(path: str, record: WorkingSet | None, reason: str | None) -> dict[str
 def _print(path: str, record: WorkingSet, reason: str | None) -> None:
     facts = _facts(path, record, reason)
     readahead = facts["readahead_kib"]
-    table = new_table("", "")
-    table.show_header = False
-    table.add_row("record", printable(path))
-    table.add_row("recorded", printable(record.recorded))
-    table.add_row("readahead", "unknown" if readahead is None else f"{readahead} KiB")
-    table.add_row("state", "fits" if reason is None else f"stale: {printable(reason)}")
-    table.add_row("touched", f"{facts['touched_bytes']} bytes in {len(record.ranges)} ranges")
-    table.add_row("prefetched", f"{facts['prefetched_bytes']} bytes in {facts['pieces']} pieces")
-    print_table(table)
+    lines = {
+        "record": path,
+        "recorded": record.recorded,
+        "readahead": "unknown" if readahead is None else f"{readahead} KiB",
+        "state": "fits" if reason is None else f"stale: {reason}",
+        "touched": f"{facts['touched_bytes']} bytes in {len(record.ranges)} ranges",
+        "prefetched": f"{facts['prefetched_bytes']} bytes in {facts['pieces']} pieces",
+    }
+    for name, text in lines.items():
+        print(f"{name:10}  {printable(text)}")

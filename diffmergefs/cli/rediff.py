@@ -1,4 +1,4 @@
-"""`rediff`: true diffs out of complete images, one by one or for a whole store."""
+"""`rediff`: sparse diffs from complete images, one by one or for a whole store."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from diffmergefs.cli.options import (
     trust_options,
 )
 from diffmergefs.cli.output import (
-    count,
-    new_table,
     print_diagnostic,
     print_json,
     print_table,
     printable,
     progress,
 )
+from diffmergefs.core.errors import counted
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.newstore import NewStore
 from diffmergefs.writing.rediff import RediffResult
@@ -40,17 +39,15 @@ from diffmergefs.writing.storediff import StoreRediff
     "--store",
     type=PATH,
     metavar="DIR",
-    help="Make a new store of the forkd store DIR, with a true diff for each dense link.",
+    help="Make a new store from the forkd store DIR, with a sparse diff for each dense link.",
 )
-@click.option(
-    "--skip-broken", is_flag=True, help="With --store: leave out what is broken, with a line each."
-)
+@click.option("--skip-broken", is_flag=True, help="With --store: leave out broken snapshots.")
 @side_diffs("parent")
 @side_diffs("child")
 @plain_option
 @force_option
 @click.option(
-    "--verify", is_flag=True, help="Lay the diff over PARENT and compare before it is published."
+    "--verify", is_flag=True, help="Merge PARENT and the diff and compare before publishing it."
 )
 @seal_option
 @jobs_option
@@ -73,15 +70,16 @@ def rediff(
     as_json: bool,
     policy: TrustPolicy,
 ) -> None:
-    """Write the true sparse diff between two complete images: PARENT with it is CHILD.
+    """Write the sparse diff between two complete images. Merged with PARENT, it gives CHILD.
 
-    Each is an IMAGE (a snapshot directory or a numbered layer) or any other file, taken as it is.
-    Only pages that differ are written, those that became zero as zeros; the rest is a hole. The
-    output is whole or not there at all, and is proven to hold just these pages as data.
+    Each is an IMAGE (a snapshot directory or a numbered layer) or any other file, which is read as
+    a complete image. Only pages that differ are written, including pages that became zero; the rest
+    is a hole. The output appears complete or not at all, after a check that its data is exactly
+    these pages.
 
-    With --store every dense link of a forkd store, a complete image in spite of its parent,
-    becomes a true diff in a new store; all else is copied, and parents' hashes are recorded anew.
-    The old store is only read.
+    With --store, every dense link of a forkd store (a complete image that has a parent) becomes a
+    sparse diff in a new store. Everything else is copied, and the parents' hashes are recorded
+    again. The old store is only read.
 
     \b
     Examples:
@@ -92,19 +90,18 @@ def rediff(
     if store is not None:
         if parent is not None or parent_diffs or child_diffs or plain or force:
             raise click.UsageError(
-                "--store makes a new directory of DIR: without PARENT and CHILD, their diffs,"
-                " --plain and --force"
+                "--store cannot be combined with PARENT and CHILD, their diffs, --plain or --force"
             )
         _rediff_store(store, output, skip_broken, verify, seal, jobs, as_json, policy)
         return
     if parent is None or child is None:
         raise click.UsageError("give PARENT and CHILD, or --store DIR")
     if skip_broken:
-        raise click.UsageError("--skip-broken goes with --store")
+        raise click.UsageError("--skip-broken needs --store")
     with (
         opened_side(parent, parent_diffs, policy, plain) as before,
         opened_side(child, child_diffs, policy, plain) as after,
-        progress("rediff", bytes_to_compare(before, after)) as moved,
+        progress("rediff", bytes_to_compare(before, after)) as advance,
     ):
         result = rediff_views(
             before,
@@ -115,7 +112,7 @@ def rediff(
             seal=seal,
             jobs=jobs,
             policy=policy,
-            progress=moved,
+            progress=advance,
         )
     _report(output, result, verify, seal, as_json)
 
@@ -138,8 +135,7 @@ def _report(output: str, result: RediffResult, verify: bool, seal: bool, as_json
         f"{printable(output)}: {result.changed_pages} of {pages} pages changed;"
         f" {written.data_bytes} bytes written of {written.size} ({result.ratio:.2%}),"
         f" {result.compared_bytes} compared"
-        + (", verified" if verify else "")
-        + (", sealed" if seal else "")
+        f"{', verified' if verify else ''}{', sealed' if seal else ''}"
     )
 
 
@@ -155,8 +151,8 @@ def _rediff_store(
 ) -> None:
     with progress("open", unit=""):
         opened = StoreRediff(store, skip_broken=skip_broken, policy=policy)
-    with opened, progress("rediff", opened.total_bytes) as moved:
-        made = opened.write(output, verify=verify, seal=seal, jobs=jobs, progress=moved)
+    with opened, progress("rediff", opened.total_bytes) as advance:
+        made = opened.write(output, verify=verify, seal=seal, jobs=jobs, progress=advance)
     for line in made.overridden:
         print_diagnostic(line)
     for tag, reason in made.left_out.items():
@@ -169,17 +165,16 @@ def _rediff_store(
 
 
 def _print_store(made: NewStore) -> None:
-    table = new_table("TAG", "PARENT", "DONE", ">SIZE", ">DATA BEFORE", ">DATA NOW")
-    for s in made.snapshots:
-        numbers = map(str, (s.size, s.data_before, s.data_bytes))
-        table.add_row(printable(s.tag), printable(s.parent or "-"), s.done, *numbers)
-    print_table(table)
+    print_table(
+        ("TAG", "PARENT", "DONE", ">SIZE", ">DATA BEFORE", ">DATA NOW"),
+        ((s.tag, s.parent, s.done, s.size, s.data_before, s.data_bytes) for s in made.snapshots),
+    )
     rediffed = sum(s.done == "rediffed" for s in made.snapshots)
     saved = made.data_before - made.data_bytes
     share = saved / made.data_before if made.data_before else 0
     click.echo(
-        f"{printable(made.output)}: {count(len(made.snapshots), 'snapshot')},"
-        f" {count(rediffed, 'dense link')} made {'a true diff' if rediffed == 1 else 'true diffs'};"
+        f"{printable(made.output)}: {counted(len(made.snapshots), 'snapshot')},"
+        f" {counted(rediffed, 'dense link')} rediffed;"
         f" {made.data_before} bytes of data before, {made.data_bytes} now,"
         f" {saved} saved ({share:.2%})"
     )

@@ -1,4 +1,4 @@
-"""`seal`: recording where a layer's data are, while that is known to be right."""
+"""`seal`: record where a layer has data, while that is known to be correct."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from diffmergefs.cli.options import (
     vouching_options,
 )
 from diffmergefs.cli.output import (
-    new_table,
     print_diagnostic,
     print_json,
     print_table,
-    printable,
     progress,
 )
 from diffmergefs.core.errors import DiffMergeError
@@ -35,8 +33,8 @@ from diffmergefs.writing.sealing import SealResult, seal_layer
 @click.option(
     "--force",
     is_flag=True,
-    help="Replace a seal that says something else. If a copy has harmed the layer's holes, that"
-    " seal was the only record of them.",
+    help="Replace a seal that does not match the layer. If a copy has damaged the layer's holes,"
+    " that seal was their only record.",
 )
 @json_option
 @vouching_options
@@ -49,20 +47,20 @@ def seal(
     as_json: bool,
     policy: TrustPolicy,
 ) -> int:
-    """Write the seal of each LAYER, LAYER.bmap beside it: where its data are, with checksums.
+    """Write a seal beside each LAYER: LAYER.bmap records where the data is, with checksums.
 
-    A diff's holes are its meaning, and ordinary copies (cp, cat, tar) destroy them without a word.
-    With its seal beside it a copy merges right all the same: every command takes the extents from
-    the seal, once its checksums were compared with the bytes. Seal a diff as soon as its VMM has
-    closed it, where it was taken.
+    The holes of a diff have a meaning, and ordinary copies (cp, cat, tar) destroy them silently.
+    A copy with its seal beside it still merges correctly: every command takes the extents from the
+    seal, after comparing its checksums with the bytes. Seal a diff where it was taken, as soon as
+    its VMM has closed it.
 
-    What lies below is named with --base and --diff, oldest first: then each LAYER, or without one
-    each --diff, is held against the layers before it. A hint says if its holes look filled, which
-    a seal would make last; --strict refuses it.
+    Name the layers below with --base and --diff, oldest first. Then each LAYER, or each --diff if
+    you name no LAYER, is compared with the layers before it. If its holes look filled, a hint says
+    so, because a seal would make that permanent; --strict refuses the layer.
 
-    The format is bmap 2.0, which bmaptool(1) reads and writes too. A seal that is there is
-    never replaced if it says anything else than what is found now, unless with --force. All layers
-    are tried; the exit code is that of the first that failed.
+    The format is bmap 2.0, which bmaptool(1) also reads and writes. An existing seal that does not
+    match the layer is replaced only with --force. All layers are tried; the exit code is that of
+    the first failure.
 
     \b
     Examples:
@@ -73,39 +71,38 @@ def seal(
     if not (layers or diffs):
         raise click.UsageError("name the layers to seal")
     if base is None and (diffs or policy.strict):
-        raise click.UsageError("--diff and --strict need --base: what lies below the layers")
+        raise click.UsageError("--diff and --strict need --base, the base below the layers")
     done: list[SealResult] = []
     failed = 0
     chain = (base, *diffs, *layers)
-    told: set[str] = set()
+    printed: set[str] = set()
     for number in range(1 if not layers else 1 + len(diffs), len(chain)):
         below = [path for path in chain[:number] if path]
         try:
-            done.append(_seal(str(chain[number]), below if base else [], force, policy, told))
+            done.append(_seal(str(chain[number]), below if base else [], force, policy, printed))
         except DiffMergeError as error:
             print_diagnostic(str(error))
             failed = failed or error.exit_code
     if as_json:
         print_json([asdict(result) for result in done])
     elif done:
-        table = new_table("SEAL", "DONE", ">RANGES", ">DATA", ">BLOCK")
-        for r in done:
-            numbers = map(str, (r.ranges, r.data_bytes, r.block))
-            table.add_row(printable(r.path), r.outcome, *numbers)
-        print_table(table)
+        print_table(
+            ("SEAL", "DONE", ">RANGES", ">DATA", ">BLOCK"),
+            ((r.path, r.outcome, r.ranges, r.data_bytes, r.block) for r in done),
+        )
     return failed
 
 
 def _seal(
-    layer: str, below: list[str], force: bool, policy: TrustPolicy, told: set[str]
+    layer: str, below: list[str], force: bool, policy: TrustPolicy, printed: set[str]
 ) -> SealResult:
     known = open_chain(below[0], below[1:], policy) if below else None
     what = f"seal {os.path.basename(layer)}"
-    with known.view if known else nullcontext(), progress(what) as moved:
+    with known.view if known else nullcontext(), progress(what) as advance:
         parents = known.view.layers if known else ()
-        result = seal_layer(layer, force=force, policy=policy, parents=parents, progress=moved)
+        result = seal_layer(layer, force=force, policy=policy, parents=parents, progress=advance)
     for line in (*(known.overridden if known else ()), *result.overridden, *result.hints):
-        if line not in told:  # the layers below are the same for the next, and one more
+        if line not in printed:  # the next layer has the same layers below it, and one more
             print_diagnostic(line)
-        told.add(line)
+        printed.add(line)
     return result

@@ -1,4 +1,4 @@
-"""`squash`: adjacent diffs of a chain as one."""
+"""`squash`: merge adjacent diffs of a chain into one."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ import click
 
 from diffmergefs.cli.inputs import ImageArguments, image_options
 from diffmergefs.cli.options import PATH, force_option, json_option, seal_option
-from diffmergefs.cli.output import count, print_diagnostic, print_json, printable, progress
+from diffmergefs.cli.output import print_diagnostic, print_json, printable, progress
+from diffmergefs.core.errors import counted
 from diffmergefs.opening.images import Image
 from diffmergefs.writing.squash import SquashResult, count_data
 from diffmergefs.writing.squash import squash as squash_view
 
-_NAMED = 8  # tags of a chain that stand in a message
+_NAMED = 8  # how many tags of a chain a message names
 
 
 @click.command()
 @image_options
 @click.option("-o", "--output", required=True, type=PATH, help="The new diff.")
-@click.option("--from", "from_tag", metavar="TAG", help="The oldest diff; by default the first.")
-@click.option("--to", "to_tag", metavar="TAG", help="The newest diff; by default IMAGE's own.")
+@click.option("--from", "from_tag", metavar="TAG", help="The oldest diff (default: the first).")
+@click.option("--to", "to_tag", metavar="TAG", help="The newest diff (default: IMAGE's own).")
 @force_option
-@click.option(
-    "--verify", is_flag=True, help="Compare the chain with it in place before it is published."
-)
+@click.option("--verify", is_flag=True, help="Compare the chain that uses it before publishing it.")
 @seal_option
 @json_option
 def squash(
@@ -37,11 +36,11 @@ def squash(
     seal: bool,
     as_json: bool,
 ) -> None:
-    """Merge diffs of IMAGE's chain into one, which takes their place; the base is not touched.
+    """Merge diffs of IMAGE's chain into one that can replace them. The base is not read.
 
-    Written are all diffs, or those from one tag to another, both included. Written zeros stay
-    data. The output is whole or not there at all, and is proven to have data where one of the
-    diffs has, and only there. Blocks are shared (reflinked) where the filesystem can.
+    Without --from and --to, all diffs are merged; the two diffs that they name are included.
+    Written zeros stay data. The output appears complete or not at all, after a check that it has
+    data exactly where one of the diffs has data. If the filesystem can reflink, blocks are shared.
 
     \b
     Examples:
@@ -51,12 +50,11 @@ def squash(
     """
     if source.base is not None and (from_tag is not None or to_tag is not None):
         raise click.UsageError(
-            "--from and --to name tags of IMAGE's chain; with --base and --diff, name just the"
-            " diffs to squash"
+            "--from and --to need IMAGE; with --base and --diff, name only the diffs to squash"
         )
     with (found := source.open()).view as view:
         if len(view.layers) == 1:
-            raise click.UsageError(f"{view.layers[0].path} is a base: there is no diff to squash")
+            raise click.UsageError(f"{view.layers[0].path} is a base: it has no diff to squash")
         first = 1 if from_tag is None else _position(found, from_tag, "--from")
         last = len(view.layers) - 1 if to_tag is None else _position(found, to_tag, "--to")
         if first > last:
@@ -64,7 +62,7 @@ def squash(
                 f"--from {found.tags[first]} is newer than --to {found.tags[last]} in the chain"
                 f" {_named(found)}"
             )
-        with progress("squash", count_data(view, first, last)) as moved:
+        with progress("squash", count_data(view, first, last)) as advance:
             result = squash_view(
                 view,
                 output,
@@ -74,7 +72,7 @@ def squash(
                 verify=verify,
                 seal=seal,
                 policy=source.policy,
-                progress=moved,
+                progress=advance,
             )
         paths = [layer.path for layer in view.layers[first : last + 1]]
     _report(output, result, paths, verify, seal, as_json)
@@ -82,7 +80,7 @@ def squash(
 
 def _position(found: Image, tag: str, option: str) -> int:
     if tag not in found.tags:
-        raise click.UsageError(f"{option} {tag} is no tag of the chain {_named(found)}")
+        raise click.UsageError(f"{option} {tag} is not a tag of the chain {_named(found)}")
     if found.tags[0] == tag:
         raise click.UsageError(
             f"{option} {tag} is the base of the chain {_named(found)}; name a diff"
@@ -104,15 +102,14 @@ def _report(
     for line in written.overridden:
         print_diagnostic(line)
     if written.dense:
-        print_diagnostic(f"{output}: the diff has no hole: it is taken with --dense only")
+        print_diagnostic(f"{output}: the diff has no holes and needs --dense")
     if as_json:
         shadowed = {"shadowed_bytes": result.shadowed_bytes}
         print_json({"output": output, **asdict(written), **shadowed, "layers": paths})
         return
     click.echo(
-        f"{printable(output)}: {count(len(paths), 'diff')} as one; {written.data_bytes} bytes of"
-        f" data in {count(written.extents, 'extent')}, {written.copied} copied,"
+        f"{printable(output)}: {counted(len(paths), 'diff')} as one; {written.data_bytes} bytes of"
+        f" data in {counted(written.extents, 'extent')}, {written.copied} copied,"
         f" {written.shared} shared, {result.shadowed_bytes} shadowed"
-        + (", verified" if verify else "")
-        + (", sealed" if seal else "")
+        f"{', verified' if verify else ''}{', sealed' if seal else ''}"
     )

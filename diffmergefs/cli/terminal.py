@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from diffmergefs.analysis.zeros import Piece
-from diffmergefs.cli.output import new_table, print_table
+from diffmergefs.cli.output import print_table
 from diffmergefs.core.errors import counted
 from diffmergefs.pictures import cells
 from diffmergefs.pictures.legend import (
@@ -36,10 +36,9 @@ class TerminalMap:
     """The map of the pieces of a range, as wide as the terminal."""
 
     def __init__(self, pieces: Iterable[Piece], subject: Subject) -> None:
-        """Takes the pieces, once and in order; nothing is printed."""
-        # Characters are chosen by what the user's terminal shows, colours by rich: it knows
-        # NO_COLOR, and pipes.
-        self._ramp = _BLOCKS if _takes_utf8() else _ASCII
+        """Read the pieces, once and in order. Nothing is printed."""
+        # The locale decides on the characters. rich decides on colours (NO_COLOR, pipes).
+        self._ramp = _BLOCKS if _supports_utf8() else _ASCII
         self._console = Console(highlight=False, markup=False, emoji=False)
         self._subject = subject
         self._kinds = kinds = Kinds(len(subject.names))
@@ -51,11 +50,11 @@ class TerminalMap:
         self._rows = cells.bytes_by_kind(found, self._grid, len(kinds))
 
     def print(self, paths: list[str]) -> None:
-        """The rows on stdout, and below them what each adds up to.
+        """Print the rows on stdout, and below them the total of each.
 
-        `paths` are the layers' files, to be printed as they are.
+        `paths` are the layers' files, already printable.
         """
-        # By print(): rich ends the process with status 1 when the reader has gone away.
+        # print() writes it: rich ends the process with status 1 when the reader has gone away.
         with self._console.capture() as capture:
             for line in _title(self._subject, self._grid):
                 self._console.print(line, soft_wrap=True)
@@ -79,12 +78,12 @@ class TerminalMap:
             self._console.print(text, soft_wrap=True)
 
 
-def _takes_utf8() -> bool:
+def _supports_utf8() -> bool:
     encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
     if encoding != "utf8":
         return False
-    # In the C locale Python speaks UTF-8 for want of better, and for LANG=C sets LC_CTYPE to say
-    # so (PEP 538); the terminal need not.
+    # In the C locale Python uses UTF-8, and for LANG=C it sets LC_CTYPE accordingly (PEP 538). The
+    # terminal may not support UTF-8.
     locale = os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG")
     if locale == "C.UTF-8" and not os.environ.get("LC_ALL"):
         locale = os.environ.get("LANG") or locale
@@ -92,7 +91,7 @@ def _takes_utf8() -> bool:
 
 
 def _labels(kinds: Kinds, subject: Subject, width: int) -> dict[int, str]:
-    # Of the rows, from top to bottom.
+    # The labels of the rows, from top to bottom.
     shown = [*kinds.layers, *[ZEROS] * subject.scanned, HOLE]
     numbers = {kind: kinds.label(kind) for kind in shown}
     indent = max(map(len, numbers.values()))
@@ -114,7 +113,7 @@ def _title(subject: Subject, grid: cells.Grid) -> Iterator[str]:
 
 
 def _ruler(subject: Subject, grid: cells.Grid, mark: str) -> tuple[str, str]:
-    # Addresses that are multiples of a power of two, as many as have room; the start's in any case.
+    # Addresses that are multiples of a power of two, as many as fit, and always that of the start.
     width = len(address(0, subject.stop)) + 2
     step = 1 << (width * grid.cell - 1).bit_length()
     marks = {0: grid.origin}
@@ -122,7 +121,7 @@ def _ruler(subject: Subject, grid: cells.Grid, mark: str) -> tuple[str, str]:
         column = (offset - grid.origin) // grid.cell
         if column >= width:
             marks[column] = offset
-    # The last one may stand out over the row's end.
+    # The last one could extend beyond the end of the row.
     marks = {c: offset for c, offset in marks.items() if not c or c + width - 2 <= grid.cells}
     addresses = ticks = ""
     for column, offset in marks.items():
@@ -143,12 +142,14 @@ def _style(kind: int) -> str:
 
 
 def _print_legend(kinds: Kinds, subject: Subject, paths: list[str], totals: dict[int, int]) -> None:
-    table = new_table(">#", "LAYER", ">BYTES", ">SHARE")
     whole = subject.stop - subject.start
-    for kind, nbytes in totals.items():
-        name = kinds.name(kind, paths)
-        table.add_row(kinds.label(kind), name, str(nbytes), percent(nbytes, whole))
-    print_table(table)
+    print_table(
+        (">#", "LAYER", ">BYTES", ">SHARE"),
+        (
+            (kinds.label(kind), kinds.name(kind, paths), nbytes, percent(nbytes, whole))
+            for kind, nbytes in totals.items()
+        ),
+    )
 
 
 def _scale(subject: Subject, grid: cells.Grid, ramp: str) -> str:

@@ -1,4 +1,4 @@
-"""`umount`."""
+"""`umount`: unmount a view."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from diffmergefs.system import mountpoint as mountpoints
 
 @click.command()
 @click.argument("mountpoint", type=MOUNTPOINT)
-@click.option("--lazy", is_flag=True, help="Detach it although files are open; they stay served.")
+@click.option("--lazy", is_flag=True, help="Detach it even if files are open. They stay readable.")
 def umount(mountpoint: str, lazy: bool) -> None:
-    """Unmount MOUNTPOINT; refused while files are open, unless --lazy.
+    """Unmount MOUNTPOINT. Fail while files are open, unless you give --lazy.
 
-    The refusal names the processes that have them open or mapped, as far as they can be seen.
+    The error message names the processes that have files open or mapped, if they are visible.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""`verify`: are the layers of an image still what they were when it was taken?"""
+"""`verify`: check the layers of an image against everything recorded about them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffmergefs.cli.inputs import ImageArguments, image_options
 from diffmergefs.cli.options import json_option, strict_option
 from diffmergefs.cli.output import print_diagnostic, print_json, printable, progress
 
-_NAMED = 8  # unpinned parents that stand in the summary
+_NAMED = 8  # how many unpinned parents the summary names
 
 
 @click.command()
@@ -20,7 +20,7 @@ _NAMED = 8  # unpinned parents that stand in the summary
     "--jobs",
     type=click.IntRange(1, 256),
     metavar="N",
-    help="How many files to read at a time; by default one for each processor.",
+    help="Read N files at a time (default: one per processor).",
 )
 @json_option
 def verify(
@@ -28,15 +28,15 @@ def verify(
     jobs: int | None,
     as_json: bool,
 ) -> int:
-    """Check every layer of IMAGE against all that was recorded of it; a line for each fault.
+    """Check every layer of IMAGE against everything recorded about it. Print one line per fault.
 
-    Checked are the chain (missing parents, cycles), sizes, where extents can be trusted, every
-    seal and presence file, and the sha256 that each snapshot records of its parent
-    (parent_content_hash). All of it is read anew, whatever was verified before. A parent of which
-    no hash is recorded is named as unpinned; that is no fault. The exit code is 0 if all is well
-    and 1 if not.
+    The checks cover the chain (missing parents, cycles), sizes, whether extents can be trusted,
+    every seal and presence file, and the sha256 that each snapshot records of its parent
+    (parent_content_hash). Everything is read again, even if it was verified before. A parent whose
+    hash is not recorded is listed as unpinned; that is not a fault. The exit code is 0 if there is
+    no fault, otherwise 1.
 
-    What proves right is remembered, so that `diffmergefs mount` need not read it again.
+    Correct results are remembered, so that `diffmergefs mount` does not need to read the files.
 
     \b
     Examples:
@@ -48,8 +48,8 @@ def verify(
         opened = verification.open_layers(source.base, source.diffs, source.policy)
     else:
         opened = verification.open_image(source.image or "", source.policy)
-    with opened, progress("verify", opened.total_bytes) as moved:
-        verdict = opened.verify(moved, jobs)
+    with opened, progress("verify", opened.total_bytes) as advance:
+        verdict = opened.verify(advance, jobs)
     for line in (*verdict.overridden, *verdict.hints):
         print_diagnostic(line)
     if as_json:

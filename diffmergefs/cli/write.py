@@ -1,4 +1,4 @@
-"""`flatten` and `apply`: writing images."""
+"""`flatten` and `apply`: write an image to a new file, or a diff into its base."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffmergefs.cli.options import (
     strict_option,
     trust_options,
 )
-from diffmergefs.cli.output import new_table, print_json, print_table, printable, progress
+from diffmergefs.cli.output import print_json, print_table, printable, progress
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.apply import apply_diff
 from diffmergefs.writing.dependants import REASONS
@@ -25,7 +25,7 @@ from diffmergefs.writing.flatten import flatten as flatten_view
 @strict_option
 @click.option("-o", "--output", required=True, type=PATH, help="The new image file.")
 @force_option
-@click.option("--verify", is_flag=True, help="Read both back and compare before it is published.")
+@click.option("--verify", is_flag=True, help="Read it back and compare before publishing it.")
 @seal_option
 @json_option
 def flatten(
@@ -36,9 +36,9 @@ def flatten(
     seal: bool,
     as_json: bool,
 ) -> None:
-    """Write IMAGE out as a new standalone file: sparse, whole or not there at all.
+    """Write IMAGE to a new standalone sparse file, which appears complete or not at all.
 
-    Blocks are shared with the layers (reflinked) where the filesystem can, and copied elsewhere.
+    If the filesystem can reflink, blocks are shared with the layers; otherwise they are copied.
 
     \b
     Examples:
@@ -47,9 +47,9 @@ def flatten(
     """
     with (found := source.open()).view:
         view = found.view
-        with progress("flatten", sum(view.visible_bytes())) as moved:
+        with progress("flatten", sum(view.visible_bytes())) as advance:
             result = flatten_view(
-                view, output, force=force, verify=verify, seal=seal, progress=moved
+                view, output, force=force, verify=verify, seal=seal, progress=advance
             )
         paths = [layer.path for layer in view.layers]
     rows = list(zip(paths, result.copied, result.shared, strict=True))
@@ -57,26 +57,20 @@ def flatten(
         layers = [{"path": p, "copied": c, "shared": s} for p, c, s in rows]
         print_json({"output": output, "size": result.size, "holes": result.holes, "layers": layers})
         return
-    table = new_table("LAYER", ">COPIED", ">SHARED")
-    for path, copied, shared in rows:
-        table.add_row(printable(path), str(copied), str(shared))
-    print_table(table)
+    print_table(("LAYER", ">COPIED", ">SHARED"), rows)
     click.echo(
         f"{printable(output)}: {result.size} bytes, {sum(result.copied)} copied,"
         f" {sum(result.shared)} shared, {result.holes} holes"
-        + (", verified" if verify else "")
-        + (", sealed" if seal else "")
+        f"{', verified' if verify else ''}{', sealed' if seal else ''}"
     )
 
 
 def _reasons(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> frozenset[str]:
-    names = frozenset(value.split(",")) if value is not None else frozenset()
-    if unknown := names - set(REASONS):
-        raise click.BadParameter(
-            f"{', '.join(sorted(unknown))!r} is not among {', '.join(REASONS)}"
-        )
+    names = frozenset(value.split(",") if value is not None else ())
+    if unknown := ", ".join(sorted(names - set(REASONS))):
+        raise click.BadParameter(f"{unknown!r} is not among {', '.join(REASONS)}")
     return names
 
 
@@ -89,21 +83,21 @@ def _reasons(
     callback=_reasons,
     metavar="NAME[,NAME...]",
     help="Overwrite BASE although it has a seal, which is removed (sealed), is a layer of a store"
-    " (layer), has further names (links), is open elsewhere (open), is shown by a mount (mounted),"
-    " or although DIFF covers nearly all of its data (order).",
+    " (layer), has other names (links), is open elsewhere (open), is used by a mount (mounted), or"
+    " DIFF covers nearly all of its data (order).",
 )
 @trust_options
 def apply(diff: str, base: str, sync: bool, force: frozenset[str], policy: TrustPolicy) -> None:
-    """Copy the data extents of DIFF onto BASE, in place: the classic merge.
+    """Merge DIFF into BASE: copy its data extents to BASE, in place.
 
-    BASE must be a copy that you own: it is changed. It is refused where anything is seen to depend
-    on it, and where the two look swapped. Both must have the same size. An interrupted apply can
-    be repeated. Prints the bytes copied.
+    BASE is changed, so give a copy that you own. It is refused if something depends on it, or if
+    the two files look swapped. Both must have the same size. You can repeat an interrupted apply.
+    Print the number of bytes copied.
 
     \b
     Example:
       cp --reflink=auto mem_file whole.mem && diffmergefs apply mem_diff whole.mem
     """
-    with progress("apply") as moved:
-        copied = apply_diff(diff, base, sync=sync, policy=policy, force=force, progress=moved)
+    with progress("apply") as advance:
+        copied = apply_diff(diff, base, sync=sync, policy=policy, force=force, progress=advance)
     click.echo(f"{copied} bytes copied")

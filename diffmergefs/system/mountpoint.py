@@ -122,6 +122,15 @@ def _require_empty(mountpoint: str, real: str) -> None:
         )
 
 
+def mount_at(mountpoint: str) -> Mount:
+    """The diffmergefs mount on `mountpoint`. Raises MountpointError if there is none."""
+    known = mount_entry(resolved(mountpoint))
+    if known is None or known.kind != FILESYSTEM_TYPE:
+        found = f", but a mount of type {known.kind}" if known else ""
+        raise MountpointError(f"{mountpoint}: not a diffmergefs mount point{found}")
+    return known
+
+
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     """Unmount a diffmergefs mount.
 
@@ -130,14 +139,10 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     Where it is mounted besides, as by a bind mount of one of its files, a warning in the log says.
     Raises MountpointError where no diffmergefs is mounted.
     """
-    path = resolved(mountpoint)
-    known = mount_entry(path)
-    if known is None or known.kind != FILESYSTEM_TYPE:
-        found = f"a {known.kind} is mounted there" if known else "nothing is mounted there"
-        raise MountpointError(f"{mountpoint}: no diffmergefs mount, {found}")
+    known = mount_at(mountpoint)
     elsewhere = _elsewhere(known)
     if lazy:
-        detach(path)
+        detach(known.path)
     else:
         _unmount_idle(mountpoint, known)
     # What comes to stand under its device number now is another mount.

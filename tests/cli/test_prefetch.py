@@ -77,7 +77,7 @@ def test_show_as_json_has_the_ranges_in_order(store: Path, sets: WorkingSets) ->
 def test_without_a_record_the_answer_is_no(store: Path, sets: WorkingSets) -> None:
     where = ["--working-set-dir", sets.directory]
     line = mistake(NO, "prefetch", store / "leaf", "--show", *where)
-    assert "there is no record; mount --record makes one" in line
+    assert "there is no record; `mount --record` makes one" in line
     done = diffmergefs("prefetch", store / "leaf", "--show", "--json", *where)
     assert (done.returncode, json.loads(done.stdout)) == (NO, {"record": None})
     # One of another chain is none of this one.
@@ -145,7 +145,7 @@ def test_no_layer_is_opened(store: Path, sets: WorkingSets) -> None:
 @pytest.mark.parametrize("arguments", [["--show", "--forget"], []], ids=str)
 def test_one_of_both_is_wanted(arguments: list[str], store: Path) -> None:
     done = diffmergefs("prefetch", store / "leaf", *arguments)
-    assert done.returncode == USAGE and "say either --show or --forget" in done.stderr
+    assert done.returncode == USAGE and "give either --show or --forget" in done.stderr
 
 
 def test_mistakes_are_one_line(store: Path, tmp_path: Path) -> None:

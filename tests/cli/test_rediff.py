@@ -173,7 +173,7 @@ def test_rediff_of_a_store_shows_the_saving(store: Path, public_path: Path) -> N
     assert lines[2] == ["work", "base", "diff", *map(str, (SIZE, PAGE, PAGE))]
     assert lines[3] == ["leaf", "work", "rediffed", *map(str, (SIZE, SIZE, PAGE))]
     assert text.splitlines()[4] == (
-        f"{new}: 3 snapshots, 1 dense link made a true diff; {32 * PAGE} bytes of data before,"
+        f"{new}: 3 snapshots, 1 dense link rediffed; {32 * PAGE} bytes of data before,"
         f" {17 * PAGE} now, {15 * PAGE} saved (46.88%)"
     )
     for tag in ("base", "work", "leaf"):
@@ -242,8 +242,8 @@ def test_squash_from_one_tag_to_another_as_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--from", "nobody"], "--from nobody is no tag of the chain base, work, leaf"),
-        (["--to", "nobody"], "--to nobody is no tag of the chain base, work, leaf"),
+        (["--from", "nobody"], "--from nobody is not a tag of the chain base, work, leaf"),
+        (["--to", "nobody"], "--to nobody is not a tag of the chain base, work, leaf"),
         (["--from", "base"], "--from base is the base of the chain base, work, leaf"),
         (["--to", "base"], "--to base is the base"),
         (["--from", "leaf", "--to", "work"], "--from leaf is newer than --to work"),
@@ -263,11 +263,11 @@ def test_squash_of_a_base_or_with_tags_of_explicit_layers_is_usage(
 ) -> None:
     base, work, _ = layers(store)
     done = diffmergefs("squash", store / "base", "-o", tmp_path / "out")
-    assert done.returncode == 2 and "there is no diff to squash" in done.stderr
+    assert done.returncode == 2 and "it has no diff to squash" in done.stderr
     done = diffmergefs(
         "squash", "--base", base, "--diff", work, "--from", "work", "-o", tmp_path / "out"
     )
-    assert done.returncode == 2 and "name just the diffs to squash" in done.stderr
+    assert done.returncode == 2 and "name only the diffs to squash" in done.stderr
     assert not (tmp_path / "out").exists()
     mistake(8, "squash", store / "leaf", "-o", base, "--force")
 

@@ -66,7 +66,7 @@ def test_it_is_unmounted(options: tuple[str, ...], how: str, store: Path, mountp
         if how == "inside":
             # Whatever is mounted there is not asked what lies in it.
             text = one_line(diffmergefs("umount", *options, mountpoint / "leaf"), REFUSED)
-            assert "nothing is mounted there" in text
+            assert "not a diffmergefs mount point" in text
             return
         path = mountpoint if how == "plain" else mountpoint.parent / "link"
         done = diffmergefs("umount", *options, path)

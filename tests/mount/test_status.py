@@ -281,7 +281,7 @@ def test_the_command_prints_a_table_or_json(public_path: Path, mountpoint: Path)
             rf"^daemon +pid {mount.pid}, version {__version__}, up ", done.stdout, re.M
         )
         assert re.search(rf"^leaf +1 +{PAGE}$", done.stdout, re.M)
-        assert re.search(r"^open +1 images, 0 files$", done.stdout, re.M)
+        assert re.search(r"^open +1 image, 0 files$", done.stdout, re.M)
         done = run("status", "--json", mountpoint)
         assert Status.from_json(done.stdout).pid == mount.pid
 
@@ -346,7 +346,7 @@ def test_the_command_distinguishes_no_mount_and_a_stale_one(
     public_path: Path, mountpoint: Path
 ) -> None:
     done = run("status", mountpoint)
-    assert done.returncode == 10 and "nothing is mounted there" in done.stderr
+    assert done.returncode == 10 and "not a diffmergefs mount point" in done.stderr
     store = write_chain(public_path / "store", ["base"])
     with mounted(store, mountpoint) as mount:
         mount.process.kill()
