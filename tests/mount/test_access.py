@@ -1,4 +1,4 @@
-"""Nobody gets more access through a view than through its layers and the directories above."""
+"""No user gets more access through a view than through its layers and their directories."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tests.support.users import NOBODY, STRANGER, run_as
 OWNER, GROUP = 23456, 34567
 MEMORY = bytes(overlay_oracle(SIZE, [pages(0, range(15)), pages(1, [1])]))
 
-#: Who is who to a file of OWNER and GROUP, as (uid, gid).
+#: Users by their relation to a file of OWNER and GROUP, as (uid, gid).
 PEOPLE = {"owner": (OWNER, OWNER), "group": (STRANGER, GROUP), "other": (STRANGER, STRANGER)}
 ALL = frozenset(PEOPLE)
 
 
 class Entry(NamedTuple):
-    """Owner, group and mode of a file or directory, and a line of an ACL, if it has one."""
+    """Owner, group and mode of a file or directory, and an ACL line if it has one."""
 
     mode: int
     uid: int = OWNER
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
 
 
 class Case(NamedTuple):
-    """The layers and their directories; what the view then has, and who of PEOPLE reads it."""
+    """The layers and their directories, the view's expected attributes, and its readers."""
 
     base: Entry
     diff: Entry
@@ -138,7 +138,7 @@ def test_owner_and_mode_of_views(public_path: Path, mountpoint: Path) -> None:
             view = mountpoint / name / "memory.bin"
             assert owner_and_mode(view) == case.expected, name
             assert {who for who in PEOPLE if can_read(who, view)} == case.readers, name
-            # In truth each of them may read all layers, or the view gives more than they.
+            # Each reader may really read all layers. Otherwise the view would give more access.
             for who in case.readers:
                 for layer in (f"{name}-base", name):
                     assert can_read(who, store / layer / "memory.bin"), (name, who)
@@ -167,7 +167,7 @@ def test_other_files_and_directories_keep_owner_and_mode(
     os.chown(folder / "link", OWNER, GROUP, follow_symlinks=False)
     set_entry(folder, Entry(0o751))
     set_entry(store, Entry(0o755, NOBODY, NOBODY))
-    # Files that are shown in another directory than their own.
+    # Files that the mount shows in another directory than their own.
     pool = store / "pool"
     for n, mode in enumerate((0o700, 0o755)):
         (pool / f"{n}").mkdir(parents=True)
@@ -203,7 +203,7 @@ def test_a_private_directory_above_all(public_path: Path, mountpoint: Path, kind
     for path in (base, diff, store, private):
         os.chown(path, OWNER, GROUP)
     private.chmod(0o700)
-    # By a link from a public place it is no less private.
+    # A link from a public place does not make it less private.
     (public_path / "link").symlink_to(store)
     if kind == "store":
         source, options, view = public_path / "link", [], mountpoint / "one" / "001-one.mem"
@@ -255,7 +255,7 @@ def test_a_changed_mode_applies_to_new_opens(public_path: Path, mountpoint: Path
                 assert reader.stdout is not None
                 assert reader.stdout.read(PAGE) == MEMORY[:PAGE]
                 assert reader.stdout.readline() == b"opened\n"
-                # The base, which is not even the file whose name the view has.
+                # The base, though the view has the name of another file.
                 (store / "000-base.mem").chmod(0o600)
                 wait_for(set())
                 rest, _ = reader.communicate(b"\n", timeout=60)
@@ -275,7 +275,7 @@ def test_a_changed_mode_applies_to_new_opens(public_path: Path, mountpoint: Path
 
 
 def until_stale(fd: int, mode: int) -> None:
-    """What `fd` is open of has this mode, and another one at no time, until it is stale."""
+    """Wait until `fd` is stale, and require that its file never has another mode before."""
     deadline = time.monotonic() + 10
     while True:
         try:
@@ -342,7 +342,7 @@ def test_an_image_whose_layers_were_closed_to_others_is_not_opened_anew(
             while can_read("other", view):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            # It is the old file still, with the old mode, and served on.
+            # It is still the old file, with the old mode.
             assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o444
             assert held.read() == MEMORY
             done = run_as(STRANGER, STRANGER, command, pass_fds=[fd])
@@ -391,7 +391,7 @@ def test_the_directories_between_count_for_a_tag_of_several_components(
                 path = mountpoint / tag / name
                 assert {who for who in PEOPLE if can_read(who, path)} == readers, path
         assert all(can_read(who, mountpoint / "templates+python" / "mem.snap") for who in PEOPLE)
-        # The names of the tags tell what u1 holds, which its owner alone may list.
+        # The tags' names reveal the content of u1, which only its owner may list.
         assert stat.S_IMODE(mountpoint.stat().st_mode) == 0o711
         assert {who for who in PEOPLE if lists(who)} == set()
         assert sorted(os.listdir(mountpoint)) == ["templates+python", "u1+box", "u2+box"]
@@ -406,7 +406,7 @@ def exchange_until(one: Path, other: Path, reader: subprocess.Popen[bytes]) -> N
 def test_an_attacker_who_exchanges_directories_never_reads_the_guest(
     public_path: Path, mountpoint: Path
 ) -> None:
-    """As it was done: SOURCE is another user's, the directory of the guest is not."""
+    """A real attack: SOURCE is another user's, the directory of the guest is not."""
     skips.require_root()
     store = public_path / "store"
     secret, bait = write_tag(store, "secret", layer=1), write_tag(public_path, "bait", layer=2)

@@ -1,4 +1,4 @@
-"""Law 6 under a live mount: what happens when a layer's file is touched."""
+"""Law 6 in a live mount: what happens if a layer's file changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.stores import age, pages, write_tag
 SIZE = 1024 * PAGE
 BASE_PAGES = (0, 1, 512, 513, 700)
 DIFF_PAGES = (0, 512, 600)
-# First seen, read before the change; supplied by the diff; by the base; by nobody.
+# A page read before the change; one of the diff; one of the base; one of no layer.
 SEEN, OWN, BASES, NOBODYS = 0, 512, 700, 900
 
 CHANGED = "the layer changed under its views"
@@ -68,7 +68,7 @@ def read_a_hole_through_a_mapping(path: Path) -> None:
         assert view[NOBODYS * PAGE] == 0
 
 
-# What each says in the log: the layer is lost to its views.
+# The log line of each change: the layer is lost to its views.
 HARMFUL: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncate": (truncate, f"it ends before byte {(OWN + 1) * PAGE}, it had {SIZE}"),
     "grow": (grow, f"its size moved from {SIZE} to {SIZE + PAGE}"),
@@ -93,7 +93,7 @@ CHANGES = {name: change for name, (change, _) in HARMFUL.items()} | HARMLESS
 
 
 def write_store(store: Path) -> list[str]:
-    """A base and, for each kind of change, a diff of its own; the diffs' tags."""
+    """Write a base, and a diff for each kind of change. Returns the diffs' tags."""
     write_tag(store, "base", size=SIZE, numbers=BASE_PAGES)
     tags = ["untouched", *CHANGES]
     for n, tag in enumerate(tags, 1):
@@ -142,7 +142,7 @@ def test_every_change_of_a_layer(real_fs: Path, mountpoint: Path) -> None:
                 own = image[OWN * PAGE :][:PAGE] if tag not in HARMFUL else errno.EIO
                 for _ in range(2):
                     assert page(fds[tag], OWN) == own, tag
-                    # What the kernel holds stays, and so does what other layers supply.
+                    # Cached pages stay, and so do the pages of other layers.
                     for number in (SEEN, BASES, NOBODYS):
                         assert page(fds[tag], number) == image[number * PAGE :][:PAGE], tag
                 assert os.fstat(fds[tag]).st_size == SIZE
@@ -162,7 +162,7 @@ def test_every_change_of_a_layer(real_fs: Path, mountpoint: Path) -> None:
 
 
 def _come_back(mount: Path, fds: dict[str, int], inodes: dict[str, int], tags: list[str]) -> None:
-    """Changed chains are shown anew, by a new inode; old handles stay as they were."""
+    """A changed chain gets a new inode. Old handles stay as they were."""
     rewritten = bytearray(expected_image(tags.index("overwrite") + 1))
     rewritten[OWN * PAGE : (OWN + 1) * PAGE] = signed(99, OWN * PAGE, PAGE)
     punched = bytearray(expected_image(tags.index("hidden-punch") + 1))
@@ -217,7 +217,7 @@ def test_explicit_layers_and_a_mapping(
 
 
 def test_a_truncated_base_and_two_images(public_path: Path, mountpoint: Path) -> None:
-    """A layer that two views share is lost to both, with one line in the log."""
+    """A shared layer is lost to both views, with one log line."""
     store = public_path / "store"
     for name, tags in (("a", ("a0", "a1", "a2")), ("b", ("b0", "b1"))):
         for n, tag in enumerate(tags):

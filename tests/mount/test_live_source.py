@@ -1,4 +1,4 @@
-"""What changes in SOURCE shows in a live mount, and never in half."""
+"""A live mount shows changes in SOURCE, but never half of one."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from tests.support.stores import (
     write_tag,
 )
 
-# Reads a file over and over, until stdin ends: says what it saw that is neither "no such file"
-# nor the right bytes, and how often it saw these.
+# Reads a file repeatedly until stdin ends. Prints each result that is neither "no such file"
+# nor the right bytes, and how often it got the right bytes.
 POLLER = """
 import hashlib, os, select, sys
 right, found = 0, set()
@@ -54,7 +54,7 @@ print(sorted(found))
 
 @contextmanager
 def polled(path: Path, image: bytes) -> Iterator[None]:
-    """Somebody who reads the file all the time, and must see it right or not at all."""
+    """A process that reads the file all the time: it must get the right bytes or no file."""
     command = [sys.executable, "-c", POLLER, str(path), hashlib.sha256(image).hexdigest()]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
@@ -103,7 +103,7 @@ def test_a_tag_appears_complete_and_disappears(public_path: Path, mountpoint: Pa
 
 
 def test_a_slowly_written_tag_appears_complete(public_path: Path, mountpoint: Path) -> None:
-    """As a copy writes it: the document, then the diff, which grows to its size."""
+    """A copy writes first the document, then the diff, which grows to its size."""
     store = write_chain(public_path / "store", ["base"])
     numbers = [2, 5, 11, 15]
     with mounted(store, mountpoint, expect_log=("leaf: not shown: ",)) as mount:
@@ -116,7 +116,7 @@ def test_a_slowly_written_tag_appears_complete(public_path: Path, mountpoint: Pa
             )
             with (store / "leaf" / "memory.bin").open("wb", buffering=0) as file:
                 for n, data in pages(7, numbers):
-                    # Longer than two looks after the first piece, so that half of it is seen.
+                    # Longer than two looks after the first part, so that looks see half of it.
                     file.seek(n)
                     file.write(data)
                     if n == numbers[0] * PAGE:
@@ -149,7 +149,7 @@ def test_a_replaced_leaf_is_a_new_file_each_time(public_path: Path, mountpoint: 
 
 
 def test_a_replaced_parent(public_path: Path, mountpoint: Path) -> None:
-    """Its descendants are gone, but for one that records the hash of the new file."""
+    """Its descendants vanish, except one that records the hash of the new file."""
     store = write_chain(public_path / "store", ["base", "work", "leaf"])
     new = image_of((21, BASE_PAGES))
     write_tag(store, "pinned", "base", layer=4, parent_content_hash=hashlib.sha256(new).hexdigest())
@@ -255,7 +255,7 @@ def test_a_source_that_is_deleted_and_made_anew(public_path: Path, mountpoint: P
             shutil.rmtree(store)
             until_shown(mount)
             until(lambda: gone in mount.log(), "the log does not say so")
-            # The mountpoint does not vanish with it.
+            # The mountpoint stays.
             assert mountpoint.stat().st_mode & 0o777 == 0o755
             write_tag(store, "leaf", layer=7, numbers=BASE_PAGES)
             until_shown(mount, "leaf")
@@ -266,7 +266,7 @@ def test_a_source_that_is_deleted_and_made_anew(public_path: Path, mountpoint: P
 
 
 def test_a_deleted_image_gives_its_space_back(public_path: Path, mountpoint: Path) -> None:
-    """Although the kernel may remember its name for days."""
+    """The kernel may remember its name for days."""
     store = write_chain(public_path / "store", ["base", "leaf"])
     with mounted(store, mountpoint) as mount:
 

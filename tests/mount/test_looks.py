@@ -1,4 +1,4 @@
-"""Looks at a served directory: one bad entry, a look that fails or lasts, a VMM that overwrites."""
+"""Looks at a served directory: a bad entry, a failing or slow look, a VMM that overwrites."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def store(public_path: Path) -> Path:
 
 
 def read(path: Path) -> bytes | str:
-    """The file's bytes, or the name of the errno."""
+    """The bytes of the file, or the name of the errno."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -93,7 +93,7 @@ def test_an_entry_whose_lstat_starts_to_fail_leaves_the_others_served(
 
 @pytest.fixture(params=[errno.EACCES, errno.ENOTCONN, errno.ESTALE, errno.EIO])
 def refused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Names in a source whose lstat fails, for each of the errors."""
+    """The names in a source whose lstat fails, once for each error."""
     names: set[str] = set()
     real = catalog.status_of
 
@@ -153,7 +153,7 @@ def test_a_base_outside_that_refuses_lstat_breaks_its_own_sandbox(
     assert "vm-2/mem.diff" in found.hidden
 
 
-# A look that lasts
+# A slow look
 
 
 def test_a_slow_look_is_logged(
@@ -195,7 +195,7 @@ def test_a_slow_look_is_logged(
 
 
 def write_pair(folder: Path, memory: str, vmstate: str, n: int, order: tuple[int, int]) -> None:
-    """Both files of a tag anew, by rename, one after the other."""
+    """Replace both files of a tag by renames, one after the other."""
     for which in order:
         new = folder / "new.tmp"
         if which == 0:
@@ -207,7 +207,7 @@ def write_pair(folder: Path, memory: str, vmstate: str, n: int, order: tuple[int
 
 
 def overwrite(folder: Path, memory: str, vmstate: str, n: int, order: tuple[int, int]) -> None:
-    """Both files of a tag anew, in place."""
+    """Overwrite both files of a tag in place."""
     for which in order:
         if which == 0:
             with (folder / memory).open("r+b") as file:
@@ -238,7 +238,7 @@ def test_no_memory_is_served_with_the_device_state_of_another(
     pairs: set[tuple[bytes, bytes]] = set()
 
     def look() -> None:
-        # What was shown all the while, however long this process was kept waiting in between.
+        # What was served all the time, however long this process had to wait meanwhile.
         before, state, after = (read(shown / name) for name in (memory, vmstate, memory))
         if isinstance(state, bytes) and isinstance(before, bytes) and before == after:
             pairs.add((before[:3], state))
@@ -275,7 +275,7 @@ def test_device_state_that_is_open_is_not_read_once_it_was_overwritten(
         (store / "leaf" / "vmstate").write_bytes(b"another")
         with pytest.raises(OSError, match="Input/output error"):
             held.read()
-        (store / "base" / "vmstate").unlink()  # no change: it is open
+        (store / "base" / "vmstate").unlink()  # this does not matter, because it is open
         assert replaced.read() == b"state of base"
 
 
@@ -283,7 +283,7 @@ def test_other_files_of_a_tag_pass_as_they_are(store: Path, mountpoint: Path) ->
     with mounted(store, mountpoint):
         for n in range(3):
             (store / "leaf" / "log").write_bytes(b"%d" % n)
-            # The kernel may know the attributes for half a second, but no bytes.
+            # The kernel may keep the attributes for half a second, but no bytes.
             until(lambda n=n: read(mountpoint / "leaf" / "log") == b"%d" % n, f"{n} is not shown")
             assert read(mountpoint / "leaf" / "vmstate") == b"state of leaf"
             assert read(mountpoint / "leaf" / "memory.bin") == LEAF

@@ -1,4 +1,4 @@
-"""Every byte that a mounted view gives, by any way of reading, is the oracle's."""
+"""Every way of reading a mounted view gives the bytes of the oracle."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Extents = list[tuple[int, bytes]]
 
 SIZES = (1, 4095, PAGE, PAGE + 1, 37 * PAGE + 123, 300 * PAGE, 700 * PAGE + 4095)
 
-# Touches every byte of a shared mapping, in a process that can be killed.
+# Touches every byte of a shared mapping in a process that can be killed.
 MAPPED = """
 import mmap, sys
 with open(sys.argv[1], 'rb') as file:
@@ -32,10 +32,10 @@ with open(sys.argv[1], 'rb') as file:
 
 
 def random_diff(chance: random.Random, layer: int, size: int) -> Extents:
-    """Whole pages (the last may be partial) here and there, some of them written zeros."""
+    """Random whole pages (the last may be partial), some of them written zeros."""
     pages = -(-size // PAGE)
     extents = []
-    # One page stays a hole: a diff without any would be a complete image.
+    # One page stays a hole: a diff without holes would be a complete image.
     hole = chance.randrange(pages)
     for _ in range(chance.choice((0, 1, 3, 20))):
         first = chance.randrange(pages)
@@ -63,7 +63,7 @@ def write_tag(store: Path, tag: str, parent: str | None, size: int, extents: Ext
 
 
 def write_chains(store: Path, seed: int) -> tuple[dict[str, bytes], list[Path]]:
-    """Chains of 0 to 6 diffs, one for each size, and what each tag's memory must read as."""
+    """Chains of 0 to 6 diffs, one for each size, and the expected bytes of each tag."""
     chance = random.Random(seed)
     expected, paths = {}, []
     for n, size in enumerate(SIZES):
@@ -112,7 +112,7 @@ def test_every_window_by_pread_and_mmap(public_path: Path, mountpoint: Path, see
                 for offset, length in windows(chance, len(memory), 25):
                     found = os.pread(file.fileno(), length, offset)
                     same(found, memory[offset : offset + length], f"{tag} at {offset}")
-                # Past the page cache: the daemon itself meets odd windows and the end.
+                # O_DIRECT bypasses the page cache: the daemon itself gets odd ranges and the end.
                 with mmap.mmap(-1, 64 * PAGE) as buffer:
                     direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
                     for page in {0, len(memory) // PAGE, max(0, len(memory) // PAGE - 3)}:
@@ -153,7 +153,7 @@ def test_sixteen_readers_at_once(public_path: Path, mountpoint: Path) -> None:
                 os.close(fd)
         return wrong
 
-    # The first ones find every chain unopened.
+    # For the first readers no chain is open.
     with mounted(store, mountpoint), ThreadPoolExecutor(16) as pool:
         assert sum(pool.map(read, range(16))) == 0
 
@@ -194,7 +194,7 @@ def test_copies_stay_sparse_and_statistics_are_honest(public_path: Path, mountpo
             copied(command, view, copy)
             same(copy.read_bytes(), expected, name)
             assert copy.stat().st_blocks * 512 <= 40 * PAGE
-        # No holes are reported: to a reader of holes, all of the view is data.
+        # No holes are reported: SEEK_DATA finds the whole view to be data.
         with view.open("rb") as file:
             assert os.lseek(file.fileno(), 0, os.SEEK_DATA) == 0
             assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == size

@@ -1,4 +1,4 @@
-"""The status of a mount: the files in it that no listing has, and the command that prints them."""
+"""The status of a mount: its unlisted files, and the command that prints them."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_tags_that_are_gone_are_counted_together(tmp_path: Path) -> None:
         (store / "leaf").rename(tmp_path / "elsewhere")
         assert operations.tree.store is not None
         operations.tree.store.look()
-        # Not while it is open: it may still be read.
+        # An open image still counts by its tag: it may be read.
         assert [each.tag for each in (await status_by(operations)).supplied] == ["leaf"]
         await operations.release(info.fh)
         (gone,) = (await status_by(operations)).supplied
@@ -211,7 +211,7 @@ def test_only_the_owner_reads_the_status_and_no_listing_has_it(
         assert first.open_images == 2
         assert {each.tag for each in first.supplied} == {"base", "leaf"}
         assert again.reads == first.reads
-        # One open file is of one moment, whatever is read meanwhile.
+        # One open file holds the numbers of one moment.
         with (folder / "status.json").open("rb", buffering=0) as file:
             head = file.read(40)
             os.stat(mountpoint / "leaf" / "vmstate")
@@ -308,7 +308,7 @@ def test_the_command_watches_until_it_is_interrupted(public_path: Path, mountpoi
                 looks.append(found)
                 seen = seen[end:].lstrip()
             reads = [sum(o["requests"] for o in look["operations"]) for look in looks]
-            assert reads == sorted(set(reads))  # each look is a new one
+            assert reads == sorted(set(reads))  # each update has new numbers
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=20)
             assert (process.returncode, err) == (0, "")
@@ -330,7 +330,7 @@ def test_the_command_updates_a_terminal_in_place(public_path: Path, mountpoint: 
         os.close(theirs)
         try:
             seen = b""
-            # Twice: it was drawn again.
+            # Twice, because it was drawn again.
             while seen.count(f"pid {mount.pid}".encode()) < 2:
                 seen += os.read(ours, 65536)
             process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Which names a mount shows, and with which types, sizes and inode numbers."""
+"""The names in a mount, with their types, sizes and inode numbers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write_tag(store: Path, tag: str, extents: Any, **document: Any) -> Path:
 
 
 def check_consistent(folder: Path) -> dict[str, os.stat_result]:
-    """What readdir, lookup and stat say of a directory's entries is the same; the entries."""
+    """Require that readdir, lookup and stat agree on a directory's entries, and return them."""
     found = {}
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -90,14 +90,14 @@ def test_forkd_store(public_path: Path, mountpoint: Path) -> None:
     (store / "plain").mkdir(parents=True)
     files = [write_layer(store / "plain" / "memory.bin", SIZE, BASE)]
     (store / "plain" / "vmstate").write_bytes(b"plain state")
-    # Paths of another place, the parent's hash, keys to pass on.
+    # Paths of another machine, the parent's hash, and keys that are passed on.
     extra = {"volumes": [{"id": 1}, None], "rootfs": "/img/root ü"}
     stale = {"memory": "/gone/child/memory.bin", "vmstate": "/gone/child/vm.state"}
     pin = hashlib.sha256(files[0].read_bytes()).hexdigest()
     parent = {"parent_tag": "plain", "parent_content_hash": pin}
     files.append(write_tag(store, "child", DIFF, **stale, **parent, **extra, note="not known"))
     (store / "child" / "vm.state").write_bytes(b"child state")
-    # Files that lie beneath the store, but not in the tag's own directory.
+    # Files in the store, but not in the tag's own directory.
     (store / "pool").mkdir()
     files.append(write_layer(store / "pool" / "far.mem", SIZE, DIFF))
     (store / "pool" / "far.state").write_bytes(b"far state")
@@ -110,7 +110,7 @@ def test_forkd_store(public_path: Path, mountpoint: Path) -> None:
     (store / "deep" / "sub" / "beside").write_bytes(b"beside")
     document = {"memory": "sub/deep.mem", "parent_tag": "child"}
     (store / "deep" / "snapshot.json").write_text(json.dumps(document))
-    # What is not shown at all.
+    # What the mount does not show at all.
     (store / ".compact-staging-1").mkdir()
     (store / ".compact-staging-1" / "snapshot.json").write_text('{"memory": "memory.bin"}')
     (store / "no-snapshot").mkdir()
@@ -162,7 +162,7 @@ def test_forkd_store(public_path: Path, mountpoint: Path) -> None:
         names = ["deep.mem", "snapshot.json", "sub"]
         assert sorted(check_consistent(mountpoint / "deep")) == names
         assert (mountpoint / "deep" / "deep.mem").read_bytes() == MEMORY
-        # The layer itself is nowhere passed through as it is stored.
+        # The layer itself is passed through nowhere.
         assert sorted(check_consistent(mountpoint / "deep" / "sub")) == ["beside"]
         assert read_errno(mountpoint / "deep" / "sub" / "deep.mem") == errno.ENOENT
         for tag in ("illegal tag", "orphan", "grandchild", "loop", "pathless", "garbled"):
@@ -214,7 +214,7 @@ def test_other_files_of_a_tag(public_path: Path, mountpoint: Path) -> None:
         for name, target in links.items():
             assert os.readlink(tag / name) == target
             assert os.lstat(tag / name).st_size == len(target)
-        # Followed by the client, if at all, and never by the daemon.
+        # Only the client may follow it, never the daemon.
         assert (tag / "inside").read_bytes() == b"state"
         assert (tag / "to-layer").read_bytes() == BASE[0][1]
         assert read_errno(tag / "to-loop") == errno.ELOOP
@@ -228,7 +228,7 @@ def test_other_files_of_a_tag(public_path: Path, mountpoint: Path) -> None:
         for name in ("st_uid", "st_gid", "st_size", "st_mtime_ns", "st_blocks"):
             assert getattr(mine, name) == getattr(theirs, name), name
         assert stat.S_IMODE(mine.st_mode) == 0o750
-        # Held by descriptor while open.
+        # An open file is held by its descriptor.
         with (tag / "vmstate").open("rb") as file:
             (folder / "vmstate").unlink()
             assert file.read() == b"state"
@@ -252,7 +252,7 @@ def test_large_directories(public_path: Path, mountpoint: Path) -> None:
             "memory.bin",
             "snapshot.json",
         }
-        # Positions in a directory hold: two readers, interleaved.
+        # Positions in a directory stay valid for two interleaved readers.
         with os.scandir(mountpoint / "tag-000") as one, os.scandir(mountpoint / "tag-000") as two:
             pairs = [(a.name, b.name) for a, b in zip(one, two, strict=True)]
         assert len(pairs) == 3002 and all(a == b for a, b in pairs)

@@ -1,4 +1,4 @@
-"""The extended attributes of memory files: what they say, and to whom."""
+"""The extended attributes of memory files, and who may read them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_attributes_of_a_memory_file_describe_its_chain(store: Path, mountpo
         assert os.getxattr(memory, LAYERS) == b"3"
         assert os.getxattr(memory, DIRTY) == b"%d" % PAGE
         assert os.getxattr(mountpoint / "base" / "memory.bin", DIRTY) == b"%d" % BASE_BYTES
-        # The same numbers as `info` and `list` give.
+        # The same numbers as those of `info` and `list`.
         info = json.loads(succeed("info", "--json", store / "leaf"))
         known = [{"path": x["path"], "data_bytes": x["data_bytes"]} for x in info["layers"]]
         assert json.loads(os.getxattr(memory, CHAIN)) == known
@@ -76,7 +76,7 @@ def test_getfattr_shows_them(store: Path, mountpoint: Path) -> None:
 def test_a_user_who_may_not_read_the_file_does_not_learn_its_layers(
     store: Path, mountpoint: Path
 ) -> None:
-    """One of another user's layers hides the whole view from the others (law 9)."""
+    """One private layer hides the whole view from other users (law 9)."""
     (store / "work" / "memory.bin").chmod(0o600)
     with mounted(store, mountpoint, "--allow-other"):
         for tag, allowed in (("base", True), ("work", False), ("leaf", False)):

@@ -1,4 +1,4 @@
-"""What open directories and documents are read from is kept once, and bounded."""
+"""Handles of the same directory or document share its content, and all contents are bounded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_contents_have_a_common_limit_that_does_not_bind_the_first() -> None:
     del held, caught
     gc.collect()
     held = contents.shared("folder", *NAMES[:1])
-    more = contents.shared("folder", *NAMES[1:])  # it changed while it is read
+    more = contents.shared("folder", *NAMES[1:])  # the directory changed while it is read
     with pytest.raises(OSError) as again:
         contents.shared("folder", *NAMES[:1])
     del held, again

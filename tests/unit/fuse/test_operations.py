@@ -1,4 +1,4 @@
-"""The adapter's handlers, called as the kernel would have them called."""
+"""The handlers of the adapter, called as pyfuse3 calls them for the kernel."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_every_change_is_refused(operations: Operations) -> None:
     trio.run(main)
 
 
-# What breaks, and the request that meets it.
+# What breaks, and a request that meets it.
 BUGS: dict[str, tuple[object, str, Callable[[Operations, int], Coroutine[Any, Any, object]]]] = {
     "lookup": (Tree, "child", lambda o, _: o.lookup(ROOT_INODE, b"leaf", CTX)),
     "getattr": (Tree, "attributes", lambda o, _: o.getattr(ROOT_INODE, CTX)),
@@ -176,7 +176,7 @@ def test_a_bug_is_an_error_for_one_request(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    # The command line, if a test ran it in this process, turned it off.
+    # A test that ran the command line in this process turned it off.
     monkeypatch.setattr(logging.getLogger("diffmergefs"), "propagate", True)
 
     def broken(*args: object, **kwargs: object) -> None:
@@ -199,7 +199,7 @@ def test_a_bug_is_an_error_for_one_request(
 
 
 def test_odd_handles_fail_alone(operations: Operations, tmp_path: Path) -> None:
-    """An unknown one, an offset that no file has, and a file whose close fails."""
+    """An unknown handle, an offset beyond any file, and a file whose close fails."""
 
     async def main() -> None:
         assert await errno_of(operations.read(77, 0, 1)) == errno.EIO
@@ -208,7 +208,7 @@ def test_odd_handles_fail_alone(operations: Operations, tmp_path: Path) -> None:
         assert await errno_of(operations.read(5, 2**63, 1)) == errno.EIO
         assert await operations.read(5, 0, 5) == b"state"
         os.close(fd)
-        await operations.release(5)  # whatever close(2) says, it is closed
+        await operations.release(5)  # it counts as closed even if close(2) fails
         assert operations.open_files == 0
 
     trio.run(main)
@@ -274,7 +274,7 @@ def test_documents_of_many_tags_take_the_memory_of_one(
 def test_entries_added_before_a_listing_failed_count_as_looked_up(
     operations: Operations, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The kernel forgets what it was given, and nothing else."""
+    """The kernel forgets exactly the entries that it received."""
     added: dict[str, int] = {}
 
     def reply(token: object, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
@@ -324,7 +324,7 @@ def test_an_entry_without_room_is_not_remembered(
         await operations.readdir(fh, 0, CTX)
         ((name, inode),) = refused.items()
         assert await errno_of(operations.getattr(inode, CTX)) == errno.ESTALE
-        # One that was looked up before stays.
+        # An entry that was looked up before stays.
         known = (await operations.lookup(folder.st_ino, os.fsencode(name), CTX)).st_ino
         await operations.readdir(fh, 0, CTX)
         assert refused == {name: known}
@@ -357,11 +357,13 @@ def test_lookup_returns_the_image_just_opened_even_if_a_look_dropped_it(
     async def main() -> None:
         old = await walk(operations, b"leaf", b"memory.bin")
         assert old.st_size == SIZE
-        while operations.opener.lanes.busy:  # the thread holds what it opened until it ends
+        while operations.opener.lanes.busy:  # the thread holds the image until it ends
             await trio.sleep(0.001)
-        await trio.testing.wait_all_tasks_blocked()  # and trio what it last gave to a task
+        await (
+            trio.testing.wait_all_tasks_blocked()
+        )  # and trio holds the last value that it gave to a task
         gc.collect()
-        # Nobody holds it open: the kernel is told to look the name up again.
+        # Nothing holds the image open: ESTALE makes the kernel look the name up again.
         assert await errno_of(operations.open(old.st_ino, os.O_RDONLY, CTX)) == errno.ESTALE
         new = await walk(operations, b"leaf", b"memory.bin")
         assert new.st_ino > old.st_ino

@@ -1,4 +1,4 @@
-"""A served directory: opened on demand, refusals remembered, changes taken up look by look."""
+"""A served store: it opens images on demand, and each look takes up the changes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ __all__ = ["root"]
 
 
 def where(store: Store) -> str:
-    """The path of the directory that is shown."""
+    """The path of the directory that is served."""
     return os.readlink(f"/proc/self/fd/{store.fd}")
 
 
@@ -69,7 +69,7 @@ def until_tags(store: Store, *tags: str) -> None:
 
 @pytest.fixture(autouse=True)
 def log_seen_by_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The command line, if a test ran it in this process, turned it off.
+    # A test that ran the command line in this process turned it off.
     monkeypatch.setattr(logging.getLogger("diffmergefs"), "propagate", True)
 
 
@@ -102,7 +102,7 @@ def test_a_closed_store_closes_its_directory_once_and_no_image(root: Path) -> No
     fd = store.fd
     with open(os.devnull) as other:
         store.close()
-        os.dup2(other.fileno(), fd)  # the number is somebody else's now
+        os.dup2(other.fileno(), fd)  # another file has this number now
         store.close()
         os.close(fd)
     image = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2])])
@@ -239,7 +239,7 @@ def test_a_failed_look_keeps_the_served_images_and_the_next_recovers(
             store.look()
     assert set(store.tags()) == {"base", "work", "leaf"}
     assert store.opened("leaf") is opened
-    replace_memory(root / "work", 7)  # since the last look that did not fail
+    replace_memory(root / "work", 7)  # since the last successful look
     with pytest.raises(DiffMergeError):
         store.open("work")
     store.look()
@@ -328,7 +328,7 @@ def test_a_parent_that_cannot_be_hashed_does_not_delay_others(
     for tag in ("one", "two"):
         write_tag(root, f"{tag}-base", layer=5, numbers=BASE_PAGES)
         pinned(root, tag, f"{tag}-base")
-    # The one that is asked for first at each look fails.
+    # The parent that each look asks for first fails.
     bad, good = (tag for tag in read_catalog(str(root)).snapshots if tag in ("one", "two"))
     store = looked(root)
     for tag in (bad, good):
@@ -338,7 +338,7 @@ def test_a_parent_that_cannot_be_hashed_does_not_delay_others(
 
     def fails_for_one(layer: Layer, *arguments: Any) -> str:
         if layer.path.startswith(f"{bad}-base/"):
-            time.sleep(0.05)  # it is still at it when the look asks for the other
+            time.sleep(0.05)  # so that it is not done when the look asks for the other
             raise OSError(5, "Input/output error")
         return real(layer, *arguments)
 

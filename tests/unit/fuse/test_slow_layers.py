@@ -1,4 +1,4 @@
-"""Reads that must wait: beside each other, in buffers of their own, and never in the event loop."""
+"""Reads that must wait do so in parallel, in their own buffers, and never in the event loop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CTX: Any = None
 
 
 class SlowStore:
-    """Stands in for os.preadv: nothing of the slow layers is in the page cache.
+    """Replaces os.preadv: no page of the slow layers is in the page cache.
 
     A read that may wait does so until as many of them are under way as `together` says, which
     fails the test if they come one after another.
@@ -52,7 +52,7 @@ class SlowStore:
 
 @pytest.fixture
 def chain(tmp_path: Path) -> Iterator[tuple[Operations, bytes]]:
-    """A mounted chain of which the base has even pages, the diff some odd ones."""
+    """A served chain: the base has the even pages, the diff some odd ones."""
     layers = [
         [(n * PAGE, signed(0, n * PAGE, PAGE)) for n in range(0, 64, 2)],
         [(n * PAGE, signed(1, n * PAGE, PAGE)) for n in range(1, 32, 2)],
@@ -74,7 +74,7 @@ def test_readers_of_a_slow_layer_wait_in_parallel_and_others_do_not_wait(
     chain: tuple[Operations, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operations, oracle = chain
-    # All eight are in their reads at once, or the barrier breaks.
+    # The barrier breaks unless all eight are in their reads at once.
     store = SlowStore({"1.mem"}, CLIENTS)
     found: dict[int, bytes] = {}
 
@@ -88,7 +88,7 @@ def test_readers_of_a_slow_layer_wait_in_parallel_and_others_do_not_wait(
             for n in range(CLIENTS - 1):
                 nursery.start_soon(read, fh, (2 * n + 1) * PAGE, PAGE)
             await trio.testing.wait_all_tasks_blocked()
-            # Seven wait in threads; the base's pages are answered meanwhile, in the event loop.
+            # While seven wait in threads, the event loop answers reads of the base's pages.
             assert not found
             for page in (0, 2, 40):
                 assert await operations.read(fh, page * PAGE, PAGE) == oracle[page * PAGE :][:PAGE]
@@ -114,7 +114,7 @@ def test_one_thread_reads_exactly_the_rest_of_a_miss(
 
     trio.run(main)
     assert len(store.threads) == 1
-    # Page 30 was there, 31 was not; 33 and 35 are holes in all.
+    # Page 30 was cached, 31 was not. 33 and 35 are holes in all layers.
     asked = [("0.mem", 30), ("1.mem", 31), ("0.mem", 32), ("0.mem", 34)]
     assert store.asked == [(name, page * PAGE, PAGE) for name, page in asked]
 
@@ -122,7 +122,7 @@ def test_one_thread_reads_exactly_the_rest_of_a_miss(
 def test_a_reused_buffer_holds_no_bytes_of_earlier_reads(
     chain: tuple[Operations, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once and in threads: holes are zeros, and no reply is longer than what was asked."""
+    """At once and in threads: holes are zeros, and no reply is longer than the request."""
     operations, oracle = chain
 
     async def main() -> None:
@@ -139,7 +139,7 @@ def test_a_reused_buffer_holds_no_bytes_of_earlier_reads(
 def test_a_reply_stays_as_it_is_until_the_next_task_runs(
     chain: tuple[Operations, bytes],
 ) -> None:
-    """What pyfuse3 relies on: from the return to its reply nothing else fills the buffer."""
+    """pyfuse3 relies on it: between the return and the reply nothing else fills the buffer."""
     operations, oracle = chain
     wrong = 0
 
@@ -163,7 +163,7 @@ def test_a_reply_stays_as_it_is_until_the_next_task_runs(
 def test_a_change_while_a_read_waits_is_seen(
     chain: tuple[Operations, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Law 6, also for what was read before the wait: the base, when it is the diff that is slow."""
+    """Law 6 also holds for bytes read before the wait: the base's, if the diff is slow."""
     operations, _ = chain
     preadv = os.preadv
 
@@ -194,7 +194,7 @@ def test_each_buffer_has_one_user_at_a_time_and_is_reused() -> None:
     assert shared is not one.obj and shared is not two.obj
     buffers.give_back(one)
     assert buffers.take(10).obj is one.obj
-    # Larger ones than the kernel asks for are nobody's but the caller's.
+    # Buffers larger than the kernel's requests are not kept.
     large = buffers.take(BLOCK + 1)
     assert len(large) == BLOCK + 1 == len(buffers.shared(BLOCK + 1))
     buffers.give_back(large)

@@ -1,4 +1,4 @@
-"""The counters, the facts that they become, and their OpenMetrics text."""
+"""The counters, the status that they become, and its OpenMetrics text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work in threads: what the event loop gets of it, with any trio from 0.22 on."""
+"""Work in threads, with any trio from 0.22 on."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_this_trio_knows_the_argument() -> None:
 
 
 class NoMore:
-    """From `begins` on, no thread can be started, and trio keeps none that has nothing to do."""
+    """From `begins` on, no thread can be started, and trio keeps no idle ones."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._patch = patch

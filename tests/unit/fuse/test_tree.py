@@ -61,7 +61,7 @@ def root(public_path: Path) -> Path:
 def tree_of(root: Path, *, open_rw: bool = False) -> Tree:
     store = Store(str(root), TrustPolicy(), clock=lambda: OLD_NS + 100 * SECOND_NS)
     store.look()
-    store.look()  # files that were made just now have settled by then
+    store.look()  # by this look the new files have settled
     return Tree(MOUNTPOINT, store, open_rw=open_rw)
 
 
@@ -319,7 +319,7 @@ def test_the_root_keeps_its_attributes_when_the_directory_is_deleted(root: Path)
 
 
 def tree_of_deleted(root: Path) -> Tree:
-    """A tree over a directory that was gone before anybody asked for its attributes."""
+    """A tree over a directory that was deleted before the first call of `attributes`."""
     root.mkdir()
     store = Store(str(root), TrustPolicy())
     root.rmdir()
@@ -327,7 +327,7 @@ def tree_of_deleted(root: Path) -> Tree:
 
 
 def test_an_image_that_a_look_dropped_is_not_held_by_its_number(root: Path) -> None:
-    """The kernel remembers names for days; the layers of a deleted tag must not wait for that."""
+    """The kernel may remember a name for days. That must not hold a deleted tag's layers open."""
     tree = tree_of(root)
     number = tree.inodes.number(opened(tree, "base"))
     assert tree.store is not None
@@ -346,7 +346,7 @@ def test_an_image_that_a_look_dropped_is_not_held_by_its_number(root: Path) -> N
 
 @contextmanager
 def put_in_place_of(path: Path, other: Path) -> Iterator[None]:
-    """`other` stands at `path` for a while."""
+    """Put `other` at `path` inside `with`."""
     exchange(path, other)
     try:
         yield
@@ -389,7 +389,7 @@ def test_a_node_is_never_another_file_that_is_now_at_its_path(root: Path) -> Non
     assert tree.passthrough.link_target(link) == "secret"
     assert set(tree.children(sub)) == {"note"}
     assert tree.store is not None
-    tree.store.look()  # to put it back was a change too
+    tree.store.look()  # putting it back was a change too
     assert tree.attributes(file).size == len("state of work")
 
 
@@ -423,12 +423,12 @@ def test_a_document_has_the_attributes_of_the_file_that_was_read(root: Path) -> 
     bait = root / "bait.json"
     bait.write_text("{}")
     with put_in_place_of(path, bait):
-        # What was read is shown until the next look, to its owner.
+        # Until the next look its owner gets the content that was read.
         assert stat.S_IMODE(tree.attributes(node).mode) == 0o600
         again = tree.child(folder, "snapshot.json")
         assert isinstance(again, Document) and isinstance(node, Document)
         assert again.replaced and tree.passthrough.content(again) == tree.passthrough.content(node)
-    # Nor does it become public again because the file is put back.
+    # Putting the file back does not make it public again.
     assert stat.S_IMODE(tree.attributes(again).mode) == 0o600
     assert stat.S_IMODE(tree.attributes(tree.child(folder, "snapshot.json")).mode) == 0o640
     path.rename(root / "work" / "old.json")
@@ -454,7 +454,7 @@ def test_no_moment_of_an_exchange_exposes_a_private_directorys_file(
     read = set()
 
     def enter(at: tuple[int, ...]) -> None:
-        # As the kernel does for somebody else: each directory's bits, then the next name.
+        # As the kernel walks for another user: each directory's bits, then the next name.
         with swapped.during(at), suppress(OSError):
             folder = tree.child(Root(), "secret")
             closed = not tree.attributes(folder).mode & 0o001

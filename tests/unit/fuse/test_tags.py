@@ -1,4 +1,4 @@
-"""Images that cannot be opened: what a store remembers of that, what it says, what it holds."""
+"""Images that cannot be opened: what a store remembers of them, logs, and keeps alive."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def looked(root: Path) -> Store:
 
 
 def refuse_alignment(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Have every diff refused, as by law 4; the paths that were asked about."""
+    """Have every diff refused as by law 4, and collect the paths that were judged."""
     asked: list[str] = []
 
     def refuse(layer: Layer, policy: TrustPolicy, *, complete: bool = False) -> list[Problem]:
@@ -108,7 +108,7 @@ def test_an_empty_layer_is_never_served(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_a_filled_diff_is_refused_and_a_complete_link_is_dense(root: Path) -> None:
-    write_tag(root, "full", "base", numbers=range(16), layer=0)  # as merged: like its parent
+    write_tag(root, "full", "base", numbers=range(16), layer=0)  # a merged image: like its parent
     filled = write_tag(root, "filled", "base", layer=6) / "memory.bin"
     filled.write_bytes(filled.read_bytes())
     age(filled)
@@ -136,7 +136,7 @@ def test_a_passing_failure_is_not_remembered(
 
 
 def test_a_kept_error_keeps_nothing_else_alive(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the frames through which it was raised, and so no layer that a caller holds in one."""
+    """It keeps no frames of its traceback, and so no layer that a caller holds in one."""
     store = looked(root)
     refuse_alignment(monkeypatch)
 
