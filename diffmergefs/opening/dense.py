@@ -54,7 +54,7 @@ def sampled(parents: Parents, layer: Layer, verdicts: Verdicts) -> Pages:
 
 
 def is_complete(pages: Pages) -> bool:
-    """Whether a sample is that of a complete image, not of a diff whose holes were filled."""
+    """Whether a sample shows a complete image and not a diff whose holes were filled."""
     return pages.equal >= pages.zero and pages.equal * 10 >= pages.over
 
 

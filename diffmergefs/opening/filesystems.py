@@ -1,4 +1,4 @@
-"""The filesystems that report holes exactly: a list of what is good; all else is refused."""
+"""The filesystems that report holes exactly: an allowlist. Any other is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _REASONS = {
     "ceph": "it reports whole files as data",
     "cifs": "what it reports depends on the server",
     "smb3": "what it reports depends on the server",
-    "9p": "it does not pass holes on",
+    "9p": "it does not report holes",
     "vfat": "it has no holes",
     "exfat": "it has no holes",
     "ramfs": "it reports whole files as data",
@@ -43,15 +43,15 @@ _REOPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 def untrusted_filesystem(fd: int) -> str | None:
-    """Why the extents on the filesystem of `fd` cannot be trusted, whatever the file, or None.
+    """Why no extents on the filesystem of `fd` can be trusted, or None.
 
     `fd` is a regular file that is open for reading, or a directory. Trusted are ext2/3/4, xfs and
-    btrfs, NFS 4.2, tmpfs without huge pages, and an overlayfs if what stores the file is one of
-    these. Raises OSError as fstat and fstatfs do.
+    btrfs, NFS 4.2, tmpfs without huge pages, and an overlayfs that stores the file on one of these.
+    Raises OSError as fstat and fstatfs do.
     """
     name = _NAMES.get(sparse.filesystem_magic(fd), "")
     is_file = stat.S_ISREG(os.fstat(fd).st_mode)
-    # The type that 9p shows is that of the server's filesystem, but it has no map of extents.
+    # 9p shows the type of the server's filesystem, but has no map of extents.
     if name in _WITH_MAP and is_file and sparse.has_map(fd):
         return None
     mount = mount_of(fd)
@@ -81,7 +81,7 @@ def _before_nfs_4_2(mount: Mount | None) -> str | None:
     if "vers=4.2" in options:
         return None
     version = next((o for o in options if o.startswith("vers=")), "vers unknown")
-    return f"before 4.2 it does not pass holes on ({version})"
+    return f"before 4.2 it does not report holes ({version})"
 
 
 def _huge_pages(fd: int, mount: Mount | None) -> str | None:
@@ -100,7 +100,7 @@ def _shmem_enabled() -> str:
     try:
         text = _SHMEM_ENABLED.read_text(encoding="ascii")
     except OSError:
-        # A kernel without huge pages has no such file; without sysfs nothing is known.
+        # A kernel without huge pages has no such file. Without sysfs nothing is known.
         return "never" if _SHMEM_ENABLED.parents[1].is_dir() else "unknown"
     chosen = re.search(r"\[(\w+)\]", text)
     return chosen[1] if chosen else "unknown"
@@ -117,8 +117,8 @@ def _is_kernels_own(fd: int) -> bool:
 
 
 def _below_overlay(fd: int, mount: Mount) -> str | None:
-    # What stores the file: found by its path in the overlay's own directories, or else, where they
-    # are out of reach (in a container), told by what the overlay passes through.
+    # The filesystem that stores the file: found by the file's path in the overlay's directories. If
+    # they are out of reach (in a container), what the overlay passes through must decide.
     with _found_below(fd, mount) as found:
         if found is None:
             return _passed_through(fd)
@@ -143,8 +143,8 @@ def _found_below(fd: int, mount: Mount) -> Iterator[tuple[str, int] | None]:
 def is_filled_by_readers(fd: int) -> bool:
     """Whether a hole of the regular file `fd` becomes data when a process maps and reads it.
 
-    So it is on tmpfs, and on an overlayfs that stores the file there, where that can be found out.
-    Raises OSError as fstatfs does.
+    That happens on tmpfs, and on an overlayfs that is known to store the file there. Raises OSError
+    as fstatfs does.
     """
     magic = sparse.filesystem_magic(fd)
     if magic != sparse.OVERLAYFS_MAGIC:
@@ -158,8 +158,9 @@ def is_filled_by_readers(fd: int) -> bool:
 def overlay_directories(options: tuple[str, ...]) -> list[str]:
     r"""The directories of an overlay by its mount options, the upper one first, then the lower.
 
-    Only those with absolute paths: others are relative to where mount(8) was run. In `lowerdir` a
-    colon of a name is `\:`. The upper one comes twice where its backslashes may mean either.
+    Only those with absolute paths, because others are relative to where mount(8) was run. In
+    `lowerdir` a colon in a name is `\:`. The upper directory is listed twice if its backslashes are
+    ambiguous.
     """
     uppers, lowers = list[str](), list[str]()
     for option in options:
@@ -178,9 +179,9 @@ def _without_backslashes(path: str) -> str:
 
 
 def _stored_in(layer: str, fd: int, mount: Mount) -> int | None:
-    # A descriptor of the very file in the directory `layer` of the overlay. A namesake (as in
-    # another mount namespace) does not have the ctime; one with its data elsewhere (metacopy) not
-    # the blocks.
+    # A descriptor of the same file in the directory `layer` of the overlay. A file of the same name
+    # in another mount namespace has another ctime; one whose data is elsewhere (metacopy) has other
+    # blocks.
     with suppress(OSError, FileAccessError):
         relative = _path_in_filesystem(fd, mount)
         directory = os.open(layer, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -208,8 +209,8 @@ def _content(fd: int) -> tuple[int, ...]:
 
 
 def _passed_through(fd: int) -> str | None:
-    # The map and the flags are those of what stores the file. All that can store it and has both
-    # is on the list, or is no filesystem for containers; erofs has a map only.
+    # The map and the flags come from the filesystem that stores the file. Every filesystem that has
+    # both is on the list, or is not used for containers; erofs has only a map.
     unknown = "what stores the file is not found in its directories, and"
     if not stat.S_ISREG(os.fstat(fd).st_mode) or not sparse.has_map(fd):
         return f"{unknown} gives no map of the file's extents (FIEMAP)"

@@ -31,7 +31,7 @@ _FEW = 3
 _MANY = 8
 _WAY_OUT = (
     "put its seal beside it if it has one, take the diff again, or vouch for it with"
-    " --trust-grain=copy-up (wrong bytes if it is not so)"
+    " --trust-grain=copy-up (if it is damaged, the guest gets wrong bytes)"
 )
 
 

@@ -39,10 +39,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Image:
-    """An open image: its view, and what was found while its layers were judged.
+    """An open image: its view, and what the checks of its layers found.
 
-    `tags` are those of its layers, base first, where they lie in a directory of snapshots. `dense`
-    says that the newest layer is a complete image in spite of its parent; `overridden` has
+    `tags` are those of its layers, base first, if they lie in a directory of snapshots. `dense`
+    says that the newest layer is a complete image although it has a parent; `overridden` has
     a line for each check that failed and that the policy overrode: those of law 4, which are in
     `problems` too, and whether someone has a layer open for writing. `hints` are about layers that
     may be damaged although nothing proves it, at most one for each layer.
@@ -63,14 +63,13 @@ def open_chain(
 ) -> Image:
     """Open explicit layers, oldest first, as one image.
 
-    The files must exist and have one size; they are synced and walked, never written. A layer with
-    a seal beside it has the seal's extents, a diff with a presence file that one's, compared with
-    its bytes first (`Opener`). The
-    diffs are held to law 4, and one without a hole is refused unless `policy.dense`. A layer that
-    someone has open for writing is refused, unless `policy.allow_writers`, where that can be told
-    (see `opening.writers`). One file in two places, by a hard link too, is refused, and what
-    makes their order look wrong (`warn_of_order`) is logged as a warning. Raises
-    DiffMergeError (see `diffmergefs.core.errors`).
+    The files must exist and have the same size. They are synced and walked, never written. A layer
+    with a seal beside it has the seal's extents, and a diff with a presence file has the presence
+    file's; both are compared with the layer's bytes first (`Opener`). The diffs must pass law 4,
+    and a diff without a hole is refused unless `policy.dense`. A layer that someone has open for
+    writing is refused unless `policy.allow_writers`, as far as that is known (`opening.writers`). A
+    file that is given twice, also by a hard link, is refused. An order that looks wrong
+    (`warn_of_order`) is logged as a warning. Raises DiffMergeError (see `diffmergefs.core.errors`).
     """
     policy = policy or TrustPolicy()
     require_mergeable(os.fspath(base), [os.fspath(diff) for diff in diffs])
@@ -87,11 +86,11 @@ def open_chain(
 def open_image(path: str | os.PathLike[str], policy: TrustPolicy | None = None) -> Image:
     """Open a snapshot directory or a numbered layer file as one image.
 
-    Its parents lie beside it; its layers are called by their absolute paths. A link without a hole
-    is shown as complete only if a check against its parent supports it, or with `policy.dense`. A
-    layer that someone has open for writing is refused as by `open_chain`. A parent that is not what
-    its child records of it (`parent_content_hash`) is refused, unless `policy.verify` is 'no': the
-    whole file is read for that, once ('pins'), or each time ('full'). Raises DiffMergeError.
+    Its parents are found beside it. Its layers have absolute paths. A diff without a hole counts as
+    complete only if a check against its parents supports that, or with `policy.dense`. A layer that
+    someone has open for writing is refused as by `open_chain`. A parent whose content is not what
+    its child records (`parent_content_hash`) is refused, unless `policy.verify` is 'no'. That check
+    reads the whole file once ('pins') or each time ('full'). Raises DiffMergeError.
     """
     policy = policy or TrustPolicy()
     catalog, tag = find_image(path, policy)
@@ -115,10 +114,9 @@ def open_side(
 ) -> Image:
     """Open an IMAGE, or any other file as a complete image: its holes are zeros.
 
-    A snapshot directory and a numbered layer are opened by `open_image`. Every other file,
-    and any file if it is `plain` or has `diffs` over it, oldest first, is opened as a base by
-    `open_chain`. That a file is a diff and no image by itself cannot be told. Raises
-    DiffMergeError.
+    A snapshot directory and a numbered layer are opened by `open_image`. Any other file is opened
+    as a base by `open_chain`, and so is every file with `plain` or with `diffs` over it, oldest
+    first. A diff that is given as an image cannot be recognised. Raises DiffMergeError.
     """
     if diffs or plain or not is_image(path):
         return open_chain(path, diffs, policy)
@@ -154,10 +152,10 @@ def open_snapshot(
 
 
 def require_known_base(layer: Layer, doubt: str | None, policy: Trust) -> list[Problem]:
-    """Raise DiffMergeError if the lowest `layer` of a chain, about which there is a
-    `Snapshot.doubt`, has a hole, or may have one; else the checks that the policy overrode.
+    """Raise DiffMergeError if a base with a `Snapshot.doubt` has a hole, or may have one.
 
-    A record beside it says where its holes are; else law 4 says whether that can be told here.
+    A sidecar tells where its holes are; without one, law 4 tells whether they are known here.
+    Returns the checks that the policy overrides.
     """
     if doubt is None:
         return []
@@ -166,7 +164,7 @@ def require_known_base(layer: Layer, doubt: str | None, policy: Trust) -> list[P
     try:
         return require_trust(layer, policy, complete=True)
     except UntrustedExtentsError as error:
-        reason = f"{layer.path}: may have holes, and {doubt} (here holes cannot be told: {error})"
+        reason = f"{layer.path}: may have holes, and {doubt} (here it is unknown: {error})"
         raise UntrustedExtentsError(reason, error.check) from error
 
 
@@ -177,7 +175,7 @@ def _judge(
     *,
     in_store: bool,
 ) -> Image:
-    # First of all: what is still being written may well look odd.
+    # Writers first: a layer that is being written may fail any other check.
     overridden = require_no_writers(layers, allowed=policy.allow_writers)
     overridden += [line for layer in layers for line in _unchecked(layer)]
     parents, found = Parents(layers[:1]), Judgement()
@@ -198,12 +196,12 @@ def _unchecked(layer: Layer) -> Iterator[str]:
         if record.unchecked:
             yield (
                 f"--verify=no overrides the check of seals: {record.path}: {record.unchecked}"
-                " ranges without a checksum are taken as they are"
+                " ranges have no checksum and are not checked"
             )
 
 
 class Judgement(NamedTuple):
-    """Whether a diff is dense, the checks that the policy overrode, and the hints at harm."""
+    """Whether a diff is dense, the checks that the policy overrode, and the hints about damage."""
 
     dense: bool = False
     overridden: Sequence[Problem] = ()
@@ -218,13 +216,13 @@ def judge_diff(
     *,
     in_store: bool,
 ) -> Judgement:
-    """Judge the diff `layer` over `parents`, of which there is one at least.
+    """Check the diff `layer` over `parents`, of which there is at least one.
 
-    `in_store` says that it is a link of a directory of snapshots, which may be dense if a check
-    supports it; an explicit diff may only with `policy.dense`. Pages are read where only they can
-    tell, and what they told is kept in `verdicts`. Raises DiffMergeError if it cannot be trusted
-    (law 4), is of another size, or looks like a diff whose holes were filled: with a hole, only if
-    the policy is `strict`.
+    `in_store` says that it is a link of a directory of snapshots. Such a link may be dense if a
+    check supports it; an explicit diff only with `policy.dense`. Pages are read if no metadata can
+    decide, and the result is kept in `verdicts`. Raises DiffMergeError if the diff cannot be
+    trusted (law 4), has another size, or looks as if its holes were filled. For a diff that still
+    has holes, the last is an error only if the policy is `strict`.
     """
     base = parents.layers[0]
     require_equal_size(base.path, base.size, layer.path, layer.size)
@@ -270,9 +268,9 @@ def require_distinct(layers: Sequence[Layer]) -> None:
 def warn_of_order(view: MergedView) -> None:
     """Log a warning, which names two files, if the view's layers may be in the wrong order.
 
-    Then the base has data and supplies no byte of the view, or it has less data than one of the
-    diffs and less than half of that shows. That is no proof: a guest may have written all of its
-    memory. Reads no file.
+    Either the base has data but supplies no byte of the view, or it has less data than one of the
+    diffs and less than half of its data is visible. That is no proof, because a guest may have
+    written all of its memory. Reads no file.
     """
     base, *diffs = view.layers
     if not diffs or not base.extents.data_bytes:

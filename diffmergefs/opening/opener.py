@@ -1,4 +1,4 @@
-"""Opening layers, each file once, with the records beside it in force."""
+"""Opening layers: each file once, its extents from its sidecars if it has any."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _Content = tuple[FileKey, frozenset[tuple[str, FileKey]]]
 
 
 def raise_descriptor_limit() -> None:
-    """Let this process open as many files as it may: each distinct layer takes a descriptor."""
+    """Raise the limit of open files to its maximum: each distinct layer takes a descriptor."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def require_spare_descriptors(fd: int, path: str) -> None:
-    """Raise OSError (EMFILE) if `fd`, just opened, is among the last that this process can have.
+    """Raise OSError (EMFILE) if `fd`, just opened, is among the last descriptors of this process.
 
-    These are left for looking over directories and for what the daemon does for itself: however
-    many files its users open, it goes on.
+    They are kept for reading directories and for the daemon's own needs, so that it continues
+    however many files its users open.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and fd >= soft - min(_SPARE, soft // 4):
@@ -49,11 +49,11 @@ def require_spare_descriptors(fd: int, path: str) -> None:
 
 
 class Opener:
-    """Opens layers, each with the records beside it in force, as `policy` says; for any threads.
+    """Opens layers whose sidecars override the filesystem's extents. Safe for several threads.
 
-    Records are a seal, and for a diff a presence file. With the policy's `no_seal` no seal is
-    looked at. With `verify` 'pins' a record is compared with its file once, which is remembered;
-    with 'full' each time that a layer is opened; with 'no' never.
+    Sidecars are a seal, and for a diff a presence file. With the policy's `no_seal` seals are
+    ignored. With `verify` 'pins' a sidecar is compared with its file once, and the result is
+    remembered; with 'full' each time that a layer is opened; with 'no' never.
     """
 
     def __init__(self, policy: RecordOptions) -> None:
@@ -68,10 +68,10 @@ class Opener:
         *,
         is_diff: bool = False,
     ) -> Layer:
-        """`Layer.open`, and then the extents of the layer's records in place of the filesystem's.
+        """`Layer.open`, and then the extents of the layer's sidecars instead of the filesystem's.
 
-        Blocks for the fsync and the walk, and where a record must be compared, for a read of all
-        data. Raises SealError and PresenceError for a record that is not right or does not fit, and
+        Blocks for the fsync and the walk, and for a read of all data if a sidecar must be compared.
+        Raises SealError and PresenceError for a sidecar that is wrong or does not fit, and
         FileAccessError.
         """
         layer = Layer.open(path, root, name)
@@ -90,10 +90,10 @@ class Opener:
 class LayerPool:
     """The open layers of a directory of snapshots, each file once, however many views share it.
 
-    `root` is a descriptor of that directory, kept by the caller (or a `beneath.AllowedRoots` of it,
-    where layers lie outside), and `where` what messages put before the paths beneath it. A layer
-    lives as long as a view uses it. Safe to use from several threads: while one of them opens a
-    layer, the others that need it wait. `verdicts` are what was found in the layers' pages.
+    `root` is a descriptor of that directory that the caller keeps open, or a `beneath.AllowedRoots`
+    if layers may lie outside. `where` is put before the paths beneath it in messages. A layer stays
+    open while a view uses it. Safe for several threads: while one of them opens a layer, the others
+    that need it wait. `verdicts` are the results of content checks.
     """
 
     def __init__(self, root: Root, policy: RecordOptions, where: str = "") -> None:
@@ -102,14 +102,14 @@ class LayerPool:
         self._opener = Opener(policy)
         self.verdicts = Verdicts(Remembered(policy.state_dir), anew=policy.anew)
         self._layers: weakref.WeakValueDictionary[_Content, Layer] = weakref.WeakValueDictionary()
-        # Where the first of a layer's holes lies that looked like data when it was opened.
+        # For each layer, the first hole that looked like data when it was opened.
         self._cached: dict[FileKey, int] = {}
         self._opening: SingleFlight[Layer] = SingleFlight()
 
     def layer(self, file: StoredFile) -> Layer:
-        """The open layer of `file`, opened by `Opener` if it is not open yet.
+        """The open layer of `file`; it is opened by `Opener` if it is not open yet.
 
-        Raises LayerChangedError if another content stands at its path, or a record's, by now.
+        Raises LayerChangedError if the layer or one of its sidecars was replaced meanwhile.
         """
         no_seal = self._opener.policy.no_seal
         records = {r for r in file.records if not (no_seal and r[0] == SEAL_SUFFIX)}
@@ -134,7 +134,7 @@ class LayerPool:
             raise FileAccessError(f"{name}: {error.strerror}") from error
         in_force = frozenset((record.suffix, record.key) for record in layer.records)
         if (layer.key, in_force) != content:
-            raise LayerChangedError(f"{name}: changed since it was looked over; try again")
+            raise LayerChangedError(f"{name}: changed since its directory was read; try again")
         self._layers[content] = layer
         self._cached.pop(layer.key, None)
         if len(layer.unmapped):
@@ -142,9 +142,9 @@ class LayerPool:
         return layer
 
     def has_writer(self, file: StoredFile) -> bool:
-        """Whether someone has `file` open for writing now, as far as can be told.
+        """Whether a process has `file` open for writing now; False if that is unknown.
 
-        It is opened for the moment, not walked. Raises OSError, FileAccessError.
+        The file is opened briefly and not walked. Raises OSError and FileAccessError.
         """
         with self._opened(file) as fd:
             return writers(fd) is Writers.SOME
@@ -152,8 +152,8 @@ class LayerPool:
     def has_cached_hole(self, file: StoredFile) -> bool:
         """Whether the hole of `file` that looked like data when it was last opened still does.
 
-        Its cached pages are dropped for that, where nobody has them mapped; it is opened for the
-        moment, not walked. Raises OSError, FileAccessError.
+        Drops its cached pages first, unless a process has them mapped. The file is opened briefly
+        and not walked. Raises OSError and FileAccessError.
         """
         if (hole := self._cached.get(file.key)) is None:
             return False
@@ -169,7 +169,7 @@ class LayerPool:
             os.close(fd)
 
     def forget_all_but(self, present: set[FileKey]) -> None:
-        """Forget what is remembered of files that are not open and not among these."""
+        """Forget the cached holes of files that are not in `present`."""
         for key in self._cached.keys() - present:
             self._cached.pop(key, None)
 
@@ -179,7 +179,7 @@ def opened_store(root: str, policy: TrustPolicy, where: str | None = None) -> It
     """A pool for the directory of snapshots `root`, which is open until the block ends.
 
     Layers that the pool has opened stay open. `where` is `LayerPool`'s, by default `root`. Raises
-    FileAccessError where the directory cannot be opened.
+    FileAccessError if the directory cannot be opened.
     """
     fd = open_source(root)
     try:

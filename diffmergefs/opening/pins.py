@@ -21,10 +21,9 @@ KIND = "sha256"
 def content_hash(layer: Layer, progress: Progress = ignore_progress) -> str:
     """The hex sha256 of all bytes of the layer's file as read, whatever its extents or seal say.
 
-    Holes are not read (that would
-    fill the page cache with zeros); the filesystem is asked anew where they are. The fingerprint
-    is compared afterwards (law 6). Blocks; other threads run meanwhile. Raises LayerChangedError
-    and OSError.
+    Holes are not read, because that would fill the page cache with zeros; the filesystem is asked
+    again where they are. The fingerprint is compared afterwards (law 6). Blocks while other threads
+    run. Raises LayerChangedError and OSError.
     """
     digest = hashlib.sha256()
     buffer = page_aligned(BLOCK)
@@ -52,8 +51,7 @@ def _add_zeros(digest: hashlib._Hash, count: int, progress: Progress) -> None:
 class Hashes:
     """The sha256 of layers' files, computed once for each content; safe for several threads.
 
-    What is computed is remembered in `memory` for later runs. `anew` believes nothing that an
-    earlier run remembered.
+    `memory` keeps the hashes for later runs. With `anew`, hashes of earlier runs are ignored.
     """
 
     def __init__(self, memory: Remembered, *, anew: bool = False) -> None:
@@ -68,15 +66,15 @@ class Hashes:
     ) -> str:
         """The hex sha256 of the layer's file, read only if it is not known.
 
-        Where one is `expected`, a remembered hash counts only if it is that one: a damaged memory
-        can let no good file look wrong. A file that another thread hashes is waited for.
-        `progress` is given the layer's size in all, read or not. Blocks. Raises
-        LayerChangedError and OSError.
+        If a hash is `expected`, a remembered one counts only if it is equal, so a damaged memory
+        never makes a good file look wrong. If another thread hashes the file, this one waits.
+        `progress` gets the layer's size in total, read or not. Blocks. Raises LayerChangedError and
+        OSError.
         """
         identity = Identity.of_open(layer.fd)
         if (known := self._known(identity, expected)) is None:
             me = object()
-            # An error is of the layer as it was opened: one that was opened later may be right.
+            # An error belongs to the layer as it was opened: one opened later may be right.
             key = identity.version, layer.fingerprint
             known, by = self._computing.do(
                 key, lambda: self._compute(layer, identity, progress, me)
@@ -102,7 +100,7 @@ class Hashes:
     def _compute(
         self, layer: Layer, identity: Identity, progress: Progress, who: object
     ) -> tuple[str, object]:
-        # With `who` has read the file, which may be somebody that was faster.
+        # Returns with `who` if this call read the file, and None if another one was faster.
         if (done := self._computed.get(identity.version)) is not None:
             return done, None
         since_ns = time.time_ns()
@@ -124,8 +122,8 @@ def require_pin(
 ) -> None:
     """Raise PinError, with both hashes, unless `parent` has the content that `link` records.
 
-    `parent` is the open layer of the link's parent; a link that records no hash is content with
-    any. Blocks for the hash. Raises LayerChangedError and OSError too.
+    `parent` is the open layer of the link's parent. A link that records no hash accepts any
+    content. Blocks for the hash. Raises LayerChangedError and OSError too.
     """
     if link.parent_hash is None:
         return

@@ -1,4 +1,4 @@
-"""Law 4: where a diff's data extents can be trusted. None of it applies to a base."""
+"""Law 4: when a diff's data extents can be trusted. Nothing of it applies to a base."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ class TrustPolicy(StoreOptions, RecordOptions, Trust):
 
 
 def checks_named(names: Collection[str]) -> frozenset[str]:
-    """The checks that `names` stand for; 'all' is all of `CHECKS`.
+    """The checks that `names` stand for; 'all' stands for all of `CHECKS`.
 
-    Raises ValueError for a name of none, and for what is no collection of names.
+    Raises ValueError for an unknown name, and if `names` is not a collection of names.
     """
     if isinstance(names, str) or not isinstance(names, Collection):
         raise ValueError(f"trust_grain is {names!r}, not a set of names of checks")
@@ -102,7 +102,7 @@ def checks_named(names: Collection[str]) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Problem:
-    """A check of law 4 that the diff `path` fails: what was found, and what its owner can do.
+    """A check of law 4 that the diff `path` fails: what was found, and what to do.
 
     `check` is 'filesystem', 'grain', 'blocks', 'alignment', 'unwritten', 'map' or 'copy-up'.
     """
@@ -124,8 +124,8 @@ class Problem:
 def grain(fd: int) -> int:
     """The unit in bytes in which the filesystem of `fd` reports holes: its `st_blksize`.
 
-    Measured true on ext4, xfs, btrfs and tmpfs (xfs with 16 KiB blocks 16384, tmpfs huge=always
-    2 MiB); on a network filesystem it is a hint.
+    Confirmed by measurement on ext4, xfs, btrfs and tmpfs (16384 on xfs with 16 KiB blocks, 2 MiB
+    on tmpfs with huge=always); on a network filesystem it is a hint.
     """
     return os.fstat(fd).st_blksize
 
@@ -133,8 +133,8 @@ def grain(fd: int) -> int:
 def require_trust(layer: Layer, policy: Trust, *, complete: bool = False) -> list[Problem]:
     """Raise UntrustedExtentsError for the first check that a diff's extents fail.
 
-    Extents of a record beside the file (a seal, a presence file) are held to the record's grain
-    and alignment alone: where the file lies now says nothing about them.
+    Extents from a sidecar (a seal, a presence file) must only fit the sidecar's grain and
+    alignment: the filesystem on which the file lies now does not matter.
 
     Returns the failed checks that `policy.trust_grain` names. `complete` says that the diff is a
     complete image: it has no hole and is meant so. Then only the checks that could make it look
@@ -187,13 +187,13 @@ def _problem(layer: Layer, check: str, text: str) -> Problem:
     else:
         way_out = (
             f"{_INSTEAD[check]}, put its seal beside it if it has one, or vouch for it with"
-            f" --trust-grain={check} (wrong bytes if it is not so)"
+            f" --trust-grain={check} (if it is damaged, the guest gets wrong bytes)"
         )
     return Problem(layer.path, check, text, way_out)
 
 
 def _problems_of_records(layer: Layer, page: int, complete: bool) -> Iterator[Problem]:
-    # What the filesystem says of the file does not count, only in which units a record was made.
+    # The filesystem's extents do not count, only the unit in which the sidecar was made.
     for record in layer.records:
         if not complete and page % record.block:
             yield _problem(
@@ -252,8 +252,9 @@ def _contradictions(layer: Layer) -> Iterator[Problem]:
             f"{layer.unmapped.data_bytes} bytes from {layer.unmapped.starts[0]} on are reported as"
             " data, but nothing is stored for them: holes look so while their pages are cached, and"
             " stay cached as long as someone maps or reads the file",
-            "try again when nobody has it mapped (fuser names who has), put its seal beside it if"
-            " it has one, or vouch for it with --trust-grain=map (wrong bytes if it is not so)",
+            "try again when no process has it mapped (fuser lists them), put its seal beside it if"
+            " it has one, or vouch for it with --trust-grain=map (if it is damaged, the guest gets"
+            " wrong bytes)",
         )
     if len(layer.unreported):
         found = next(iter(layer.unreported))

@@ -1,7 +1,6 @@
-"""A directory of snapshots, judged by metadata only: the only reader of layouts on disk.
+"""A directory of snapshots as a `Catalog`: each snapshot with its chain, or why it is broken.
 
-A look at a directory gives a `Catalog`: its snapshots, each with its chain or the reason why it
-is broken. No image file is opened.
+Only metadata are read. No image file is opened.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from diffmergefs.stores.snapshot import Snapshot, StoredFile, status_of
 from diffmergefs.stores.superserve import SuperserveReader
 
 _NAME_IS_TAKEN = (
-    f"no tag can be called {STATUS_FOLDER!r}, which in a mount is its own directory; rename it"
+    f"no tag can be called {STATUS_FOLDER!r}: in a mount it is the mount's own directory; rename it"
 )
-_NAMED = 8  # tags of a cycle that stand in its message
+_NAMED = 8  # the number of tags of a cycle in its message
 _RECORDS = (SEAL_SUFFIX, PRESENCE_SUFFIX)
 
 # A new layout is a line here. See docs/adding-a-store.md.
@@ -43,9 +42,9 @@ LAYOUTS = tuple(READERS)
 
 @dataclass(frozen=True)
 class Catalog:
-    """What one look at a directory of snapshots found.
+    """What a directory of snapshots held when it was read.
 
-    `root` is the directory as given, `layout` the name of its reader, `snapshots` by tag.
+    `root` is the directory as given, `layout` the name of its reader, `snapshots` are by tag.
     """
 
     root: str
@@ -59,8 +58,8 @@ class Catalog:
     def chain(self, tag: str) -> list[Snapshot]:
         """The snapshots whose layers make up `tag`, base first.
 
-        Raises BrokenChainError or SizeMismatchError with the reason where the tag cannot be shown
-        as complete, as far as metadata tell: its own defect, or an ancestor's.
+        Raises BrokenChainError or SizeMismatchError with the reason if metadata show that the image
+        is not complete: a defect of its own, or of an ancestor.
         """
         if tag not in self._verdicts:
             try:
@@ -75,7 +74,7 @@ class Catalog:
     def reachable(self, tag: str) -> list[Snapshot]:
         """The snapshots from `tag` down as far as parents can be followed, the lowest first.
 
-        For one that `chain` gives, the same; else what there is of it, each snapshot once, at most
+        If `chain` succeeds, the same list. Otherwise what exists of it: each snapshot once, at most
         1,000. Empty if there is no such tag.
         """
         links: dict[str, Snapshot] = {}
@@ -86,9 +85,9 @@ class Catalog:
         return list(links.values())[::-1]
 
     def reject(self, tag: str, problem: str) -> None:
-        """Mark `tag` as broken for a reason that this look alone does not show.
+        """Mark `tag` as broken for a reason that this catalog alone does not show.
 
-        Call it before the first `chain`: verdicts are kept.
+        Call it before the first `chain`, because results are kept.
         """
         self._rejected[tag] = problem
 
@@ -119,7 +118,7 @@ class Catalog:
                 yield error
 
     def _sound(self, tag: str, head: str) -> Snapshot | None:
-        # Its own defect, or the nearest ancestor's, says more than what is missing further up.
+        # Its own defect, or the nearest ancestor's, explains more than what is missing below it.
         snapshot = self.snapshots.get(tag)
         problem = snapshot and (snapshot.problem or self._rejected.get(tag))
         if problem:
@@ -128,9 +127,9 @@ class Catalog:
         return snapshot
 
     def recall(self, older: Catalog) -> None:
-        """Take over the layers that `older` knew, of those snapshots whose own is unknown now.
+        """Take the layers of `older` for those snapshots whose layer is unknown now.
 
-        Call it before `hidden` and `layer_files` are asked for.
+        Call it before the first use of `hidden` and `layer_files`.
         """
         for tag in (self.snapshots.keys() - self._layers.keys()) & older._layers.keys():
             self._layers[tag] = older._layers[tag]
@@ -141,14 +140,14 @@ class Catalog:
 
     @cached_property
     def hidden(self) -> frozenset[str]:
-        """The paths beneath the root that are never passed through: layers and their records."""
+        """Paths beneath the root that a mount never passes through: layers and their records."""
         layers = [layer.path for layer in self._layers.values()]
         paths = frozenset(path + suffix for path in layers for suffix in ("", *_RECORDS))
         return paths.union(*(snapshot.withheld for snapshot in self.snapshots.values()))
 
     @cached_property
     def layer_files(self) -> frozenset[tuple[int, int]]:
-        """Device and inode of each layer: under no other name is one passed through either."""
+        """Device and inode of each layer: a layer is not passed through under any name."""
         return frozenset(layer.key[:2] for layer in self._layers.values())
 
 
@@ -172,13 +171,13 @@ def read_catalog(
     at: int | None = None,
     options: StoreOptions | None = None,
 ) -> Catalog:
-    """Look over the directory `root`.
+    """Read the directory `root`.
 
-    `layout` is the name of one of READERS, by default found out; `suffix` (`.mem`) names the memory
-    files of a numbered directory; `at` is an open descriptor of `root`, if the caller has one.
-    Reads names, sizes and JSON, never an image. Raises FileAccessError if `root` is no readable
-    directory, BrokenChainError where the directory as a whole is ambiguous, and ForeignFormatError
-    where it is in a format that is declined.
+    `layout` names one of READERS and is detected by default. `suffix` (`.mem`) selects the memory
+    files of a numbered directory. `at` is an open descriptor of `root`, if there is one.
+    Reads names, sizes and JSON, never an image. Raises FileAccessError if `root` is not a readable
+    directory, BrokenChainError if the directory as a whole is ambiguous, and ForeignFormatError if
+    it is in a format that is declined.
     """
     options = options or StoreOptions()
     fd = open_source(root, at)
@@ -199,7 +198,7 @@ def read_catalog(
         if named := snapshots.get(STATUS_FOLDER):
             snapshots[STATUS_FOLDER] = replace(named, problem=_NAME_IS_TAKEN)
     except OSError as error:
-        raise FileAccessError(f"{root}: {error.strerror} while it was looked over") from error
+        raise FileAccessError(f"{root}: {error.strerror} while it was read") from error
     finally:
         os.close(fd)
     return Catalog(root, reader.name, snapshots)
@@ -208,7 +207,7 @@ def read_catalog(
 def _statuses_of(
     entries: Iterable[os.DirEntry[str]],
 ) -> tuple[dict[str, os.stat_result], dict[str, tuple[int, str]]]:
-    # The lstat of each entry, and apart from them those that refuse it (somebody's FUSE mount).
+    # The lstat of each entry; and the entries that refuse it (another user's FUSE mount).
     statuses, refused = {}, {}
     for entry in entries:
         try:
@@ -220,7 +219,7 @@ def _statuses_of(
 
 
 def _kind_of(entry: os.DirEntry[str]) -> int:
-    # As its directory has it; 0 where it does not say.
+    # As the directory records it; 0 if it does not.
     try:
         if entry.is_dir(follow_symlinks=False):
             return stat.S_IFDIR
@@ -235,7 +234,7 @@ def _find_reader(source: Source) -> Reader:
         names = [reader.name for reader in found]
         raise BrokenChainError(
             f"{source.path}: holds snapshots of several layouts ({', '.join(names)});"
-            f" say which is meant with {' or '.join(f'--layout={name}' for name in names)}"
+            f" choose one with {' or '.join(f'--layout={name}' for name in names)}"
         )
     return found[0] if found else READERS["forkd"]
 
@@ -248,7 +247,7 @@ def _require_fit(base: Snapshot, link: Snapshot) -> None:
 def resolve(head: str, lookup: Callable[[str], Snapshot | None]) -> list[Snapshot]:
     """The chain that ends in `head`, base first.
 
-    `lookup` gives the snapshot of a tag, or None. Raises BrokenChainError for a missing parent, a
+    `lookup` returns the snapshot of a tag, or None. Raises BrokenChainError for a missing parent, a
     cycle and a chain of more than 1,000 layers, naming the tags.
     """
     chain: list[Snapshot] = []
@@ -272,7 +271,7 @@ def resolve(head: str, lookup: Callable[[str], Snapshot | None]) -> list[Snapsho
 
 
 def _cycle(tags: list[str]) -> str:
-    # Each tag's parent follows it; the first is the parent of the last.
+    # Each tag is followed by its parent; the first is the parent of the last.
     more = [f"{len(tags) - _NAMED} more"] if len(tags) > _NAMED else []
     path = " -> ".join([*tags[:_NAMED], *more, tags[0]])
     return f"cycle: {path}, each followed by its parent; a chain ends in a base"

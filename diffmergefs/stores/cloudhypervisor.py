@@ -37,9 +37,9 @@ STATE = "state.json"
 MAX_STATE = 64 << 20
 
 _MAX_RANGES = 1 << 16
-_MAX_PARTS = _MAX_RANGES * 8  # a range takes five, and there is more beside the table
+_MAX_PARTS = _MAX_RANGES * 8  # a range takes five, and the document holds more than the table
 _MAX_ADDRESS = 1 << 64
-_SHOWN = 4  # ranges of a table that stand in a message
+_SHOWN = 4  # the number of ranges of a table in a message
 
 Table = tuple[tuple[int, int], ...]
 
@@ -71,7 +71,7 @@ class CloudHypervisorReader(FolderReader):
         """
         if _is_image(base) and _names_parent(base):
             raise BrokenChainError(
-                f"{base}: is a diff, by the parent_tag in the {DOCUMENT} beside it; give its parent"
+                f"{base}: is a diff: the {DOCUMENT} beside it has a parent_tag; give its parent"
                 " with --base, and this one with --diff"
             )
         if not diffs:
@@ -88,9 +88,9 @@ class CloudHypervisorReader(FolderReader):
 
 
 def with_ranges(root: Root, found: Snapshot) -> Snapshot:
-    """The snapshot with the table of its image, if that is a `memory-ranges`.
+    """The snapshot with the table of its image, if the image is a `memory-ranges`.
 
-    Where the table cannot be read or does not fit the image's size, that is its problem.
+    A table that cannot be read or does not fit the image's size becomes the snapshot's problem.
     """
     memory = found.memory
     if memory is None or os.path.basename(memory.path) != MEMORY:
@@ -109,16 +109,16 @@ def read_table(root: Root | None, memory: str, size: int) -> Table:
     """The table of the image `memory` of `size` bytes: (guest address, length) in file order.
 
     It is read from the `state.json` beside the image, beneath `root` if given. Raises
-    BrokenChainError where there is none, where it is malformed, and where its lengths do not add up
-    to the size.
+    BrokenChainError if there is none, if it is malformed, or if its lengths do not add up to the
+    size.
     """
     path = os.path.join(os.path.dirname(memory), STATE)
     parts = _member(load_document(root, path, MAX_STATE, _MAX_PARTS), "snapshots", path)
     state = _member(_member(parts, "memory-manager", path), "snapshot_data", path).get("state")
     if not isinstance(state, str):
         raise BrokenChainError(
-            f"{path}: the memory manager's state is no text; snapshots of Cloud Hypervisor before"
-            " 40.0 cannot be read, take it again with a newer one"
+            f"{path}: the memory manager's state is not text; snapshots of Cloud Hypervisor before"
+            " 40.0 cannot be read; take it again with a newer version"
         )
     within = f"{path}: the memory manager's state"
     manager = parse_document(state.encode("utf-8", "surrogatepass"), within, _MAX_PARTS)
@@ -140,7 +140,7 @@ def _member(outer: Mapping[str, Any], name: str, path: str) -> dict[str, Any]:
     inner = outer.get(name)
     if not isinstance(inner, dict):
         raise BrokenChainError(
-            f"{path}: no object '{name}' where Cloud Hypervisor's has one; is it its state.json?"
+            f"{path}: no object '{name}'; is it a state.json of Cloud Hypervisor?"
         )
     return inner
 
@@ -148,7 +148,7 @@ def _member(outer: Mapping[str, Any], name: str, path: str) -> dict[str, Any]:
 def _range(entry: object, path: str) -> tuple[int, int]:
     address = entry.get("gpa") if isinstance(entry, dict) else None
     length = entry.get("length") if isinstance(entry, dict) else None
-    # A bool is an int to Python, and neither an address nor a length.
+    # To Python a bool is an int, but it is neither an address nor a length.
     if type(address) is not int or type(length) is not int:
         raise BrokenChainError(f"{path}: a memory range is not of the form gpa, length")
     if not (0 <= address < _MAX_ADDRESS and 0 < length <= _MAX_ADDRESS - address):
@@ -165,14 +165,14 @@ def _require_apart(table: Table, path: str) -> None:
 
 
 def require_equal_ranges(base: str, table: Table | None, path: str, other: Table | None) -> None:
-    """Raise BrokenChainError unless the images `base` and `path` have equal tables, or both none.
+    """Raise BrokenChainError unless the images `base` and `path` have equal tables or both none.
 
-    A file that is no `memory-ranges` has none.
+    A file that is not a `memory-ranges` has none.
     """
     if table != other:
         raise BrokenChainError(
             f"{path}: {_shown(other)}, but its base {base}: {_shown(table)}; images merge only"
-            " where both tables are equal, take both snapshots of one VM with the same memory"
+            " if both tables are equal; take both snapshots of one VM with the same memory"
         )
 
 

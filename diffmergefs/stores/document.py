@@ -26,7 +26,7 @@ from diffmergefs.stores.snapshot import (
 )
 
 MAX_PATH = 4096  # PATH_MAX of Linux
-OUTSIDE = "; name the directory that it lies in with --allow-outside DIR if it belongs there"
+OUTSIDE = "; if it belongs outside the store, name its directory with --allow-outside DIR"
 _FIELDS = ("memory", "vmstate", "parent_tag", "parent_content_hash", "volumes", "rootfs")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
@@ -34,9 +34,9 @@ _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 def describe(root: Root, seen: Snapshot, paths: Collection[str]) -> Snapshot:
     """The snapshot in the directory `seen.tag` beneath `root`, by the document in it.
 
-    `seen` is what is known without it, `paths` are the absolute paths of `root`. What is known of a
-    broken one stays known: its parent, and its layer, which is so nowhere passed through. Raises
-    BrokenChainError where nothing more is known.
+    `seen` is what is known without it, and `paths` are the absolute paths of `root`. A broken
+    snapshot keeps what is known of it: its parent, and its layer, so that no mount passes the layer
+    through. Raises BrokenChainError if nothing more is known.
     """
     tag = seen.tag
     path = f"{tag}/{DOCUMENT}"
@@ -57,13 +57,13 @@ def describe(root: Root, seen: Snapshot, paths: Collection[str]) -> Snapshot:
 
 
 class Fields(dict[str, Any]):
-    """What is kept of a document: those of its fields that are known. Nobody changes it."""
+    """The known fields of a document. They are never changed."""
 
     __slots__ = ("__weakref__",)
 
 
-# By the sha256 of the text: equal documents, as hard links are and those of two successive looks,
-# are parsed and kept once, as long as a snapshot has them.
+# By the sha256 of the text. Equal documents (hard links, those of successive catalogs) are parsed
+# and kept once, as long as a snapshot has them.
 _kept: weakref.WeakValueDictionary[bytes, Fields] = weakref.WeakValueDictionary()
 
 
@@ -80,7 +80,7 @@ def _parent_if_stated(document: Mapping[str, Any], path: str) -> str | None:
     try:
         return _text(document, "parent_tag", path)
     except BrokenChainError:
-        return None  # _describe_rest tells why
+        return None  # _describe_rest raises it again
 
 
 def _describe_rest(
@@ -90,7 +90,7 @@ def _describe_rest(
     parent = _text(document, "parent_tag", path)
     parent_hash = _text(document, "parent_content_hash", path)
     if parent_hash is not None and not _SHA256.fullmatch(parent_hash):
-        raise BrokenChainError(f"{path}: parent_content_hash is no hex sha256 of 64 digits")
+        raise BrokenChainError(f"{path}: parent_content_hash is not a hex sha256 of 64 digits")
     if parent_hash is not None and parent is None:
         raise BrokenChainError(f"{path}: parent_content_hash without a parent_tag")
     files = {}
@@ -113,22 +113,22 @@ def _describe_rest(
 
 
 def _require_distinct(path: str, names: list[str]) -> None:
-    # In a view all of them stand in one directory.
+    # In a mount all of them are in one directory.
     what = (f"its own {DOCUMENT}", "'memory'", "'vmstate'")
     for one, other in itertools.combinations(range(len(names)), 2):
         if names[one] == names[other]:
             raise BrokenChainError(
-                f"{path}: {what[one]} and {what[other]} have one name, {names[one]!r}"
+                f"{path}: {what[one]} and {what[other]} have the same name, {names[one]!r}"
             )
 
 
 def _locate(root: Root, tag: str, recorded: str, paths: Collection[str]) -> StoredFile:
-    # Recorded paths are often absolute and stale after a move of the store. In this order: the
-    # basename in the tag's own directory; the rest of a path that lies beneath the root, or else
-    # the path itself where the user allows its directory; nothing.
+    # Recorded paths are often absolute, and stale after the store was moved. In this order: the
+    # basename in the tag's own directory; the rest of a path beneath the root, or else the path
+    # itself if the user allows its directory; nothing.
     name = os.path.basename(recorded)
     if not name or ".." in recorded.split("/") or "\0" in recorded:
-        raise BrokenChainError(f"{tag}/{DOCUMENT}: {recorded!r} names no file beneath the store")
+        raise BrokenChainError(f"{tag}/{DOCUMENT}: {recorded!r} does not name a file in the store")
     own = find_regular(root, f"{tag}/{name}")
     path = beneath_source(f"{tag}/{recorded}" if not recorded.startswith("/") else recorded, paths)
     is_outside = path.startswith("/")
@@ -148,16 +148,16 @@ def _locate(root: Root, tag: str, recorded: str, paths: Collection[str]) -> Stor
 
 
 def is_reachable(root: Root, path: str) -> bool:
-    """Whether `root` leads to a path that `beneath_source` gave: beneath it, or one it allows."""
+    """Whether a path from `beneath_source` is beneath `root`, or allowed by it."""
     return not path.startswith("/") or (
         isinstance(root, AllowedRoots) and root.allowed(path) is not None
     )
 
 
 def beneath_source(path: str, paths: Collection[str]) -> str:
-    """A recorded path relative to the source, whose absolute paths are `paths`, by its name only.
+    """A recorded path relative to the source, whose absolute paths are `paths`; no file is read.
 
-    Absolute where it lies outside.
+    A path outside the source stays absolute.
     """
     if not path.startswith("/"):
         return os.path.normpath(path)
@@ -179,5 +179,5 @@ def _text(document: Mapping[str, Any], name: str, path: str) -> str | None:
     try:
         os.fsencode(value or "")
     except UnicodeEncodeError:
-        raise BrokenChainError(f"{path}: '{name}' is {value!a}, which is no text") from None
+        raise BrokenChainError(f"{path}: '{name}' is {value!a}, which is not text") from None
     return value

@@ -1,4 +1,4 @@
-"""forkd's store: one directory a tag, described by its snapshot.json (also our native form)."""
+"""forkd's store, also our native form: a directory per tag, described by its snapshot.json."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _LEGAL_TAG = re.compile(r"[A-Za-z0-9_-](?:[A-Za-z0-9_.+-]{0,62}[A-Za-z0-9_-])?")
 class ForkdReader(FolderReader):
     """Directories with a `snapshot.json`; without one, `memory.bin` and `vmstate` are a base.
 
-    That is so only if the memory has no hole: it may be a diff whose document is still to come.
-
-    One with a `memory-ranges` is Cloud Hypervisor's, whose reader takes a `snapshot.json` too.
+    They are a base only if the memory has no hole: it may be a diff whose document is not written
+    yet. A directory with a `memory-ranges` is Cloud Hypervisor's, whose reader reads a
+    `snapshot.json` too.
     """
 
     name = "forkd"
@@ -52,9 +52,11 @@ class ForkdReader(FolderReader):
         return cloudhypervisor.with_ranges(source.root, found)
 
     def read_folder(self, source: Source, path: str) -> Snapshot | None:
-        """As every reader's, but for what forkd itself would not take as a tag."""
+        """As in `FolderReader`, but a name that forkd does not accept as a tag is a problem."""
         found = super().read_folder(source, path)
         if found is None or _LEGAL_TAG.fullmatch(path) or found.folder is None:
             return found
-        problem = f"{path!r} is no legal tag (1 to 64 of letters, digits, - and _, . and + inside)"
+        problem = (
+            f"{path!r} is not a legal tag (1 to 64 letters, digits, - and _, with . and + inside)"
+        )
         return replace(found, problem=problem)

@@ -1,4 +1,4 @@
-"""What the stores know of a path that a user gives: an IMAGE, or explicit layers."""
+"""What the stores know about a path that a user gives: an IMAGE, or explicit layers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from diffmergefs.stores.snapshot import is_left_out
 
 
 def require_mergeable(base: str, diffs: Sequence[str]) -> None:
-    """Raise BrokenChainError if some store knows that these files are no base and diffs over it.
+    """Raise BrokenChainError if a store knows that these files are not a base and its diffs.
 
-    `diffs` are oldest first. What the stores record of the files beside them is compared; no image
-    is opened. Raises FileAccessError where a file cannot be found.
+    `diffs` are oldest first. Reads what a store records beside the files; no image is opened.
+    Raises FileAccessError if a file cannot be found.
     """
     for reader in READERS.values():
         reader.require_mergeable(base, diffs)
@@ -55,7 +55,7 @@ def _find_numbered(
     root: str, name: str, options: StoreOptions | None
 ) -> tuple[Catalog, str] | None:
     suffix = os.path.splitext(name)[1]
-    # One of the usual suffixes is a layer's only if the lowest number's memory file has it too.
+    # A file with one of the usual suffixes is a layer only if the lowest layer has that suffix.
     chosen = None if suffix in SUFFIXES else suffix or None
     catalog = read_catalog(root, "numbered", chosen, options=options)
     for tag, snapshot in catalog.snapshots.items():
@@ -78,9 +78,9 @@ def is_image(path: str | os.PathLike[str]) -> bool:
 
 
 def layout_of(folder: str) -> str | None:
-    """The layout of which the directory `folder` is by itself a snapshot, or None.
+    """The layout in which the directory `folder` alone is a snapshot, or None.
 
-    Raises ForeignFormatError where it is in a format that is declined.
+    Raises ForeignFormatError if it is in a format that is declined.
     """
     try:
         fd = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -40,9 +40,9 @@ def is_numbered(name: str) -> bool:
 def memory_files(kinds: Mapping[str, int], suffix: str | None = None) -> list[NumberedFile]:
     """The memory files among the names of `kinds` (name -> file type), in numeric order.
 
-    Their suffix is `suffix`, or that of the lowest number's memory file; a symlink or FIFO of such
-    a name counts, a directory and a seal never. Raises BrokenChainError for two memory files of
-    one number or of one stem.
+    Their suffix is `suffix`, or that of the memory file with the lowest number. A symlink or FIFO
+    of such a name counts; a directory and a seal never do. Raises BrokenChainError for two memory
+    files with the same number or stem.
     """
     suffixes = (_dotted(suffix),) if suffix else SUFFIXES
     candidates = [
@@ -61,7 +61,7 @@ def memory_files(kinds: Mapping[str, int], suffix: str | None = None) -> list[Nu
 
 
 class NumberedReader:
-    """The numeric order is the chain; each step is a tag, named by the stem after the number."""
+    """The numeric order is the chain. Each layer is a tag, named by the stem after the number."""
 
     name = "numbered"
 
@@ -74,10 +74,10 @@ class NumberedReader:
     def read(self, source: Source) -> dict[str, Snapshot]:
         """The snapshots by tag.
 
-        A file of the same number and another suffix goes with a layer, but for one that could be
-        memory itself: another of SUFFIXES, and the layer's size. Unless the source allows gaps, a
-        layer that does not follow the number below it is broken, and the lowest, if that is not 0,
-        is in doubt.
+        A file with the same number and another suffix belongs to a layer, except one that could be
+        memory itself: it has one of SUFFIXES and the layer's size. Unless the source allows gaps, a
+        layer whose number does not follow the one below is broken, and a lowest number other than 0
+        gives that layer a doubt.
         """
         layers = memory_files(source.kinds, source.suffix)
         files: dict[int, list[NumberedFile]] = {layer.number: [] for layer in layers}
@@ -98,7 +98,7 @@ class NumberedReader:
 def _snapshot(
     source: Source, layer: NumberedFile, below: NumberedFile | None, files: list[NumberedFile]
 ) -> Snapshot:
-    # `files` are those of its number, itself among them.
+    # `files` are those with its number, itself included.
     seen = {f.name: source.statuses[f.name] for f in files if f.name in source.statuses}
     problem, doubt = _fault(source, layer, below, files)
     found = Snapshot(layer.stem, below and below.stem, problem=problem, doubt=doubt)
@@ -129,7 +129,7 @@ def _snapshot(
 def _fault(
     source: Source, layer: NumberedFile, below: NumberedFile | None, files: list[NumberedFile]
 ) -> tuple[str | None, str | None]:
-    # The problem, and the doubt whether it is a base.
+    # Its problem, and its doubt (is it a base?).
     for file in files:
         kind, reason = source.refused.get(file.name, (stat.S_IFDIR, ""))
         if kind != stat.S_IFDIR:
@@ -178,7 +178,7 @@ def _layers_are(number: int) -> str:
 def _looks_like_memory(
     file: NumberedFile, layer: NumberedFile, seen: Mapping[str, os.stat_result]
 ) -> bool:
-    # A diff under another of the suffixes, passed through, would read as an image full of zeros.
+    # A diff with another of the suffixes, passed through, would look like an image full of zeros.
     return file.suffix in SUFFIXES and seen[file.name].st_size == seen[layer.name].st_size
 
 
@@ -189,8 +189,8 @@ def _refuse_pairs(files: list[NumberedFile], what: str) -> None:
         other = known.setdefault(getattr(file, what), file)
         if other is not file:
             raise BrokenChainError(
-                f"{other.name} and {file.name} are two memory files of one {what};"
-                " rename or remove one, or say which suffix is meant with --suffix"
+                f"{other.name} and {file.name} are two memory files with the same {what};"
+                " rename or remove one, or choose a suffix with --suffix"
             )
 
 

@@ -1,4 +1,4 @@
-"""What reads a directory of snapshots: one reader a layout, all behind one interface.
+"""The interface of the readers of directories of snapshots: one reader for each layout.
 
 docs/adding-a-store.md shows how to write the next one.
 """
@@ -24,11 +24,10 @@ from diffmergefs.stores.snapshot import Snapshot, is_left_out, key_of, version_o
 class Source:
     """A directory of snapshots, as a reader gets it.
 
-    `path` is the directory as given, for messages; `root` leads to its files, all of which are
-    reached by it and the functions of `beneath`. `statuses` has the lstat of each name in it, but
-    for those of `refused`, of which only the file type (0 if not even that) and the reason are
-    known. `suffix` is the user's choice of one for memory files. With `allow_gaps` numbered layers
-    may leave numbers out.
+    `path` is the directory as given, for messages. Open all files by `root` and the functions of
+    `beneath`. `statuses` has the lstat of each name, except those in `refused`, for which only the
+    file type (0 if unknown) and the reason are known. `suffix` is the suffix of memory files, if
+    the user chose one. With `allow_gaps` numbered layers may leave numbers out.
     """
 
     path: str
@@ -46,7 +45,7 @@ class Source:
 
     @cached_property
     def folders(self) -> list[str]:
-        """The names that are directories, or may be."""
+        """The names that are directories, or may be directories."""
         return [name for name, kind in self.kinds.items() if kind in (stat.S_IFDIR, 0)]
 
     @cached_property
@@ -56,44 +55,44 @@ class Source:
 
 
 class Reader(Protocol):
-    """Reads one layout. All methods look at metadata only: no image file is opened."""
+    """Reads one layout. All methods read metadata only: no image file is opened."""
 
     @property
     def name(self) -> str:
-        """What `--layout` calls it."""
+        """Its name for `--layout`."""
 
     def finds(self, source: Source) -> bool:
         """Whether anything in the directory looks like this layout, complete or not.
 
-        Raises BrokenChainError where it does but is ambiguous.
+        Raises BrokenChainError if it does but is ambiguous.
         """
 
     def is_tag(self, root: Root, name: str) -> bool:
-        """Whether the directory `name` beneath `root` is by itself a snapshot of this layout.
+        """Whether the directory `name` beneath `root` alone is a snapshot of this layout.
 
-        Raises OSError where that cannot be told.
+        Raises OSError if that is unknown.
         """
 
     def read(self, source: Source) -> dict[str, Snapshot]:
-        """All snapshots by tag, the broken ones with their `problem`: none is left out.
+        """All snapshots by tag. Broken ones have a `problem`; none is left out.
 
-        Raises OSError and BrokenChainError only where the directory as a whole cannot be read.
+        Raises OSError and BrokenChainError only if the directory as a whole cannot be read.
         """
 
     def require_mergeable(self, base: str, diffs: Sequence[str]) -> None:
         """Raise BrokenChainError if explicit files of this layout cannot be merged.
 
-        `base` is given as the base and `diffs` as the diffs over it, oldest first, by their paths.
-        Files of other layouts pass. Raises FileAccessError where one cannot be found.
+        `base` and `diffs` (oldest first) are paths. Files of other layouts pass. Raises
+        FileAccessError if a file cannot be found.
         """
 
 
 class FolderReader(ABC):
-    """A reader of layouts with one directory a snapshot, named by its tag.
+    """A reader for layouts with one directory per snapshot, named by its tag.
 
-    A subclass has a `name`, and says what is a tag and how to describe one. In a tag's directory,
-    files of the names `documents` are what it is read from, and those of the names `device_state`
-    belong to the very memory beside them. Any others come and go as they like.
+    A subclass has a `name`, and implements `is_tag` and `describe`. In a tag's directory, the
+    snapshot is read from the files named in `documents`, and the files named in `device_state`
+    belong to exactly the memory beside them. Other files may change at any time.
     """
 
     name: str
@@ -108,9 +107,8 @@ class FolderReader(ABC):
     def describe(self, source: Source, tag: str, seen: Snapshot) -> Snapshot:
         """The snapshot in the directory `tag`.
 
-        `seen` has its folder, documents and device state: to be returned with what is known besides
-        (`dataclasses.replace`). A DiffMergeError or OSError that is raised becomes the snapshot's
-        problem.
+        `seen` has its folder, documents and device state. Return it with everything else that is
+        known (`dataclasses.replace`). A DiffMergeError or OSError becomes the snapshot's problem.
         """
 
     def require_mergeable(self, base: str, diffs: Sequence[str]) -> None:
@@ -118,14 +116,13 @@ class FolderReader(ABC):
         return
 
     def finds(self, source: Source) -> bool:
-        """Whether any directory is a tag; one that cannot be looked into is none."""
+        """Whether any directory is a tag. One that cannot be read is not."""
         return any(self._is_surely_tag(source.root, name) for name in source.folders)
 
     def read(self, source: Source) -> dict[str, Snapshot]:
         """The snapshots in the source's directories.
 
-        One that cannot be looked into counts as a snapshot, which is broken; so does one in a
-        format that is known and declined.
+        A directory that cannot be read is a broken snapshot; so is one in a declined format.
         """
         found = ((name, self.read_folder(source, name)) for name in source.folders)
         return {name: snapshot for name, snapshot in found if snapshot}
@@ -145,7 +142,7 @@ class FolderReader(ABC):
     def _read_tag(self, source: Source, path: str) -> Snapshot:
         seen = Snapshot(path, folder=path)
         try:
-            # Before they are read: what is written meanwhile shows as a change at the next look.
+            # Before they are read, so a write in between shows as a change in the next catalog.
             documents = {p: key_of(source.root, p) for p in _within(path, self.documents)}
             states = {p: version_of(source.root, p) for p in _within(path, self.device_state)}
             known = {p: key for p, key in documents.items() if key}
@@ -157,7 +154,7 @@ class FolderReader(ABC):
             return replace(seen, problem=f"{path}: {error.strerror}")
 
     def _is_surely_tag(self, root: Root, name: str) -> bool:
-        # What cannot be looked into (somebody's lost+found) says nothing about the layout.
+        # A directory that cannot be read (such as lost+found) says nothing about the layout.
         try:
             return not is_left_out(name) and self.is_tag(root, name)
         except OSError:
@@ -174,7 +171,7 @@ def _declined(path: str, names: Collection[str]) -> Snapshot | None:
 
 
 def open_source(path: str, at: int | None = None) -> int:
-    """A new descriptor of the directory `path`, or of the one that the descriptor `at` is.
+    """A new descriptor of the directory `path`, or of the directory that `at` is open on.
 
     Raises FileAccessError, and ForeignFormatError for a file of a format that is declined.
     """
@@ -187,7 +184,7 @@ def open_source(path: str, at: int | None = None) -> int:
 
 
 def require_own_path(path: str) -> None:
-    """`foreign.require_own_file` for a path; what is no regular file, or unreadable, passes."""
+    """`foreign.require_own_file` for a path. Anything but a readable regular file passes."""
     with suppress(OSError, FileAccessError):
         fd = beneath.open_regular(None, path)
         try:
@@ -198,7 +195,7 @@ def require_own_path(path: str) -> None:
 
 
 def names_of(root: Root, path: str) -> frozenset[str]:
-    """The names in the directory `path` beneath `root`; none where it cannot be listed."""
+    """The names in the directory `path` beneath `root`; none if it cannot be listed."""
     try:
         return listed_names(root, path)
     except OSError:
@@ -206,10 +203,9 @@ def names_of(root: Root, path: str) -> frozenset[str]:
 
 
 def has_file(root: Root, path: str) -> bool:
-    """Whether anything stands at `path` beneath `root`.
+    """Whether anything exists at `path` beneath `root`.
 
-    Any other failure is no answer and raises OSError: a diff whose record cannot be seen must not
-    become a base.
+    Raises OSError if that is unknown: a diff whose record is hidden must not become a base.
     """
     try:
         beneath.stat_beneath(root, path)

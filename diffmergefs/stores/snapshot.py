@@ -1,4 +1,4 @@
-"""What is known of one snapshot by metadata alone."""
+"""One snapshot as its metadata describe it, and how these are read."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ MAX_DOCUMENT = 1 << 20
 MAX_PARTS = 1 << 15
 _MAX_NESTING = 64
 _MAX_DIGITS = 1000
-# A string, whole or cut off, or what stands before or between values.
+# A string, whole or cut off, or a character before or between values.
 _PART = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[{,]', re.DOTALL)
-_SHOWN = 64  # characters of a document that stand in a message
+_SHOWN = 64  # the number of characters of a document in a message
 _STAGING_SUFFIXES = (".tmp", ".part", ".partial", ".swp")
 
 
@@ -49,16 +49,16 @@ class Snapshot:
     """One snapshot as it is stored.
 
     `parent` is the parent's tag, None for a base. `memory` is its layer, None where it could not
-    be found. `folder` is the directory, relative to the root, whose files go with it if it has
-    one; `files` names further ones (name in the view -> path beneath the root), and `withheld` are
-    paths beneath the root that are not passed through. `device_state` are the files that belong to
-    the very memory beside them (path beneath the root -> the version that was seen, None if there
-    was none), `documents` those that it was read from. `document` is the parsed snapshot.json,
-    `document_status` what fstat said of the file that was read, `parent_hash` the parent's sha256
-    as recorded there. `ranges` says where in the guest's memory the image's bytes belong,
-    (address, length) in the order of the file, where that is recorded. `problem` is the reason why
-    it cannot be shown. `doubt` is what makes it doubtful that a snapshot without a parent is a
-    base, with the way out: then it is one only if its memory file has no hole.
+    be found. `folder` is its directory, relative to the root, if it has one. `files` are further
+    files (name in the view -> path beneath the root), and `withheld` are paths beneath the root
+    that a mount does not pass through. `device_state` are the files that belong to exactly this
+    memory (path beneath the root -> the version that was seen, None if there was none), and
+    `documents` the files that it was read from. `document` is the parsed snapshot.json,
+    `document_status` the fstat of that file, and `parent_hash` the parent's sha256 as recorded
+    there. `ranges` tells which guest memory the image's bytes are, if recorded: (address, length)
+    in file order. `problem` is the reason why it is broken. `doubt` is the reason why a snapshot
+    without a parent may not be a base, and what to do; it is a base only if its memory file has no
+    hole.
     """
 
     tag: str
@@ -79,14 +79,14 @@ class Snapshot:
 
     @property
     def layer(self) -> StoredFile:
-        """Its memory file. Raises BrokenChainError where there is none."""
+        """Its memory file. Raises BrokenChainError if there is none."""
         if self.memory is None:
             raise BrokenChainError(self.problem or f"'{self.tag}' has no memory file")
         return self.memory
 
     @cached_property
     def state(self) -> frozenset[tuple[str, FileKey | FileVersion | None]]:
-        """All files that make it what it is: two looks with the same ones saw the same snapshot."""
+        """All files that it consists of: two catalogs with equal states saw the same snapshot."""
         files: dict[str, FileKey | FileVersion | None] = {**self.documents, **self.device_state}
         if self.memory is not None:
             files[self.memory.path] = self.memory.key
@@ -100,7 +100,7 @@ class Snapshot:
 
 
 def undocumented(tag: str, memory: str) -> str:
-    """The `doubt` of a snapshot whose document would name its parent, and is not there."""
+    """The `doubt` of a snapshot without the document that would name its parent."""
     return (
         f"without a {DOCUMENT} nothing tells a base from a diff; wait for {tag}/{DOCUMENT}, or, if"
         f' it is a base, write {{"memory": "{memory}"}} to it'
@@ -108,14 +108,14 @@ def undocumented(tag: str, memory: str) -> str:
 
 
 def is_left_out(name: str) -> bool:
-    """Whether a file of this name is never passed through: staging names and seals' own."""
+    """Whether a mount never passes a file of this name through: temporary files of writers."""
     return name.startswith((".compact-staging-", ".diffmergefs-")) or name.endswith(
         _STAGING_SUFFIXES
     )
 
 
 def status_of(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """lstat of a directory's entry, or None if it has gone since it was listed."""
+    """The lstat of a directory entry, or None if it was removed since it was listed."""
     try:
         return entry.stat(follow_symlinks=False)
     except FileNotFoundError:
@@ -125,7 +125,7 @@ def status_of(entry: os.DirEntry[str]) -> os.stat_result | None:
 def find_regular(root: beneath.Root, path: str) -> StoredFile | None:
     """The regular file `path` beneath `root`, or None if nothing has that name.
 
-    Raises BrokenChainError for anything else of that name (a symlink is not followed).
+    Raises BrokenChainError if the name is anything else (a symlink is not followed).
     """
     try:
         status = beneath.stat_beneath(root, path)
@@ -135,13 +135,13 @@ def find_regular(root: beneath.Root, path: str) -> StoredFile | None:
         raise BrokenChainError(f"{path}: {error.strerror}") from error
     if stat.S_ISREG(status.st_mode):
         return StoredFile(path, FileKey.of(status))
-    raise BrokenChainError(f"{path}: is not a regular file; nothing else is followed or read")
+    raise BrokenChainError(f"{path}: is not a regular file; nothing else is read")
 
 
 def version_of(root: beneath.Root, path: str) -> FileVersion | None:
-    """The version of the file `path` beneath `root` that is there now, or None if there is none.
+    """The present version of the file `path` beneath `root`, or None if there is none.
 
-    Raises BrokenChainError where that cannot be told.
+    Raises BrokenChainError if that is unknown.
     """
     try:
         return FileVersion.of(beneath.stat_beneath(root, path))
@@ -152,13 +152,13 @@ def version_of(root: beneath.Root, path: str) -> FileVersion | None:
 
 
 def key_of(root: beneath.Root, path: str) -> FileKey | None:
-    """As `version_of`, without what chmod and renaming move."""
+    """As `version_of`, without what chmod and renaming change."""
     found = version_of(root, path)
     return None if found is None else FileKey(*found[:4])
 
 
 def with_records(root: beneath.Root, file: StoredFile, *, is_diff: bool) -> StoredFile:
-    """The layer `file` together with what stands in its records' places, whatever that is."""
+    """The layer `file` with its sidecars. Whether they are valid is not checked."""
     suffixes = (SEAL_SUFFIX, PRESENCE_SUFFIX) if is_diff else (SEAL_SUFFIX,)
     found = {(suffix, key_of(root, file.path + suffix)) for suffix in suffixes}
     return file._replace(records=frozenset((suffix, key) for suffix, key in found if key))
@@ -167,23 +167,22 @@ def with_records(root: beneath.Root, file: StoredFile, *, is_diff: bool) -> Stor
 def load_document(
     root: beneath.Root | None, path: str, limit: int = MAX_DOCUMENT, parts: int = MAX_PARTS
 ) -> dict[str, Any]:
-    """The JSON object in the file `path` beneath `root`; writing it again gives valid JSON.
+    """The JSON object in the file `path` beneath `root`; it can be written as valid JSON again.
 
     With `root` None, `path` is any path. Raises BrokenChainError, in one line, for a file over
-    `limit` bytes (1 MiB) or one that changes while it is read, and for all that `parse_document`
-    refuses.
+    `limit` bytes (1 MiB), for one that changes while it is read, and like `parse_document`.
     """
     return parse_document(read_small(root, path, limit), path, parts)
 
 
 def parse_document(text: bytes, path: str, parts: int = MAX_PARTS) -> dict[str, Any]:
-    """The JSON object in `text`; `path` stands in messages.
+    """The JSON object in `text`; `path` is for messages.
 
-    `parts` bounds its strings, objects, arrays and the commas between them together: in memory
-    a value takes fifty times the room that it has in the text. Raises BrokenChainError, in one
-    line, for more, for what is not UTF-8 or not JSON, for NaN and numbers that do not fit (more
-    than 1,000 digits, a float beyond its range), a duplicate key, half of a surrogate pair, nesting
-    of more than 64, and anything but an object.
+    `parts` limits the number of strings, objects, arrays and commas together, because a value takes
+    fifty times more memory than text. Raises BrokenChainError, in one line, for more parts, for
+    text that is not UTF-8 or not JSON, for NaN, for numbers that do not fit (more than 1,000
+    digits, or outside a float's range), for a duplicate key, for half of a surrogate pair, for
+    nesting over 64, and for anything but an object.
     """
     if next(itertools.islice(_PART.finditer(text), parts, None), None) is not None:
         raise BrokenChainError(
@@ -210,8 +209,8 @@ def parse_document(text: bytes, path: str, parts: int = MAX_PARTS) -> dict[str, 
 def read_small(root: beneath.Root | None, path: str, limit: int) -> bytes:
     """The whole of the regular file `path` beneath `root`, of at most `limit` bytes.
 
-    With `root` None, `path` is any path. Raises BrokenChainError, in one line: for a larger file,
-    one that changes while it is read, and one that cannot be read.
+    With `root` None, `path` is any path. Raises BrokenChainError, in one line, for a larger file,
+    for one that changes while it is read, and for one that cannot be read.
     """
     return read_with_status(root, path, limit)[0]
 
@@ -219,7 +218,7 @@ def read_small(root: beneath.Root | None, path: str, limit: int) -> bytes:
 def read_with_status(
     root: beneath.Root | None, path: str, limit: int
 ) -> tuple[bytes, os.stat_result]:
-    """As `read_small`, and what fstat says of the file that was read."""
+    """As `read_small`, with the fstat of the file that was read."""
     try:
         fd = beneath.open_regular(root, path)
         with open(fd, "rb") as file:
@@ -237,7 +236,7 @@ def read_with_status(
 
 
 def _is_nested_too_deep(document: dict[str, Any]) -> bool:
-    # What json.loads can just take json.dumps cannot always write again.
+    # json.dumps cannot write everything that json.loads can barely read.
     level: list[Any] = [document]
     for _ in range(_MAX_NESTING):
         inner = [v for outer in level for v in (outer.values() if type(outer) is dict else outer)]
@@ -251,7 +250,7 @@ def _refuse(constant: str) -> Any:
 
 def _whole_number(text: str) -> int:
     if len(text) > _MAX_DIGITS:
-        raise ValueError(f"a number of {len(text)} digits, at most {_MAX_DIGITS} are taken")
+        raise ValueError(f"a number of {len(text)} digits, at most {_MAX_DIGITS} are allowed")
     return int(text)
 
 
@@ -266,6 +265,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document: dict[str, Any] = {}
     for name, value in pairs:
         if name in document:
-            raise ValueError(f"the key {name[:_SHOWN]!r} stands twice")
+            raise ValueError(f"the key {name[:_SHOWN]!r} appears twice")
         document[name] = value
     return document

@@ -1,9 +1,9 @@
-"""superserve's snapshots: a template's `mem.snap`, and a sandbox's `mem.diff` over one.
+"""superserve's snapshots: a template's `mem.snap`, and a sandbox's `mem.diff` over it.
 
-Beside a `mem.diff` stand `mem.diff.base`, the absolute path of the image that it lies over, and
+Beside a `mem.diff` are `mem.diff.base`, the absolute path of its base image, and
 `mem.diff.presence`, the bitmap of its pages. Directories lie at several depths below superserve's
 snapshot directory (`templates/<id>`, `templates/<id>/build-<id>`, `<sandbox>`, `<sandbox>/<id>`).
-Source of all that: github.com/superserve-ai/sandbox, internal/vm/manager.go, internal/presence.
+Source: github.com/superserve-ai/sandbox, internal/vm/manager.go, internal/presence.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _SEPARATOR = "+"
 class SuperserveReader(FolderReader):
     """Directories with a `mem.snap` or a `mem.diff`, down to three levels below the source.
 
-    The tag of one is its path below the source with `+` for `/`. A base that lies nowhere in it,
-    which the user allows, is a snapshot too.
+    A tag is the path below the source with `+` for `/`. A base outside the source that the user
+    allows is a snapshot too.
     """
 
     name = "superserve"
@@ -51,7 +51,7 @@ class SuperserveReader(FolderReader):
 
     def is_tag(self, root: Root, name: str) -> bool:
         if has_file(root, f"{name}/{DOCUMENT}"):
-            return False  # it says itself what it holds
+            return False  # the document says what it holds
         return has_file(root, f"{name}/{FULL}") or has_file(root, f"{name}/{DIFF}")
 
     def finds(self, source: Source) -> bool:
@@ -77,17 +77,17 @@ class SuperserveReader(FolderReader):
         withheld = frozenset({diff.path + BASE_SUFFIX, diff.path + PRESENCE_SUFFIX})
         found = replace(seen, memory=layer, withheld=withheld)
         try:
-            # Where the base is stands in place of its tag until all snapshots are known.
+            # The path of the base is in place of its tag until all snapshots are known.
             found = replace(found, parent=_recorded_base(source, diff))
             if full is not None:
                 raise BrokenChainError(
-                    f"{tag}: holds {FULL} and {DIFF}, and which is the present one only superserve"
-                    " knows; remove the other, or name the layers with --base and --diff"
+                    f"{tag}: holds {FULL} and {DIFF}, and only superserve knows which is current;"
+                    " remove the other, or name the layers with --base and --diff"
                 )
             _require_presence(source.root, layer)
         except (BrokenChainError, PresenceError, FileAccessError) as error:
             found = replace(found, problem=str(error))
-        except OSError as error:  # of a base that lies elsewhere, among others
+        except OSError as error:  # for instance of a base outside the source
             found = replace(found, problem=f"{tag}: {error.strerror}")
         return found
 
@@ -96,14 +96,14 @@ class SuperserveReader(FolderReader):
         real = os.path.realpath(base)
         if os.path.basename(real) == DIFF and os.path.lexists(real + BASE_SUFFIX):
             raise BrokenChainError(
-                f"{base}: is a diff, and {real}{BASE_SUFFIX} names the image that it lies over;"
+                f"{base}: is a diff, and {real}{BASE_SUFFIX} names its base image;"
                 " give that one with --base, and this one with --diff"
             )
 
 
 def _two_of(tag: str, one: Snapshot, other: Snapshot) -> Snapshot:
-    # Neither can be shown, and neither's layer is passed through.
-    problem = f"{one.folder or tag} and {other.tag} have one tag, {tag!r}; rename one of them"
+    # Neither can be mounted, and the layer of neither is passed through.
+    problem = f"{one.folder or tag} and {other.tag} have the same tag, {tag!r}; rename one of them"
     layers = {s.memory.path for s in (one, other) if s.memory}
     return Snapshot(tag, problem=problem, withheld=one.withheld | other.withheld | layers)
 
@@ -114,7 +114,7 @@ def tag_of(path: str) -> str:
 
 
 def _folders(root: Root, path: str, depth: int = _DEPTH) -> Iterator[str]:
-    # The directory `path` and those below it; one that cannot be listed has none.
+    # The directory `path` and those below it; one that cannot be listed has none below it.
     if is_left_out(os.path.basename(path)):
         return
     yield path
@@ -137,20 +137,20 @@ def _may_be_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir(follow_symlinks=False)
     except OSError:
-        return True  # for who looks into it to say
+        return True  # reading it will tell
 
 
 def _recorded_base(source: Source, diff: StoredFile) -> str:
-    # The path of the image that a diff lies over, beneath the source or allowed. No file of the
-    # same name elsewhere will do: a sandbox's own mem.snap is another image than its template's.
+    # The path of a diff's base image, beneath the source or allowed. A file of the same name
+    # elsewhere does not do: a sandbox's own mem.snap is not its template's.
     record = diff.path + BASE_SUFFIX
     if not has_file(source.root, record):
         raise BrokenChainError(
-            f"{record}: is missing, and nothing else says over which image {diff.path} lies"
+            f"{record}: is missing, and nothing else names the base of {diff.path}"
         )
     recorded = os.fsdecode(read_small(source.root, record, MAX_PATH)).strip()
     if not recorded.startswith("/") or ".." in recorded.split("/") or "\0" in recorded:
-        raise BrokenChainError(f"{record}: {recorded!r} is no absolute path of an image")
+        raise BrokenChainError(f"{record}: {recorded!r} is not an absolute path")
     path = beneath_source(recorded, source.paths)
     if not is_reachable(source.root, path) or not has_file(source.root, path):
         raise BrokenChainError(
@@ -161,22 +161,22 @@ def _recorded_base(source: Source, diff: StoredFile) -> str:
 
 
 def _require_presence(root: Root, diff: StoredFile) -> None:
-    # What can be told by a look: the sentinels of a save that failed. The rest is for who opens it.
+    # What metadata show: the sentinels of a save that failed. Opening the file checks the rest.
     path = diff.path + PRESENCE_SUFFIX
     keys = [key for suffix, key in diff.records if suffix == PRESENCE_SUFFIX]
     if not keys:
         raise PresenceError(
-            f"{path}: is missing, so nothing says which pages of {diff.path} are data; copy it too,"
-            " or vouch for the diff's holes with --base and --diff"
+            f"{path}: is missing, so it is unknown which pages of {diff.path} hold data; copy it"
+            " too, or vouch for the diff's holes with --base and --diff"
         )
     if not stat.S_ISREG(beneath.stat_beneath(root, path).st_mode):
-        raise PresenceError(f"{path}: is not a regular file; nothing else is followed or read")
+        raise PresenceError(f"{path}: is not a regular file; nothing else is read")
     if keys[0].size <= 1:
         presence.parse(read_small(root, path, 1), path)
 
 
 def _with_parents(root: Root, found: dict[str, Snapshot]) -> dict[str, Snapshot]:
-    # Parents by their tags in place of their paths.
+    # Replaces the paths of parents by their tags.
     tags = {s.memory.path: tag for tag, s in found.items() if s.memory is not None}
     linked = dict(found)
     for tag, snapshot in found.items():
@@ -189,7 +189,9 @@ def _with_parents(root: Root, found: dict[str, Snapshot]) -> dict[str, Snapshot]
             linked[parent] = _lone_base(root, path, parent)
         known = linked[parent]
         if snapshot.problem is None and known.memory is not None and known.memory.path != path:
-            problem = f"{path} and {known.memory.path} have one tag, {parent!r}; rename one of them"
+            problem = (
+                f"{path} and {known.memory.path} have the same tag, {parent!r}; rename one of them"
+            )
             linked[tag] = replace(linked[tag], problem=problem)
     return linked
 
@@ -198,7 +200,7 @@ def _lone_base(root: Root, path: str, tag: str) -> Snapshot:
     try:
         memory = find_regular(root, path)
         if memory is None or os.path.basename(path) == DIFF:
-            raise BrokenChainError(f"{path}: a base that is no image by itself")
+            raise BrokenChainError(f"{path}: is used as a base, but is not a complete image")
         return Snapshot(tag, None, with_records(root, memory, is_diff=False))
     except BrokenChainError as error:
         return Snapshot(tag, problem=str(error))

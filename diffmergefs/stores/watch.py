@@ -137,7 +137,7 @@ class Watch:
         if snapshot.parent is None:
             return first and (
                 f"parent missing: {snapshot.memory.path} was first seen as a diff of"
-                f" '{first.parent}'; put that back, or take the diff again"
+                f" '{first.parent}'; put that parent back, or take the diff again"
             )
         parent = catalog.snapshots.get(snapshot.parent)
         if parent is None or parent.memory is None:

@@ -212,7 +212,7 @@ class StoreWriter:
         mode = _mode_there(source, path, status)
         read = snapshot.document_status
         if read is None or FileKey.of(status) != FileKey.of(read):
-            raise LayerChangedError(f"{path}: changed since it was looked over; try again")
+            raise LayerChangedError(f"{path}: changed since its directory was read; try again")
         document = parse_document(text, path)
         document["memory"] = os.path.join(place, os.path.basename(snapshot.layer.path))
         if snapshot.vmstate is not None:

@@ -160,7 +160,7 @@ def test_a_layer_exchanged_after_the_look_is_not_opened(tmp_path: Path) -> None:
             open_snapshot(links, LayerPool(root, TrustPolicy()), TrustPolicy())
         folder.unlink()
         write_tag(store, "work", "base", layer=2)
-        with pytest.raises(LayerChangedError, match="changed since it was looked over"):
+        with pytest.raises(LayerChangedError, match="changed since its directory was read"):
             open_snapshot(links, LayerPool(root, TrustPolicy()), TrustPolicy())
     finally:
         os.close(root)

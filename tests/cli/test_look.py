@@ -289,7 +289,7 @@ def test_list_tells_the_parent_of_a_broken_snapshot(tmp_path: Path) -> None:
     write_tag(tmp_path, "stateless", "base", layer=2)
     (tmp_path / "stateless" / "vmstate").unlink()
     found = listed(tmp_path)
-    for tag, text in (("no tag", "is no legal tag"), ("stateless", "vmstate")):
+    for tag, text in (("no tag", "is not a legal tag"), ("stateless", "vmstate")):
         assert (found[tag]["parent"], found[tag]["size"]) == ("base", SIZE)
         assert found[tag]["state"] == "broken" and text in str(found[tag]["reason"])
 

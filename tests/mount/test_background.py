@@ -138,7 +138,7 @@ def ambiguous(folder: Path) -> list[object]:
 FAILURES: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "missing": (missing, NO_FILE, "/missing: No such file or directory"),
     "sizes": (sizes, SIZE_MISMATCH, f"/other: {3 * PAGE} bytes, but "),
-    "ambiguous": (ambiguous, 3, "say which is meant with --layout"),
+    "ambiguous": (ambiguous, 3, "choose one with --layout"),
 }
 
 

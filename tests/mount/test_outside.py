@@ -135,7 +135,7 @@ def test_the_allowed_directory_may_be_a_symlink_and_nothing_in_it(root: Path) ->
 def test_no_path_climbs_out_of_the_allowed_directory(root: Path, recorded: str) -> None:
     write_layer(root / "secret", SIZE, [])
     record(root, root, memory=recorded.format(root))
-    assert "names no file beneath the store" in problem(root, root / "pool")
+    assert "does not name a file in the store" in problem(root, root / "pool")
 
 
 def test_slashes_and_dots_in_a_recorded_path_mean_nothing(root: Path) -> None:

@@ -206,7 +206,7 @@ def test_a_plain_file_is_no_business_of_its_neighbours(tmp_path: Path) -> None:
     write_numbered(tmp_path, ["1-a.mem", "01-b.mem"])
     path = write_layer(tmp_path / "mem_file", SIZE, BASE)
     assert content(path) == overlay_oracle(SIZE, [BASE])
-    with pytest.raises(BrokenChainError, match="two memory files of one number"):
+    with pytest.raises(BrokenChainError, match="two memory files with the same number"):
         content(tmp_path / "1-a.mem")
     assert content(tmp_path / "1-a.mem", plain=True) == overlay_oracle(SIZE, [BASE])
 

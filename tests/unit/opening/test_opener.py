@@ -149,7 +149,7 @@ def test_another_content_at_the_path_than_was_looked_at_is_refused(
     write_layer(tmp_path / "a", SIZE, [])
     (file,) = stored(tmp_path, "a")
     write_layer(tmp_path / "new", SIZE, []).rename(tmp_path / "a")
-    with pytest.raises(LayerChangedError, match="a: changed since it was looked over"):
+    with pytest.raises(LayerChangedError, match="a: changed since its directory was read"):
         LayerPool(root_fd, TrustPolicy()).layer(file)
 
 

@@ -101,7 +101,7 @@ def test_legal_tags_are_complete(tmp_path: Path, tag: str) -> None:
 @pytest.mark.parametrize("tag", [".a", "a.", "+", "x" * 65, "a b", "é", "a\n", "\udcff", "[red]"])
 def test_illegal_tags_are_listed_as_broken(tmp_path: Path, tag: str) -> None:
     write_tag(tmp_path, tag)
-    assert "is no legal tag" in problem(tmp_path, tag)
+    assert "is not a legal tag" in problem(tmp_path, tag)
 
 
 def test_a_stale_absolute_path_is_found_by_its_name_in_the_tags_directory(tmp_path: Path) -> None:
@@ -184,14 +184,14 @@ def test_a_vmstate_that_is_recorded_and_missing_is_refused(tmp_path: Path) -> No
 def test_memory_and_vmstate_of_one_name_are_refused(tmp_path: Path) -> None:
     write_tag(tmp_path, "base")
     write_document(tmp_path, "base", '{"memory": "memory.bin", "vmstate": "memory.bin"}')
-    assert "have one name" in problem(tmp_path, "base")
+    assert "have the same name" in problem(tmp_path, "base")
 
 
 @pytest.mark.parametrize("recorded", ["../base/memory.bin", "/x/../memory.bin", "..", "", "mem/"])
 def test_paths_that_climb_or_name_nothing_are_refused(tmp_path: Path, recorded: str) -> None:
     write_tag(tmp_path, "base")
     write_document(tmp_path, "base", json.dumps({"memory": recorded}))
-    assert "names no file beneath the store" in problem(tmp_path, "base")
+    assert "does not name a file in the store" in problem(tmp_path, "base")
 
 
 def test_no_symlink_inside_source_is_followed(tmp_path: Path) -> None:
@@ -229,8 +229,8 @@ def test_a_fifo_is_refused_and_does_not_block(tmp_path: Path, name: str) -> None
         ("", "not valid JSON"),
         ('{"memory": "memory.bin", "x": NaN}', "NaN"),
         ('{"memory": "memory.bin", "x": -Infinity}', "Infinity"),
-        ('{"memory": "memory.bin", "memory": "vmstate"}', "'memory' stands twice"),
-        ('{"memory": "memory.bin", "x": [{"y": 1, "y": 1}]}', "'y' stands twice"),
+        ('{"memory": "memory.bin", "memory": "vmstate"}', "'memory' appears twice"),
+        ('{"memory": "memory.bin", "x": [{"y": 1, "y": 1}]}', "'y' appears twice"),
         ("[" * 20_000, "not valid JSON"),
         ('{"a":' * 10_000, "not valid JSON"),
         ("[" * 100_000, TOO_MANY),
@@ -248,7 +248,7 @@ def test_a_fifo_is_refused_and_does_not_block(tmp_path: Path, name: str) -> None
         ('{"memory": null}', "'memory' is missing"),
         ('{"memory": 7}', "'memory' is a int"),
         ('{"memory": ["memory.bin"]}', "'memory' is a list"),
-        ('{"memory": "a\\u0000b"}', "names no file"),
+        ('{"memory": "a\\u0000b"}', "does not name a file"),
         ('{"memory": "\\ud800"}', "surrogates not allowed"),
         ('{"memory": "memory.bin", "vmstate": false}', "'vmstate' is a bool"),
         ('{"memory": "memory.bin", "parent_tag": 1}', "'parent_tag' is a int"),

@@ -118,20 +118,20 @@ def listed(store: Path, *flags: str) -> list[dict[str, str]]:
 
 def test_two_memory_files_of_one_number_are_refused(tmp_path: Path) -> None:
     write_numbered(tmp_path, ["000-base.mem", "01-a.mem", "001-b.mem"])
-    with pytest.raises(BrokenChainError, match=r"001-b\.mem and 01-a\.mem .* of one number"):
+    with pytest.raises(BrokenChainError, match=r"001-b\.mem and 01-a\.mem .* with the same number"):
         read_catalog(str(tmp_path))
 
 
 def test_two_lowest_memory_files_with_different_suffixes_are_refused(tmp_path: Path) -> None:
     write_numbered(tmp_path, ["000-base.mem", "00-base.img"])
-    with pytest.raises(BrokenChainError, match=r"of one number.*--suffix"):
+    with pytest.raises(BrokenChainError, match=r"with the same number.*--suffix"):
         read_catalog(str(tmp_path))
     assert chain(read_catalog(str(tmp_path), suffix=".img"), "base") == ["00-base.img"]
 
 
 def test_one_stem_twice_is_refused(tmp_path: Path) -> None:
     write_numbered(tmp_path, ["000-base.mem", "001-a.mem", "002-a.mem"])
-    with pytest.raises(BrokenChainError, match=r"001-a\.mem and 002-a\.mem .* of one stem"):
+    with pytest.raises(BrokenChainError, match=r"001-a\.mem and 002-a\.mem .* with the same stem"):
         read_catalog(str(tmp_path))
 
 

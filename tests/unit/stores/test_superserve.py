@@ -92,10 +92,10 @@ def write_base(text: str | bytes) -> Callable[[Path], object]:
     ("harm", "expected"),
     [
         (lambda s: beside(s, ".base").unlink(), "mem.diff.base: is missing"),
-        (write_base(""), "'' is no absolute path"),
-        (write_base("templates/python/mem.snap"), "is no absolute path"),
-        (write_base("/a/../b"), "is no absolute path"),
-        (write_base(b"/a\0b"), "is no absolute path"),
+        (write_base(""), "'' is not an absolute path"),
+        (write_base("templates/python/mem.snap"), "is not an absolute path"),
+        (write_base("/a/../b"), "is not an absolute path"),
+        (write_base(b"/a\0b"), "is not an absolute path"),
         (write_base("/elsewhere/mem.snap"), "is not at that path beneath"),
         (write_base("/" + "x" * 5000), "over 4096 bytes, too large"),
         (lambda s: beside(s, ".presence").unlink(), "mem.diff.presence: is missing"),
@@ -153,14 +153,14 @@ def test_a_snapshot_named_like_a_lone_base_is_not_taken_for_it(store: Path) -> N
     (store / "vm-2").mkdir()
     write_layer(store / "vm-2" / "lone.mem", SIZE, pages(7, range(16)))
     write_template(store, "vm-2+lone.mem", layer=8)
-    assert "have one tag, 'vm-2+lone.mem'" in reason(store, "vm-1")
+    assert "have the same tag, 'vm-2+lone.mem'" in reason(store, "vm-1")
 
 
 def test_two_directories_of_one_tag_are_broken_and_no_other(store: Path) -> None:
     other = write_template(store, "templates/other", layer=9)
     write_template(store, "templates+python")
     write_sandbox(store, "vm-3", other)
-    assert "have one tag, 'templates+python'" in reason(store, "templates+python")
+    assert "have the same tag, 'templates+python'" in reason(store, "templates+python")
     catalog = read_catalog(str(store))
     for tag, base in (("vm-1", "python"), ("vm-3", "other")):  # which is meant their paths say
         assert catalog.chain(tag)[0].layer.path == f"templates/{base}/mem.snap"

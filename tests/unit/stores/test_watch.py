@@ -353,8 +353,8 @@ def test_a_numbered_diff_whose_base_is_gone_is_no_base(tmp_path: Path) -> None:
     for _ in range(2):
         assert looks.look() == set()
         assert looks.reason("a") == (
-            "parent missing: 001-a.mem was first seen as a diff of 'base'; put that back, or take"
-            " the diff again"
+            "parent missing: 001-a.mem was first seen as a diff of 'base'; put that parent back, or"
+            " take the diff again"
         )
         assert looks.reason("b").startswith("ancestor 'a' is broken: parent missing: ")
     (tmp_path / "away").rename(looks.store / "000-base.mem")
