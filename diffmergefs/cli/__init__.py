@@ -1,4 +1,4 @@
-"""The command line: verbs, output, exit codes. Only this package prints."""
+"""The command line: its start, its exit codes, and what it inherits. Only this package prints."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from diffmergefs.system.sdnotify import ADDRESS, JOURNAL
 USAGE = 2
 BUG = 70
 
-_OF_TERMINALS = {
+_TERMINAL_VARIABLES = {
     *("TERM", "COLORTERM", "NO_COLOR", "COLUMNS", "LINES", "LANG", "LANGUAGE"),
     *("_DIFFMERGEFS_COMPLETE", "COMP_WORDS", "COMP_CWORD"),
 }
-# A service manager's, for `mount` alone, which takes them out: whom to tell that it is ready, which
-# stream is the journal, and which descriptors stay open. Whoever names a socket to root gets two
-# counts.
-_OF_SERVICES = {ADDRESS, JOURNAL, "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"}
+# Variables of a service manager, for `mount` only, which removes them: the socket for READY=1, the
+# journal's stream, and the descriptors to keep open. The socket only receives two counts, so it is
+# harmless if another user made root use it.
+_SERVICE_VARIABLES = {ADDRESS, JOURNAL, "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"}
 
 
 @click.group(
@@ -42,7 +42,7 @@ _OF_SERVICES = {ADDRESS, JOURNAL, "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"}
 )
 @click.version_option(__version__, prog_name="diffmergefs")
 def cli() -> None:
-    """Shows chains of VM snapshots (a full base and sparse diffs) as complete memory files.
+    """Show chains of VM snapshots (a full base and sparse diffs) as complete memory files.
 
     \b
     Examples:
@@ -51,7 +51,7 @@ def cli() -> None:
       diffmergefs list /srv/snapshots
       diffmergefs flatten /srv/snapshots/pandas -o pandas.mem
 
-    Exit codes: 0 fine, 1 no, 2 usage; docs/exit-codes.md lists the others.
+    Exit codes: 0 success, 1 the answer is no, 2 usage error; docs/exit-codes.md lists the others.
     """
 
 
@@ -60,19 +60,17 @@ def main(
     command: click.Command = cli,
     name: str = "diffmergefs",
 ) -> int:
-    """Run `command`, which its user calls `name`; the exit code.
+    """Run `command` under the program name `name`. Return the exit code.
 
-    A user's mistake is one line, a bug a traceback.
-
-    Without `arguments` those of the process count, and what is in its environment, if it is
-    root's, is thrown away but for how a terminal looks, what its user speaks, and whom a service
-    tells how it is.
+    An expected error prints one line, a bug prints a traceback. Without `arguments`, those of the
+    process are used, and as root, environment variables are removed except locale and terminal
+    settings and the variables of a service manager.
     """
     _repair_process()
     if arguments is None and os.geteuid() == 0:
         _distrust_environment()
     _end_on_signals()
-    _make_stdout_take_all()
+    _escape_on_stdout()
     raise_descriptor_limit()
     streams = sys.stdout, sys.stderr
     try:
@@ -80,20 +78,17 @@ def main(
             return _run(arguments, command, name)
     finally:
         for stream in streams:
-            _settle(stream)
+            _flush(stream)
 
 
 def _repair_process() -> None:
-    """Have the standard streams open, no signal blocked, and SIGCHLD not ignored.
-
-    A closed standard stream is as good as /dev/null; left closed, the first file that is opened
-    would take its place, and get what is said there. SIGTERM would never come if it is blocked, and
-    where SIGCHLD is ignored nobody learns how a child ended. (Ignored signals that end a process
-    stay ignored, as nohup(1) has it.)
-    """
+    # Undo what the parent process may have left. A closed standard stream becomes /dev/null:
+    # otherwise the first opened file would get its number, and our output. A blocked SIGTERM would
+    # never arrive, and while SIGCHLD is ignored, the status of a child is lost. (Ignored signals
+    # that end a process stay ignored, as nohup(1) needs it.)
     for fd in range(3):
         if not _is_open(fd):
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     sys.stdout = sys.stdout or _stream(1)
     sys.stderr = sys.stderr or _stream(2)
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
@@ -113,9 +108,9 @@ def _stream(fd: int) -> TextIO:
     return open(fd, "w", encoding="utf-8", closefd=False)
 
 
-def _settle(stream: TextIO) -> None:
-    # What a stream did not take (a full disk, a reader that went away) was told of or cannot be.
-    # Kept in its buffer, the interpreter would try it again at its end: exit 120, and a traceback.
+def _flush(stream: TextIO) -> None:
+    # If a stream does not accept its data (a full disk, a closed pipe), that was reported before.
+    # Data left in the buffer would make the interpreter fail at exit: status 120, and a traceback.
     try:
         stream.flush()
     except OSError:
@@ -141,10 +136,10 @@ def _run(arguments: list[str] | None, command: click.Command, name: str) -> int:
         print_diagnostic(str(error))
         return error.exit_code
     except BrokenPipeError:
-        # The reader of our output went away; nothing more can be said there.
+        # The reader of our output exited. There is nobody to report it to.
         return 128 + signal.SIGPIPE
     except SystemExit as error:
-        # When the reader of stdout went away click and rich end with 1, which says 'no' here.
+        # If the reader of stdout exited, click and rich exit with 1, which means 'no' here.
         if error.code != 1:
             raise
         return 128 + signal.SIGPIPE
@@ -159,7 +154,7 @@ def _run(arguments: list[str] | None, command: click.Command, name: str) -> int:
 
 
 class _PrintOnce(logging.Handler):
-    # Says the same once: a command may open the same layers several times.
+    # Prints a line only once: a command may open the same layers several times.
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
@@ -174,8 +169,8 @@ class _PrintOnce(logging.Handler):
 
 @contextmanager
 def _warnings_printed() -> Iterator[None]:
-    # Warnings go to stderr like all talk (`mount` sees to its log itself). What a layer says of
-    # its change the error that follows says too.
+    # Warnings go to stderr (`mount` sets up its own log). core.layer logs that a layer changed; the
+    # error that follows says so too.
     handler = _PrintOnce(logging.WARNING)
     handler.addFilter(lambda record: record.name != "diffmergefs.core.layer")
     log = logging.getLogger("diffmergefs")
@@ -187,23 +182,23 @@ def _warnings_printed() -> Iterator[None]:
 
 
 def _distrust_environment() -> None:
-    # PATH, TMPDIR, HOME and the like may lead whatever we, our libraries or our children look for
-    # to a place of someone who is not root.
-    known = _OF_TERMINALS | _OF_SERVICES
+    # PATH, TMPDIR, HOME and the like could make us, our libraries or our children use files of
+    # another user.
+    known = _TERMINAL_VARIABLES | _SERVICE_VARIABLES
     kept = {k: v for k, v in os.environ.items() if k in known or k.startswith("LC_")}
     os.environ.clear()
     os.environ.update(kept, PATH=ROOTS_PATH)
 
 
-def _make_stdout_take_all() -> None:
-    # A name that its encoding lacks is escaped.
+def _escape_on_stdout() -> None:
+    # A character that its encoding lacks is escaped.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _end_on_signals() -> None:
-    # So that outputs in the making are removed: an exception runs the `finally` blocks, a signal's
-    # default action does not.
+    # An exception runs the `finally` blocks, which remove unfinished outputs. The default action of
+    # a signal does not.
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 

@@ -1,4 +1,4 @@
-"""`demo`: the whole of it on a small chain that is made for the purpose."""
+"""`demo`: run the main commands on a small chain made for the purpose."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ PAGES = 1024
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the steps as JSON.")
 def demo(as_json: bool) -> None:
-    """Make a small chain, mount it, read it, flatten it, compare, unmount, and say what was done.
+    """Make a small chain, then mount, read, flatten, compare and unmount it. Print each step.
 
     Everything happens in a temporary directory, which is removed.
 
@@ -36,47 +36,47 @@ def demo(as_json: bool) -> None:
     folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="diffmergefs-demo-")))
     done: list[str] = []
 
-    def say(text: str) -> None:
+    def report(text: str) -> None:
         done.append(text)
         if not as_json:
             click.echo(f"{len(done)}. {text}")
 
     try:
-        _run(folder, say)
+        _run(folder, report)
     finally:
         shutil.rmtree(folder)
     if as_json:
         print_json({"steps": done, "ok": True})
 
 
-def _run(folder: Path, say: Callable[[str], None]) -> None:
+def _run(folder: Path, report: Callable[[str], None]) -> None:
     store, view, flat = folder / "store", folder / "view", folder / "flat.mem"
     store.mkdir()
     view.mkdir()
     expected = _make_chain(store)
-    say(
+    report(
         f"made {', '.join(sorted(os.listdir(store)))}: {len(expected)} bytes each, the last two"
         " sparse"
     )
     stored = sum(path.stat().st_blocks * 512 for path in store.iterdir())
     with temporary_mount(view, f"--state-dir={folder / 'state'}", str(store)):
-        say(f"mounted them; {len(os.listdir(view))} snapshots are shown")
+        report(f"mounted them; {len(os.listdir(view))} snapshots are shown")
         merged = view / "numpy" / "002-numpy.mem"
         _require_equal(merged, expected)
-        say(f"read numpy/002-numpy.mem: complete and right, sha256 {_sha256(expected)[:16]}...")
+        report(f"read numpy/002-numpy.mem: complete and right, sha256 {_sha256(expected)[:16]}...")
         with open_image(store / "002-numpy.mem").view as opened:
             result = flatten(opened, flat)
         _require_equal(flat, expected)
-        say(
+        report(
             f"flattened it: {sum(result.copied)} bytes copied, {sum(result.shared)} shared,"
             f" {result.holes} holes; equal to the view"
         )
         mountpoints.unmount(str(view))
-    say(f"unmounted; the chain took {stored} bytes on disk, and mounting it copied none")
+    report(f"unmounted; the chain took {stored} bytes on disk, and mounting it copied none")
 
 
 def _make_chain(store: Path) -> bytes:
-    # Each page says who wrote it. numpy writes zeros over a page of the base: zeros are data.
+    # Each page contains the name of its layer. numpy has a page of zeros: zeros are data.
     image = bytearray(PAGES * PAGE)
     layers = {
         "000-boot.mem": dict.fromkeys(range(0, PAGES, 2), b"boot"),
@@ -95,7 +95,7 @@ def _make_chain(store: Path) -> bytes:
 
 def _require_equal(path: Path, expected: bytes) -> None:
     if path.read_bytes() != expected:
-        raise VerificationError(f"{path.name}: is not the image that was made")
+        raise VerificationError(f"{path.name}: differs from the image that was made")
 
 
 def _sha256(content: bytes) -> str:

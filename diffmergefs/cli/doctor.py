@@ -1,4 +1,4 @@
-"""`doctor`: is this machine, this filesystem, this diff file fit for it?"""
+"""`doctor`: check whether this machine, a filesystem and diff files are suitable."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _WRONG = 1
 _CONTENT = bytes(range(256)) * 16
 _APART = "from diffmergefs.system.mounttable import enter_own_namespace as enter; enter(); "
 _REMEDY = (
-    "mend what is said above of the kernel, the device and the helper; in a container, --device"
-    " /dev/fuse and --cap-add SYS_ADMIN, and profiles of AppArmor and seccomp that let it mount"
+    "fix the findings above about the kernel, the device and the helper; a container needs --device"
+    " /dev/fuse, --cap-add SYS_ADMIN, and AppArmor and seccomp profiles that allow mounting"
 )
 _finding = partial(Finding, "host", "mount")
 
@@ -47,14 +47,14 @@ _finding = partial(Finding, "host", "mount")
 @state_dir_option
 @store_options
 def doctor(paths: tuple[str, ...], as_json: bool, policy: TrustPolicy) -> int:
-    """Say whether this machine, and the filesystem and diffs of each PATH, are fit to be merged.
+    """Check whether this machine, and the filesystem and diffs of each PATH, are suitable.
 
-    PATH is a directory of snapshots, a snapshot, a layer file, or a directory where diffs are to
-    be taken. Its filesystem is tried out with a temporary file; each layer is looked at in every
-    way that `mount` and `flatten` know. Whatever is not fine has the reason why it matters and a
-    remedy. A view is mounted for a moment, where nobody sees it. A fault of one PATH does not keep
-    it from the next; only a PATH in a mount of ours that hangs ends it at once. The exit code is 1
-    if anything would give wrong bytes, or nothing can be mounted, else 0.
+    PATH is a directory of snapshots, a snapshot, a layer file, or a directory for new diffs. Its
+    filesystem is tested with a temporary file, and each layer with all checks of `mount` and
+    `flatten`. A finding that is not fine says why it matters and what you can do. A view is mounted
+    briefly, and invisibly to others. An error in one PATH does not stop the checks of the others,
+    except a PATH in a diffmergefs mount that hangs, which ends the command. The exit code is 1 if
+    anything would give wrong bytes, or if nothing can be mounted, otherwise 0.
 
     \b
     Examples:
@@ -94,18 +94,18 @@ def _lines(findings: list[Finding]) -> Iterator[str]:
 
 
 def try_mount() -> Finding:
-    """Mount a view of one page for a moment, and read it: what came of it.
+    """Mount a view of one page briefly and read it. Return the finding; never raise.
 
-    In a temporary directory, and as root in a mount namespace that nobody else sees. Never raises.
+    The mount is in a temporary directory, and as root in a mount namespace of its own.
     """
     try:
         folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="diffmergefs-doctor-")))
     except OSError as error:
         return _finding(
             "warning",
-            f"mounting could not be tried: {error}",
-            "only what is said above tells whether something can be mounted",
-            "run doctor where a temporary directory can be made",
+            f"mounting could not be tested: {error}",
+            "only the findings above show whether something can be mounted",
+            "run doctor where it can create a temporary directory",
         )
     try:
         found = _read_view(folder)
@@ -114,12 +114,12 @@ def try_mount() -> Finding:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if found != _CONTENT:
-        return _no_mount("a view was mounted, but does not show what it should")
+        return _no_mount("a view was mounted, but has wrong bytes")
     return _finding("fine", "a view was mounted and read")
 
 
 def _no_mount(text: str) -> Finding:
-    why = "nothing can be mounted here; flatten, info, verify and seal work all the same"
+    why = "nothing can be mounted here; flatten, info, verify and seal still work"
     return _finding("wrong", text, why, _REMEDY)
 
 
@@ -130,7 +130,7 @@ def _read_view(folder: Path) -> bytes:
     is_root = os.geteuid() == 0
     options = (f"--state-dir={folder / 'state'}", f"--base={base}", "--prefetch=no")
     with temporary_mount(view, *options, before=_APART if is_root else "") as pid:
-        # As root by the eyes of what serves it.
+        # As root, only the serving process sees the mount.
         file = Path(f"/proc/{pid}/root{view}" if is_root else view, base.name)
         try:
             return ask(file.read_bytes)

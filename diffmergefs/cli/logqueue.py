@@ -1,4 +1,4 @@
-"""A log that nobody waits for: records are written by a thread of its own."""
+"""A log handler that does not block: a thread writes the records."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _USUAL_SECONDS = 0.05
 
 
 class QueuedHandler(logging.Handler):
-    """Writes records to the descriptor `fd`, which may block, or fail, as long as it likes.
+    """Writes records to the descriptor `fd`, even if writing blocks or fails.
 
-    A record is written when the call returns, as long as that takes no more than 50 ms; one that
-    takes longer, and all after it until the log has caught up, are left to the thread.
-    At most `capacity` bytes of them wait. When it is full, records below a warning are dropped
-    first, the newest first, then new warnings; how many is written as soon as something can be. The
-    thread starts with the first record: a fork before that is harmless, and one after it has a
-    thread and a queue of its own. `flush` waits for a second at most, and so does `close`, which
-    then drops what is left. The descriptor stays open.
+    A record is written when `emit` returns, unless writing takes more than 50 ms. Then the thread
+    writes it, and all later ones until the log has caught up. At most `capacity` bytes wait in the
+    queue. When it is full, records below a warning are dropped, the newest first, and then new
+    warnings. The number of dropped records is logged as soon as possible. The thread starts with
+    the first record: a fork before that is harmless, and a child that is forked later gets its own
+    thread and queue. `flush` waits for at most a second, and so does `close`, which then drops the
+    rest. The descriptor stays open.
     """
 
     def __init__(self, fd: int, encoding: str = "utf-8", capacity: int = _BYTES) -> None:
@@ -37,14 +37,14 @@ class QueuedHandler(logging.Handler):
         self._process = os.getpid()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        # By their number, so that the order is kept: those that are dropped first, and warnings.
+        # Numbered to keep the order. Records below a warning are dropped first.
         self._routine: deque[tuple[int, bytes]] = deque()
         self._warnings: deque[tuple[int, bytes]] = deque()
         self._count = self._waiting = self._dropped = 0
         self._is_writing = self._is_closed = self._is_late = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Have it written."""
+        """Write or queue a record."""
         try:
             line = self._line(record)
         except Exception:
@@ -53,7 +53,7 @@ class QueuedHandler(logging.Handler):
         self._accept(line, is_warning=record.levelno >= logging.WARNING)
 
     def write_line(self, line: str) -> None:
-        """Have a line written that is no record, as a warning is."""
+        """Write or queue a line that is not a record, with the priority of a warning."""
         self._accept(self._encoded(line), is_warning=True)
 
     def _accept(self, line: bytes, *, is_warning: bool) -> None:
@@ -75,7 +75,7 @@ class QueuedHandler(logging.Handler):
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._write_all, name="log", daemon=True)
-        with contextlib.suppress(RuntimeError):  # none can be had now: the next record asks again
+        with contextlib.suppress(RuntimeError):  # the next record tries again
             thread.start()
             self._thread = thread
 
@@ -91,16 +91,16 @@ class QueuedHandler(logging.Handler):
         (self._warnings if is_warning else self._routine).append((self._count, line))
 
     def _take(self) -> tuple[bytes, int]:
-        # What is to be written next, and how many records it stands for: the oldest that is left,
-        # after a word on those that were dropped.
+        # The next line to write, and how many records it stands for: the oldest record, after a
+        # line about dropped ones.
         filled = [queue for queue in (self._routine, self._warnings) if queue]
         _, line = min(filled, key=lambda queue: queue[0]).popleft()
         self._waiting -= len(line)
         dropped, self._dropped = self._dropped, 0
         if dropped:
             text = f"{dropped} records are missing here: the log could not be written"
-            word = logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (), None)
-            line = self._line(word) + line
+            notice = logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (), None)
+            line = self._line(notice) + line
         return line, dropped + 1
 
     def _write_all(self) -> None:
@@ -122,7 +122,7 @@ class QueuedHandler(logging.Handler):
         return bool(self._routine or self._warnings)
 
     def flush(self) -> None:
-        """Return when all is written, after a second at the latest."""
+        """Return when everything is written, after at most a second."""
         if os.getpid() != self._process:
             return
         with self._changed:
@@ -132,7 +132,7 @@ class QueuedHandler(logging.Handler):
         return not (self._has_records() or self._is_writing)
 
     def close(self) -> None:
-        """Write what waits, for a second at most; what comes later is dropped."""
+        """Write the queue for at most a second. Later records are dropped."""
         self.flush()
         with self._changed:
             self._is_closed = True
@@ -148,7 +148,7 @@ def _written(fd: int, line: bytes) -> bool:
             try:
                 line = line[os.write(fd, line) :]
             except BlockingIOError:
-                # Whoever shares it with us may have made it so.
+                # Another process that shares the descriptor may have made it nonblocking.
                 poll = select.poll()
                 poll.register(fd, select.POLLOUT)
                 poll.poll()

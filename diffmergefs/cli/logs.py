@@ -1,4 +1,4 @@
-"""Where the log of a mount goes, and in which format."""
+"""The log of a mount: its destinations and its formats."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ H = TypeVar("H", bound=logging.Handler)
 FORMATS = ["auto", "plain", "journald", "json"]
 SYSLOG = "/dev/log"
 _PLAIN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-# The journal knows when a line came, and of whom.
+# The journal adds the time and the process itself.
 _JOURNALD = "%(name)s: %(message)s"
 
 
-# sd-daemon(3): what the journal takes off a line's beginning. The levels of logging end in 0.
+# The priorities of sd-daemon(3), which the journal reads at the beginning of a line.
 _PRIORITIES = {
     logging.CRITICAL: 2,
     logging.ERROR: 3,
@@ -35,14 +35,14 @@ _PRIORITIES = {
 
 
 def priority(level: int) -> int:
-    """syslog's priority, 2 (critical) to 7 (debug), of a level of `logging`."""
+    """syslog's priority, 2 (critical) to 7 (debug), for a level of `logging`."""
     return next((p for known, p in _PRIORITIES.items() if level >= known), 7)
 
 
 class Lines(logging.Formatter):
-    """A record is one line, whatever names are in it.
+    """Formats a record as one line, whatever names are in it.
 
-    A traceback's lines are set in, so that none of them can pass for a record.
+    The lines of a traceback are indented, so that none of them looks like a record.
     """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
@@ -56,22 +56,22 @@ class Lines(logging.Formatter):
 
 
 class Prioritized(logging.Formatter):
-    """What another formatter makes of a record, with `<N>` before each line of it."""
+    """Formats a record with another formatter and puts `<N>` before each line."""
 
     def __init__(self, inner: logging.Formatter) -> None:
         super().__init__()
         self._inner = inner
 
     def format(self, record: logging.LogRecord) -> str:
-        """The lines; the journal makes an entry of each."""
+        """The lines, each of which becomes an entry of the journal."""
         mark = f"<{priority(record.levelno)}>"
         return "\n".join(mark + line for line in self._inner.format(record).split("\n"))
 
 
 class Json(logging.Formatter):
-    """One JSON object a line, in ASCII, whatever names are in it.
+    """Formats a record as a JSON object on one line, in ASCII.
 
-    Its keys: `time` (UTC, ISO 8601), `level` (as in `warning`), `priority` (syslog's number),
+    Its keys are `time` (UTC, ISO 8601), `level` (as in `warning`), `priority` (syslog's number),
     `logger`, `message`, and `exception`, a traceback, if there is one.
     """
 
@@ -90,7 +90,7 @@ class Json(logging.Formatter):
 
 
 class _SysLogHandler(logging.handlers.SysLogHandler):
-    # A syslog that takes nothing off its socket must not hold up the daemon: then lines are lost.
+    # If syslog does not read its socket, lines are lost: the daemon must not wait for it.
 
     def _connect_unixsocket(self, address: str) -> None:
         super()._connect_unixsocket(address)  # type: ignore[misc]
@@ -98,14 +98,14 @@ class _SysLogHandler(logging.handlers.SysLogHandler):
 
 
 def caller_handler() -> logging.Handler:
-    """To stderr, where the caller of a command waits for what it says."""
+    """A handler for the stderr of a command whose caller waits for it."""
     return _formatted(logging.StreamHandler(), "plain")
 
 
 def stderr_handler(log_format: str, *, to_journal: bool = False) -> QueuedHandler:
-    """To stderr, which is `to_journal` or not: that is what the format `auto` asks.
+    """A handler for stderr that never blocks, and neither does one for a file.
 
-    Nobody waits for it to be written, nor for a file.
+    `to_journal` says whether stderr is the journal, which decides what the format `auto` means.
     """
     if log_format == "auto" and to_journal:
         log_format = "journald"
@@ -113,7 +113,7 @@ def stderr_handler(log_format: str, *, to_journal: bool = False) -> QueuedHandle
 
 
 def file_handler(path: str, log_format: str) -> QueuedHandler:
-    """To the end of a file. Raises FileAccessError."""
+    """A handler that appends to a file. Raises FileAccessError."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY | os.O_CLOEXEC
     try:
         fd = os.open(path, flags, 0o666)
@@ -123,7 +123,7 @@ def file_handler(path: str, log_format: str) -> QueuedHandler:
 
 
 def descriptors_of(handler: logging.Handler) -> set[int]:
-    """Those that it writes to."""
+    """The descriptors that a handler writes to."""
     if isinstance(handler, QueuedHandler):
         return {handler.fd}
     if isinstance(handler, _SysLogHandler):
@@ -132,13 +132,13 @@ def descriptors_of(handler: logging.Handler) -> set[int]:
 
 
 def syslog_handler(log_format: str) -> logging.Handler | None:
-    """To syslog; None where there is none."""
-    # The handler itself takes a missing syslog in silence, and then complains of each line.
+    """A handler for syslog, or None if there is no syslog."""
+    # The handler itself ignores a missing syslog, and then reports an error for each line.
     if not os.path.exists(SYSLOG):
         return None
     handler = _SysLogHandler(SYSLOG, facility=_SysLogHandler.LOG_DAEMON)
     handler.ident = "diffmergefs: "
-    # syslog has the time and the priority of each record already.
+    # syslog adds the time and the priority of each record itself.
     handler.setFormatter(Json() if log_format == "json" else Lines())
     return handler
 
@@ -149,14 +149,12 @@ def _formatted(handler: H, log_format: str) -> H:
     return handler
 
 
-def log_to(*handlers_and_levels: logging.Handler | int) -> None:
-    """Have our records go to these handlers, each with its level, and nowhere else."""
+def log_to(levels: dict[logging.Handler, int]) -> None:
+    """Send our records to these handlers, each with its level, and nowhere else."""
     log = logging.getLogger("diffmergefs")
-    pairs = zip(handlers_and_levels[::2], handlers_and_levels[1::2], strict=True)
     for old in list(log.handlers):
         log.removeHandler(old)
-    for handler, level in pairs:
-        assert isinstance(handler, logging.Handler) and isinstance(level, int)
+    for handler, level in levels.items():
         handler.setLevel(level)
         log.addHandler(handler)
     log.setLevel(logging.DEBUG)

@@ -9,7 +9,14 @@ import click
 
 from diffmergefs.analysis import info as infos
 from diffmergefs.cli.inputs import ImageArguments, image_options
-from diffmergefs.cli.options import PATH, json_option, store_options, strict_option, trust_options
+from diffmergefs.cli.options import (
+    PATH,
+    json_option,
+    layout_options,
+    store_options,
+    strict_option,
+    trust_options,
+)
 from diffmergefs.cli.output import print_diagnostic, print_json, print_table, printable, progress
 from diffmergefs.cli.picture import draw_extents, picture_path
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
@@ -19,7 +26,7 @@ from diffmergefs.opening.opener import LayerPool, opened_store
 from diffmergefs.opening.pins import is_pinned
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.pictures.picture import require_matplotlib
-from diffmergefs.stores.catalog import LAYOUTS, Catalog, read_catalog
+from diffmergefs.stores.catalog import Catalog, read_catalog
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,7 @@ class Row:
 
 @click.command("list")
 @click.argument("source", type=PATH)
-@click.option("--layout", type=click.Choice(LAYOUTS), help="The layout of SOURCE, if ambiguous.")
-@click.option("--suffix", help="The suffix of numbered memory files (.mem).")
+@layout_options
 @click.option("--why", is_flag=True, help="Print which check refuses a broken snapshot, and why.")
 @json_option
 @trust_options

@@ -1,4 +1,4 @@
-"""`mount`."""
+"""`mount`, whose long options are also mount options (`-o`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import click
 
@@ -18,6 +19,7 @@ from diffmergefs.cli.options import (
     PATH,
     OptionalValue,
     layer_options,
+    layout_options,
     store_options,
     strict_option,
     trust_options,
@@ -27,7 +29,6 @@ from diffmergefs.cli.options import (
 from diffmergefs.cli.output import print_diagnostic
 from diffmergefs.cli.start import Request, serve_in_background, serve_in_front
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.stores.catalog import LAYOUTS
 from diffmergefs.system.daemon import handed_over, named_in
 from diffmergefs.system.mountpoint import require_answer
 from diffmergefs.system.sdnotify import JOURNAL, Notifier, is_journal
@@ -35,9 +36,9 @@ from diffmergefs.system.tuning import MAX_BACKGROUND, READAHEAD_KIB, Tuning
 
 
 def split_options(options: Iterable[str]) -> list[str]:
-    """The single options of several `-o`, without `ro`, which a view is anyway.
+    """The single options of several `-o`, without `ro`, which is always in effect.
 
-    A comma that belongs to a value is written as `\\,` and a backslash before it as `\\\\`.
+    In a value, a comma is written as `\\,` and a backslash before it as `\\\\`.
     """
     pieces = re.findall(r"(?:\\.|[^,])+", ",".join(options))
     found = (re.sub(r"\\([\\,])", r"\1", piece) for piece in pieces)
@@ -45,12 +46,12 @@ def split_options(options: Iterable[str]) -> list[str]:
 
 
 def option_name(option: str) -> str:
-    """The name of the long option that a mount option stands for."""
+    """The name of the long option for a mount option."""
     return option.partition("=")[0].replace("_", "-")
 
 
 class MountCommand(click.Command):
-    """Takes its long options as -o options too, as fstab has them: `-o open_rw,page_size=16384`."""
+    """Accepts its long options as mount options too, as in `-o open_rw,page_size=16384`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, with_values(self, args))
@@ -62,7 +63,7 @@ class MountCommand(click.Command):
         return rest
 
     def long_names(self) -> set[str]:
-        """The names that are mount options too."""
+        """The names of the long options that are mount options too."""
         names = {name for param in self.params for name in param.opts if name.startswith("--")}
         return {name[2:] for name in names} - {"help"}
 
@@ -82,7 +83,7 @@ class MountCommand(click.Command):
 def complete_options(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[str]:
-    """What the shell offers for the last option of an `-o`."""
+    """The completions of the last option in an `-o`."""
     before, comma, begun = incomplete.rpartition(",")
     names = [
         name[2:].replace("-", "_") + end
@@ -110,7 +111,7 @@ def _ends(option: click.Option) -> list[str]:
     metavar="[SOURCE] MOUNTPOINT",
 )
 @layer_options
-@click.option("-f", "--foreground", is_flag=True, help="Stay in front and log to stderr.")
+@click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground and log to stderr.")
 @click.option(
     "-o",
     "options",
@@ -119,56 +120,56 @@ def _ends(option: click.Option) -> list[str]:
     shell_complete=complete_options,
     help="Mount options.",
 )
-@click.option("--allow-other", is_flag=True, help="Let other users in, by the permission bits.")
+@click.option("--allow-other", is_flag=True, help="Allow access by other users.")
 @click.option(
     "--open-rw",
     is_flag=True,
-    help="For programs that open read-write even for a private mapping (QEMU before 8.2). Writes"
-    " and shared writable mappings still fail; each such mapping drops the image's cached pages.",
+    help="For programs that open the file read-write even for a private mapping (QEMU before 8.2)."
+    " Writes and shared writable mappings still fail. Each such mapping drops the image's cached"
+    " pages.",
 )
 @click.option(
     "--drop-behind",
     is_flag=True,
-    help="Drop the layers' pages from the page cache once they were served: the views keep them.",
+    help="Drop the layers' pages from the page cache after serving them. The views keep theirs.",
 )
 @click.option(
     "--no-fast-loop",
     is_flag=True,
-    help="Let pyfuse3 wait for requests in its own way, which takes more CPU time for small reads.",
+    help="Let pyfuse3 wait for requests in its own way, which needs more CPU for small reads.",
 )
-@click.option("--layout", type=click.Choice(LAYOUTS), help="What SOURCE holds, if it is unclear.")
-@click.option("--suffix", help="The suffix of numbered memory files (.mem).")
+@layout_options
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=30.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long to wait at most until the mount answers.",
+    help="How long to wait until the mount answers.",
 )
-@click.option("--log", "log_file", type=PATH, metavar="FILE", help="Log to FILE, not to syslog.")
+@click.option("--log", "log_file", type=PATH, metavar="FILE", help="Log to FILE instead of syslog.")
 @click.option(
     "--log-format",
     type=click.Choice(logs.FORMATS),
     default="auto",
     show_default=True,
-    help="Records as lines with date and level (plain), as lines with <N> in front, N the priority"
-    " (journald), or as JSON. auto: journald where the log goes to the journal, else plain.",
+    help="The format of log records: lines with date and level (plain), lines that begin with the"
+    " priority as <N> (journald), or JSON. auto: journald if stderr is the journal, else plain.",
 )
-@click.option("-v", "--verbose", is_flag=True, help="Log each failed request too.")
+@click.option("-v", "--verbose", is_flag=True, help="Also log each failed request.")
 @click.option(
     "--verify",
     type=click.Choice(["no", "pins", "full"]),
     default=TrustPolicy.verify,
     show_default=True,
-    help="Compare seals and parents' recorded hashes (pins) with the files before an image is"
-    " shown: each once for a file, and remembered ('pins'), all of them anew ('full'), or"
-    " not at all ('no': the guest may get wrong bytes).",
+    help="Which checksums to compare before an image first appears. pins: seals and the recorded"
+    " hashes of parents, once per file. full: all of them again. no: none, so the guest may get"
+    " wrong bytes.",
 )
 @click.option(
     "--record",
     is_flag=True,
-    help="Record which pages each opened image is asked for first, in order, for --prefetch.",
+    help="Record which pages of each opened image are requested first, for --prefetch.",
 )
 @click.option(
     "--prefetch",
@@ -176,23 +177,22 @@ def _ends(option: click.Option) -> list[str]:
     bare="notify",
     type=click.Choice(["notify", "fadvise", "no"]),
     metavar="[=notify|fadvise|no]",
-    help="Bring the recorded pages of an image into the page cache when it is opened: by handing"
-    " them to the kernel ('notify', the default where there is a record), by a child process that"
-    " has the kernel read them ('fadvise'), or not at all.",
+    help="Read the recorded pages of an image into the page cache when it is opened. notify (the"
+    " default): push them to the kernel. fadvise: let the kernel read them through a child process."
+    " no: do not prefetch.",
 )
 @working_set_dir_option
 @click.option(
     "--readahead",
     type=click.IntRange(4, 65536),
     metavar="KIB",
-    help=f"How far the kernel reads ahead, by default {READAHEAD_KIB} KiB; takes root.",
+    help=f"How far the kernel reads ahead (default: {READAHEAD_KIB} KiB). Needs root.",
 )
 @click.option(
     "--max-background",
     type=click.IntRange(1, 65535),
     metavar="N",
-    help="How many requests that nobody waits for yet are under way at once, by default"
-    f" {MAX_BACKGROUND}.",
+    help=f"How many background requests the kernel sends at a time (default: {MAX_BACKGROUND}).",
 )
 @trust_options
 @strict_option
@@ -202,13 +202,7 @@ def mount(
     base: str | None,
     diffs: tuple[str, ...],
     foreground: bool,
-    options: tuple[str, ...],
-    allow_other: bool,
-    open_rw: bool,
-    drop_behind: bool,
     no_fast_loop: bool,
-    layout: str | None,
-    suffix: str | None,
     timeout: float,
     log_file: str | None,
     log_format: str,
@@ -216,18 +210,18 @@ def mount(
     verify: str,
     record: bool,
     prefetch: str | None,
-    working_set_dir: str | None,
     readahead: int | None,
     max_background: int | None,
     policy: TrustPolicy,
+    **same: Any,
 ) -> int:
-    """Show every complete snapshot of SOURCE under MOUNTPOINT, its memory file merged, read-only.
+    """Mount every complete snapshot of SOURCE on MOUNTPOINT, read-only, with merged memory files.
 
-    SOURCE is a forkd store, a directory of numbered layers, or of superserve's or Cloud
-    Hypervisor's snapshots; changes in it show within two seconds. With --base and --diff instead of
-    SOURCE, one merged file, named like the base, is shown. The command returns when the mount
-    answers. Stop it with `diffmergefs umount` or SIGTERM: then open files are served on until the
-    last is closed; a second signal ends it at once.
+    SOURCE is a forkd store, a directory of numbered layers, or a directory of superserve or Cloud
+    Hypervisor snapshots. Changes in it appear within two seconds. With --base and --diff instead of
+    SOURCE, MOUNTPOINT has one merged file with the base's name. The command returns when the mount
+    answers. Stop it with `diffmergefs umount` or SIGTERM. After SIGTERM, open files are served
+    until the last one is closed; a second signal ends the daemon at once.
 
     The long options work as -o options too, as in -o open_rw,dense,page_size=16384.
 
@@ -246,23 +240,18 @@ def mount(
         require_answer(source)
     if record and prefetch not in (None, "no"):
         raise click.UsageError(
-            f"--record sees no touch of what --prefetch={prefetch} has brought; leave one out"
+            f"--record and --prefetch={prefetch} cannot be combined: prefetched pages cause no"
+            " requests that could be recorded"
         )
     request = Request(
         source=source,
         layers=tuple(os.path.abspath(path) for path in (base, *diffs) if path),
         mountpoint=os.path.abspath(operands[-1]),
         policy=replace(policy, verify=verify),
-        layout=layout,
-        suffix=suffix,
-        allow_other=allow_other,
-        open_rw=open_rw,
-        options=options,
         tuning=Tuning(readahead, max_background, recording=record),
         prefetch="record" if record else prefetch or "notify",
-        working_set_dir=working_set_dir,
-        drop_behind=drop_behind,
         fast_loop=not no_fast_loop,
+        **same,  # the options that are named like the fields of a Request
     )
     level = logging.DEBUG if verbose else logging.INFO
     notifier = Notifier.from_environment(os.environ)
@@ -274,7 +263,7 @@ def mount(
         else:
             queued = logs.stderr_handler(log_format, to_journal=is_journal(2, stream))
         return serve_in_front(request, queued, level, notifier)
-    logs.log_to(logs.caller_handler(), level)
+    logs.log_to({logs.caller_handler(): level})
     handler = _background_handler(log_file, log_format)
     kept = handed | named_in(sys.argv) | logs.descriptors_of(handler)
     return serve_in_background(request, handler, level, timeout, kept)
@@ -286,7 +275,6 @@ def _background_handler(log_file: str | None, log_format: str) -> logging.Handle
     handler = logs.syslog_handler(log_format)
     if handler is None:
         print_diagnostic(
-            f"no syslog answers at {logs.SYSLOG}, so the daemon's log is lost; keep it with"
-            " --log FILE"
+            f"no syslog answers at {logs.SYSLOG}, so the daemon's log is lost; use --log FILE"
         )
     return handler or logging.NullHandler()

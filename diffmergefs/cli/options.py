@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import click
 
 from diffmergefs.opening.trust import ALL, CHECKS, TrustPolicy, checks_named
+from diffmergefs.stores.catalog import LAYOUTS
 from diffmergefs.system.mountpoint import require_answer
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -185,6 +186,10 @@ _STORE_OPTIONS = (
         " a layer is missing, the guest gets wrong bytes.",
     ),
 )
+_LAYOUT_OPTIONS = (
+    click.option("--layout", type=click.Choice(LAYOUTS), help="The layout of SOURCE."),
+    click.option("--suffix", help="The suffix of numbered memory files (.mem)."),
+)
 _LAYER_OPTIONS = (
     click.option("--base", type=PATH, metavar="FILE", help="The full base image, with --diff."),
     click.option(
@@ -211,6 +216,11 @@ def trust_options(command: F) -> F:
 def store_options(command: F) -> F:
     """What the user vouches for in a directory of snapshots, beside `trust_options`."""
     return _all_of(command, _STORE_OPTIONS)
+
+
+def layout_options(command: F) -> F:
+    """--layout and --suffix."""
+    return _all_of(command, _LAYOUT_OPTIONS)
 
 
 def layer_options(command: F) -> F:

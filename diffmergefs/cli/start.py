@@ -77,7 +77,7 @@ def serve_in_front(request: Request, handler: QueuedHandler, level: int, notifie
     which may take nothing: as a line, or as a record where stderr is read by priorities or as JSON.
     Else it is raised, but for what ends a mount that was up.
     """
-    logs.log_to(handler, level)
+    logs.log_to({handler: level})
     with contextlib.closing(handler):
         try:
             _serve(request, functools.partial(notifier.tell, "READY=1"), notifier)
@@ -211,7 +211,7 @@ def serve_in_background(
     def child(ready: Callable[[], None]) -> int:
         logging.raiseExceptions = False  # a log that cannot be written is no reason to complain
         # Warnings at the start are for the caller's terminal, everything is for the log.
-        logs.log_to(logs.caller_handler(), logging.WARNING, handler, level)
+        logs.log_to({logs.caller_handler(): logging.WARNING, handler: level})
         with contextlib.closing(handler):
             return serve(ready)
 

@@ -1,4 +1,4 @@
-"""A mount for the moment: served by a process of its own, and gone afterwards whatever happens."""
+"""A temporary mount: served by its own process, and always removed at the end."""
 
 from __future__ import annotations
 
@@ -26,52 +26,55 @@ _SERVE = "from diffmergefs.cli import main; sys.exit(main())"
 
 @contextmanager
 def temporary_mount(mountpoint: Path, *arguments: str, before: str = "") -> Iterator[int]:
-    """`mount -f *arguments mountpoint`; the pid of what serves it, from when the mount answers.
+    """Run `mount -f *arguments mountpoint`, and yield its pid when the mount answers.
 
-    `before` is Python code that the process runs first. Afterwards the mount is gone, whoever uses
-    it, and so is the process. Raises MountFailedError with the reason that it gave, and
+    `before` is Python code that the process runs first. At the end the mount and the process are
+    removed, even if the mount is in use. Raises MountFailedError with the process's message, and
     MountTimeoutError.
     """
-    with tempfile.TemporaryFile() as said, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
-        told.bind("")  # the kernel finds a free abstract name
+    with (
+        tempfile.TemporaryFile() as output,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready,
+    ):
+        ready.bind("")  # the kernel finds a free abstract name
         child = interpreter.start_code(
             before + _SERVE,
             *("mount", "-f", *arguments, "--", str(mountpoint)),
-            stdout=said,
-            stderr=said,
-            env=os.environ | {ADDRESS: "@" + told.getsockname()[1:].decode()},
+            stdout=output,
+            stderr=output,
+            env=os.environ | {ADDRESS: "@" + ready.getsockname()[1:].decode()},
         )
         try:
-            _wait_until_ready(child, told, said, mountpoint)
+            _wait_until_ready(child, ready, output, mountpoint)
             yield child.pid
         finally:
             _end(child)
-            _take_off(mountpoint)
+            _detach(mountpoint)
 
 
 def _wait_until_ready(
-    child: subprocess.Popen[bytes], told: socket.socket, said: IO[bytes], mountpoint: Path
+    child: subprocess.Popen[bytes], ready: socket.socket, output: IO[bytes], mountpoint: Path
 ) -> None:
     deadline = time.monotonic() + _READY_SECONDS
-    told.settimeout(0.05)
+    ready.settimeout(0.05)
     while True:
         with contextlib.suppress(TimeoutError):
-            if told.recv(4096) == b"READY=1":
+            if ready.recv(4096) == b"READY=1":
                 return
         if child.poll() is not None:
-            raise MountFailedError(_last_line(said) or f"ended with status {child.returncode}")
+            raise MountFailedError(_last_line(output) or f"ended with status {child.returncode}")
         if time.monotonic() > deadline:
             raise MountTimeoutError(f"{mountpoint}: no answer within {_READY_SECONDS:g} s")
 
 
-def _last_line(said: IO[bytes]) -> str:
-    said.seek(0)
-    lines = os.fsdecode(said.read()).strip().split("\n")
+def _last_line(output: IO[bytes]) -> str:
+    output.seek(0)
+    lines = os.fsdecode(output.read()).strip().split("\n")
     return lines[-1].removeprefix("diffmergefs: ")
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    # The first signal lets it serve open files on, the second does not.
+    # After the first signal it still serves open files, after the second it does not.
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
         child.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -79,7 +82,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
             return
 
 
-def _take_off(mountpoint: Path) -> None:
+def _detach(mountpoint: Path) -> None:
     known = mountpoints.mount_entry(str(mountpoint))
     if known is not None and known.kind == mountpoints.FILESYSTEM_TYPE:
         mountpoints.detach(known.path)

@@ -175,7 +175,7 @@ def test_sloppy_leaves_out_what_is_unknown(
     done = mount(installed, "-s", *arguments, "-o", options(public_path, "nonsense"))
     assert (done.returncode, done.stderr) == (
         0,
-        "diffmergefs: -o nonsense: unknown option, left out\n",
+        "diffmergefs: -o nonsense: unknown option, ignored\n",
     )
     umount(installed, mountpoint)
 
@@ -215,9 +215,9 @@ def test_fake_and_verbose_and_without_mtab(
         ("page_size=7", "7 is not a power of two"),
         ("layout=other", "'other' is not one of"),
         ("allow_other=1", "does not take a value"),
-        ("remount", "-o remount: a view's options are those it was mounted with"),
+        ("remount", "-o remount: the options of a mount cannot be changed"),
         ("foreground", "-o foreground: mount(8) would wait"),
-        ("base=/a", "-o base=/a: SOURCE is the base already"),
+        ("base=/a", "-o base=/a: SOURCE is already the base"),
         ("max_read=1", "-o max_read=1: unknown option"),
     ],
 )
@@ -243,7 +243,7 @@ def test_all_of_mounts_own_options_are_taken(
     assert main([*arguments, "fuse.diffmergefs"]) == 0
     assert capfd.readouterr() == ("", "")
     assert main([*arguments, "ext4"]) == USAGE
-    assert "-t ext4: this mounts fuse.diffmergefs only" in capfd.readouterr().err
+    assert "-t ext4: only fuse.diffmergefs is supported" in capfd.readouterr().err
     assert not mounttable.at(str(mountpoint))
 
 
@@ -253,7 +253,7 @@ def test_a_base_may_be_named_as_an_option_too(
 ) -> None:
     assert main([source, str(mountpoint), "-f", "-o", "base=/b,diff=/c"]) == 0
     assert main([source, str(mountpoint), "-f", "-o", "base=/b,base=/d"]) == USAGE
-    assert "-o base=/d: SOURCE is the base already" in capfd.readouterr().err
+    assert "-o base=/d: SOURCE is already the base" in capfd.readouterr().err
 
 
 def test_a_comma_of_a_value_is_escaped() -> None:
@@ -267,11 +267,11 @@ def test_usage_and_bugs_have_mounts_statuses(
     assert main([]) == USAGE
     assert main(["--nonsense"]) == USAGE
     assert "Usage: mount.fuse.diffmergefs" in capfd.readouterr().err
-    monkeypatch.setattr("diffmergefs.cli.mount.Request", lambda *_: 1 // 0)
+    monkeypatch.setattr("diffmergefs.cli.mount.Request", lambda **_: 1 // 0)
     assert main(["/nowhere", str(mountpoint)]) == 4
     assert "this is a bug" in capfd.readouterr().err
 
-    def interrupt(*_: object) -> None:
+    def interrupt(**_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("diffmergefs.cli.mount.Request", interrupt)
