@@ -109,7 +109,7 @@ def windows(
     if page_size < 1 or page_size & (page_size - 1):
         raise ValueError(f"a page of {page_size} bytes, which is no power of two")
     step = max(_WINDOW, page_size)
-    return in_order(comparing.window, _pieces(0, a.size, step), jobs)
+    return in_order(comparing.window, _split(0, a.size, step), jobs)
 
 
 def check_unchanged(layers: Iterable[Layer]) -> None:
@@ -198,7 +198,7 @@ class _Comparing:
         compared = 0
         after = 0
         for tile in self._pair.tiles(*window):
-            for start, stop in _pieces(tile.start, tile.stop, _BLOCK):
+            for start, stop in _split(tile.start, tile.stop, _BLOCK):
                 for offset in self._differing(tile, start, stop):
                     if offset >= after:  # else its page is known
                         first = offset - offset % self._page
@@ -230,15 +230,15 @@ def _differing(one: bytearray, other: bytearray, offset: int, page: int) -> Iter
     # itself by memcmp with any buffer on its right; a memoryview on the left would compare element
     # by element, at a third of the speed.
     right = memoryview(other)
-    for start, stop in _pieces(offset, offset + len(one), _PART):
+    for start, stop in _split(offset, offset + len(one), _PART):
         if one[start - offset : stop - offset] == right[start - offset : stop - offset]:
             continue
-        for first, last in _pieces(start, stop, page):
+        for first, last in _split(start, stop, page):
             if one[first - offset : last - offset] != right[first - offset : last - offset]:
                 yield first
 
 
-def _pieces(start: int, stop: int, unit: int) -> list[tuple[int, int]]:
+def _split(start: int, stop: int, unit: int) -> list[tuple[int, int]]:
     # The range cut at the multiples of `unit`.
     borders = [start, *range(start - start % unit + unit, stop, unit), stop]
     return list(itertools.pairwise(borders)) if start < stop else []
@@ -248,7 +248,7 @@ def _first_difference(a: MergedView, b: MergedView, ranges: ExtentList, page: in
     if not len(ranges):
         return None
     start, stop = next(iter(ranges))
-    for first, last in _pieces(start, stop, min(page, _PART)):
+    for first, last in _split(start, stop, min(page, _PART)):
         one, other = (_read(view, first, last) for view in (a, b))
         if one != other:
             pairs = zip(itertools.count(first), one, other, strict=False)

@@ -38,7 +38,7 @@ class LayerInfo:
 class ChainInfo:
     """An image: `size` bytes, of which `holes` are in no layer, and its layers, base first.
 
-    `segments` counts the pieces that one layer supplies, holes not among them. `dense` says that
+    `segments` counts the ranges that one layer supplies, without holes. `dense` says that
     the newest layer is a complete image in spite of its parent. `hints` are lines about layers that
     may be harmed though nothing proves it.
     """

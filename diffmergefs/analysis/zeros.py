@@ -1,4 +1,4 @@
-"""The pieces of a view, and among them those whose written bytes are zeros: one scan."""
+"""The entries of a view, and among them those whose written bytes are zeros: one scan."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffmergefs.core.progress import Progress
 from diffmergefs.core.view import MergedView
 
 
-class Piece(NamedTuple):
+class MapEntry(NamedTuple):
     """The non-empty byte range `[start, stop)` that one layer supplies, or none (a hole).
 
     `zero` says that the bytes are known to be zeros: a hole's are, and a layer's if it was scanned.
@@ -24,33 +24,33 @@ class Piece(NamedTuple):
     zero: bool
 
 
-def pieces(view: MergedView, start: int, stop: int) -> Iterator[Piece]:
-    """The pieces of `[start, stop)`, which they tile in order; not a byte is read.
+def entries(view: MergedView, start: int, stop: int) -> Iterator[MapEntry]:
+    """The entries of `[start, stop)`, which they tile in order; not a byte is read.
 
     The range lies within the image.
     """
     for segment in view.segments(start, stop - start):
-        yield Piece(*segment, segment.layer is None)
+        yield MapEntry(*segment, segment.layer is None)
 
 
-def scanned_pieces(
+def scanned_entries(
     view: MergedView, start: int, stop: int, page: int, progress: Progress
-) -> Iterator[Piece]:
-    """Like `pieces`, with written pages of zeros as pieces of their own.
+) -> Iterator[MapEntry]:
+    """Like `entries`, with written pages of zeros as entries of their own.
 
     Each byte that a layer supplies to the range is read once, holes are not. A page is `page`
     bytes, a power of two, but 1 MiB at most; the part of one that a layer supplies is judged by
-    itself. Neighbouring pieces of one layer that are alike are joined. After each segment its layer
-    is compared with its fingerprint (law 6). Raises LayerChangedError and FileAccessError.
+    itself. Neighbouring entries of one layer that are alike are joined. After each segment its
+    layer is compared with its fingerprint (law 6). Raises LayerChangedError and FileAccessError.
     """
     for begin, end, number in view.segments(start, stop - start):
         if number is None:
-            yield Piece(begin, end, None, True)
+            yield MapEntry(begin, end, None, True)
             continue
         layer = view.layers[number]
         judged = _judged(layer, begin, end, min(page, BLOCK), progress)
         for first, last, zero in _joined(judged):
-            yield Piece(first, last, number, zero)
+            yield MapEntry(first, last, number, zero)
         with failures(layer.path):
             layer.check_unchanged()
 

@@ -18,14 +18,13 @@ from diffmergefs.cli.options import (
     trust_options,
 )
 from diffmergefs.cli.output import print_diagnostic, print_json, print_table, printable, progress
-from diffmergefs.cli.picture import draw_extents, picture_path
+from diffmergefs.cli.picture import draw_extents, picture_path, require_matplotlib
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.images import open_snapshot
 from diffmergefs.opening.opener import LayerPool, opened_store
 from diffmergefs.opening.pins import is_pinned
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.pictures.picture import require_matplotlib
 from diffmergefs.stores.catalog import Catalog, read_catalog
 
 

@@ -11,17 +11,16 @@ from contextlib import contextmanager, nullcontext
 import click
 
 from diffmergefs.analysis import zeros
-from diffmergefs.analysis.zeros import Piece
+from diffmergefs.analysis.zeros import MapEntry
 from diffmergefs.cli.inputs import ImageArguments, image_options
 from diffmergefs.cli.options import PATH
 from diffmergefs.cli.output import printable, progress
-from diffmergefs.cli.picture import draw_map, picture_path
+from diffmergefs.cli.picture import draw_map, picture_path, require_matplotlib
 from diffmergefs.cli.terminal import TerminalMap
 from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.images import Image
 from diffmergefs.pictures.legend import Subject, short_names
-from diffmergefs.pictures.picture import require_matplotlib
 
 _NUMBER = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([kmgt])(?:i?b)?)?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
@@ -112,15 +111,15 @@ def map_(
         subject = Subject(
             source.title, names, view.size, start, stop, source.policy.page_size, scan
         )
-        found_pieces = _pieces(view, subject, bar=not (as_json and sys.stdout.isatty()))
+        found_entries = _entries(view, subject, bar=not (as_json and sys.stdout.isatty()))
         if output is not None:
-            draw_map(found_pieces, view, subject, layout or "hilbert", output, force=force)
+            draw_map(found_entries, view, subject, layout or "hilbert", output, force=force)
         elif as_json:
-            with found_pieces as pieces:
-                _print_ranges(pieces, found)
+            with found_entries as entries:
+                _print_ranges(entries, found)
         else:
-            with found_pieces as pieces:
-                rows = TerminalMap(pieces, subject)
+            with found_entries as entries:
+                rows = TerminalMap(entries, subject)
             rows.print(paths)
 
 
@@ -136,31 +135,31 @@ def _within(window: tuple[int, int | None] | None, size: int) -> tuple[int, int]
 
 
 @contextmanager
-def _pieces(view: MergedView, subject: Subject, *, bar: bool) -> Iterator[Iterable[Piece]]:
+def _entries(view: MergedView, subject: Subject, *, bar: bool) -> Iterator[Iterable[MapEntry]]:
     # Without a progress bar if the output would run into it.
     start, stop = subject.start, subject.stop
-    found = zeros.pieces(view, start, stop)
+    found = zeros.entries(view, start, stop)
     what, total = "map", stop - start
     if subject.scanned:
         what, total = "zeros", sum(p.stop - p.start for p in found if p.layer is not None)
     with progress(what, total) if bar else nullcontext(ignore_progress) as advance:
         if subject.scanned:
-            yield zeros.scanned_pieces(view, start, stop, subject.page, advance)
+            yield zeros.scanned_entries(view, start, stop, subject.page, advance)
         else:
             yield _reported(found, advance)
 
 
-def _reported(pieces: Iterable[Piece], advance: Progress) -> Iterator[Piece]:
-    for piece in pieces:
-        yield piece
-        advance(piece.stop - piece.start)
+def _reported(entries: Iterable[MapEntry], advance: Progress) -> Iterator[MapEntry]:
+    for entry in entries:
+        yield entry
+        advance(entry.stop - entry.start)
 
 
-def _print_ranges(pieces: Iterable[Piece], image: Image) -> None:
+def _print_ranges(entries: Iterable[MapEntry], image: Image) -> None:
     # One object per line, printed at once: there may be millions.
     before = "["
     newest = len(image.view.layers) - 1
-    for start, stop, layer, zero in pieces:
+    for start, stop, layer, zero in entries:
         present = layer is not None
         entry: dict[str, int | str] = {
             "start": start,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console
 from rich.text import Text
 
-from diffmergefs.analysis.zeros import Piece
+from diffmergefs.analysis.zeros import MapEntry
 from diffmergefs.cli.output import print_table
 from diffmergefs.core.errors import counted
 from diffmergefs.pictures import cells
@@ -33,10 +33,10 @@ _DIFF_STYLES = ("cyan", "green", "yellow", "magenta")
 
 
 class TerminalMap:
-    """The map of the pieces of a range, as wide as the terminal."""
+    """The map of a range, as wide as the terminal."""
 
-    def __init__(self, pieces: Iterable[Piece], subject: Subject) -> None:
-        """Read the pieces, once and in order. Nothing is printed."""
+    def __init__(self, entries: Iterable[MapEntry], subject: Subject) -> None:
+        """Read the entries, once and in order. Nothing is printed."""
         # The locale decides on the characters. rich decides on colours (NO_COLOR, pipes).
         self._ramp = _BLOCKS if _supports_utf8() else _ASCII
         self._console = Console(highlight=False, markup=False, emoji=False)
@@ -46,7 +46,7 @@ class TerminalMap:
         self._indent = max(map(len, self._labels.values())) + 1
         columns = max(self._console.width - self._indent, _LEAST)
         self._grid = cells.row_grid(subject.start, subject.stop, subject.page, columns)
-        found = ((p.start, p.stop, kinds.of(p.layer, p.zero)) for p in pieces)
+        found = ((e.start, e.stop, kinds.of(e.layer, e.zero)) for e in entries)
         self._rows = cells.bytes_by_kind(found, self._grid, len(kinds))
 
     def print(self, paths: list[str]) -> None:

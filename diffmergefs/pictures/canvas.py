@@ -38,7 +38,7 @@ def own_style() -> Iterator[None]:
     """Within it matplotlib's defaults count, not what its user has configured.
 
     Text in an SVG stays text, so that an address or a name in it can be searched, selected and
-    read aloud; every piece is anchored by itself, so another font than ours moves nothing. The same
+    read aloud; each text has its own anchor, so another font moves nothing. The same
     picture is the same file.
     """
     with matplotlib.rc_context():

@@ -1,7 +1,7 @@
 """A range of an image cut into equal cells, and what each kind of content has in each.
 
 Numbers only: no file is opened and nothing is drawn. A *kind* is a small number that the caller
-gives to each piece of the range (a hole, a layer, a group of layers); the higher one lies on top.
+gives to each range of the range (a hole, a layer, a group of layers); the higher one lies on top.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _in_pages(start: int, stop: int, page: int) -> tuple[int, int]:
 
 
 class Run(NamedTuple):
-    """Cells `[first, last)`, each of which has `nbytes` of one kind from one piece."""
+    """Cells `[first, last)`, each of which has `nbytes` of one kind from one range."""
 
     first: int
     last: int
@@ -70,12 +70,12 @@ class Run(NamedTuple):
     nbytes: int
 
 
-def runs(pieces: Iterable[tuple[int, int, int]], grid: Grid) -> Iterator[Run]:
-    """The pieces `(start, stop, kind)`, which lie in the grid's range, cut at the cells' borders.
+def runs(ranges: Iterable[tuple[int, int, int]], grid: Grid) -> Iterator[Run]:
+    """The ranges `(start, stop, kind)`, which lie in the grid's range, cut at the cells' borders.
 
-    Neighbouring cells that a piece fills are one run, so the cost is that of the pieces.
+    Neighbouring cells that a range fills are one run, so the cost is that of the ranges.
     """
-    for start, stop, kind in pieces:
+    for start, stop, kind in ranges:
         first, last = (start - grid.origin) // grid.cell, (stop - 1 - grid.origin) // grid.cell
         if first == last:
             yield Run(first, first + 1, kind, stop - start)
@@ -88,11 +88,11 @@ def runs(pieces: Iterable[tuple[int, int, int]], grid: Grid) -> Iterator[Run]:
 
 
 def bytes_by_kind(
-    pieces: Iterable[tuple[int, int, int]], grid: Grid, kinds: int
+    ranges: Iterable[tuple[int, int, int]], grid: Grid, kinds: int
 ) -> list[array[int]]:
     """For each of the kinds `0 ... kinds - 1` how many bytes it has in each cell."""
     rows = [array("Q", bytes(8 * grid.cells)) for _ in range(kinds)]
-    for first, last, kind, nbytes in runs(pieces, grid):
+    for first, last, kind, nbytes in runs(ranges, grid):
         row = rows[kind]
         for number in range(first, last):
             row[number] += nbytes
@@ -110,10 +110,10 @@ class Tops(NamedTuple):
     totals: list[int]
 
 
-def tops(pieces: Iterable[tuple[int, int, int]], grid: Grid, kinds: int) -> Tops:
-    """The `Tops` of pieces that tile the grid's range, of at most 256 kinds."""
+def tops(ranges: Iterable[tuple[int, int, int]], grid: Grid, kinds: int) -> Tops:
+    """The `Tops` of ranges that tile the grid's range, of at most 256 kinds."""
     found = Tops(array("B", bytes(grid.cells)), array("Q", bytes(8 * grid.cells)), [0] * kinds)
-    for first, last, kind, nbytes in runs(pieces, grid):
+    for first, last, kind, nbytes in runs(ranges, grid):
         found.totals[kind] += (last - first) * nbytes
         if last - first > 1:  # they hold nothing else
             found.kinds[first:last] = array("B", [kind]) * (last - first)

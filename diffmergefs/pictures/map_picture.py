@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from diffmergefs.analysis.zeros import Piece
+from diffmergefs.analysis.zeros import MapEntry
 from diffmergefs.core.errors import counted
-from diffmergefs.pictures import cells, curve, raster
+from diffmergefs.pictures import cells, raster
 from diffmergefs.pictures.canvas import FAINT, LINE, Canvas, Picture, fitting, own_style
 from diffmergefs.pictures.legend import (
     HOLE,
@@ -32,21 +32,23 @@ class MapPicture(Picture):
     """The map of one subject; `png` and `svg` give it as a file.
 
     The square has `2**order` cells a side, numbered from the start of the range on along a Hilbert
-    curve (`curve.hilbert`) or row by row; `pixel` says where each is. A cell has the colour of the
+    curve (`raster.hilbert`) or row by row; `pixel` says where each is. A cell has the colour of the
     newest layer in it, and the stronger, the larger that one's share is; written zeros come after
     all layers, and holes last. Cells beyond the end are hatched. Nothing is drawn over a cell.
     """
 
-    def __init__(self, pieces: Iterable[Piece], subject: Subject, layout: str = "hilbert") -> None:
-        """Takes the pieces of the range, once and in order; raises what they raise."""
+    def __init__(
+        self, entries: Iterable[MapEntry], subject: Subject, layout: str = "hilbert"
+    ) -> None:
+        """Takes the entries of the range, once and in order; raises what they raise."""
         self.subject = subject
         self._along = layout == "hilbert"
         self.kinds = Kinds(len(subject.names))
         self.order, self.grid = cells.square_grid(subject.start, subject.stop, subject.page)
         self._placing = raster.Placing(self.order, parted=self._along)
-        self._square = curve.hilbert(self.order) if self._along else curve.linear(self.order)
+        self._square = raster.hilbert(self.order) if self._along else raster.linear(self.order)
         self._left = LEFT if self._along else LEFT + _ADDRESSES
-        kinds = ((p.start, p.stop, self.kinds.of(p.layer, p.zero)) for p in pieces)
+        kinds = ((e.start, e.stop, self.kinds.of(e.layer, e.zero)) for e in entries)
         self.found = cells.tops(kinds, self.grid, len(self.kinds))
         with own_style():
             self._draw()

@@ -1,4 +1,4 @@
-"""The cells of a map as an image: which colour each has, and where its pixels are."""
+"""The cells of a map as an image: the colour of each, its place on a curve, and its pixels."""
 
 from __future__ import annotations
 
@@ -69,6 +69,28 @@ def _strengths(nbytes: array[int], grid: cells.Grid, page: int) -> NDArray[np.in
         whole = grid.bytes_in(number)
         strengths[number] = cells.level(nbytes[number], whole, page, STRENGTHS)
     return strengths
+
+
+def hilbert(order: int) -> NDArray[np.int64]:
+    """The numbers `0 ... 4**order - 1` in a square, `[row, column]`, along a Hilbert curve.
+
+    It begins at the top left and ends at the top right, and each number stands beside the next. The
+    numbers of one of the `4**k` parts of the curve fill one of `4**k` equal squares.
+    """
+    square = np.zeros((1, 1), np.int64)
+    for _ in range(order):
+        # Down the left half, to the right, and up again. The first quarter is turned over one
+        # diagonal and the last over the other, so that each ends beside the beginning of the next.
+        quarter = square.size
+        last = square[::-1, ::-1].T + 3 * quarter
+        square = np.block([[square.T, last], [square + quarter, square + 2 * quarter]])
+    return square
+
+
+def linear(order: int) -> NDArray[np.int64]:
+    """The numbers `0 ... 4**order - 1` in a square, `[row, column]`, row by row."""
+    side = 2**order
+    return np.arange(side * side, dtype=np.int64).reshape(side, side)
 
 
 class Placing:

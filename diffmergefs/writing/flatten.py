@@ -166,9 +166,9 @@ class _Merge:
                 shared = set(fit[:done])
                 yield from (s[:2] for s in batch if s not in shared)
 
-    def _count_shared(self, pieces: Sequence[tuple[int, int, int]]) -> None:
+    def _count_shared(self, segments: Sequence[tuple[int, int, int]]) -> None:
         counts = Counter[int]()
-        for start, stop, number in pieces:
+        for start, stop, number in segments:
             counts[number] += stop - start
         for number, count in counts.items():
             self.shared[number] += count

@@ -107,7 +107,7 @@ class NewDiff:
         self._put.append(extents)
         shared = self._share(extents, progress)
         require_space(self._target, extents.data_bytes - sum(shared.values()))
-        for start, stop, number in self._pieces(extents):
+        for start, stop, number in self._segments(extents):
             if start in shared:
                 continue
             if number is None:
@@ -157,21 +157,21 @@ class NewDiff:
             overridden=tuple(overridden),
         )
 
-    def _pieces(self, extents: ExtentList) -> Iterator[Segment]:
+    def _segments(self, extents: ExtentList) -> Iterator[Segment]:
         for start, stop in extents:
             yield from self._source.segments(start, stop - start)
 
     def _share(self, extents: ExtentList, progress: Progress) -> dict[int, int]:
-        # The large pieces, whose blocks can be shared: where each begins, and its length. A call
-        # for each page would cost more than writing it does.
+        # Shares the large segments where possible, and gives the length of each by its start. A
+        # call for each page would cost more than writing it does.
         shared = {}
-        for start, stop, number in self._pieces(extents):
+        for start, stop, number in self._segments(extents):
             is_whole = is_aligned(start, stop, self._block, self._source.size)
             if number is None or stop - start < BLOCK or not is_whole:
                 continue
             layer = self._source.layers[number]
-            piece = (start, stop, number)
-            if self._may_share(layer) and clone_ranges(self._source.layers, [piece], self._target):
+            wanted = [(start, stop, number)]
+            if self._may_share(layer) and clone_ranges(self._source.layers, wanted, self._target):
                 shared[start] = stop - start
                 self.shared += stop - start
                 progress(stop - start)

@@ -39,9 +39,10 @@ SEES_FUSE = {
     f"fuse.{name}"
     for name in ["lifecycle", "opener", "operations", "readloop", "replies", "session", "threads"]
 }
+# cli.picture only tries whether matplotlib is installed.
 DRAWS = {
-    f"pictures.{name}"
-    for name in ("canvas", "curve", "extents_picture", "map_picture", "picture", "raster")
+    *(f"pictures.{name}" for name in ("canvas", "extents_picture", "map_picture", "raster")),
+    "cli.picture",
 }
 PRINTERS = {"print", "sys.stdout.write", "sys.stderr.write", "traceback.print_exc"}
 

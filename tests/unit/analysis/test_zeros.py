@@ -1,4 +1,4 @@
-"""The pieces of a view: written zeros are told by one scan of the data, and only of the data."""
+"""The entries of a view: written zeros are told by one scan of the data, and only of the data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.analysis.zeros import Piece, pieces, scanned_pieces
+from diffmergefs.analysis.zeros import MapEntry, entries, scanned_entries
 from diffmergefs.core import sparse
 from diffmergefs.core.errors import LayerChangedError
 from diffmergefs.core.view import MergedView
@@ -35,20 +35,20 @@ def opened(paths: list[Path]) -> MergedView:
     return open_chain(paths[0], paths[1:]).view
 
 
-def scan(view: MergedView, start: int = 0, stop: int = SIZE, page: int = PAGE) -> list[Piece]:
-    return list(scanned_pieces(view, start, stop, page, lambda done: None))
+def scan(view: MergedView, start: int = 0, stop: int = SIZE, page: int = PAGE) -> list[MapEntry]:
+    return list(scanned_entries(view, start, stop, page, lambda done: None))
 
 
 def test_without_a_scan_only_holes_are_zero(tmp_path: Path) -> None:
     with opened(chain(tmp_path)) as view:
         end = view.layers[0].extents.stops[-1]
-        assert list(pieces(view, 0, SIZE)) == [
-            Piece(0, 3 * PAGE, 0, False),
-            Piece(3 * PAGE, 6 * PAGE, 1, False),
-            Piece(6 * PAGE, end, 0, False),
-            Piece(end, SIZE, None, True),
+        assert list(entries(view, 0, SIZE)) == [
+            MapEntry(0, 3 * PAGE, 0, False),
+            MapEntry(3 * PAGE, 6 * PAGE, 1, False),
+            MapEntry(6 * PAGE, end, 0, False),
+            MapEntry(end, SIZE, None, True),
         ]
-        assert list(pieces(view, 10, 20)) == [Piece(10, 20, 0, False)]
+        assert list(entries(view, 10, 20)) == [MapEntry(10, 20, 0, False)]
 
 
 def test_a_scan_tells_pages_of_zeros(tmp_path: Path) -> None:
@@ -56,36 +56,36 @@ def test_a_scan_tells_pages_of_zeros(tmp_path: Path) -> None:
     with unchanged(paths), opened(paths) as view:
         end = view.layers[0].extents.stops[-1]
         assert scan(view) == [
-            Piece(0, PAGE, 0, False),
-            Piece(PAGE, 2 * PAGE, 0, True),
-            Piece(2 * PAGE, 3 * PAGE, 0, False),
-            Piece(3 * PAGE, 4 * PAGE, 1, False),
-            Piece(4 * PAGE, 5 * PAGE, 1, True),
-            Piece(5 * PAGE, 6 * PAGE, 1, False),
-            Piece(6 * PAGE, MIB, 0, False),
-            Piece(MIB, 2 * MIB, 0, True),
-            Piece(2 * MIB, end, 0, False),
-            Piece(end, SIZE, None, True),
+            MapEntry(0, PAGE, 0, False),
+            MapEntry(PAGE, 2 * PAGE, 0, True),
+            MapEntry(2 * PAGE, 3 * PAGE, 0, False),
+            MapEntry(3 * PAGE, 4 * PAGE, 1, False),
+            MapEntry(4 * PAGE, 5 * PAGE, 1, True),
+            MapEntry(5 * PAGE, 6 * PAGE, 1, False),
+            MapEntry(6 * PAGE, MIB, 0, False),
+            MapEntry(MIB, 2 * MIB, 0, True),
+            MapEntry(2 * MIB, end, 0, False),
+            MapEntry(end, SIZE, None, True),
         ]
 
 
 def test_a_part_of_a_page_is_judged_by_itself(tmp_path: Path) -> None:
     with opened(chain(tmp_path)) as view:
         assert scan(view, PAGE - 1, 2 * PAGE + 1) == [
-            Piece(PAGE - 1, PAGE, 0, False),
-            Piece(PAGE, 2 * PAGE, 0, True),
-            Piece(2 * PAGE, 2 * PAGE + 1, 0, False),
+            MapEntry(PAGE - 1, PAGE, 0, False),
+            MapEntry(PAGE, 2 * PAGE, 0, True),
+            MapEntry(2 * PAGE, 2 * PAGE + 1, 0, False),
         ]
         # 100 bytes of data and then what the filesystem fills its block with.
         assert scan(view, 2 * MIB + 100, 2 * MIB + 200) == [
-            Piece(2 * MIB + 100, 2 * MIB + 200, 0, True)
+            MapEntry(2 * MIB + 100, 2 * MIB + 200, 0, True)
         ]
 
 
 def test_larger_pages_are_zero_only_as_a_whole(tmp_path: Path) -> None:
     with opened(chain(tmp_path)) as view:
-        assert scan(view, 0, 3 * PAGE, 2 * PAGE) == [Piece(0, 3 * PAGE, 0, False)]
-        assert scan(view, 0, 2 * MIB, 2 * MIB)[-1] == Piece(MIB, 2 * MIB, 0, True)
+        assert scan(view, 0, 3 * PAGE, 2 * PAGE) == [MapEntry(0, 3 * PAGE, 0, False)]
+        assert scan(view, 0, 2 * MIB, 2 * MIB)[-1] == MapEntry(MIB, 2 * MIB, 0, True)
 
 
 def test_each_byte_of_data_is_read_once_and_no_hole(
@@ -103,7 +103,7 @@ def test_each_byte_of_data_is_read_once_and_no_hole(
         base, diff = (layer.fd for layer in view.layers)
         end = view.layers[0].extents.stops[-1]
         done: list[int] = []
-        list(scanned_pieces(view, 100, SIZE, PAGE, done.append))
+        list(scanned_entries(view, 100, SIZE, PAGE, done.append))
         assert asked == [
             (base, 100, 3 * PAGE),
             (diff, 3 * PAGE, 6 * PAGE),
@@ -117,7 +117,7 @@ def test_each_byte_of_data_is_read_once_and_no_hole(
 def test_a_layer_that_changes_is_no_scan(tmp_path: Path) -> None:
     paths = chain(tmp_path)
     with opened(paths) as view:
-        scanning = scanned_pieces(view, 0, SIZE, PAGE, lambda done: None)
+        scanning = scanned_entries(view, 0, SIZE, PAGE, lambda done: None)
         next(scanning)
         paths[0].write_bytes(bytes(SIZE))
         with pytest.raises(LayerChangedError, match="base"):

@@ -86,19 +86,19 @@ def test_counts_are_those_of_a_count_byte_by_byte(
 ) -> None:
     stop = start + length
     grid = Grid(start - start % 4, start, stop, 4 * cell)
-    pieces = tiling(borders, start, stop, 5)
+    ranges = tiling(borders, start, stop, 5)
     expected = [[0] * grid.cells for _ in range(5)]
-    for first, last, kind in pieces:
+    for first, last, kind in ranges:
         for byte in range(first, last):
             expected[kind][(byte - grid.origin) // grid.cell] += 1
-    assert [list(row) for row in bytes_by_kind(pieces, grid, 5)] == expected
-    found = tops(pieces, grid, 5)
+    assert [list(row) for row in bytes_by_kind(ranges, grid, 5)] == expected
+    found = tops(ranges, grid, 5)
     assert found.totals == [sum(row) for row in expected]
     for number in range(grid.cells):
         top = max(kind for kind in range(5) if expected[kind][number])
         assert (found.kinds[number], found.nbytes[number]) == (top, expected[top][number])
     # Sharper than a sum: what one piece fills is one run.
-    assert sum(1 for _ in runs(pieces, grid)) <= 3 * len(pieces)
+    assert sum(1 for _ in runs(ranges, grid)) <= 3 * len(ranges)
 
 
 @given(

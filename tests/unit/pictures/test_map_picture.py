@@ -12,12 +12,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffmergefs.analysis.zeros import Piece
+from diffmergefs.analysis.zeros import MapEntry
 from diffmergefs.pictures import raster
 from diffmergefs.pictures.canvas import Canvas, own_style
 from diffmergefs.pictures.legend import BASE, HOLE, ZEROS, Kinds, Subject
 from diffmergefs.pictures.map_picture import MapPicture
-from tests.unit.pictures.test_curve import place
+from tests.unit.pictures.test_raster import place
 
 PAGE = 4096
 SVG = "{http://www.w3.org/2000/svg}"
@@ -39,10 +39,10 @@ def subject(pages: int, layers: int = 3, **changes: object) -> Subject:
     return Subject(**(facts | changes))  # type: ignore[arg-type]
 
 
-def tiled(pages: Iterable[int | str | None]) -> list[Piece]:
+def tiled(pages: Iterable[int | str | None]) -> list[MapEntry]:
     """A piece for each page: of a layer, of none, or 'zeros' of the newest."""
     return [
-        Piece(n * PAGE, (n + 1) * PAGE, 2 if isinstance(c, str) else c, not isinstance(c, int))
+        MapEntry(n * PAGE, (n + 1) * PAGE, 2 if isinstance(c, str) else c, not isinstance(c, int))
         for n, c in enumerate(pages)
     ]
 
@@ -146,7 +146,7 @@ def crowded() -> MapPicture:
         [None, 1, 1],
     ]
     content = [layer for pages in cells for layer in pages]
-    rest = Piece(len(content) * PAGE, BIG_PAGES * PAGE, 0, False)
+    rest = MapEntry(len(content) * PAGE, BIG_PAGES * PAGE, 0, False)
     return MapPicture([*tiled(content), rest], subject(BIG_PAGES))
 
 
@@ -236,9 +236,12 @@ def test_what_is_not_there_has_no_entry() -> None:
 
 
 def test_a_range_is_called_one() -> None:
-    pieces = [Piece(16 * PAGE + 5, 20 * PAGE, 1, False), Piece(20 * PAGE, 21 * PAGE, None, True)]
+    entries = [
+        MapEntry(16 * PAGE + 5, 20 * PAGE, 1, False),
+        MapEntry(20 * PAGE, 21 * PAGE, None, True),
+    ]
     part = subject(300, start=16 * PAGE + 5, stop=21 * PAGE)
-    picture = MapPicture(pieces, part)
+    picture = MapPicture(entries, part)
     found = words(picture)
     assert any("range 0x00010005 to 0x00015000" in word for word in found)
     assert "beyond the range" in found
