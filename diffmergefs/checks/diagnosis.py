@@ -37,11 +37,11 @@ class Finding:
     remedy: str = ""
 
 
-_HOLES = "a diff's holes say which pages it leaves to its parent"
+_HOLES = "a diff's holes tell which pages come from its parent"
 _WHY = {
-    "chain": "what it shows would be another memory than the guest's",
-    "access": "its bytes cannot be told",
-    "seal": "the seal says which bytes the file had, and where its data were",
+    "chain": "the image would not be the guest's memory",
+    "access": "its bytes are unknown",
+    "seal": "the seal records which bytes the file had, and where its data was",
     "filesystem": _HOLES,
     "grain": "clean pages beside written ones would hide what the parent has there",
     "blocks": "holes that are reported as data would hide what the parent has there",
@@ -51,19 +51,19 @@ _WHY = {
     "copy-up": "holes that a copy has filled would hide what the parent has there",
 }
 _REMEDY = {
-    "chain": "bring back what is missing, or take the snapshot again; `diffmergefs list` shows what"
+    "chain": "restore what is missing, or take the snapshot again; `diffmergefs list` shows what"
     " depends on it",
-    "access": "see that this user can read it, that nobody writes to it, and that its storage is"
-    " well",
-    "filled": "if the guest does not wipe its memory, take the diff again with write(2), and have"
-    " it sealed as the last step; --strict refuses such a layer",
-    "seal": "bring back the file that was sealed, or take the diff again; only one whose holes are"
-    " known to be right can be sealed anew, with `diffmergefs seal --force`",
+    "access": "make sure that this user can read it, that nobody writes to it, and that its"
+    " storage works",
+    "filled": "if the guest does not wipe its memory, take the diff again with write(2), and"
+    " seal it as the last step; --strict refuses such a layer",
+    "seal": "restore the file that was sealed, or take the diff again; if you know that its holes"
+    " are right, seal it again with `diffmergefs seal --force`",
 }
 
 
 def wrong(subject: str, check: str, error: DiffMergeError) -> Finding:
-    """The finding that `error` makes; `check` is 'chain', 'seal' or 'access'."""
+    """The finding for an error; `check` is 'chain', 'seal' or 'access'."""
     return Finding(subject, check, "wrong", str(error), _WHY[check], _REMEDY[check])
 
 
@@ -75,13 +75,12 @@ def examine_layer(
     root: AllowedRoots | None = None,
     path: str | None = None,
 ) -> Iterator[Finding]:
-    """The findings on an open layer, whose seal, if it has one, is not in force yet.
+    """The findings on an open layer whose seal, if any, was not applied yet.
 
-    `parents` are the layers below a diff, base first: none for a base, None where they are not
-    known. A layer of a directory of snapshots is called `path` beneath `root`. The seal is compared
-    with the layer, or known from `policy.state_dir` to be right, and put in force. What its pages
-    tell over its parents' is kept in `verdicts`. What fails while it is read is a finding too;
-    nothing is raised.
+    `parents` are the layers below a diff, base first: empty for a base, None if they are unknown. A
+    layer of a directory of snapshots is `path` beneath `root`. The seal is compared with the layer,
+    unless `policy.state_dir` remembers that it is right, and then applied. Results of content
+    checks are kept in `verdicts`. A failure to read the layer is a finding too; nothing is raised.
     """
     has_seal = False
     try:
@@ -109,7 +108,7 @@ def _no_seal(layer: Layer) -> Finding:
         "no-seal",
         "warning",
         "no seal",
-        "its holes are the only record of what it holds, and cp, cat or tar destroy them",
+        "its holes are the only record of which pages it has, and cp, cat or tar may destroy them",
         f"diffmergefs seal {layer.path}",
     )
 
@@ -122,9 +121,9 @@ def _examine_writers(layer: Layer) -> Iterator[Finding]:
             "writer",
             "wrong",
             found.value,
-            "its VMM, or whoever it is, may still write: then it is neither the old nor the new"
-            " memory",
-            "wait until it is closed (lsof, fuser name who has it open)",
+            "its VMM or another process may still write, and then it is neither the old nor the"
+            " new memory",
+            "wait until it is closed (lsof and fuser list the processes)",
         )
     elif found is not Writers.NONE:
         yield Finding(
@@ -132,7 +131,7 @@ def _examine_writers(layer: Layer) -> Iterator[Finding]:
             "writer",
             "warning",
             found.value,
-            "a diff that its VMM still writes to cannot be told from a finished one",
+            "a diff that its VMM still writes to looks like a finished one",
             "use only what its VMM has closed; root can ask for any file",
         )
 
@@ -140,8 +139,7 @@ def _examine_writers(layer: Layer) -> Iterator[Finding]:
 def _examine_seal(
     layer: Layer, memory: Remembered, root: AllowedRoots | None, path: str | None
 ) -> Iterator[Finding]:
-    # Where the seal cannot be used the extents known before stay in force, so that what else is
-    # wrong is found too.
+    # If the seal cannot be used, the former extents stay, so that other problems are found too.
     place = layer.path + SEAL_SUFFIX
     known = layer.extents, layer.records
     try:
@@ -163,8 +161,8 @@ def _examine_seal(
         "newer",
         "warning",
         "the layer was written or copied after its seal, but is what the seal records",
-        "whoever writes to it makes the seal stale, and then both are refused",
-        f"keep the seal, and see that nothing writes to {layer.path}",
+        "a write to it makes the seal stale, and then both are refused",
+        f"keep the seal, and make sure that nothing writes to {layer.path}",
     )
 
 
@@ -173,12 +171,12 @@ def _examine_extents(
 ) -> Iterator[Finding]:
     dense = layer.extents.covers(layer.size)
     failed = list(problems(layer, policy.page_size, complete=dense and parents is not None))
-    # One of another size is the chain's fault, and said there.
+    # Another size is a finding on the chain.
     fit = parents is None or parents.layers[0].size == layer.size
     if fit and (problem := copied_up(parents, layer, policy, verdicts)):
         failed.append(problem)
     for problem in failed:
-        # Without the parents that zeros hide anything of theirs is not known.
+        # Without the parents it is unknown whether zeros hide any of their data.
         severity: Severity = "wrong" if parents or problem.check != "copy-up" else "warning"
         why = _WHY[problem.check]
         yield Finding(layer.path, problem.check, severity, problem.text, why, problem.remedy)
@@ -193,11 +191,11 @@ def _examine_extents(
 
 
 def _examine_dense(layer: Layer, parents: Parents | None, verdicts: Verdicts) -> Iterator[Finding]:
-    why = "as a diff it hides all layers below; one whose holes a copy has filled looks so too"
+    why = "as a diff it hides all layers below; a diff whose holes a copy filled looks the same"
     if parents is None:
         text = f"no hole in {layer.size} bytes"
         remedy = (
-            "if it is a base, or another complete image (--dense), all is well; else put its seal"
+            "a base or another complete image (--dense) may have none; otherwise put its seal"
             " beside it, or take the diff again"
         )
         yield Finding(layer.path, "dense", "wrong", text, why, remedy)

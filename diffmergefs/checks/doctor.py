@@ -1,4 +1,4 @@
-"""Would the diffs of a path, on the filesystem that they lie on, give right bytes?"""
+"""Do the diffs of a path give right bytes on the filesystem on which they lie?"""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from diffmergefs.stores.snapshot import Snapshot
 
 
 def examine_path(path: str, policy: TrustPolicy | None = None) -> Iterator[Finding]:
-    """The findings on a directory of snapshots, one snapshot or layer of one, or any other path.
+    """The findings on a directory of snapshots, a snapshot or layer in one, or any other path.
 
-    First on the filesystem (see `probe.examine_filesystem`), then on each layer: of the whole
-    directory, or of the snapshot's chain. A file that is no layer of a directory of snapshots is
-    judged as a diff without its parent; a directory that holds no snapshots has a filesystem only.
-    Of `policy` count `page_size`, `allow_outside`, `allow_gaps` and `state_dir`: no diff is vouched
-    for here. All is gone through, whatever is found. Layers are synced and walked; a sealed one is
-    compared with its seal, which is remembered. No layer is written. Raises FileAccessError,
-    BrokenChainError where a directory is ambiguous, and ForeignFormatError where it is declined.
+    First on the filesystem (see `probe.examine_filesystem`), then on each layer of the whole
+    directory or of the snapshot's chain. A file that is not a layer of a directory of snapshots is
+    checked as a diff with unknown parents. For a directory without snapshots only the filesystem is
+    checked. Only `page_size`, `allow_outside`, `allow_gaps` and `state_dir` of `policy` are used:
+    nothing is overridden here. No finding ends the checks. Layers are synced and walked; a sealed
+    layer is compared with its seal, and the result is remembered. No layer is written. Raises
+    FileAccessError, BrokenChainError if a directory is ambiguous, and ForeignFormatError if it is
+    in a format that is declined.
     """
     policy = replace(policy or TrustPolicy(), no_seal=True)
     try:
@@ -50,7 +51,7 @@ def examine_path(path: str, policy: TrustPolicy | None = None) -> Iterator[Findi
 
 
 def _snapshots_of(path: str, policy: TrustPolicy) -> tuple[Catalog, list[str]] | None:
-    # The catalog that the path is or lies in, and the tags that are meant, parents first.
+    # The catalog of the path, or of its directory, and the tags to check, parents first.
     if os.path.isdir(path):
         catalog = read_catalog(path, options=policy)
         if catalog.snapshots:
@@ -61,7 +62,7 @@ def _snapshots_of(path: str, policy: TrustPolicy) -> tuple[Catalog, list[str]] |
             catalog, tag = find_image(candidate, policy)
             if candidate == image or _is_layer(catalog, tag, image):
                 return catalog, [link.tag for link in catalog.reachable(tag)]
-    with suppress(FileAccessError, ForeignFormatError):  # for _examine_file to say
+    with suppress(FileAccessError, ForeignFormatError):  # _examine_file reports it
         if not os.path.isdir(path):
             catalog, tag = find_image(path, policy)
             return catalog, [link.tag for link in catalog.reachable(tag)]

@@ -1,4 +1,4 @@
-"""What a mount needs of this machine, found out without mounting anything."""
+"""Whether this machine can mount, checked without mounting anything."""
 
 from __future__ import annotations
 
@@ -23,21 +23,20 @@ FUSE_CONF = "/etc/fuse.conf"
 FUSE_DEVICE = "/dev/fuse"
 _FUSE_NUMBER = os.makedev(10, 229)
 _HELPER = "fusermount3"
-# preadv2's RWF_NOWAIT, by which a read that would block is moved to a thread.
+# The first with RWF_NOWAIT of preadv2, which moves reads that would block to a thread.
 _OLDEST = (4, 14)
 _IMPORT_SECONDS = 60
 _CAP_SYS_ADMIN = 21
 
 _finding = partial(Finding, "host")
-_NO_MOUNT = "nothing can be mounted here; flatten, info, verify and seal work all the same"
+_NO_MOUNT = "nothing can be mounted here; flatten, info, verify and seal still work"
 
 
 def examine_host() -> Iterator[Finding]:
-    """What mounting takes, as this user meets it.
+    """The findings on what this user needs to mount.
 
     Kernel, /dev/fuse, fusermount3, the right to mount, /etc/fuse.conf, fusectl and pyfuse3.
-
-    /dev/fuse is opened for a moment, and pyfuse3 is imported by another process. Nothing is raised.
+    /dev/fuse is opened briefly, and another process imports pyfuse3. Nothing is raised.
     """
     yield _kernel()
     yield _device()
@@ -49,15 +48,15 @@ def examine_host() -> Iterator[Finding]:
 
 
 def obstacles() -> list[str]:
-    """What of this machine keeps this user from mounting, each with its remedy, as far as seen."""
+    """The known reasons why this user cannot mount on this machine, each with its remedy."""
     found = (_device(), _helper(), _right())
     return [f"{each.finding}: {each.remedy}" for each in found if each.severity != "fine"]
 
 
 def others_may_be_let_in() -> bool:
-    """Whether /etc/fuse.conf lets ordinary users mount with allow_other, as far as can be told.
+    """Whether /etc/fuse.conf lets ordinary users mount with allow_other.
 
-    True where it cannot be read: only fusermount3 must be able to.
+    True if it cannot be read, because only fusermount3 has to read it.
     """
     try:
         text = Path(FUSE_CONF).read_text(encoding="utf-8", errors="replace")
@@ -84,7 +83,7 @@ def _kernel() -> Finding:
             "kernel",
             "warning",
             f"Linux {release} is older than {_OLDEST[0]}.{_OLDEST[1]}",
-            "every read that misses the page cache would hold up the others",
+            "every read that misses the page cache would delay the others",
             "upgrade the kernel",
         )
     return _finding("kernel", "fine", f"Linux {release}")
@@ -104,8 +103,8 @@ def _device() -> Finding:
             "warning",
             f"{FUSE_DEVICE}: {error.strerror}",
             _NO_MOUNT,
-            "have its mode set to 0666 again, as distributions have it; in a container, allow the"
-            " device (--device /dev/fuse)",
+            "set its mode to 0666, the default of distributions; in a container, allow the device"
+            " (--device /dev/fuse)",
         )
     if device != _FUSE_NUMBER:
         return _finding(
@@ -113,7 +112,7 @@ def _device() -> Finding:
             "warning",
             f"{FUSE_DEVICE} is another device",
             _NO_MOUNT,
-            f"make it anew: mknod -m 666 {FUSE_DEVICE} c 10 229",
+            f"create it again: mknod -m 666 {FUSE_DEVICE} c 10 229",
         )
     return _finding("device", "fine", f"{FUSE_DEVICE} can be opened")
 
@@ -133,14 +132,14 @@ def _helper() -> Finding:
             "warning",
             f"{path} is not setuid root",
             "only root can mount here",
-            f"have it so again: chown root {path}; chmod 4755 {path}",
+            f"restore it: chown root {path}; chmod 4755 {path}",
         )
     return _finding("helper", "fine", f"{path} mounts for ordinary users")
 
 
 def _right() -> Finding:
     if os.geteuid() != 0:
-        return _finding("right", "fine", f"an ordinary user mounts by the right of {_HELPER}")
+        return _finding("right", "fine", f"an ordinary user mounts with the rights of {_HELPER}")
     if _may_administer():
         return _finding("right", "fine", "root has the right to mount (CAP_SYS_ADMIN)")
     return _finding(
@@ -156,7 +155,7 @@ def _may_administer() -> bool:
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return True  # as far as can be told
+        return True  # unknown
     effective = next((line for line in lines if line.startswith("CapEff:")), "CapEff: 0")
     return bool(int(effective.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
 
@@ -171,7 +170,7 @@ def _others() -> Finding:
         "warning",
         f"no line user_allow_other in {FUSE_CONF}",
         "a VMM that runs as another user cannot open the images that this user mounts",
-        "have root add that line, or mount as the VMM's user",
+        "ask root to add that line, or mount as the VMM's user",
     )
 
 
@@ -182,14 +181,13 @@ def _control() -> Finding:
         "fusectl",
         "warning",
         f"fusectl is not mounted on {CONNECTIONS}",
-        "--prefetch=fadvise takes the place of notify, which is faster, and --max-background has no"
-        " effect",
-        f"have root mount it: mount -t fusectl fusectl {CONNECTIONS}",
+        "--prefetch=fadvise replaces notify, which is faster, and --max-background has no effect",
+        f"ask root to mount it: mount -t fusectl fusectl {CONNECTIONS}",
     )
 
 
 def _library() -> Finding:
-    # By another process: one that crashes, or is built for another Python, must not end this one.
+    # In another process: a crash, or a build for another Python, must not end this one.
     said = _import_error()
     if said is None:
         version = importlib.metadata.version("pyfuse3")

@@ -1,4 +1,4 @@
-"""What a filesystem does with a sparse file, tried out on an unnamed temporary one."""
+"""How a filesystem treats a sparse file, tested with an unnamed temporary file."""
 
 from __future__ import annotations
 
@@ -37,15 +37,13 @@ _ELSEWHERE = "take diffs on ext4, xfs or btrfs with 4 KiB blocks, or on tmpfs wi
 
 
 def examine_filesystem(folder: str, page: int = PAGE) -> Iterator[Finding]:
-    """What the filesystem of the directory `folder` does with diffs of pages of `page` bytes.
+    """How the filesystem of the directory `folder` treats diffs of pages of `page` bytes.
 
-    Tried out on a temporary file there: 16 MiB long, one page of it written, without a name (on
-    filesystems that have none such, it has one for a moment). Is that page alone found as data, is
-    a page of written zeros data too, is a page that is stored through a mapping, does one that is
-    read through a mapping stay a hole, can a file share another's blocks, does a lease tell
-    writers.
-    Where nothing can be written, only what metadata tell is said. Raises OSError where `folder`
-    cannot be opened.
+    Tested with a temporary file there: 16 MiB long, with one written page, and without a name (it
+    briefly has one if the filesystem requires that). Is only that page reported as data? Is a page
+    of written zeros data too, and a page stored through a mapping? Does a page that is read through
+    a mapping stay a hole? Can a file share another's blocks? Does a lease show writers? If nothing
+    can be written, only metadata are used. Raises OSError if `folder` cannot be opened.
     """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -61,9 +59,9 @@ def examine_filesystem(folder: str, page: int = PAGE) -> Iterator[Finding]:
             folder,
             "probe",
             "warning",
-            f"holes could not be tried out: {error.strerror}",
-            f"only its block size of {unit} bytes tells how holes are reported, which is a guess",
-            "run doctor as a user who may write there",
+            f"holes could not be tested: {error.strerror}",
+            f"from its block size of {unit} bytes one can only guess how holes are reported",
+            "run doctor as a user who can write there",
         )
 
 
@@ -72,13 +70,13 @@ def _type(folder: str, fd: int) -> Finding:
     if reason is None:
         kind = mount.kind if mount else "unknown"
         return Finding(folder, "filesystem", "fine", f"a filesystem of type {kind}")
-    why = "a diff's holes are its meaning: which pages it leaves to its parent"
+    why = "a diff's holes tell which pages come from its parent"
     return Finding(folder, "filesystem", "wrong", reason, why, _ELSEWHERE)
 
 
 def _untrusted(folder: str, fd: int) -> str | None:
-    # On an overlay new files lie in the upper directory. So does `folder` once one was made in it,
-    # and where it is not found there, the file itself tells.
+    # On an overlay new files lie in the upper directory. So does `folder` once a file was made in
+    # it; if it is not found there, the file decides.
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             return untrusted_filesystem(fd) and untrusted_filesystem(file.fileno())
@@ -119,14 +117,14 @@ def _zeros(folder: str, fd: int, page: int, before: ExtentList) -> Finding:
         "zeros",
         "wrong",
         "a page of written zeros becomes a hole",
-        "memory that a guest has cleared would show its parent's old bytes",
+        "memory that a guest cleared would show its parent's old bytes",
         _ELSEWHERE,
     )
 
 
 def _mappings(folder: str, fd: int, page: int) -> Iterator[Finding]:
-    # The kernel does the stores and loads itself, so that a full filesystem is an error here and
-    # not a SIGBUS. Before Linux 5.14 it does not know how.
+    # The kernel stores and loads the pages itself, so a full filesystem is an error here and not a
+    # SIGBUS. Kernels before Linux 5.14 cannot.
     unit = max(page, mmap.PAGESIZE)
     for offset in range(0, _SIZE, BLOCK):
         os.pread(fd, BLOCK, offset)
@@ -142,7 +140,7 @@ def _mappings(folder: str, fd: int, page: int) -> Iterator[Finding]:
 
 
 def _exactness(unit: int, stored: int) -> str:
-    # What is cached of a file lies in larger units, and a store may make data of such a whole one.
+    # The page cache has larger units, and a store may turn a whole unit into data.
     if stored == unit:
         return "exact with write(2), and through mappings"
     return (
@@ -156,8 +154,8 @@ def _filled_by_readers(folder: str) -> Finding:
         folder,
         "readers",
         "warning",
-        "a process that maps a diff and reads a hole makes that written zeros",
-        "whoever only looks at a diff without a seal hides what its parent has there",
+        "a process that maps a diff and reads a hole turns the hole into written zeros",
+        "reading a diff without a seal is enough to hide what its parent has there",
         "diffmergefs seal FILE, as the last step of taking a diff",
     )
 
@@ -179,7 +177,7 @@ def _reflink(folder: str, fd: int) -> Finding:
 
 
 def _leases(folder: str, file: BinaryIO) -> Finding:
-    # A lease is asked for on a descriptor that is open for reading only.
+    # A lease needs a descriptor that is open for reading only.
     reader = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         with_writer = writers(reader)
@@ -188,13 +186,13 @@ def _leases(folder: str, file: BinaryIO) -> Finding:
     finally:
         os.close(reader)
     if (with_writer, without) == (Writers.SOME, Writers.NONE):
-        return Finding(folder, "lease", "fine", "a lease tells whether someone writes to a file")
+        return Finding(folder, "lease", "fine", "a lease shows whether a process writes to a file")
     return Finding(
         folder,
         "lease",
         "warning",
-        f"a lease does not tell whether someone writes to a file: of one that is open for writing"
-        f" it says '{with_writer.value}', once it is closed '{without.value}'",
-        "a diff that its VMM still writes to cannot be told from a finished one",
+        f"a lease does not show whether a process writes to a file: for one that is open for"
+        f" writing it says '{with_writer.value}', once it is closed '{without.value}'",
+        "a diff that its VMM still writes to looks like a finished one",
         "mount and flatten only what its VMM has closed",
     )

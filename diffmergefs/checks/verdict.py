@@ -1,4 +1,4 @@
-"""What `verify` has to say of an image: its layers, and each thing that is wrong."""
+"""The result of `verify`: the layers of an image, and all faults."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _KINDS: dict[type[DiffMergeError], str] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong: its kind in a word, and a line with the path and the next step.
+    """One fault: its kind, and a line with the path and the next step.
 
-    Kinds are 'chain' (a parent is missing, a cycle, metadata), 'size', 'extents' (law 4), 'dense',
-    'pin' (a parent with another content than recorded), 'seal' (a layer that is not what its seal
-    records, or a seal that cannot be used), 'presence' (the same of a presence file), 'format' (no
-    memory image but something else), 'writer' (someone has it open for writing), 'changed' (while
-    it was read), 'access' and 'other'.
+    Kinds are 'chain' (a missing parent, a cycle, metadata), 'size', 'extents' (law 4), 'dense',
+    'pin' (a parent whose content is not what was recorded), 'seal' (a layer that is not what its
+    seal records, or a seal that cannot be used), 'presence' (the same for a presence file),
+    'format' (not a memory image), 'writer' (a process has it open for writing), 'changed' (while it
+    was read), 'access' and 'other'.
     """
 
     kind: str
@@ -57,8 +57,8 @@ class LayerVerdict:
     """One layer of the image: `tag` in a directory of snapshots, `size` in bytes if it opened.
 
     `pin` is about the hash of its parent: 'verified', 'wrong', 'unpinned' (none is recorded),
-    'unknown' (the parent could not be read), or None where it has no parent to record. `seal` is
-    'verified', 'wrong', or None where it has none.
+    'unknown' (the parent could not be read), or None if no parent is recorded. `seal` is
+    'verified', 'wrong', or None if it has none.
     """
 
     tag: str | None
@@ -70,10 +70,10 @@ class LayerVerdict:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found: the layers as far as they could be found, base first, and all faults.
+    """The result: the layers that were found, base first, and all faults.
 
     `overridden` has a line for each check of law 4 that failed and that the policy overrode,
-    `hints` one for each layer that may be harmed though nothing can prove it.
+    `hints` one for each layer that may be damaged although nothing proves it.
     """
 
     layers: tuple[LayerVerdict, ...]
@@ -83,6 +83,7 @@ class Verdict:
 
     @property
     def sound(self) -> bool:
+        """Whether there is no fault."""
         return not self.faults
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,14 +95,14 @@ class Faults(list[Fault]):
     """The faults that were found so far."""
 
     def add(self, error: DiffMergeError) -> None:
-        """Make a fault of an error."""
+        """Record an error as a fault."""
         self.append(Fault(_KINDS.get(type(error), "other"), str(error)))
 
     @contextmanager
     def noted(self, path: str | None = None) -> Iterator[None]:
-        """Make a fault of the DiffMergeError or OSError that ends the block; `path` names its file.
+        """Record a DiffMergeError or OSError that ends the block; `path` is the file of the latter.
 
-        Anything else goes on: it is no fault of the image.
+        Other exceptions pass: they are not faults of the image.
         """
         try:
             yield

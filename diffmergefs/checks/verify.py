@@ -1,4 +1,4 @@
-"""Everything that can be wrong with the layers of one image, not only the first."""
+"""All faults of the layers of one image, not only the first."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from diffmergefs.stores.snapshot import Snapshot
 
 @dataclass
 class _Item:
-    # A layer on the way to its verdict; `link` where it is a snapshot's.
+    # A layer that is being verified; `link` if it is a snapshot's.
     path: str | None
     layer: Layer | None
     has_parent: bool
@@ -61,7 +61,7 @@ class _Check:
 
 
 class Verification:
-    """The layers of one image, opened, and what metadata tell of them; `verify` reads the rest.
+    """The open layers of one image, checked by metadata; `verify` reads their bytes.
 
     Made by `open_image` and `open_layers`. As a context manager it closes the layers.
     """
@@ -87,17 +87,17 @@ class Verification:
 
     @property
     def total_bytes(self) -> int:
-        """How many bytes `verify` checks."""
+        """The number of bytes that `verify` reads."""
         return sum(check.size for check in self._checks)
 
     def verify(self, progress: Progress = ignore_progress, jobs: int | None = None) -> Verdict:
-        """Read all that a checksum speaks of, and say what is wrong.
+        """Compare everything that has a checksum, and return all faults.
 
-        Nothing remembered is believed; what proves right is remembered, for mounts to find. Each
-        file is read by one thread, `jobs` files at a time (by default one for each processor).
-        `progress` is given `total_bytes` in all if nothing is wrong. Faults are in the answer, not
-        raised: the chain's first, then each layer's, base first. Blocks; ends within a block of
-        each thread when it is interrupted.
+        Remembered results are ignored; good results are remembered, for mounts to use. Each file is
+        read by one thread, `jobs` files at a time (by default one for each processor).
+        `progress` gets `total_bytes` in total if there is no fault. Faults are returned, not
+        raised: the chain's first, then each layer's, base first. Blocks; an interrupt ends it after
+        one block of each thread.
         """
         reporter = _Reporter(progress)
         with ThreadPoolExecutor(jobs or os.cpu_count()) as executor:
@@ -107,7 +107,7 @@ class Verification:
                 ]
                 done, _ = wait(found, return_when=FIRST_EXCEPTION)
                 for future in done:
-                    future.result()  # a bug or an interrupt, if anything: the rest must not go on
+                    future.result()  # raises for a bug or an interrupt; then the rest must stop
                 faults = [fault for future in found for fault in future.result()]
             finally:
                 reporter.stop()
@@ -121,7 +121,7 @@ class _Stopped(Exception):
 
 
 class _Reporter:
-    # Reports what several threads do, and ends them.
+    # Reports the progress of several threads, and stops them.
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -147,10 +147,10 @@ def _faults_of(check: _Check, progress: Progress) -> list[Fault]:
 
 
 def open_image(path: str, policy: TrustPolicy) -> Verification:
-    """The IMAGE `path`, a snapshot directory or a numbered layer file, opened for its checks.
+    """Open the IMAGE `path`, a snapshot directory or a numbered layer file, for its checks.
 
-    What breaks its chain (a missing parent, a cycle, metadata) is a fault of the answer, and the
-    layers above are opened all the same. Raises DiffMergeError where `path` is no image.
+    A broken chain (a missing parent, a cycle, metadata) is a fault of the result, and the layers
+    above are opened all the same. Raises DiffMergeError if `path` is not an image.
     """
     catalog, tag = find_image(path, policy)
     if tag not in catalog.snapshots:
@@ -180,8 +180,8 @@ def _opened(link: Snapshot, pool: LayerPool, root: str, faults: Faults) -> _Item
 
 
 def _adopt_seal(item: _Item, faults: Faults, root: AllowedRoots | None = None) -> None:
-    # It counts as wrong until it has been compared; where it cannot be used, the filesystem's
-    # extents stay in force, so that what else is wrong is found too.
+    # It counts as wrong until it has been compared. If it cannot be used, the filesystem's extents
+    # stay, so that other faults are found too.
     if item.layer is None:
         return
     item.sealed = "wrong"
@@ -195,9 +195,9 @@ def _adopt_seal(item: _Item, faults: Faults, root: AllowedRoots | None = None) -
 
 
 def open_layers(base: str, diffs: Sequence[str], policy: TrustPolicy) -> Verification:
-    """Explicit layers, oldest first, opened for their checks: they record no parents.
+    """Open explicit layers, oldest first, for their checks. They record no parents.
 
-    What makes their order look wrong is logged as a warning.
+    An order that looks wrong is logged as a warning.
     """
     faults = Faults()
     items = [_Item(path, None, number > 0) for number, path in enumerate((base, *diffs))]

@@ -192,7 +192,7 @@ def test_no_leases_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_directory_that_cannot_be_written_is_told_of_by_metadata(public_path: Path) -> None:
     done = as_user(NOBODY, NOBODY, ["doctor", public_path])
     assert done.stderr == ""  # whether that user can mount is another matter
-    assert "warning  holes could not be tried out: Permission denied" in done.stdout
+    assert "warning  holes could not be tested: Permission denied" in done.stdout
     assert "only its block size of 4096 bytes" in done.stdout
 
 
