@@ -60,7 +60,7 @@ def examine_filesystem(folder: str, page: int = PAGE) -> Iterator[Finding]:
             "probe",
             "warning",
             f"holes could not be tested: {error.strerror}",
-            f"from its block size of {unit} bytes one can only guess how holes are reported",
+            f"only its block size of {unit} bytes hints at how holes are reported",
             "run doctor as a user who can write there",
         )
 
