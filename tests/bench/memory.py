@@ -76,4 +76,4 @@ def main(chains: int = 16, segments: int = 100_000, directory: str | None = None
 
 if __name__ == "__main__":
     _, *given = sys.argv
-    sys.exit(main(*map(int, given[:2]), *given[2:]))
+    sys.exit(main(int(given[0]), int(given[1]), *given[2:]))

@@ -99,7 +99,18 @@ def program(command: Sequence[str | Path], count: int) -> Any:
     perf, name = need("perf"), Path(command[0]).name
     with tempfile.TemporaryDirectory() as directory:
         data = Path(directory) / "perf.data"
-        record = [perf, "record", "-q", "-N", "-e", "cpu-clock", "-c", str(PERIOD), "-o", data]
+        record: list[str | Path] = [
+            perf,
+            "record",
+            "-q",
+            "-N",
+            "-e",
+            "cpu-clock",
+            "-c",
+            str(PERIOD),
+            "-o",
+            data,
+        ]
         printed = run([*record, "--", *command], _TIMEOUT)
         report = [perf, "report", "-i", str(data), "--stdio", "-q"]
         hits = parse(run([*report, "-F", "sample,pid,dso,symbol", "-t", "|"], _TIMEOUT))

@@ -30,6 +30,7 @@ from unittest import mock
 import pyfuse3
 import trio
 
+from diffmergefs.fuse.access import Access
 from diffmergefs.fuse.nodes import ROOT_INODE, OpenImage
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.tree import Tree
@@ -77,7 +78,9 @@ async def microseconds(operations: Operations, fh: int, size: int, reads: int) -
 
 async def in_the_handler(base: Path, diffs: list[Path], reads: int) -> None:
     view = open_chain(base, diffs).view
-    operations = Operations(Tree("/nowhere", explicit=OpenImage.of(view, "base", (0, 0, 0o400))))
+    operations = Operations(
+        Tree("/nowhere", explicit=OpenImage.of(view, "base", Access(0, 0, 0o400)))
+    )
     inode = (await operations.lookup(ROOT_INODE, b"base", CTX)).st_ino
     fh = (await operations.open(inode, os.O_RDONLY, CTX)).fh
     assert len(await operations.read(fh, 0, SIZE)) == SIZE
@@ -91,7 +94,9 @@ async def in_the_handler(base: Path, diffs: list[Path], reads: int) -> None:
 async def of_a_slow_store(base: Path, diffs: list[Path]) -> None:
     """Eight clients of layers whose every read takes 5 ms, as on a network: they wait together."""
     view = open_chain(base, diffs).view
-    operations = Operations(Tree("/nowhere", explicit=OpenImage.of(view, "base", (0, 0, 0o400))))
+    operations = Operations(
+        Tree("/nowhere", explicit=OpenImage.of(view, "base", Access(0, 0, 0o400)))
+    )
     inode = (await operations.lookup(ROOT_INODE, b"base", CTX)).st_ino
     fh = (await operations.open(inode, os.O_RDONLY, CTX)).fh
     for layer in view.layers:

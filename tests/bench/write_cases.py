@@ -97,7 +97,7 @@ def flatten(place: Path, scale: Scale, kind: str, record: Record) -> None:
         alternate(record, runs, scale.rounds, ready)
         if kind in SHARING:
             # Of one more run of the floor: what the sharing of an extent takes.
-            command = [compiled("copier"), "reflink", out, *chain.layers]
+            command: list[str | Path] = [compiled("copier"), "reflink", out, *chain.layers]
             profile.note(record, SHARED, partial(profile.program, command, scale.dirty_pages))
 
 

@@ -50,7 +50,7 @@ def named(layers: Sequence[Path]) -> list[str]:
 def shown(*arguments: str | Path, **environment: str) -> str:
     """What `map` prints, 80 columns wide unless it is said otherwise."""
     environment = {"LC_ALL": "C.UTF-8", "COLUMNS": "80"} | environment
-    done = diffmergefs("map", *arguments, **environment)
+    done = diffmergefs("map", *arguments, cwd=None, **environment)
     assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout
 
@@ -369,7 +369,7 @@ def test_a_layer_is_not_drawn_over_even_if_forced(tmp_path: Path) -> None:
 
 def test_who_may_not_write_there_gets_one_line(public_path: Path) -> None:
     base = write_layer(public_path / "base", SIZE, [(0, signed(0, 0, PAGE))])
-    arguments = ["map", "-o", public_path / "map.svg", "--base", base]
+    arguments: list[str | Path] = ["map", "-o", public_path / "map.svg", "--base", base]
     line = one_line(diffmergefs_as_nobody(*arguments), errors.FileAccessError.exit_code)
     assert "Permission denied" in line
     assert os.listdir(public_path) == ["base"]

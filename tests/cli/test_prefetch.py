@@ -47,7 +47,7 @@ def test_show_says_what_is_recorded(store: Path, sets: WorkingSets) -> None:
     words = [line.split(None, 1) for line in text.splitlines()]
     size, wanted = len(TOUCHED) * PAGE, pieces(ranges_of(TOUCHED), SIZE)
     assert [name for name, _ in words[:2]] == ["record", "recorded"]
-    assert dict(words) == {  # type: ignore[arg-type]  # pairs
+    assert dict(words) == {
         "record": path,
         "recorded": words[1][1],
         "readahead": "4 KiB",

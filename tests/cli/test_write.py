@@ -17,7 +17,7 @@ import pytest
 from diffmergefs import cli
 from diffmergefs.cli import write
 from diffmergefs.core.view import MergedView
-from diffmergefs.writing.flatten import FlattenResult
+from diffmergefs.writing.flatten import FlattenResult, flatten
 from tests.support import mounttable, skips
 from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, one_line, succeed
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
@@ -143,7 +143,7 @@ def test_a_layer_that_changes_under_flatten_is_one_line_and_leaves_nothing(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     base = layers(store)[0]
-    real = write.flatten_view
+    real = flatten
 
     def change_and_flatten(view: MergedView, *arguments: Any, **options: Any) -> FlattenResult:
         age(base, mtime_ns=1)

@@ -29,7 +29,7 @@ CHAIN = [
     [(n * MIB, signed(1, n * MIB, MIB // 2)) for n in range(0, 32, 2)],
     [(n * MIB + 4096, bytes(4096)) for n in range(0, 32, 4)],
 ]
-NEW = bytes(overlay_oracle(SIZE, CHAIN))
+NEW = overlay_oracle(SIZE, CHAIN)
 OLD = b"what stood there before" * 1000
 LITTER = re.compile(r"\.diffmergefs-[0-9a-f]{16}\.tmp")
 

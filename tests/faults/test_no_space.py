@@ -27,7 +27,7 @@ CHAIN = [
     [(0, signed(0, 0, 24 * MIB))],
     [(n * MIB, signed(1, n * MIB, MIB)) for n in range(0, 32, 2)],
 ]
-ORACLE = bytes(overlay_oracle(SIZE, CHAIN))
+ORACLE = overlay_oracle(SIZE, CHAIN)
 #: What each can be made with; all are small enough to be filled quickly.
 SIZES = {"ext4": 96 * MIB, "xfs": 300 * MIB, "btrfs": 160 * MIB}
 
@@ -167,7 +167,7 @@ def test_apply_into_a_full_filesystem(small: Path, layers: list[Path]) -> None:
     assert os.listdir(small) == ["base"]
     unfill(small)
     assert succeed("apply", layers[1], base) == f"{16 * MIB} bytes copied\n"
-    assert base.read_bytes() == bytes(overlay_oracle(SIZE, CHAIN[1:]))
+    assert base.read_bytes() == overlay_oracle(SIZE, CHAIN[1:])
 
 
 def test_a_quota_is_used_up(public_path: Path, layers: list[Path]) -> None:

@@ -28,7 +28,7 @@ CHAIN = [
     [(0, signed(0, 0, SIZE))],
     [(n * PAGE, signed(1, n * PAGE, PAGE)) for n in range(0, PAGES, 5)],
 ]
-ORACLE = bytes(overlay_oracle(SIZE, CHAIN))
+ORACLE = overlay_oracle(SIZE, CHAIN)
 HIDDEN = [page for page in BAD if page % 5 == 0]
 FAILING = [page for page in BAD if page % 5]
 EXPECTED_LOG = ("read: [Errno 5]",)
@@ -129,7 +129,15 @@ def test_flatten_fails_whole(
     if old:
         (out / "image").write_bytes(old)
         options = (*options, "--force")
-    arguments = ["flatten", "--base", base.path / "base", "--diff", diff, "-o", out / "image"]
+    arguments: list[str | Path] = [
+        "flatten",
+        "--base",
+        base.path / "base",
+        "--diff",
+        diff,
+        "-o",
+        out / "image",
+    ]
     # Opening reads nothing of a base without a seal: it fails half-way.
     break_pages(base, [FAILING[-1]])
     line = mistake(NO_FILE, *arguments, *options)

@@ -310,7 +310,7 @@ def test_no_moment_of_an_exchange_opens_a_door(
 
 
 def overlay(number: int) -> bytes:
-    return bytes(overlay_oracle(SIZE, [pages(number, BASE_PAGES)]))
+    return overlay_oracle(SIZE, [pages(number, BASE_PAGES)])
 
 
 def test_an_acl_that_cannot_be_read_is_an_error_and_not_no_acl(

@@ -31,6 +31,7 @@ from diffmergefs.writing.flatten import flatten
 from diffmergefs.writing.rediff import rediff
 from diffmergefs.writing.sealing import seal_layer
 from tests.support import loopfs
+from tests.support.calls import first
 from tests.support.commands import as_user, diffmergefs
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.layers import poke, written
@@ -161,8 +162,8 @@ def test_holes_are_not_shared_as_the_zeros_that_they_look_like(place: Path) -> N
     parent = write_layer(place / "parent", SIZE, BASE)
     child = write_reserved(place / "child")
     with mapped(child):
-        views = [MergedView([Layer.open(str(path))]) for path in (parent, child)]
-        result = rediff(*views, place / "out", verify=True).written
+        old, new = (MergedView([Layer.open(str(path))]) for path in (parent, child))
+        result = rediff(old, new, place / "out", verify=True).written
     assert result.dense and result.shared == 0
     assert reported(place / "out") == ExtentList([(0, SIZE)])
 
@@ -255,7 +256,7 @@ def test_what_pages_tell_is_remembered_of_the_extents_that_were_read(
     looked: list[int] = []
 
     def look(layer: Layer) -> Callable[[], tuple[int, ...]]:
-        return lambda: looked.append(layer.extents.data_bytes) or (1,)
+        return first(lambda: looked.append(layer.extents.data_bytes), lambda: (1,))
 
     with mapped(diff):
         filled = Layer.open(str(diff))

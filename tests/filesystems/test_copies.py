@@ -67,6 +67,10 @@ def move_from_another_filesystem(source: Path, target: Path) -> None:
         subprocess.run(["mv", source_there, target], check=True)
 
 
+def copyfile(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+
+
 def upload_and_download(source: Path, target: Path) -> None:
     """An object store has bytes only."""
     target.write_bytes(source.read_bytes())
@@ -91,7 +95,7 @@ ROWS: dict[str, Copy] = {
     "tar": shell(TAR.format("")),
     "rsync": command("rsync", "FROM", "TO"),
     "qemu-img convert -S 0": shell(CONVERT.format("-S 0")),
-    "shutil.copyfile": lambda source, target: shutil.copyfile(source, target) and None,
+    "shutil.copyfile": copyfile,
     "object store": upload_and_download,
     "tar -S": shell(TAR.format("-S")),
     "cp --reflink=always": command("cp", "--reflink=always", "FROM", "TO"),

@@ -13,7 +13,7 @@ import pytest
 from diffmergefs.core import sparse
 from diffmergefs.opening import filesystems
 from diffmergefs.opening.filesystems import overlay_directories, untrusted_filesystem
-from diffmergefs.system.mounttable import Mount
+from diffmergefs.system.mounttable import Mount, mount_of
 from tests.support import loopfs, mounttable
 from tests.support.commands import as_user
 from tests.support.images import PAGE, write_layer
@@ -218,7 +218,7 @@ def test_directories_with_colons_blanks_and_commas(filesystem: Callable[[str], P
     options = f"lowerdir={lower},upperdir={root}/up\\,per,workdir={root}/work"
     with mounted_overlay(root / "merged", options) as merged:
         fd = os.open(merged / "file", os.O_RDONLY)
-        mount = filesystems.mount_of(fd)
+        mount = mount_of(fd)
         os.close(fd)
         assert mount is not None
         names = [os.path.relpath(d, root) for d in overlay_directories(mount.options)]
@@ -259,7 +259,7 @@ def test_who_may_not_search_the_directories_goes_by_what_the_overlay_passes_thro
         secret.chmod(0o700)
         subprocess.run(["mount", "--bind", layers.merged, shown], check=True)
         try:
-            command = ["info", "--base", shown / "base", "--diff", shown / "file"]
+            command: list[str | Path] = ["info", "--base", shown / "base", "--diff", shown / "file"]
             assert as_user(os.geteuid(), 0, command).returncode == 0
             assert as_user(NOBODY, NOBODY, command).returncode == status
         finally:

@@ -260,7 +260,7 @@ LINE = "looks as if holes were filled: 63 zero pages in 1 aligned extent at 0x40
 
 @pytest.mark.parametrize("verb", ["info", "verify", "seal", "flatten", "map"])
 def test_each_verb_gives_the_hint_once(tmp_path: Path, layers: list[str], verb: str) -> None:
-    output = ["-o", tmp_path / "out"] if verb == "flatten" else []
+    output: list[str | Path] = ["-o", tmp_path / "out"] if verb == "flatten" else []
     done = diffmergefs(verb, *layers, *output)
     assert done.returncode == 0
     (line,) = done.stderr.splitlines()
@@ -282,7 +282,10 @@ def succeed_with_hint(*arguments: str | Path) -> str:
 
 @pytest.mark.parametrize("verb", ["info", "verify", "seal", "flatten", "mount"])
 def test_strict_refuses(tmp_path: Path, layers: list[str], mountpoint: Path, verb: str) -> None:
-    output = {"flatten": ["-o", tmp_path / "out"], "mount": ["--log=/dev/null", mountpoint]}
+    output: dict[str, list[str | Path]] = {
+        "flatten": ["-o", tmp_path / "out"],
+        "mount": ["--log=/dev/null", mountpoint],
+    }
     done = diffmergefs(verb, "--strict", *layers, *output.get(verb, []))
     assert done.returncode == (1 if verb == "verify" else 5)
     assert LINE in done.stdout + done.stderr

@@ -14,6 +14,7 @@ from diffmergefs.core.errors import LayerChangedError, NoSpaceError
 from diffmergefs.core.extents import ExtentList
 from diffmergefs.writing.flatten import FlattenResult, flatten
 from tests.support import mounttable
+from tests.support.calls import first
 from tests.support.images import PAGE, overlay_oracle, signed
 from tests.support.inputs import unchanged
 from tests.support.subjects.flatten import (
@@ -83,9 +84,9 @@ def test_a_base_of_which_nothing_shows_is_not_cloned(
 ) -> None:
     directory = filesystem("xfs")
     paths = write_chain(directory, [pages(0, 1), pages(1, 1)])
-    asked = []
+    asked: list[int] = []
     ioctl = fcntl.ioctl
-    monkeypatch.setattr(fcntl, "ioctl", lambda fd, op, *a: (asked.append(op), ioctl(fd, op, *a))[1])
+    monkeypatch.setattr(fcntl, "ioctl", first(lambda _, op, *__: asked.append(op), ioctl))
     with open_view(paths) as view:
         result = flatten(view, directory / "out")
     assert result.shared == (0, PAGE)

@@ -35,7 +35,7 @@ def opened(path: Path) -> Iterator[int]:
 
 def walk(path: Path) -> list[Extent]:
     with opened(path) as fd:
-        return list(sparse.data_extents(fd, path.stat().st_size))
+        return [Extent(*found) for found in sparse.data_extents(fd, path.stat().st_size)]
 
 
 @pytest.mark.parametrize(

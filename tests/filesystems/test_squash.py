@@ -23,7 +23,7 @@ from tests.support.subjects.squash import CHAIN, SIZE, joined, layers
 __all__ = ["layers"]
 
 MIB = 1 << 20
-IMAGE = bytes(overlay_oracle(SIZE, CHAIN))
+IMAGE = overlay_oracle(SIZE, CHAIN)
 
 
 def test_on_real_filesystems_written_zeros_stay_data(real_fs: Path) -> None:

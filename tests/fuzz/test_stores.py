@@ -287,7 +287,7 @@ def test_superserve_directories(
 
 
 _STATE = json.dumps(state([(0, 2 * PAGE), (1 << 32, 2 * PAGE)]))
-_NUMBERS = st.sampled_from(
+_NUMBERS: st.SearchStrategy[object] = st.sampled_from(
     [0, 1, PAGE, 2 * PAGE, 4 * PAGE, 1 << 32, -1, 1 << 64, 1 << 200, 1.5, True, None, "0", []]
 )
 _TABLES: st.SearchStrategy[Any] = st.one_of(

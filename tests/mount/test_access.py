@@ -22,7 +22,7 @@ from tests.support.superserve import write_sandbox, write_template
 from tests.support.users import NOBODY, STRANGER, run_as
 
 OWNER, GROUP = 23456, 34567
-MEMORY = bytes(overlay_oracle(SIZE, [pages(0, range(15)), pages(1, [1])]))
+MEMORY = overlay_oracle(SIZE, [pages(0, range(15)), pages(1, [1])])
 
 #: Users by their relation to a file of OWNER and GROUP, as (uid, gid).
 PEOPLE = {"owner": (OWNER, OWNER), "group": (STRANGER, GROUP), "other": (STRANGER, STRANGER)}
@@ -288,9 +288,9 @@ def until_stale(fd: int, mode: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("name", ["secret", "folder"])
+@pytest.mark.parametrize(("name", "below"), [("secret", ""), ("folder", "/file")])
 def test_another_file_at_the_path_is_not_opened_for_a_passed_node(
-    public_path: Path, mountpoint: Path, name: str
+    public_path: Path, mountpoint: Path, name: str, below: str
 ) -> None:
     skips.require_root()
     store = public_path / "store"
@@ -304,10 +304,6 @@ def test_another_file_at_the_path_is_not_opened_for_a_passed_node(
     (bait / "folder").mkdir(parents=True)
     (bait / "secret").write_bytes(b"a bait")
     (bait / "folder" / "file").write_bytes(b"a bait")
-    command = {
-        "secret": lambda fd: ["/bin/cat", f"/proc/self/fd/{fd}"],
-        "folder": lambda fd: ["/bin/cat", f"/proc/self/fd/{fd}/file"],
-    }[name]
     with mounted(store, mountpoint, "--allow-other"):
         fd = os.open(mountpoint / "base" / name, os.O_PATH)
         try:
@@ -315,10 +311,14 @@ def test_another_file_at_the_path_is_not_opened_for_a_passed_node(
             assert stat.S_IMODE(os.fstat(fd).st_mode) == mode
             exchange(folder / name, bait / name)
             until_stale(fd, mode)
-            done = run_as(STRANGER, STRANGER, command(fd), pass_fds=[fd])
+            done = run_as(
+                STRANGER, STRANGER, ["/bin/cat", f"/proc/self/fd/{fd}{below}"], pass_fds=[fd]
+            )
             assert (done.returncode, done.stdout) != (0, b"secret")
             exchange(folder / name, bait / name)
-            done = run_as(STRANGER, STRANGER, command(fd), pass_fds=[fd])
+            done = run_as(
+                STRANGER, STRANGER, ["/bin/cat", f"/proc/self/fd/{fd}{below}"], pass_fds=[fd]
+            )
             assert done.returncode != 0 and done.stdout == b""
             assert stat.S_IMODE(os.fstat(fd).st_mode) == mode
         finally:
@@ -415,7 +415,7 @@ def test_an_attacker_who_exchanges_directories_never_reads_the_guest(
         (folder / "vmstate").write_bytes(b"state of " + os.fsencode(folder.name))
         for name in ("memory.bin", "vmstate"):
             set_entry(folder / name, Entry(0o644, 0, 0))
-    guest = bytes(overlay_oracle(SIZE, [pages(1, range(15))]))
+    guest = overlay_oracle(SIZE, [pages(1, range(15))])
     script = (
         'while :; do for f in memory.bin vmstate; do cat "$1/$f" 2>/dev/null && echo; done; done'
     )

@@ -18,6 +18,7 @@ import trio
 
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
+from diffmergefs.fuse.access import Access
 from diffmergefs.fuse.dropbehind import DropBehind, drop
 from diffmergefs.fuse.nodes import ROOT_INODE, OpenImage
 from diffmergefs.fuse.operations import Operations
@@ -265,7 +266,7 @@ def test_a_mount_drops_its_layers_pages_and_keeps_its_own(
 def test_without_it_no_page_is_dropped(tmp_path: Path, advised: Advised) -> None:
     base, diff = write_layers(tmp_path)
     image = open_chain(base, [diff])
-    shown = OpenImage.of(image.view, "image", (0, 0, 0o400))
+    shown = OpenImage.of(image.view, "image", Access(0, 0, 0o400))
     operations = Operations(Tree("/nowhere", explicit=shown))
 
     async def read() -> None:

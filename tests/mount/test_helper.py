@@ -22,7 +22,7 @@ from tests.support.users import NOBODY
 
 HELPER = Path(sys.executable).parent / NAME
 SBIN = Path(os.path.realpath("/sbin")) / NAME
-LEAF = bytes(overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1])]))
+LEAF = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1])])
 USAGE, FAILED = 1, 32
 
 
@@ -48,7 +48,14 @@ def namespace(public_path: Path) -> Iterator[Namespace]:
 
 
 def make(namespace: Namespace, target: str, *settings: str) -> subprocess.CompletedProcess[str]:
-    command = ["make", "--no-print-directory", "-C", REPOSITORY, target, f"FROM={HELPER.parent}"]
+    command: list[str | Path] = [
+        "make",
+        "--no-print-directory",
+        "-C",
+        REPOSITORY,
+        target,
+        f"FROM={HELPER.parent}",
+    ]
     return namespace.run([*command, *settings])
 
 
@@ -161,7 +168,14 @@ def test_what_is_refused_is_named(
     given: str, installed: Namespace, store: Path, mountpoint: Path, public_path: Path
 ) -> None:
     source = store / "base" / "memory.bin" if "diff" in given else store
-    arguments = ["-t", "fuse.diffmergefs", source, mountpoint, "-o", options(public_path, given)]
+    arguments: list[str | Path] = [
+        "-t",
+        "fuse.diffmergefs",
+        source,
+        mountpoint,
+        "-o",
+        options(public_path, given),
+    ]
     done = mount(installed, *arguments)
     assert done.returncode == (FAILED if "diff" in given else USAGE), done
     assert given.removeprefix("diff=") in done.stderr and "Traceback" not in done.stderr
@@ -171,7 +185,7 @@ def test_what_is_refused_is_named(
 def test_sloppy_leaves_out_what_is_unknown(
     installed: Namespace, store: Path, mountpoint: Path, public_path: Path
 ) -> None:
-    arguments = ["-t", "fuse.diffmergefs", store, mountpoint]
+    arguments: list[str | Path] = ["-t", "fuse.diffmergefs", store, mountpoint]
     done = mount(installed, "-s", *arguments, "-o", options(public_path, "nonsense"))
     assert (done.returncode, done.stderr) == (
         0,
@@ -184,7 +198,14 @@ def test_a_missing_source_is_one_line_and_a_status_of_mount(
     installed: Namespace, mountpoint: Path, public_path: Path
 ) -> None:
     missing = public_path / "none"
-    arguments = ["-t", "fuse.diffmergefs", missing, mountpoint, "-o", options(public_path)]
+    arguments: list[str | Path] = [
+        "-t",
+        "fuse.diffmergefs",
+        missing,
+        mountpoint,
+        "-o",
+        options(public_path),
+    ]
     done = mount(installed, *arguments)
     assert done.returncode == FAILED
     assert done.stderr == f"diffmergefs: {missing}: No such file or directory\n"
@@ -193,7 +214,14 @@ def test_a_missing_source_is_one_line_and_a_status_of_mount(
 def test_fake_and_verbose_and_without_mtab(
     installed: Namespace, store: Path, mountpoint: Path, public_path: Path
 ) -> None:
-    arguments = ["-t", "fuse.diffmergefs", store, mountpoint, "-o", options(public_path)]
+    arguments: list[str | Path] = [
+        "-t",
+        "fuse.diffmergefs",
+        store,
+        mountpoint,
+        "-o",
+        options(public_path),
+    ]
     done = mount(installed, "-f", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     assert installed.mount_options(mountpoint) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import stat
 import subprocess
@@ -30,7 +31,7 @@ USER, OTHER = NOBODY, 1
 FAILED = 11
 #: Another user may not be able to run our interpreter.
 GUEST = 'open F, "<", shift; for (@ARGV) { sysseek F, 4096 * $_, 0; sysread F, $x, 1 or die }'
-LEAF = bytes(overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2])]))
+LEAF = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2])])
 ALWAYS = {"nosuid", "nodev", "noexec"}
 
 
@@ -123,7 +124,7 @@ def test_what_the_user_may_not_read_is_not_shown(
 def test_explicit_layers_of_an_ordinary_user(namespace: Namespace, store: Path, home: Path) -> None:
     base, work = (store / tag / "memory.bin" for tag in ("base", "work"))
     with mounted_by_user(namespace, home, "--base", base, "--diff", work) as (mnt, _):
-        expected = bytes(overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1])]))
+        expected = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1])])
         assert read_as(namespace, USER, mnt / "memory.bin") == expected
 
 
@@ -143,7 +144,13 @@ def test_an_ordinary_user_records_and_prefetches(
         log.read_text()
     )
     assert "the kernel reads ahead 128 KiB, not 4" in done.stderr
-    guest = ["perl", "-e", GUEST, home / "mnt" / "base.mem", *map(str, scattered(60))]
+    guest: list[str | Path] = [
+        "perl",
+        "-e",
+        GUEST,
+        home / "mnt" / "base.mem",
+        *map(str, scattered(60)),
+    ]
     namespace.run(guest, USER, USER, check=True)
     until(lambda: "recorded the first touch" in log.read_text(), "nothing was recorded")
     assert namespace.diffmergefs(USER, USER, "umount", home / "mnt").returncode == 0
@@ -180,7 +187,13 @@ def test_letting_others_in_takes_a_line_in_fuse_conf(
     namespace: Namespace, store: Path, home: Path, public_path: Path, option: list[str]
 ) -> None:
     conf = public_path / "fuse.conf"
-    arguments = [f"--log={home}/log", f"--state-dir={home}/state", *option, store, home / "mnt"]
+    arguments: list[str | Path] = [
+        f"--log={home}/log",
+        f"--state-dir={home}/state",
+        *option,
+        store,
+        home / "mnt",
+    ]
     for text in ("", "#user_allow_other\n", "mount_max = 10000\n"):
         conf.write_text(text)
         namespace.bind(conf, "/etc/fuse.conf")
@@ -206,7 +219,12 @@ def test_a_refusal_for_another_reason_does_not_speak_of_fuse_conf(
     conf.write_text("user_allow_other\n")
     namespace.bind(conf, "/etc/fuse.conf")
     namespace.bind(Path("/dev/null"), "/dev/fuse")
-    arguments = ["--allow-other", f"--state-dir={home}/state", store, home / "mnt"]
+    arguments: list[str | Path] = [
+        "--allow-other",
+        f"--state-dir={home}/state",
+        store,
+        home / "mnt",
+    ]
     done = namespace.diffmergefs(USER, USER, "mount", f"--log={home}/log", *arguments)
     line = done.stderr.splitlines()[-1]
     assert done.returncode == FAILED
@@ -316,7 +334,7 @@ def test_root_runs_no_helper_from_its_callers_path(
     if helper == "missing":
         namespace.bind(Path("/dev/null"), "/usr/bin/fusermount3")
     log = plant.state / "log"
-    options = ["--log", log, "-o", "auto_unmount"]
+    options: list[str | Path] = ["--log", log, "-o", "auto_unmount"]
     done = run_with(namespace, plant.environment, "mount", *options, store, mountpoint)
     assert done.returncode == (0 if helper == "there" else FAILED), done
     assert (namespace.mount_options(mountpoint) is not None) == (helper == "there")
@@ -333,9 +351,9 @@ def test_a_root_that_may_not_unmount_runs_no_helper_from_its_callers_path(
     namespace: Namespace, store: Path, mountpoint: Path, plant: Plant, lazy: list[str]
 ) -> None:
     assert run_with(namespace, {}, "mount", "--log=/dev/null", store, mountpoint).returncode == 0
-    added = [f"{name}={value}" for name, value in plant.environment.items()]
-    powerless = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
-    command = [sys.executable, "-m", "diffmergefs", "umount", *lazy, mountpoint]
+    added: list[str | Path] = [f"{name}={value}" for name, value in plant.environment.items()]
+    powerless: list[str | Path] = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
+    command: list[str | Path] = [sys.executable, "-m", "diffmergefs", "umount", *lazy, mountpoint]
     done = namespace.run([*powerless, "/usr/bin/env", *added, *command])
     assert done.returncode == 10, done
     assert not plant.ran.exists()
@@ -355,11 +373,11 @@ def test_the_library_too_looks_for_roots_helper_in_roots_directories(
         def umount2(self, path: bytes, flags: int) -> int:
             return -1
 
-    monkeypatch.setattr(mountpoints.ctypes, "CDLL", lambda *_, **__: Refusing())
-    monkeypatch.setattr(mountpoints.ctypes, "get_errno", lambda: 1)
-    monkeypatch.setattr(mountpoints.subprocess, "run", note)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Refusing())
+    monkeypatch.setattr(ctypes, "get_errno", lambda: 1)
+    monkeypatch.setattr(subprocess, "run", note)
     for uid in (0, USER):
-        monkeypatch.setattr(mountpoints.os, "geteuid", lambda uid=uid: uid)
+        monkeypatch.setattr(os, "geteuid", lambda uid=uid: uid)
         mountpoints.detach("/nowhere")
     assert [os.path.dirname(path) for path in ran] == [
         next(d for d in ROOTS_PATH.split(":") if os.path.exists(f"{d}/fusermount3")),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
-from tests.support.live import held, until
+from tests.support.live import held, until, until_equal
 from tests.support.mounts import mounted
 from tests.support.stores import age, pages, write_tag
 
@@ -102,7 +102,7 @@ def write_store(store: Path) -> list[str]:
 
 
 def expected_image(layer: int) -> bytes:
-    return bytes(overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(layer, DIFF_PAGES)]))
+    return overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(layer, DIFF_PAGES)])
 
 
 def page(fd: int, number: int) -> bytes | int | None:
@@ -188,7 +188,7 @@ def _come_back(mount: Path, fds: dict[str, int], inodes: dict[str, int], tags: l
     for tag in ("link", "xattr", "fsync", "hole-reader"):
         assert (mount / tag / "memory.bin").stat().st_ino == inodes[tag]
     for tag in ("truncate", "grow", "rename", "unlink"):
-        until(lambda path=mount / tag: not path.exists(), f"{tag} is still there")
+        until_equal((mount / tag).exists, False)
     assert page(fds["unlink"], 600) == signed(tags.index("unlink") + 1, 600 * PAGE, PAGE)
 
 

@@ -17,7 +17,7 @@ import pytest
 from diffmergefs.fuse.replies import CHANGING_SECONDS
 from diffmergefs.fuse.session import LOOK_SECONDS
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
-from tests.support.live import until
+from tests.support.live import until, until_equal
 from tests.support.mounts import Mount, mounted
 from tests.support.stores import (
     BASE_PAGES,
@@ -66,7 +66,7 @@ def polled(path: Path, image: bytes) -> Iterator[None]:
 
 
 def image_of(*layers: tuple[int, range | list[int]]) -> bytes:
-    return bytes(overlay_oracle(SIZE, [pages(layer, numbers) for layer, numbers in layers]))
+    return overlay_oracle(SIZE, [pages(layer, numbers) for layer, numbers in layers])
 
 
 def replace_memory(folder: Path, layer: int, numbers: range | list[int]) -> None:
@@ -198,7 +198,7 @@ def test_other_files_change(public_path: Path, mountpoint: Path) -> None:
         with held:
             for text in (b"longer than it was before", b"short"):
                 (store / "leaf" / "note").write_bytes(text)
-                until(lambda text=text: shown.read_bytes() == text, f"it is not {text!r}")
+                until_equal(shown.read_bytes, text)
             new = store / "leaf" / "other"
             new.write_bytes(b"by another name")
             new.rename(store / "leaf" / "note")

@@ -88,7 +88,16 @@ def log_in_front(store: Path, mountpoint: Path, *options: str, journal: bool = F
         environment = dict(os.environ)
         if journal:
             environment["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
-        command = [sys.executable, "-m", "diffmergefs", "mount", "-f", *options, store, mountpoint]
+        command: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "diffmergefs",
+            "mount",
+            "-f",
+            *options,
+            store,
+            mountpoint,
+        ]
         with subprocess.Popen(command, stderr=err, env=environment) as process:
             try:
                 while not mounttable.at(str(mountpoint)):

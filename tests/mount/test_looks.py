@@ -20,9 +20,10 @@ from diffmergefs.fuse.served import Store
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores import catalog
 from diffmergefs.stores.catalog import StoreOptions, read_catalog
+from diffmergefs.stores.snapshot import status_of
 from tests.support.commands import succeed
 from tests.support.images import overlay_oracle, write_layer
-from tests.support.live import until
+from tests.support.live import until, until_equal
 from tests.support.mounts import mounted
 from tests.support.refusing import KINDS, refusing
 from tests.support.stores import (
@@ -37,7 +38,7 @@ from tests.support.stores import (
 )
 from tests.support.superserve import write_sandbox, write_template
 
-LEAF = bytes(overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1])]))
+LEAF = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1])])
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_an_entry_whose_lstat_starts_to_fail_leaves_the_others_served(
 def refused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The names in a source whose lstat fails, once for each error."""
     names: set[str] = set()
-    real = catalog.status_of
+    real = status_of
 
     def refuse(entry: os.DirEntry[str]) -> os.stat_result | None:
         if entry.name in names:
@@ -284,7 +285,7 @@ def test_other_files_of_a_tag_pass_as_they_are(store: Path, mountpoint: Path) ->
         for n in range(3):
             (store / "leaf" / "log").write_bytes(b"%d" % n)
             # The kernel may keep the attributes for half a second, but no bytes.
-            until(lambda n=n: read(mountpoint / "leaf" / "log") == b"%d" % n, f"{n} is not shown")
+            until_equal(lambda: read(mountpoint / "leaf" / "log"), b"%d" % n)
             assert read(mountpoint / "leaf" / "vmstate") == b"state of leaf"
             assert read(mountpoint / "leaf" / "memory.bin") == LEAF
 

@@ -18,7 +18,7 @@ from tests.support.stores import BASE_PAGES, SIZE, pages, write_chain, write_tag
 
 
 def image_of(*layers: tuple[int, range | list[int]]) -> bytes:
-    return bytes(overlay_oracle(SIZE, [pages(layer, numbers) for layer, numbers in layers]))
+    return overlay_oracle(SIZE, [pages(layer, numbers) for layer, numbers in layers])
 
 
 def test_a_bug_met_by_a_mount(

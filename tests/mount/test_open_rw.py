@@ -21,7 +21,7 @@ LAYERS = [
     [(8 * PAGE, signed(1, 8 * PAGE, 4 * PAGE)), (20 * PAGE, bytes(PAGE))],
     [(300 * PAGE, signed(2, 300 * PAGE, 5))],
 ]
-MEMORY = bytes(overlay_oracle(SIZE, LAYERS))
+MEMORY = overlay_oracle(SIZE, LAYERS)
 
 # Maps the file in one of the ways in which VMMs do, writes into every page of its own copy, and
 # says what it saw before.
@@ -131,7 +131,7 @@ def test_a_refused_truncation_leaves_live_mappings_alone(
     expected.write_bytes(MEMORY)
     with unchanged(paths), mounted(None, mountpoint, *options, "--open-rw"):
         view = mountpoint / "0.mem"
-        command = [sys.executable, "-c", LIVE, view, how, expected]
+        command: list[str | Path] = [sys.executable, "-c", LIVE, view, how, expected]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as vmm:
             try:
                 assert vmm.stdout is not None
@@ -166,7 +166,7 @@ def test_tags_can_be_opened_read_write_and_their_other_files_not(
     with unchanged(files), mounted(store, mountpoint, "--open-rw"):
         for n in range(3):
             view = mountpoint / f"t{n}" / f"{n:03}-t{n}.mem"
-            assert private_read(view) == bytes(overlay_oracle(SIZE, LAYERS[: n + 1]))
+            assert private_read(view) == overlay_oracle(SIZE, LAYERS[: n + 1])
             assert view.stat().st_mode & 0o777 == 0o660
         state = mountpoint / "t2" / "002-t2.vmstate"
         with pytest.raises(OSError) as refused:

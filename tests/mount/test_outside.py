@@ -33,7 +33,7 @@ from tests.support.stores import (
     write_document,
 )
 
-MERGED = bytes(overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1])]))
+MERGED = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1])])
 
 
 @pytest.fixture
@@ -276,7 +276,7 @@ def test_a_mountpoint_in_or_above_an_allowed_directory_is_refused(root: Path, al
 
 def test_it_goes_with_a_directory_of_snapshots_only(root: Path) -> None:
     base = root / "store" / "base" / "memory.bin"
-    for command in (["info", "--base", base], ["mount", "--base", base, root / "mnt"]):
+    for command in (("info", "--base", base), ("mount", "--base", base, root / "mnt")):
         done = diffmergefs(*command, "--allow-outside", root)
         assert done.returncode == 2
         assert "not with --base and --diff" in done.stderr

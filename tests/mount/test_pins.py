@@ -37,7 +37,7 @@ def sha256(path: Path) -> str:
 
 def image(*layers: int) -> bytes:
     written = [pages(n, [n]) if n else pages(0, BASE_PAGES) for n in layers]
-    return bytes(overlay_oracle(SIZE, written))
+    return overlay_oracle(SIZE, written)
 
 
 @pytest.fixture

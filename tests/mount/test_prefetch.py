@@ -523,8 +523,9 @@ def test_a_push_that_waits_for_a_page_of_a_hung_read_ends_with_the_daemon(
         with mounted(None, mountpoint, *pair.options) as mount:
             # Held open: the number may be another mount's once this one is gone.
             knob = os.open(f"{CONNECTIONS}/{os.stat(mountpoint).st_dev}/abort", os.O_WRONLY)
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            reader = subprocess.Popen([sys.executable, "-c", code], **pipes)
+            reader = subprocess.Popen(
+                [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
             try:
                 gate.wait_until_reached()
                 until(lambda: is_stuck(mount.pid), "the push did not come to that page")

@@ -73,7 +73,7 @@ def write_chains(store: Path, seed: int) -> tuple[dict[str, bytes], list[Path]]:
             layers.append(extents)
             tag, parent = f"c{n}-{depth}", f"c{n}-{depth - 1}" if depth else None
             paths.append(write_tag(store, tag, parent, size, extents))
-            expected[tag] = bytes(overlay_oracle(size, layers))
+            expected[tag] = overlay_oracle(size, layers)
     return expected, paths
 
 
@@ -135,7 +135,7 @@ def test_sixteen_readers_at_once(public_path: Path, mountpoint: Path) -> None:
     layers += [random_diff(chance, n, size) + random_diff(chance, n, size) for n in range(1, 6)]
     for n, extents in enumerate(layers):
         write_tag(store, f"t{n}", f"t{n - 1}" if n else None, size, extents)
-    expected = [bytes(overlay_oracle(size, layers[: n + 1])) for n in range(len(layers))]
+    expected = [overlay_oracle(size, layers[: n + 1]) for n in range(len(layers))]
 
     def read(reader: int) -> int:
         chance = random.Random(reader)
@@ -179,7 +179,7 @@ def test_copies_stay_sparse_and_statistics_are_honest(public_path: Path, mountpo
     paths = [
         write_layer(public_path / f"{n}.mem", size, extents) for n, extents in enumerate(layers)
     ]
-    expected = bytes(overlay_oracle(size, layers))
+    expected = overlay_oracle(size, layers)
     options = ["--base", paths[0], "--diff", paths[1], "--diff", paths[2]]
     with mounted(None, mountpoint, *map(str, options)):
         view = mountpoint / "0.mem"
@@ -208,7 +208,15 @@ def test_flattened_image_is_the_view(public_path: Path, mountpoint: Path) -> Non
     with unchanged(paths), mounted(store, mountpoint):
         for tag in tags:
             image = public_path / f"{tag}.flat"
-            command = [sys.executable, "-m", "diffmergefs", "flatten", store / tag, "-o", image]
+            command: list[str | Path] = [
+                sys.executable,
+                "-m",
+                "diffmergefs",
+                "flatten",
+                store / tag,
+                "-o",
+                image,
+            ]
             done = subprocess.run(command, capture_output=True, timeout=60)
             assert done.returncode == 0, done.stderr
             flat = image.read_bytes()
@@ -228,7 +236,7 @@ def test_bytes_after_the_end_of_a_mapping_are_zeros(public_path: Path, mountpoin
         "sys.stdout.buffer.write(ctypes.string_at(address, 6 * mmap.PAGESIZE))\n"
     )
     with mounted(None, mountpoint, "--base", str(base), "--diff", str(diff)):
-        command = [sys.executable, "-c", code, mountpoint / "base"]
+        command: list[str | Path] = [sys.executable, "-c", code, mountpoint / "base"]
         done = subprocess.run(command, capture_output=True, timeout=60)
     expected = signed(0, 0, 5 * PAGE) + signed(1, 5 * PAGE, 10) + bytes(PAGE - 10)
     same(done.stdout, expected, f"the last page: {done.stderr[-200:]!r}")

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from tests.support.mounts import mounted
 
 SIZE = 64 * PAGE + 100
 LAYERS = [[(0, signed(0, 0, SIZE))], [(8 * PAGE, signed(1, 8 * PAGE, 4 * PAGE))]]
-MEMORY = bytes(overlay_oracle(SIZE, LAYERS))
+MEMORY = overlay_oracle(SIZE, LAYERS)
 
 
 def write_store(store: Path) -> list[Path]:
@@ -78,7 +78,7 @@ def answer(change: Callable[[str], object], path: str) -> str:
     return "done"
 
 
-def answers(changes: dict[str, Callable[[str], object]], path: Path) -> dict[str, str]:
+def answers(changes: Mapping[str, Callable[[str], object]], path: Path) -> dict[str, str]:
     """Those changes whose answer was not EROFS."""
     found = {name: answer(change, str(path)) for name, change in changes.items()}
     return {name: text for name, text in found.items() if text != "EROFS"}

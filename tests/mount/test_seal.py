@@ -18,7 +18,7 @@ from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_numbered, w
 
 REFUSED = "its memory file is not shown"
 DIFF = [*pages(1, [1]), (3 * PAGE, bytes(PAGE))]
-IMAGE = bytes(overlay_oracle(SIZE, [pages(0, BASE_PAGES), DIFF]))
+IMAGE = overlay_oracle(SIZE, [pages(0, BASE_PAGES), DIFF])
 
 # Notes each layer that is compared with its seal.
 COUNTING = """

@@ -132,7 +132,7 @@ def test_a_unit_made_of_fstab_is_not_stopped_under_vms(
     helper = Path(sys.executable).parent / "mount.fuse.diffmergefs"
     sbin = os.path.realpath("/sbin")
     namespace.run(["ln", "-sfT", helper, f"{sbin}/{helper.name}"], check=True)
-    command = ["systemd-escape", "--path", "--suffix=mount", mountpoint]
+    command: list[str | Path] = ["systemd-escape", "--path", "--suffix=mount", mountpoint]
     unit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     options = f"allow_other,_netdev,nofail,log={public_path}/log,state_dir={public_path}/state"
     (public_path / "units" / unit).write_text(

@@ -17,7 +17,6 @@ from typing import Any
 import pyfuse3
 import pytest
 import trio
-from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from diffmergefs import __version__
 from diffmergefs.core import STATUS_FOLDER
@@ -31,7 +30,7 @@ from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import LAYOUTS, read_catalog
 from tests.support.cloudhypervisor import write_snapshot
 from tests.support.commands import mistake
-from tests.support.counters import NOTHING
+from tests.support.counters import NOTHING, metric_families
 from tests.support.images import PAGE, write_layer
 from tests.support.live import error_of, until
 from tests.support.mounts import mounted
@@ -219,7 +218,7 @@ def test_only_the_owner_reads_the_status_and_no_listing_has_it(
             assert Status.from_json(head + file.read()).pid == mount.pid
 
         text = (folder / "metrics").read_text()
-        names = {family.name for family in text_string_to_metric_families(text)}
+        names = {family.name for family in metric_families(text)}
         assert "diffmergefs_supplied_bytes" in names
         for secret in (str(public_path), "store", "memory.bin"):
             assert secret not in text
@@ -361,7 +360,7 @@ def test_the_manual_lists_the_metrics_and_the_fields() -> None:
     known = status_of(metrics, **NOTHING)
     text = (DOCS / "diffmergefs-status.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(diffmergefs_\w+)` \| (\w+) \|", text, re.MULTILINE)
-    families = text_string_to_metric_families(exposition(known).decode())
+    families = metric_families(exposition(known).decode())
     assert sorted(listed) == sorted((family.name, family.type) for family in families)
     fields = text.split("## STATUS.JSON")[1].split("##")[0]
     named = re.findall(r"^- `(\w+)`", fields, re.MULTILINE)

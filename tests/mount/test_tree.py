@@ -22,7 +22,7 @@ from tests.support.mounts import Mount, mounted
 SIZE = 64 * PAGE
 BASE = [(0, signed(0, 0, SIZE))]
 DIFF = [(8 * PAGE, signed(1, 8 * PAGE, 4 * PAGE))]
-MEMORY = bytes(overlay_oracle(SIZE, [BASE, DIFF]))
+MEMORY = overlay_oracle(SIZE, [BASE, DIFF])
 
 HARD_NAMES = [
     "naïve 名前".encode(),
@@ -143,7 +143,7 @@ def test_forkd_store(public_path: Path, mountpoint: Path) -> None:
         assert sorted(check_consistent(mountpoint / "child")) == names
         assert (mountpoint / "child" / "memory.bin").read_bytes() == MEMORY
         assert (mountpoint / "child" / "vm.state").read_bytes() == b"child state"
-        paths = {
+        paths: dict[str, object] = {
             "memory": f"{mountpoint}/child/memory.bin",
             "vmstate": f"{mountpoint}/child/vm.state",
         }
@@ -191,8 +191,8 @@ def test_other_files_of_a_tag(public_path: Path, mountpoint: Path) -> None:
         "to-layer": "memory.bin",
         "to-loop": "to-loop",
     }
-    for name, target in links.items():
-        (folder / name).symlink_to(target)
+    for link, target in links.items():
+        (folder / link).symlink_to(target)
     (folder / "vmstate").write_bytes(b"state")
     deep = folder / "a" / "b" / "c"
     deep.mkdir(parents=True)
@@ -211,22 +211,22 @@ def test_other_files_of_a_tag(public_path: Path, mountpoint: Path) -> None:
         assert set(check_consistent(tag)) == names
         for n, name in enumerate(HARD_NAMES):
             assert (tag / os.fsdecode(name)).read_bytes() == b"content %d" % n
-        for name, target in links.items():
-            assert os.readlink(tag / name) == target
-            assert os.lstat(tag / name).st_size == len(target)
+        for link, target in links.items():
+            assert os.readlink(tag / link) == target
+            assert os.lstat(tag / link).st_size == len(target)
         # Only the client may follow it, never the daemon.
         assert (tag / "inside").read_bytes() == b"state"
         assert (tag / "to-layer").read_bytes() == BASE[0][1]
         assert read_errno(tag / "to-loop") == errno.ELOOP
-        for name in ("fifo", "null", "block", "socket", "memory.bin.bmap", "half.tmp", "none"):
-            assert read_errno(tag / name) == errno.ENOENT, name
+        for left_out in ("fifo", "null", "block", "socket", "memory.bin.bmap", "half.tmp", "none"):
+            assert read_errno(tag / left_out) == errno.ENOENT, left_out
         assert set(check_consistent(tag / "a" / "b" / "c")) == {"file", "sparse"}
         assert (tag / "a/b/c/file").read_bytes() == b"deep"
         assert (tag / "a/b/c/sparse").stat().st_blocks == 0
         assert (tag / "a/b/c/sparse").read_bytes() == bytes(1 << 20)
         mine, theirs = (tag / "vmstate").stat(), (folder / "vmstate").stat()
-        for name in ("st_uid", "st_gid", "st_size", "st_mtime_ns", "st_blocks"):
-            assert getattr(mine, name) == getattr(theirs, name), name
+        for field in ("st_uid", "st_gid", "st_size", "st_mtime_ns", "st_blocks"):
+            assert getattr(mine, field) == getattr(theirs, field), field
         assert stat.S_IMODE(mine.st_mode) == 0o750
         # An open file is held by its descriptor.
         with (tag / "vmstate").open("rb") as file:

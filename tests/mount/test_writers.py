@@ -39,7 +39,7 @@ from tests.support.stores import (
 from tests.support.writers import is_leased, opened_for_writing
 
 WRITER = 18
-LEAF = bytes(overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2])]))
+LEAF = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2])])
 
 
 @pytest.fixture
@@ -278,13 +278,14 @@ def test_list_says_so_of_the_tag_and_its_descendants(root: Path) -> None:
 def command(verb: str, root: Path) -> list[str | Path]:
     """One that reads leaf's chain, and whose output is a new file."""
     work, base = memory(root, "work"), root.parent / "copy"
-    return {
+    commands: dict[str, list[str | Path]] = {
         "info": ["info", root / "leaf"],
         "info-explicit": ["info", *explicit(root)],
         "flatten": ["flatten", root / "leaf", "-o", root.parent / "out"],
         "flatten-explicit": ["flatten", *explicit(root), "-o", root.parent / "out"],
         "apply": ["apply", work, base],
-    }[verb]
+    }
+    return commands[verb]
 
 
 @pytest.mark.parametrize("verb", ["info", "info-explicit", "flatten", "flatten-explicit", "apply"])
@@ -465,7 +466,14 @@ def test_what_cannot_be_told_is_shown_with_a_line(public_path: Path, mountpoint:
     os.chown(path, 23456, 23456)
     line = f"{path}: cannot tell whether it is open for writing: it belongs to another user"
     command = ["setpriv", "--bounding-set=-lease", "--inh-caps=-lease", sys.executable, "-m"]
-    mount = [*command, "diffmergefs", "mount", f"--log={public_path}/log", "--base", path]
+    mount: list[str | Path] = [
+        *command,
+        "diffmergefs",
+        "mount",
+        f"--log={public_path}/log",
+        "--base",
+        path,
+    ]
     assert subprocess.run([*mount, mountpoint], timeout=60).returncode == 0
     try:
         assert (mountpoint / "base").read_bytes() == path.read_bytes()

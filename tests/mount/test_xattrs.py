@@ -68,7 +68,12 @@ def test_no_other_file_has_the_attributes(store: Path, mountpoint: Path) -> None
 
 def test_getfattr_shows_them(store: Path, mountpoint: Path) -> None:
     with mounted(store, mountpoint):
-        command = ["getfattr", "--absolute-names", "-d", mountpoint / "leaf" / "memory.bin"]
+        command: list[str | Path] = [
+            "getfattr",
+            "--absolute-names",
+            "-d",
+            mountpoint / "leaf" / "memory.bin",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert f'{DIRTY}="{PAGE}"\n{LAYERS}="3"\n' in done.stdout.replace(f'{CHAIN}="', "", 1)
 

@@ -270,7 +270,7 @@ def _goal_rows(document: dict[str, Any]) -> dict[str, list[str]]:
 def test_a_floor_is_told_beside_the_outcome(ours: list[float], c: list[float], said: str) -> None:
     document = copy.deepcopy(FIXED)
     speeds = {"diffmergefs": ours, "C floor": c, "flattened": [100.0, 100.0]}
-    series = {f"{name}: read": ("MiB/s", values) for name, values in speeds.items()}
+    series: dict[str, Any] = {f"{name}: read": ("MiB/s", values) for name, values in speeds.items()}
     document["cases"]["cached"] = _case(**series)
     *_, outcome = _goal_rows(document)["view warm / flattened warm: read()"]
     assert outcome == said.replace("WHAT", "a C server's file, warm")
@@ -278,14 +278,15 @@ def test_a_floor_is_told_beside_the_outcome(ours: list[float], c: list[float], s
 
 def test_the_floor_of_a_speed_takes_our_programs_place() -> None:
     document = copy.deepcopy(FIXED)
+    series: dict[str, Any] = {
+        "diffmergefs.flatten": ("s", [2.0, 2.0]),
+        goals.WAYS[0]: ("s", [2.8, 2.8]),
+        goals.WAYS[1]: ("s", [1.8, 2.0]),
+        goals.SHARED: ("s", [1.0, 1.9]),
+    }
     document["cases"]["flatten-xfs"] = _case(
         scale="quick",
-        **{
-            "diffmergefs.flatten": ("s", [2.0, 2.0]),
-            goals.WAYS[0]: ("s", [2.8, 2.8]),
-            goals.WAYS[1]: ("s", [1.8, 2.0]),
-            goals.SHARED: ("s", [1.0, 1.9]),
-        },
+        **series,
     )
     rows = _goal_rows(document)
     assert rows["flatten on xfs, reflink: speed / cp and overwrite"] == [
@@ -340,7 +341,8 @@ def test_the_time_of_other_programs_is_noted() -> None:
 
 def test_a_restore_that_was_mapped_read_write_is_told_of() -> None:
     document = copy.deepcopy(FIXED)
-    document["cases"]["many"] = _case(**{"daemon: read requests for the later VMs": ("", [0.0])})
+    series: dict[str, Any] = {"daemon: read requests for the later VMs": ("", [0.0])}
+    document["cases"]["many"] = _case(**series)
     document["cases"]["many"]["facts"]["maps read-only"] = False
     (line,) = [
         ln for ln in report.text(document, {}).splitlines() if "requests at the daemon" in ln

@@ -65,7 +65,7 @@ def test_a_lane_that_fails_fails_the_run(fake_make: Path) -> None:
 
 
 def lowest(path: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, REPOSITORY / ".ci" / "lowest", path]
+    command: list[str | Path] = [sys.executable, REPOSITORY / ".ci" / "lowest", path]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 

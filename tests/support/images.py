@@ -70,7 +70,7 @@ def store_mapped(path: Path, extents: Iterable[tuple[int, bytes]], advice: int =
         os.fsync(file.fileno())
 
 
-def overlay_oracle(size: int, layers: Sequence[Sequence[tuple[int, bytes]]]) -> bytearray:
+def overlay_oracle(size: int, layers: Sequence[Sequence[tuple[int, bytes]]]) -> bytes:
     """What `size` bytes hold once the layers' extents were written one after another.
 
     The layers are (offset, data) extents, the base first; what none of them
@@ -81,7 +81,7 @@ def overlay_oracle(size: int, layers: Sequence[Sequence[tuple[int, bytes]]]) -> 
         for offset, data in layer:
             _check_within(size, offset, data)
             memory[offset : offset + len(data)] = data
-    return memory
+    return bytes(memory)
 
 
 def _signed_page(layer: int, page: int) -> str:

@@ -38,6 +38,11 @@ def until(answer: Callable[[], T], what: str) -> T:
     return found
 
 
+def until_equal(answer: Callable[[], object], expected: object) -> None:
+    """Ask again and again until the answer is the expected one."""
+    until(lambda: answer() == expected, f"{expected!r}")
+
+
 def error_of(path: Path) -> int | None:
     """The errno with which reading the file fails, or None if it does not."""
     try:

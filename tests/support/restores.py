@@ -22,7 +22,7 @@ from tests.support.stores import age, pages
 PAGES = 512
 SIZE = PAGES * PAGE
 _BASE, _DIFF = range(PAGES - 60), range(3, PAGES, 5)
-ORACLE = bytes(overlay_oracle(SIZE, [pages(0, _BASE), pages(1, _DIFF)]))
+ORACLE = overlay_oracle(SIZE, [pages(0, _BASE), pages(1, _DIFF)])
 
 #: A process that is none of ours, as the adapter's handlers get it.
 CLIENT: Any = SimpleNamespace(pid=1)

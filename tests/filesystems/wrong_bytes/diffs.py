@@ -54,7 +54,7 @@ def in_allocations_of_64_kib(path: Path) -> Extents:
 
 def copied_and_written_again(path: Path) -> Extents:
     """A copy that shares blocks where it can, of which a page in each 128 KiB is written again."""
-    command = ["cp", "--reflink=auto", _shared(path), path]
+    command: list[str | Path] = ["cp", "--reflink=auto", _shared(path), path]
     subprocess.run(command, check=True)
     return write_again(path, _AGAIN)
 

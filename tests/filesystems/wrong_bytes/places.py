@@ -87,7 +87,7 @@ def read_only(of: Place) -> Place:
         merged, other = make("ext4"), make("ext4")
         with of.filled(make, fill) as below:
             options = f"lowerdir={below}:{other}"
-            mount = ["mount", "-t", "overlay", "-o", options, "overlay", merged]
+            mount: list[str | Path] = ["mount", "-t", "overlay", "-o", options, "overlay", merged]
             subprocess.run(mount, check=True)
             try:
                 yield merged

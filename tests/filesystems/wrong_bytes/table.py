@@ -47,7 +47,7 @@ class Row:
     place: Place
     written: Act = scattered_pages
     later: Act = nothing
-    meanwhile: Callable[[Path], AbstractContextManager[None]] = nullcontext
+    meanwhile: Callable[[Path], AbstractContextManager[object]] = nullcontext
     must: str = RIGHT
     options: tuple[str, ...] = ()
 

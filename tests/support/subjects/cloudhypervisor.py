@@ -11,7 +11,7 @@ from tests.support.images import PAGE, overlay_oracle
 from tests.support.stores import SIZE, pages
 
 BASE = pages(0, range(SIZE // PAGE))
-LEAF = bytes(overlay_oracle(SIZE, [BASE, pages(1, [1]), pages(2, [2, 15])]))
+LEAF = overlay_oracle(SIZE, [BASE, pages(1, [1]), pages(2, [2, 15])])
 
 
 @pytest.fixture

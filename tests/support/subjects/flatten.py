@@ -35,7 +35,7 @@ CHAIN: list[Extents] = [
     pages(2, 20, 40),
 ]
 
-ORACLE = bytes(overlay_oracle(SIZE, CHAIN))
+ORACLE = overlay_oracle(SIZE, CHAIN)
 VISIBLE = (29 * PAGE, 2 * PAGE, 2 * PAGE)
 
 

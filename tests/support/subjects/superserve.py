@@ -25,4 +25,4 @@ def store(public_path: Path) -> Path:
 
 
 def image(layer: int, numbers: list[int]) -> bytes:
-    return bytes(overlay_oracle(SIZE, [BASE, pages(layer, numbers)]))
+    return overlay_oracle(SIZE, [BASE, pages(layer, numbers)])

@@ -79,7 +79,7 @@ def kinds(verdict: Verdict) -> list[str]:
 def test_a_sound_chain(root: Path, state: Path) -> None:
     with unchanged(sorted(root.rglob("memory.bin"))):
         verdict = verified(root / "leaf", state)
-    assert verdict.sound and verdict.faults == verdict.overridden == ()
+    assert verdict.sound and not verdict.faults and not verdict.overridden
     assert [(v.tag, v.path, v.size, v.pin) for v in verdict.layers] == [
         ("base", f"{root}/base/memory.bin", SIZE, None),
         ("work", f"{root}/work/memory.bin", SIZE, "verified"),

@@ -17,7 +17,7 @@ Pairs = list[tuple[int, int]]
 
 
 def merged(*layers: Pairs) -> list[tuple[int, int, int | None]]:
-    return [tuple(s) for s in SegmentMap([ExtentList(pairs) for pairs in layers])]
+    return [(s.start, s.stop, s.layer) for s in SegmentMap([ExtentList(pairs) for pairs in layers])]
 
 
 # The drawings show the base's and the diff's extents; a dot is a hole. Each number is 10 bytes.

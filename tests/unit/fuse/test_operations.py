@@ -31,7 +31,7 @@ CTX: Any = None
 
 
 def image_of(*layers: tuple[int, range | list[int]]) -> bytes:
-    return bytes(overlay_oracle(SIZE, [pages(layer, numbers) for layer, numbers in layers]))
+    return overlay_oracle(SIZE, [pages(layer, numbers) for layer, numbers in layers])
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import trio
 import trio.testing
 
 from diffmergefs.core.buffers import BLOCK, Buffers
+from diffmergefs.fuse.access import Access
 from diffmergefs.fuse.nodes import ROOT_INODE, OpenImage
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.tree import Tree
@@ -61,8 +62,8 @@ def chain(tmp_path: Path) -> Iterator[tuple[Operations, bytes]]:
     image = open_chain(paths[0], paths[1:])
     with image.view as view:
         view.read(0, SIZE)
-        shown = OpenImage.of(image.view, "0.mem", (0, 0, 0o400))
-        yield Operations(Tree("/somewhere", explicit=shown)), bytes(overlay_oracle(SIZE, layers))
+        shown = OpenImage.of(image.view, "0.mem", Access(0, 0, 0o400))
+        yield Operations(Tree("/somewhere", explicit=shown)), overlay_oracle(SIZE, layers)
 
 
 async def opened(operations: Operations) -> int:

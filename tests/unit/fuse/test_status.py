@@ -9,7 +9,6 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from diffmergefs.core.view import HOLE
 from diffmergefs.fuse.status import (
@@ -21,7 +20,7 @@ from diffmergefs.fuse.status import (
     exposition,
     status_of,
 )
-from tests.support.counters import NOTHING
+from tests.support.counters import NOTHING, metric_families
 
 
 def counted() -> Metrics:
@@ -50,7 +49,7 @@ def samples(found: Status) -> dict[str, float]:
         sample.name + "".join(f",{key}={sample.labels[key]}" for key in sorted(sample.labels)): (
             sample.value
         )
-        for family in text_string_to_metric_families(text)
+        for family in metric_families(text)
         for sample in family.samples
     }
 

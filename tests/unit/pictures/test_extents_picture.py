@@ -89,7 +89,7 @@ def test_info_draws_it(tmp_path: Path, form: str) -> None:
     pages = [(n * PAGE, signed(1, n * PAGE, PAGE)) for n in range(0, 64, 2)]
     diff = write_layer(tmp_path / "diff", 64 * PAGE, pages)
     output = tmp_path / f"extents.{form}"
-    arguments = ["info", "--base", base, "--diff", diff]
+    arguments: list[str | Path] = ["info", "--base", base, "--diff", diff]
     with unchanged([base, diff]):
         done = diffmergefs(*arguments, "--plot", output)
     assert (done.returncode, done.stderr) == (0, f"diffmergefs: {output}: written\n")

@@ -333,7 +333,8 @@ def seen_by(colour: str, kind: str) -> NDArray[np.float64]:
             [-0.011820, 0.042940, 0.968881],
         ],
     }[kind]
-    return np.array(matrix) @ np.array(parts(colour))
+    seen: NDArray[np.float64] = np.array(matrix) @ np.array(parts(colour))
+    return seen
 
 
 @pytest.mark.parametrize("kind", ["protanopia", "deuteranopia"])

@@ -22,6 +22,7 @@ from diffmergefs.prefetch.prefetcher import Prefetcher
 from diffmergefs.prefetch.push import GuardedNotify, Notify, Push
 from diffmergefs.prefetch.record import WorkingSets, identity_of_view
 from diffmergefs.prefetch.touches import PIECE, pieces
+from tests.support.calls import first
 from tests.support.images import PAGE
 from tests.support.live import until
 from tests.support.restores import (
@@ -284,9 +285,9 @@ def test_a_record_is_read_again_only_once_it_was_replaced(
     kernel: Kernel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loads = []
+    loads: list[object] = []
     load = sets.load
-    monkeypatch.setattr(sets, "load", lambda layers: loads.append(layers) or load(layers))
+    monkeypatch.setattr(sets, "load", first(loads.append, load))
 
     def open_and_touch(page: int) -> None:
         client = Client(prefetcher, image)

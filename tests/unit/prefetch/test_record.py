@@ -300,5 +300,6 @@ def test_a_record_is_stale_once_a_layer_is_another(files: list[Path]) -> None:
 
 @pytest.mark.parametrize("part", ["inode", "size", "mtime_ns", "path"])
 def test_each_part_of_a_layer_counts(part: str) -> None:
-    other = LAYERS[0]._replace(**{part: "/x" if part == "path" else 1})
+    changed: dict[str, Any] = {part: "/x" if part == "path" else 1}
+    other = LAYERS[0]._replace(**changed)
     assert RECORD.stale((other, LAYERS[1])) is not None

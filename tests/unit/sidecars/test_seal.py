@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from diffmergefs.core.errors import (
     UntrustedExtentsError,
 )
 from diffmergefs.core.extents import ExtentList
-from diffmergefs.core.layer import FileKey, Layer
+from diffmergefs.core.identity import FileKey
+from diffmergefs.core.layer import Layer
 from diffmergefs.opening.images import open_chain, open_image
 from diffmergefs.opening.opener import Opener
 from diffmergefs.opening.trust import TrustPolicy
@@ -136,7 +138,7 @@ def test_a_seal_of_too_many_bytes_is_not_read(diff: Path) -> None:
 def test_a_seal_that_changes_while_it_is_read_is_refused(
     diff: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, known = Path(f"{diff}.bmap"), seal.FileKey.of
+    path, known = Path(f"{diff}.bmap"), FileKey.of
     text = path.read_bytes()
     age(path)
 
@@ -254,7 +256,7 @@ def test_a_layer_changed_just_before_it_was_compared_is_compared_again(
         now[0] += 10**11
 
     monkeypatch.setattr(seal, "compare", slowly)
-    monkeypatch.setattr(seal.time, "time_ns", lambda: now[0])
+    monkeypatch.setattr(time, "time_ns", lambda: now[0])
     directory = str(tmp_path / "state")
     for _ in range(3):
         opened(diff, state_dir=directory)

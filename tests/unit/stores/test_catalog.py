@@ -20,7 +20,7 @@ from diffmergefs.core.errors import (
 )
 from diffmergefs.stores import catalog
 from diffmergefs.stores.catalog import read_catalog, resolve
-from diffmergefs.stores.snapshot import Snapshot
+from diffmergefs.stores.snapshot import Snapshot, status_of
 from tests.support.images import PAGE
 from tests.support.stores import (
     SIZE,
@@ -202,7 +202,7 @@ def test_a_name_that_goes_while_it_is_looked_at_does_not_fail_the_look(
 ) -> None:
     write_chain(tmp_path, ["base", "work"])
     (tmp_path / "fleeting").touch()
-    real = catalog.status_of
+    real = status_of
 
     def vanish(entry: os.DirEntry[str]) -> os.stat_result | None:
         if entry.name == "fleeting":

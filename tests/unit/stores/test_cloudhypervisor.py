@@ -21,7 +21,7 @@ from tests.support.subjects.cloudhypervisor import BASE, LEAF, store
 
 __all__ = ["store"]
 
-WORK = bytes(overlay_oracle(SIZE, [BASE, pages(1, [1])]))
+WORK = overlay_oracle(SIZE, [BASE, pages(1, [1])])
 
 
 def reason(store: Path, tag: str = "leaf") -> str:

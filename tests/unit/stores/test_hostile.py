@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,10 +102,10 @@ def test_a_diff_whose_document_cannot_be_seen_is_no_base(
     write_tag(store, "work", "base", layer=1)
     real = os.stat
 
-    def status(path: object, **options: object) -> os.stat_result:
+    def status(path: str, **options: Any) -> os.stat_result:
         if path == "snapshot.json" and failing and failing.pop():
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(path, **options)  # type: ignore[call-overload,no-any-return]
+        return real(path, **options)
 
     monkeypatch.setattr(os, "stat", status)
     # A tag whose first or second look at its document fails is broken, never a base.

@@ -294,8 +294,8 @@ def test_a_failed_copy_is_not_tried_otherwise(
 
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_can_be_repeated_after_an_interruption(tmp_path: Path, after: int) -> None:
-    layers = [pages(0, *range(8)), [*pages(1, 1, 3), (5 * PAGE, bytes(PAGE))]]
-    diff, base = pair(tmp_path, *layers)
+    lower, upper = pages(0, *range(8)), [*pages(1, 1, 3), (5 * PAGE, bytes(PAGE))]
+    diff, base = pair(tmp_path, lower, upper)
 
     done: list[int] = []
 
@@ -307,7 +307,7 @@ def test_can_be_repeated_after_an_interruption(tmp_path: Path, after: int) -> No
     with pytest.raises(KeyboardInterrupt):
         apply_diff(diff, base, progress=interrupt)
     assert apply_diff(diff, base) == 3 * PAGE
-    assert base.read_bytes() == overlay_oracle(SIZE, layers)
+    assert base.read_bytes() == overlay_oracle(SIZE, [lower, upper])
 
 
 @pytest.mark.parametrize("in_kernel", [True, False])

@@ -6,6 +6,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,14 +78,14 @@ def test_what_was_written_goes_to_the_disk(fd: int, calls: Calls) -> None:
 def test_on_leaving_what_was_not_begun_is_left_to_the_fsync(
     fd: int, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutdown = copying.ThreadPoolExecutor.shutdown
+    shutdown = ThreadPoolExecutor.shutdown
 
-    def opening(self: copying.ThreadPoolExecutor, **options: bool) -> None:
+    def opening(self: ThreadPoolExecutor, **options: bool) -> None:
         shutdown(self, wait=False, **options)
         calls.gate.set()
         shutdown(self)
 
-    monkeypatch.setattr(copying.ThreadPoolExecutor, "shutdown", opening)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", opening)
     calls.gate.clear()
     with pytest.raises(KeyboardInterrupt), early_writeback(fd) as written:
         written(WINDOW)

@@ -33,6 +33,7 @@ from diffmergefs.core.view import MergedView
 from diffmergefs.writing import copying
 from diffmergefs.writing.flatten import flatten
 from tests.support import skips
+from tests.support.calls import first
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.subjects.flatten import (
@@ -320,13 +321,14 @@ def test_layers_are_compared_after_each_batch_that_is_shared(
     """Where a MiB of them was shared since the last time."""
     monkeypatch.setattr(FLATTEN, "_BATCH", batch)
     monkeypatch.setattr(FLATTEN, "BLOCK", PAGE)
-    monkeypatch.setattr(copying, "fcntl", Sharing(set()))
+    sharing = Sharing(set())
+    monkeypatch.setattr(copying, "fcntl", sharing)
     events: list[str] = []
-    check, ioctl = Layer.check_unchanged, copying.fcntl.ioctl
+    check, ioctl = Layer.check_unchanged, sharing.ioctl
     monkeypatch.setattr(
-        Layer, "check_unchanged", lambda self: (events.append(Path(self.path).stem), check(self))[1]
+        Layer, "check_unchanged", first(lambda layer: events.append(Path(layer.path).stem), check)
     )
-    monkeypatch.setattr(copying.fcntl, "ioctl", lambda *a: (events.append("share"), ioctl(*a))[1])
+    monkeypatch.setattr(sharing, "ioctl", first(lambda *_: events.append("share"), ioctl))
     flatten(chain, out)
     pieces = [f"{s.layer:03}" for s in chain.segments() if s.layer]
     assert events[:2] == ["share", "000"]
@@ -389,8 +391,11 @@ def test_an_existing_output_is_refused(chain: MergedView, out: Path) -> None:
 
 
 def test_an_output_that_appears_meanwhile_is_refused(chain: MergedView, out: Path) -> None:
+    def appear(_: int) -> None:
+        out.write_bytes(b"precious")
+
     with pytest.raises(OutputRefusedError, match="exists"):
-        flatten(chain, out, progress=lambda done: out.write_bytes(b"precious") and None)
+        flatten(chain, out, progress=appear)
     assert out.read_bytes() == b"precious"
     assert list(out.parent.iterdir()) == [out]
 
@@ -771,10 +776,10 @@ def test_a_layer_is_compared_after_each_piece(
     events: list[str] = []
     check, link, fsync = Layer.check_unchanged, os.link, os.fsync
     monkeypatch.setattr(
-        Layer, "check_unchanged", lambda self: (events.append(Path(self.path).stem), check(self))[1]
+        Layer, "check_unchanged", first(lambda layer: events.append(Path(layer.path).stem), check)
     )
-    monkeypatch.setattr(os, "link", lambda *a, **k: (events.append("link"), link(*a, **k))[1])
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd))[1])
+    monkeypatch.setattr(os, "link", first(lambda *_, **__: events.append("link"), link))
+    monkeypatch.setattr(os, "fsync", first(lambda _: events.append("fsync"), fsync))
     monkeypatch.setattr(copying, "fcntl", FakeIoctl(errno.EOPNOTSUPP))
     if in_kernel:
         copy_in_kernel(monkeypatch)
@@ -823,7 +828,7 @@ def test_verify_finds_a_file_that_is_too_short(
 ) -> None:
     """Also when only bytes of a hole are missing."""
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (os.ftruncate(fd, size), fsync(fd))[1])
+    monkeypatch.setattr(os, "fsync", first(lambda fd: os.ftruncate(fd, size), fsync))
     with pytest.raises(VerificationError, match=f"byte {size} of {SIZE}"):
         flatten(chain, out, verify=True)
     assert no_litter(out)

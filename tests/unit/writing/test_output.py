@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from diffmergefs.core.errors import FileAccessError, NoSpaceError, OutputRefused
 from diffmergefs.stores.snapshot import is_left_out
 from diffmergefs.writing.output import OutputDirectory, OutputFile
 from tests.support import skips
+from tests.support.calls import first
 from tests.support.users import NOBODY
 
 NAME = ".diffmergefs-0123456789abcdef.tmp"
@@ -173,7 +174,7 @@ def test_a_replacement_is_locked_under_its_temporary_name(
         assert (directory / source).exists()
         replace(source, *rest, **named)
 
-    monkeypatch.setattr(os, "replace", lambda *a, **k: (monkeypatch.undo(), watched(*a, **k))[1])
+    monkeypatch.setattr(os, "replace", first(lambda *_, **__: monkeypatch.undo(), watched))
     write(directory / "image", force=True)
     assert names(directory) == ["image", "other"]
 
@@ -183,7 +184,8 @@ def test_a_file_taken_for_a_leftover_is_made_anew(
 ) -> None:
     """Another process came between the creation of the temporary file and its lock."""
     without_tmpfile(monkeypatch)
-    lock, removed = fcntl.flock, []
+    lock = fcntl.flock
+    removed: list[Path] = []
 
     def late(fd: int, how: int) -> None:
         if not removed:
@@ -287,7 +289,11 @@ def test_whatever_ends_a_directory_before_that_leaves_nothing(
 @pytest.mark.parametrize("kind", ["file", "directory", "symlink"])
 def test_a_directory_is_refused_where_anything_is(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "new"
-    make = {"file": path.touch, "directory": path.mkdir, "symlink": lambda: path.symlink_to("no")}
+    make: dict[str, Callable[[], None]] = {
+        "file": path.touch,
+        "directory": path.mkdir,
+        "symlink": lambda: path.symlink_to("no"),
+    }
     with OutputDirectory(str(path)) as directory:
         make[kind]()
         with pytest.raises(OutputRefusedError, match="exists"):

@@ -23,8 +23,7 @@ from diffmergefs.core.errors import (
 )
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.sidecars import seal
-from diffmergefs.writing import sealing
+from diffmergefs.sidecars import bmap, seal
 from tests.support import loopfs
 from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, one_line, succeed
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
@@ -118,13 +117,13 @@ def test_a_layer_that_changes_meanwhile_is_not_sealed(
 def test_a_layer_that_changes_once_it_was_read_is_not_sealed(
     diff: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = sealing.bmap.dump
+    known = bmap.dump
 
     def change(*arguments: Any) -> bytes:
         age(diff, mtime_ns=1)
         return known(*arguments)
 
-    monkeypatch.setattr(sealing.bmap, "dump", change)
+    monkeypatch.setattr(bmap, "dump", change)
     with pytest.raises(LayerChangedError):
         seal_layer(diff)
     assert os.listdir(diff.parent) == ["diff"]

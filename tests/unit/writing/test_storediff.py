@@ -57,7 +57,7 @@ IMAGES["other"] = [[(0, signed(9, 0, SIZE)), *pages(0, [0, 1])]]
 
 
 def image(tag: str) -> bytes:
-    return bytes(overlay_oracle(SIZE, IMAGES[tag]))
+    return overlay_oracle(SIZE, IMAGES[tag])
 
 
 def dense(store: Path, tag: str) -> None:
