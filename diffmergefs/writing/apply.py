@@ -37,24 +37,24 @@ def apply_diff(
 ) -> int:
     """Copy the data extents of `diff` onto the same ranges of `base`, in place.
 
-    Both are regular files that exist and have one size; `base` is opened for reading and writing,
-    `diff` for reading only. Returns the bytes copied: the diff's data bytes, which tell how much
-    the guest had written. `base` is never extended or truncated, nor locked, and not fsynced
-    unless `sync`; a diff of holes leaves it untouched. The diff is fsynced, held to law 4 as
-    `policy` says (what it overrides is logged as a warning), and compared with its fingerprint at
-    the end; if it has a seal or a presence file, that one's extents are copied. It is refused while
-    someone has it open for writing, unless `policy.allow_writers`.
+    Both are existing regular files of one size; `base` is opened for reading and writing, `diff`
+    for reading only. Returns the bytes copied: the diff's data, which is what the guest had
+    written. `base` is never extended, truncated or locked, and fsynced only with `sync`; a diff
+    without data leaves it untouched. The diff is fsynced, checked against law 4 as `policy` says
+    (each check that is overridden is logged as a warning), and compared with its fingerprint at the
+    end. If it has a seal or a presence file, the extents are those of that record. It is refused
+    while another process has it open for writing, unless `policy.allow_writers`.
 
-    `base` is refused where something depends on it, or the two look swapped: for each of
-    `dependants.REASONS` that `force` does not name. What `force` overrides is logged as a warning;
-    then the seal of `base` (BASE.bmap) and its presence file are removed before the first byte is
-    written. An apply that failed or was interrupted leaves `base` between before and after, and can
-    be repeated: the outcome is the same.
+    `base` is refused if something depends on it, or if the two look swapped: for each of
+    `dependants.REASONS` that `force` does not name. What `force` overrides is logged as a warning.
+    Then the seal of `base` (BASE.bmap) and its presence file are removed before the first byte is
+    written. After an apply that failed or was interrupted, `base` is between before and after; you
+    can repeat it, with the same outcome.
 
     Raises, with `base` untouched, SizeMismatchError, OutputRefusedError (both are one file, or
     something depends on `base`), UntrustedExtentsError, DenseDiffError (no hole, and no
-    `policy.dense`), WriterError; LayerChangedError, NoSpaceError, and FileAccessError for every
-    other failure of a file.
+    `policy.dense`), WriterError. Raises LayerChangedError, NoSpaceError, and FileAccessError for
+    every other failure of a file.
     """
     policy = policy or TrustPolicy()
     base = os.fspath(base)
@@ -62,14 +62,14 @@ def apply_diff(
     opened = Opener(policy).open(os.fspath(diff), is_diff=True)
     with closing(opened) as layer, _readable(base) as readable:
         _require_fit(layer, readable, base)
-        _require_meant(layer, policy)
+        _require_trusted_diff(layer, policy)
         with failures(layer.path):
             below = functools.partial(_bytes_of, readable)
-            _tell(override_lines(require_exact_over(below, layer, policy)))
+            _warn(override_lines(require_exact_over(below, layer, policy)))
         if len(layer.extents):
             with failures(base):
                 overridden = require_free(readable, base, layer.extents, layer.path, force)
-            _tell(overridden)
+            _warn(overridden)
         with _writable(readable, base) as target:
             if len(layer.extents):
                 remove_seal(target.path)
@@ -85,7 +85,7 @@ def apply_diff(
 
 @contextmanager
 def _readable(path: str) -> Iterator[int]:
-    # Known to be a regular file before it is opened for writing, which on a device would act.
+    # Must be a regular file before it is opened for writing: that alone has effects on a device.
     with failures(path):
         fd = beneath.open_regular(None, path)
     try:
@@ -115,17 +115,17 @@ def _require_fit(layer: Layer, readable: int, path: str) -> None:
     require_equal_size(path, status.st_size, layer.path, layer.size)
 
 
-def _require_meant(layer: Layer, policy: TrustPolicy) -> None:
+def _require_trusted_diff(layer: Layer, policy: TrustPolicy) -> None:
     dense = layer.extents.covers(layer.size)
     overridden = require_no_writers([layer], allowed=policy.allow_writers)
     problems = require_trust(layer, policy, complete=dense and policy.dense)
     overridden += override_lines(problems)
-    _tell(overridden)
+    _warn(overridden)
     if dense and not policy.dense:
         raise DenseDiffError(
             f"{layer.path}: a diff without a hole in {layer.size} bytes: it would replace the whole"
-            " base; is it the other way round? DIFF comes first, then BASE. If it is a complete"
-            " image, say so with --dense"
+            " base; are the two swapped? DIFF comes first, then BASE. If it is a complete image,"
+            " use --dense"
         )
 
 
@@ -135,6 +135,6 @@ def _bytes_of(fd: int, offset: int, length: int) -> bytearray:
     return buffer
 
 
-def _tell(overridden: list[str]) -> None:
+def _warn(overridden: list[str]) -> None:
     for line in overridden:
         log.warning("%s", line)

@@ -1,4 +1,4 @@
-"""The files that stand beside a snapshot's memory, copied into another directory."""
+"""Copying a snapshot's other files into a new directory: the files beside its memory file."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from diffmergefs.writing.flatten import flatten
 from diffmergefs.writing.output import sync_directory
 
 
-class Kept(NamedTuple):
-    """What is not copied: files by their path as messages have it, and by device and inode."""
+class Excluded(NamedTuple):
+    """Files not to copy: by path, as in messages, and by device and inode."""
 
     paths: Collection[str]
     inodes: Collection[tuple[int, int]]
 
     def has(self, status: os.stat_result) -> bool:
-        """Whether the file of `status` is among them, by whatever name."""
+        """Whether the file of `status` is excluded, whatever its name."""
         return (status.st_dev, status.st_ino) in self.inodes
 
 
-def copy_folder(fd: int, folder: str, target: str, kept: Kept) -> None:
-    """Copy what is in the directory `fd`, open or with O_PATH, into the existing one `target`.
+def copy_folder(fd: int, folder: str, target: str, excluded: Excluded) -> None:
+    """Copy the contents of the directory `fd`, open or with O_PATH, into the directory `target`.
 
-    `folder` is what messages and `kept` call it. Files (sparse, reflinked where possible),
-    directories and symlinks (as they are, never followed) with their modes, by root with their
-    owners, and files with their mtime; all is synced but `target` itself. Left out: what is `kept`,
-    staging names, FIFOs, sockets, devices. ACLs and other extended attributes are not taken. Raises
-    DiffMergeError, also where another directory has come to stand in the place of one within.
+    Messages and `excluded` use `folder` as its path. Copies are files (sparse, reflinked where
+    possible, with their mtimes), directories, and symlinks (never followed), with their modes, and
+    for root with their owners. Everything but `target` itself is synced. Not copied: `excluded`
+    files, staging names, FIFOs, sockets, devices, and extended attributes such as ACLs. Raises
+    DiffMergeError, also if a subdirectory is replaced meanwhile.
     """
     waiting = [("", target, os.fstat(fd))]
     finished: list[tuple[str, os.stat_result, int]] = []
@@ -52,30 +52,30 @@ def copy_folder(fd: int, folder: str, target: str, kept: Kept) -> None:
                 finished.append((into, known, mode))
             for name, status in list(_entries(here)):
                 path, place = os.path.join(source, name), os.path.join(into, name)
-                called = os.path.join(folder, path)
-                if is_left_out(name) or called in kept.paths:
+                label = os.path.join(folder, path)
+                if is_left_out(name) or label in excluded.paths:
                     continue
                 if stat.S_ISDIR(status.st_mode):
                     with failures(place):
                         os.mkdir(place, 0o700)
                     waiting.append((path, place, status))
                 elif stat.S_ISLNK(status.st_mode):
-                    _copy_symlink(here, name, place, status, called)
-                elif stat.S_ISREG(status.st_mode) and not kept.has(status):
-                    copy_file(here, name, place, called)
-    # The innermost last opened first: a directory may come to forbid its owner to write in it.
+                    _copy_symlink(here, name, place, status, label)
+                elif stat.S_ISREG(status.st_mode) and not excluded.has(status):
+                    copy_file(here, name, place, label)
+    # Innermost first: a directory's final mode may forbid its owner to write in it.
     for place, status, mode in reversed(finished):
-        take_over(place, status, mode)
+        set_owner_and_mode(place, status, mode)
         with failures(place):
             sync_directory(place)
 
 
-def copy_file(root: Root, path: str, target: str, called: str | None = None) -> None:
+def copy_file(root: Root, path: str, target: str, label: str | None = None) -> None:
     """Copy the regular file `path`, beneath `root`, to `target`, as `copy_folder` does.
 
-    Messages call it `called`, by default `path`.
+    Messages use `label` as its path, by default `path`.
     """
-    with failures(called or path):
+    with failures(label or path):
         fd = beneath.open_regular(root, path)
         try:
             status = os.fstat(fd)
@@ -86,17 +86,17 @@ def copy_file(root: Root, path: str, target: str, called: str | None = None) -> 
         with failures(target):
             os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     else:
-        with closing(Layer.open(path, root, called)) as layer:
-            with failures(called or path):
+        with closing(Layer.open(path, root, label)) as layer:
+            with failures(label or path):
                 status, mode = layer.status, layer.mode
             flatten(MergedView([layer]), target)
-    take_over(target, status, mode)
+    set_owner_and_mode(target, status, mode)
     with failures(target):
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def take_over(path: str, status: os.stat_result, mode: int) -> None:
-    """Give the file or directory `path` this mode, and by root the owner of `status`.
+def set_owner_and_mode(path: str, status: os.stat_result, mode: int) -> None:
+    """Set the mode of the file or directory `path`, and as root its owner to that of `status`.
 
     A symlink keeps its mode. Raises FileAccessError.
     """
@@ -111,7 +111,7 @@ def _entries(folder: int) -> Iterator[tuple[str, os.stat_result]]:
     fd = beneath.open_directory(folder)
     try:
         with os.scandir(fd) as entries:
-            # In order: a copy removes a seal of its own name, and this puts it there afterwards.
+            # Sorted, because the copy of a file removes the seal of its name: copy the seal later.
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if status := status_of(entry):
                     yield entry.name, status
@@ -119,14 +119,14 @@ def _entries(folder: int) -> Iterator[tuple[str, os.stat_result]]:
         os.close(fd)
 
 
-def _copy_symlink(folder: int, name: str, target: str, status: os.stat_result, called: str) -> None:
-    with failures(called):
+def _copy_symlink(folder: int, name: str, target: str, status: os.stat_result, label: str) -> None:
+    with failures(label):
         handle = beneath.open_handle(folder, name)
         try:
-            # Of the symlink itself, which O_PATH with O_NOFOLLOW opens (readlinkat(2)).
+            # The handle is of the symlink itself (readlinkat(2)).
             leads_to = os.readlink("", dir_fd=handle)
         finally:
             os.close(handle)
     with failures(target):
         os.symlink(leads_to, target)
-    take_over(target, status, 0)
+    set_owner_and_mode(target, status, 0)

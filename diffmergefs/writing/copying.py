@@ -21,7 +21,7 @@ from diffmergefs.core.identity import limit_read_bits
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.progress import Progress
 
-# Per call, so that progress moves and a signal is answered soon.
+# The bytes per call: small enough to report progress and handle signals soon.
 _KERNEL_CHUNK = 16 * BLOCK
 
 # How much is written before its writeback begins.
@@ -33,7 +33,7 @@ _FICLONE = 0x40049409
 _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("=qQQQ")
 
-# Only what says that sharing or copying in the kernel is not possible here. ETXTBSY: a swap file.
+# Errors that mean only that the kernel cannot share or copy here. ETXTBSY: a swap file.
 _NO_CLONE = frozenset(
     {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ETXTBSY},
 )
@@ -43,7 +43,7 @@ _NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.
 def clone_file(layer: Layer, target: Target) -> bool:
     """Share all of the layer's blocks with the target, which has its size; False if impossible.
 
-    Raises FileAccessError and NoSpaceError for any other failure.
+    Raises FileAccessError and NoSpaceError for every other failure.
     """
     try:
         fcntl.ioctl(target.fd, _FICLONE, layer.fd)
@@ -56,17 +56,17 @@ def clone_file(layer: Layer, target: Target) -> bool:
 def clone_ranges(
     layers: Sequence[Layer], segments: Sequence[tuple[int, int, int]], target: Target
 ) -> int:
-    """Share the blocks of each segment (start, stop, layer) with the target's, in their order.
+    """Share the blocks of each segment (start, stop, layer) with the target, in order.
 
-    How many are shared: all, or those before the first that cannot be. Each begins and ends on a
-    block of the filesystem, or ends with both files. Raises like `clone_file`.
+    Returns how many were shared: all, or those before the first that cannot be. Each begins and
+    ends on a block of the filesystem, or ends with both files. Raises like `clone_file`.
     """
     pack = _CLONE_RANGE.pack
     requests = [pack(layers[n].fd, start, stop - start, start) for start, stop, n in segments]
     left = iter(requests)
     try:
-        # All calls in one: after each of them, with the caches full of the kernel's, a loop in
-        # Python takes four times as long as it does alone. Signals wait for the last one.
+        # All calls in one C loop: the kernel fills the processor's caches, so after each call a
+        # loop in Python would take four times as long. Signals wait for the last call.
         deque(map(fcntl.ioctl, repeat(target.fd), repeat(_FICLONERANGE), left), maxlen=0)
     except OSError as error:
         done = len(requests) - length_hint(left) - 1
@@ -92,7 +92,7 @@ def copy_range(layer: Layer, start: int, stop: int, target: Target, progress: Pr
     while position < stop:
         count = _copy_in_kernel(layer, position, stop, target)
         if not count:
-            # Not possible here, or at the end of the layer: then reading it says so.
+            # Impossible here, or the layer ends early: then reading reports it.
             copy_through_buffer(layer, position, stop, target, progress)
             return
         position += count
@@ -100,7 +100,7 @@ def copy_range(layer: Layer, start: int, stop: int, target: Target, progress: Pr
 
 
 def _copy_in_kernel(layer: Layer, position: int, stop: int, target: Target) -> int:
-    # Once for each page that lies scattered: a context manager would take as long as the call.
+    # Called once per scattered page: a context manager would take as long as the call.
     length = min(stop - position, _KERNEL_CHUNK)
     try:
         return os.copy_file_range(layer.fd, target.fd, length, position, position)
@@ -113,9 +113,9 @@ def _copy_in_kernel(layer: Layer, position: int, stop: int, target: Target) -> i
 def copy_through_buffer(
     layer: Layer, start: int, stop: int, target: Target, progress: Progress
 ) -> None:
-    """`copy_range` by reading and writing alone: all of the range is data in the target then.
+    """`copy_range` only by reading and writing, so all of the range is data in the target.
 
-    The kernel's copy shares blocks where it can, and a hole of the layer's file so stays one.
+    The kernel's copy may share blocks, and then a hole in the layer's file stays a hole.
     """
     buffer = page_aligned(min(stop - start, BLOCK))
     for position in range(start, stop, BLOCK):

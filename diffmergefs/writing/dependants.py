@@ -1,6 +1,6 @@
-"""What depends on a file that is about to be overwritten in place.
+"""What depends on a file that `apply` would overwrite in place.
 
-Nothing that may hang is asked: where something is mounted is told by the mount table.
+Nothing that may hang is accessed: the mount table tells where something is mounted.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def require_free(
 
     `fd` is open for reading only, and `path` leads to its file. The message has every reason of
     REASONS that `force` does not name; for each that it names and that holds there is a line in the
-    answer. What cannot be told (another user's file, a filesystem without leases, directories that
-    cannot be read) is no reason. Raises OSError.
+    answer. What cannot be determined (another user's file, a filesystem without leases,
+    unreadable directories) is no reason. Raises OSError.
     """
     found = {name: text for name in REASONS if (text := _CHECKS[name](fd, path, diff, diff_path))}
     if refused := {name: text for name, text in found.items() if name not in force}:
@@ -70,8 +70,8 @@ def _order(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
     if not covered or covered < held.data_bytes * _MOST_COVERED:
         return None
     return (
-        f"{diff_path} covers {covered} of its {held.data_bytes} bytes of data: is it the other way"
-        " round? DIFF comes first, then BASE"
+        f"{diff_path} covers {covered} of its {held.data_bytes} bytes of data: are the two swapped?"
+        " DIFF comes first, then BASE"
     )
 
 
@@ -89,7 +89,7 @@ def _layer(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
 
 
 def _layout(folder: str, path: str) -> str:
-    # That of which the file's directory is by itself a snapshot, or forkd.
+    # The layout of the file's directory if that is a snapshot by itself, or forkd.
     with suppress(DiffMergeError):
         if not _may_hang(folder, path):
             return layout_of(folder) or "forkd"
@@ -119,7 +119,7 @@ _CHECKS: dict[str, Callable[[int, str, ExtentList, str], str | None]] = {
 
 
 def _tag_in(root: str, layouts: Collection[str], fd: int, path: str) -> str | None:
-    # By the file itself: a copy of a layer that lies there, whatever its name, is none.
+    # By device and inode: a copy of a layer is not a layer.
     status = os.fstat(fd)
     for catalog in _catalogs(root, layouts, path):
         for tag, snapshot in catalog.snapshots.items():
@@ -129,7 +129,7 @@ def _tag_in(root: str, layouts: Collection[str], fd: int, path: str) -> str | No
 
 
 def _catalogs(root: str, layouts: Collection[str], path: str) -> Iterator[Catalog]:
-    # What --suffix, --allow-outside and --allow-gaps could bring in counts too.
+    # Layers that need --suffix, --allow-outside or --allow-gaps count too.
     suffix = os.path.splitext(path)[1] or None
     options = StoreOptions(allow_gaps=True, allow_outside=(os.path.dirname(path),))
     for layout in layouts:
@@ -139,7 +139,7 @@ def _catalogs(root: str, layouts: Collection[str], path: str) -> Iterator[Catalo
 
 
 def _may_hang(folder: str, path: str) -> bool:
-    # Whether a look at the entries of `folder` would ask a server for another one than `path`.
+    # Whether listing `folder` would access a remote mount other than the one of `path`.
     return any(
         os.path.dirname(entry.path) == folder
         and entry.kind.startswith(_REMOTE)

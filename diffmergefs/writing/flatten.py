@@ -35,7 +35,7 @@ _BUFFER = 2 << 20
 # From this size on, the kernel copies a segment of one layer: on NFS that is the server's work.
 _LARGE = _BUFFER
 
-# So many segments are shared in one go; then the layers are compared, and progress is told.
+# The segments shared in one go; then the layers are compared and progress is reported.
 _BATCH = 1024
 
 
@@ -43,8 +43,8 @@ _BATCH = 1024
 class FlattenResult:
     """What `flatten` wrote: an image of `size` bytes, `holes` of them in no layer.
 
-    `copied` and `shared` (reflinked) are bytes for each layer, base first; their sum is what the
-    layer supplies to the view, so `size == sum(copied) + sum(shared) + holes`.
+    `copied` and `shared` (reflinked) are bytes per layer, base first. Their sum is what the layer
+    supplies to the view, so `size == sum(copied) + sum(shared) + holes`.
     """
 
     size: int
@@ -67,29 +67,29 @@ def flatten(
     seal: bool = False,
     progress: Progress = ignore_progress,
 ) -> FlattenResult:
-    """Write the view to `output`, a new sparse file of `view.size` bytes, and say how.
+    """Write the view to `output`, a new sparse file of `view.size` bytes.
 
     Holes in all layers stay holes, written zeros stay data. Blocks are shared with the layers
     where the filesystem can reflink (FICLONE of the base, FICLONERANGE of each diff's segment on
-    whole blocks) and copied elsewhere; the result says which. No byte of a layer is read that does
-    not show in the view. A file without a name is written, fsynced, and linked when it is whole;
-    then the directory is fsynced. So whatever happens, what stands under the name is whole or what
-    stood there before; temporary files that killed runs left beside it are removed (see
-    OutputFile). `force` replaces an existing file, whose open readers keep it. The file is made
-    with mode 0600 and takes the base's mode at the end, without the read bits that another layer
-    withholds; owner, xattrs and times are not taken.
+    whole blocks) and copied elsewhere; the result says which. Only bytes that are visible in the
+    view are read. The name always has either the whole new file or what it had before: a file
+    without a name is written, fsynced, and linked when it is whole, and then the directory is
+    fsynced. Temporary files that killed runs left beside it are removed (see OutputFile). `force`
+    replaces an existing file; processes that have it open keep it. The new file has mode 0600, and
+    at the end the base's mode without the read bits that another layer lacks. Owner, xattrs and
+    times are not copied.
 
-    A seal of a file that stood there before (OUTPUT.bmap) is removed at the end, or with `seal`
-    replaced by that of the new one.
+    The seal of a file that existed there before (OUTPUT.bmap) is removed at the end, or with `seal`
+    replaced by the seal of the new file.
 
     `verify` reads the file and the view again and compares them before the file gets its name.
-    `progress` is given `sum(view.visible_bytes())` bytes in all. The layers are
-    not written or locked, and each is compared with its fingerprint while its bytes are moved (at
-    least once a MiB or buffer, or 1,024 shared segments), and once more at the end (law 6). May be
-    called in a thread; has one of its own until it returns.
+    `progress` is given `sum(view.visible_bytes())` bytes in all. The layers are not written or
+    locked. Each is compared with its fingerprint at least once per MiB or buffer copied, and per
+    1,024 shared segments, and once more at the end (law 6). You may call this in a thread; it has
+    one of its own until it returns.
 
     Raises OutputRefusedError (the output exists without `force`; or, even with it, is a layer or
-    no regular file), NoSpaceError (less is free than must be copied, or it ran out),
+    not a regular file), NoSpaceError (less is free than must be copied, or the disk is full),
     VerificationError, LayerChangedError, and FileAccessError for every other failure of a file.
     """
     inputs = [layer.status for layer in view.layers]
@@ -114,7 +114,7 @@ def _data(view: MergedView) -> ExtentList:
 
 
 class _Merge:
-    # One run over the view's segments into an empty file, with its accounts.
+    # One run over the view's segments into an empty file; counts what it copies and shares.
 
     def __init__(self, view: MergedView, target: Target, progress: Progress) -> None:
         self.view = view
@@ -131,8 +131,8 @@ class _Merge:
         with failures(self.target.path, self.target):
             os.ftruncate(self.target.fd, self.view.size)
             self._block = block_size(self.target.fd)
-        # Shared first, so that the space for all the rest can be asked for before it is copied.
-        # Neighbours of different layers are one range there.
+        # Sharing comes first, so that the space for all the rest can be checked before it is
+        # copied. Neighbours of different layers are one range in `left`.
         left = ExtentList(self._share())
         require_space(self.target, left.data_bytes)
         with early_writeback(self.target.fd) as written:
@@ -143,8 +143,8 @@ class _Merge:
         return FlattenResult(self.view.size, tuple(self.copied), tuple(self.shared), holes)
 
     def _share(self) -> Iterator[tuple[int, int]]:
-        # Shares what can be shared, and gives the rest of the data. A layer of which one segment
-        # cannot be shared is not tried again.
+        # Shares what can be shared, and yields the rest of the data. A layer is not tried again
+        # once one of its segments could not be shared.
         lowest = 1 if self._clone_base() else 0
         wanted: Iterator[tuple[int, int, int]] = (
             (start, stop, number)
@@ -158,7 +158,7 @@ class _Merge:
             done = clone_ranges(self.view.layers, fit, self.target)
             self._count_shared(fit[:done])
             if done < len(fit):
-                # From there on all are looked at once more, so that what is given stays in order.
+                # All from there on are processed again, so that the output stays in order.
                 sharing.discard(fit[done][2])
                 wanted = chain([s for s in batch if s >= fit[done]], wanted)
                 batch = [s for s in batch if s < fit[done]]
@@ -175,8 +175,8 @@ class _Merge:
             self._moved(number, count)
 
     def _clone_base(self) -> bool:
-        # Where no diff has data, the base's bytes are the view's and its holes are too; the rest
-        # is written over.
+        # Where no diff has data, the base's bytes and holes are the view's; the rest is
+        # overwritten.
         if not self.visible[0] or not clone_file(self.view.layers[0], self.target):
             return False
         self.shared[0] = self.visible[0]
@@ -227,7 +227,7 @@ class _Merge:
 
 def _verify(view: MergedView, target: Target) -> None:
     with failures(target.path):
-        # The file was fsynced: with its clean pages dropped, it is read from the disk.
+        # The file was fsynced, so its pages are clean: without them it is read from the disk.
         os.posix_fadvise(target.fd, 0, 0, os.POSIX_FADV_DONTNEED)
     for offset in range(0, view.size, BLOCK):
         with failures(f"{target.path}: reading the layers again"):

@@ -1,4 +1,4 @@
-"""A diff that is being written, and the proof that just what was meant as data is data in it."""
+"""Writing a new diff, and the proof that exactly the intended ranges are data in it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from diffmergefs.writing.copying import (
 from diffmergefs.writing.output import OutputFile
 from diffmergefs.writing.sealing import remove_seal, write_seal
 
-_WAY_OUT = (
+_REMEDY = (
     "nothing was written under that name; choose an output on ext4, xfs, btrfs or tmpfs"
     " without huge pages, seal it there, and copy it with its seal"
 )
@@ -35,11 +35,11 @@ _WAY_OUT = (
 
 @dataclass(frozen=True)
 class WrittenDiff:
-    """A diff that was written: `size` bytes, of which `data_bytes` in `extents` ranges are data.
+    """A new diff: `size` bytes, of which `data_bytes` in `extents` ranges are data.
 
-    `copied` and `shared` (reflinked) bytes make up the data. `dense` says that there is no hole:
-    such a diff hides all that is below it, and is accepted with `--dense` only. `overridden` has a
-    line for each check that the output's filesystem failed and the policy overrode.
+    The data are `copied` and `shared` (reflinked) bytes. `dense` means that there is no hole: such
+    a diff hides everything below it, and is accepted only with `--dense`. `overridden` has a line
+    for each check that the output's filesystem failed and the policy overrode.
     """
 
     size: int
@@ -52,13 +52,13 @@ class WrittenDiff:
 
 
 class NewDiff:
-    """A context manager for a diff of `source` at `path`: a file with data where they were `put`.
+    """A context manager for a diff at `path` with the bytes of `source` in the ranges `put`.
 
-    The file gets its name by `publish`, whole or not at all (see `output.OutputFile`, which also
-    says what is refused; `inputs` are layers that it may not replace, those of `source` among
-    them). Entering raises UntrustedExtentsError for a filesystem on which no diff of the policy's
-    pages can be trusted (law 4). Blocks of 1 MiB and more are shared with the source's layers where
-    the filesystem can; the rest is written, zeros too. `put` ranges are ascending.
+    The file gets its name by `publish`, whole or not at all. See `output.OutputFile`, also for what
+    is refused; `inputs` are layers that the file may not replace, besides those of `source`.
+    Entering raises UntrustedExtentsError for a filesystem on which no diff of the policy's pages
+    can be trusted (law 4). Segments of 1 MiB and more are shared with the source's layers where the
+    filesystem can; the rest is written, including zeros. `put` ranges in ascending order.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class NewDiff:
         self._file.__exit__(None, None, None)
 
     def put(self, extents: ExtentList, progress: Progress = ignore_progress) -> None:
-        """Make these ranges data, with the source's bytes; what is a hole there becomes zeros.
+        """Make these ranges data, with the source's bytes; holes become written zeros.
 
         Fingerprints are not compared. Raises
         NoSpaceError, LayerChangedError where a layer ends early, and FileAccessError.
@@ -123,14 +123,14 @@ class NewDiff:
         seal: bool = False,
         check: Callable[[Layer], None] = lambda layer: None,
     ) -> WrittenDiff:
-        """Prove that the file is as meant, and put it under its name.
+        """Prove that the file is as intended, and give it its name.
 
-        The file is fsynced and asked for its data extents: they must be just what was put, and
-        stand the checks of law 4. `check` gets the file as a layer, with its cached pages dropped,
-        and may raise. Then the inputs are compared with their fingerprints (law 6). A seal that
-        stands beside the name is removed afterwards, or with `seal` replaced by the new file's.
-        The mode is that of the source's newest layer, without the read bits that another input
-        withholds. Raises UntrustedExtentsError, LayerChangedError, and like OutputFile.
+        The file is fsynced. Its data extents must be exactly what was put, and pass the checks of
+        law 4. `check` gets the file as a layer, without its cached pages, and may raise. Then the
+        inputs are compared with their fingerprints (law 6). Afterwards a seal beside the name is
+        removed, or with `seal` replaced by the new file's. The mode is that of the source's newest
+        layer, without read bits that another input lacks. Raises UntrustedExtentsError,
+        LayerChangedError, and what OutputFile raises.
         """
         self._file.finish(output_mode(self._source.layers[-1], self._inputs))
         extents = ExtentList(itertools.chain.from_iterable(self._put))
@@ -180,8 +180,8 @@ class NewDiff:
         return shared
 
     def _may_share(self, layer: Layer) -> bool:
-        # Not where the layer's file may have a hole, or blocks that were never written, under what
-        # counts as its data: the share of a hole is a hole.
+        # No if the layer's file may have a hole or unwritten blocks in what counts as its data: a
+        # shared hole is a hole.
         if layer not in self._sharing:
             may_lack = len(layer.unwritten) or len(layer.unmapped) or layer.records
             self._sharing[layer] = not may_lack
@@ -195,7 +195,7 @@ class NewDiff:
             progress(len(part))
 
     def _reopened(self) -> Layer:
-        # The file as any reader of it will see it; Layer fsyncs it and walks its extents.
+        # The file as its readers will see it; Layer fsyncs it and walks its extents.
         with failures(self.path, self._target):
             fd = os.open(f"/proc/self/fd/{self._target.fd}", os.O_RDONLY | os.O_CLOEXEC)
             return Layer(self.path, fd)
@@ -205,7 +205,7 @@ class NewDiff:
         for problem in problems(layer, self._policy.page_size, complete=complete):
             if not self._policy.overrides(problem.check):
                 raise UntrustedExtentsError(
-                    f"{self.path}: {problem.text}; {_WAY_OUT}", problem.check
+                    f"{self.path}: {problem.text}; {_REMEDY}", problem.check
                 )
             overridden.append(problem.override)
         return overridden
@@ -215,6 +215,6 @@ class NewDiff:
             raise UntrustedExtentsError(
                 f"{self.path}: {extents.data_bytes} bytes in {len(extents)} extents were written,"
                 f" but its filesystem reports {layer.walked.data_bytes} in {len(layer.walked)} as"
-                f" data, so the diff would not be what it was meant to be; {_WAY_OUT}",
+                f" data, so the diff would not be the intended one; {_REMEDY}",
                 "filesystem",
             )

@@ -1,4 +1,4 @@
-"""A forkd store that is being written, tag by tag, parents first."""
+"""Writing a new forkd store, tag by tag, parents first."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from diffmergefs.stores.snapshot import (
     parse_document,
     read_with_status,
 )
-from diffmergefs.writing.companions import Kept, copy_file, copy_folder, take_over
+from diffmergefs.writing.companions import Excluded, copy_file, copy_folder, set_owner_and_mode
 from diffmergefs.writing.flatten import flatten
 from diffmergefs.writing.newdiff import NewDiff
 from diffmergefs.writing.output import OutputDirectory, sync_directory
@@ -39,10 +39,10 @@ from diffmergefs.writing.rediff import rediff
 class NewSnapshot:
     """A snapshot of the new store.
 
-    `done` is 'base' or 'diff' for a memory file that was taken over as it was, 'rediffed' for a
-    dense link that is a true diff now, and 'dense' for one that differs from its parent in every
-    page, and so stays dense. `data_before` and `data_bytes` are the bytes of data in the memory
-    file, in the old store and in the new one.
+    `done` is 'base' or 'diff' for a memory file that was copied, 'rediffed' for a dense link that
+    is a true diff now, and 'dense' for one that differs from its parent in every page and so stays
+    dense. `data_before` and `data_bytes` count the data of the memory file, in the old store and
+    in the new one.
     """
 
     tag: str
@@ -55,10 +55,10 @@ class NewSnapshot:
 
 @dataclass(frozen=True)
 class NewStore:
-    """What was written: the `snapshots`, parents first, in the directory `output`.
+    """The `snapshots`, parents first, in the new directory `output`.
 
-    `left_out` are those of the old store that are broken: by tag, the reason. `overridden` has a
-    line for each check that failed and that the policy overrode.
+    `left_out` has the reason for each broken tag of the old store. `overridden` has a line for each
+    failed check that the policy overrode.
     """
 
     output: str
@@ -68,26 +68,26 @@ class NewStore:
 
     @property
     def data_before(self) -> int:
-        """The bytes of data of these snapshots' memory files in the old store."""
+        """The data in these snapshots' memory files in the old store."""
         return sum(snapshot.data_before for snapshot in self.snapshots)
 
     @property
     def data_bytes(self) -> int:
-        """The bytes of data of the memory files in the new store."""
+        """The data in the memory files of the new store."""
         return sum(snapshot.data_bytes for snapshot in self.snapshots)
 
 
 @dataclass(frozen=True)
-class Link:
-    """A snapshot to take over: its chain's `layers`, base first, and whether it is dense."""
+class OpenSnapshot:
+    """An open snapshot of the old store: its chain's `layers`, base first, and if it is dense."""
 
-    snapshot: Snapshot
+    record: Snapshot
     layers: tuple[Layer, ...]
     dense: bool
 
     @property
     def tag(self) -> str:
-        return self.snapshot.tag
+        return self.record.tag
 
     @property
     def layer(self) -> Layer:
@@ -115,8 +115,8 @@ class WriteOptions:
 class StoreWriter:
     """Writes snapshots into the new store's `directory`, each parent before its children.
 
-    `root` and `catalog` are the old store's. `parents` are the tags whose new memory files are to
-    be hashed, for the pins of their children.
+    `root` and `catalog` are the old store's. `parents` are the tags whose new memory files are
+    hashed, because their children record the hash.
     """
 
     def __init__(
@@ -134,43 +134,43 @@ class StoreWriter:
         self._progress = progress
         self._hashes: dict[str, str] = {}
 
-    def write(self, link: Link, options: WriteOptions) -> NewSnapshot:
-        """Write the tag's directory: its memory file, what stands beside it, its document.
+    def write(self, old: OpenSnapshot, options: WriteOptions) -> NewSnapshot:
+        """Write the tag's directory: its memory file, the files beside it, and its document.
 
-        All is synced. Raises like `StoreRediff.write`.
+        All of it is synced. Raises like `StoreRediff.write`.
         """
-        folder = os.path.join(self._directory.target, link.tag)
+        folder = os.path.join(self._directory.target, old.tag)
         with failures(folder):
             os.mkdir(folder, 0o700)
-        path = os.path.join(folder, os.path.basename(link.layer.path))
-        done = self._write_memory(link, path, options)
-        if link.tag in self._parents:
+        path = os.path.join(folder, os.path.basename(old.layer.path))
+        done = self._write_memory(old, path, options)
+        if old.tag in self._parents:
             with closing(Layer.open(path)) as layer, failures(path):
-                self._hashes[link.tag] = content_hash(layer, self._progress)
-        # All of it from the directory that was judged, whose mode the new one takes: one that comes
-        # to stand at its path meanwhile may let in others.
-        with failures(link.tag), beneath.passing(self._root, link.tag) as source:
+                self._hashes[old.tag] = content_hash(layer, self._progress)
+        # All of it comes from the directory that was judged, and so does the mode of the new one: a
+        # directory that replaced it meanwhile may admit other users.
+        with failures(old.tag), beneath.passing(self._root, old.tag) as source:
             status = os.fstat(source)
             mode = copied_bits(f"/proc/self/fd/{source}", status.st_mode)
-            self._copy_companions(source, link.snapshot, folder)
-            if link.snapshot.document is not None:
-                self._write_document(source, link.snapshot, folder)
-            if os.path.dirname(link.snapshot.layer.path) == link.tag:
-                _mode_there(source, link.snapshot.layer.path, link.layer.status)
-        take_over(folder, status, mode)
+            self._copy_companions(source, old.record, folder)
+            if old.record.document is not None:
+                self._write_document(source, old.record, folder)
+            if os.path.dirname(old.record.layer.path) == old.tag:
+                _checked_mode(source, old.record.layer.path, old.layer.status)
+        set_owner_and_mode(folder, status, mode)
         with failures(folder):
             sync_directory(folder)
         return done
 
-    def _write_memory(self, link: Link, path: str, options: WriteOptions) -> NewSnapshot:
-        own = MergedView([link.layer])
-        seal = options.seal or bool(link.layer.records)
-        if link.snapshot.parent is None:
+    def _write_memory(self, old: OpenSnapshot, path: str, options: WriteOptions) -> NewSnapshot:
+        own = MergedView([old.layer])
+        seal = options.seal or bool(old.layer.records)
+        if old.record.parent is None:
             flatten(own, path, verify=options.verify, seal=seal, progress=self._progress)
-            done, data = "base", link.layer.extents.data_bytes
-        elif link.dense:
+            done, data = "base", old.layer.extents.data_bytes
+        elif old.dense:
             result = rediff(
-                MergedView(link.layers[:-1]),
+                MergedView(old.layers[:-1]),
                 own,
                 path,
                 verify=options.verify,
@@ -185,31 +185,31 @@ class StoreWriter:
             data = _copy_diff(own, path, seal, options, self._progress)
             done = "diff"
         with failures(path):
-            mode = link.layer.mode
-        take_over(path, link.layer.status, mode)
+            mode = old.layer.mode
+        set_owner_and_mode(path, old.layer.status, mode)
         if seal:
-            take_over(path + SEAL_SUFFIX, link.layer.status, mode & 0o666)
+            set_owner_and_mode(path + SEAL_SUFFIX, old.layer.status, mode & 0o666)
         return NewSnapshot(
-            tag=link.tag,
-            parent=link.snapshot.parent,
+            tag=old.tag,
+            parent=old.record.parent,
             done=done,
-            size=link.layer.size,
-            data_before=link.layer.extents.data_bytes,
+            size=old.layer.size,
+            data_before=old.layer.extents.data_bytes,
             data_bytes=data,
         )
 
     def _copy_companions(self, source: int, snapshot: Snapshot, folder: str) -> None:
         hidden = self._catalog.hidden | {f"{snapshot.tag}/{DOCUMENT}"}
-        copy_folder(source, snapshot.tag, folder, Kept(hidden, self._catalog.layer_files))
+        copy_folder(source, snapshot.tag, folder, Excluded(hidden, self._catalog.layer_files))
         for name, path in snapshot.files.items():
-            if path != f"{snapshot.tag}/{name}":  # it lies in another directory
+            if path != f"{snapshot.tag}/{name}":  # in another directory
                 copy_file(self._root, path, os.path.join(folder, name))
 
     def _write_document(self, source: int, snapshot: Snapshot, folder: str) -> None:
         place = os.path.join(self._directory.final, snapshot.tag)
         path = f"{snapshot.tag}/{DOCUMENT}"
         text, status = read_with_status(self._root, path, MAX_DOCUMENT)
-        mode = _mode_there(source, path, status)
+        mode = _checked_mode(source, path, status)
         read = snapshot.document_status
         if read is None or FileKey.of(status) != FileKey.of(read):
             raise LayerChangedError(f"{path}: changed since its directory was read; try again")
@@ -224,12 +224,12 @@ class StoreWriter:
             file.write(json.dumps(document, indent=2).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        take_over(path, status, mode)
+        set_owner_and_mode(path, status, mode)
 
 
-def _mode_there(folder: int, path: str, status: os.stat_result) -> int:
-    # The mode for a copy of the file of `status`. Raises LayerChangedError unless that lies in the
-    # directory, by its name.
+def _checked_mode(folder: int, path: str, status: os.stat_result) -> int:
+    # The mode for a copy of the file `path`. Raises LayerChangedError if the entry of its name in
+    # `folder` is not the file of `status`.
     name = os.path.basename(path)
     with suppress(FileNotFoundError):
         handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
@@ -238,7 +238,7 @@ def _mode_there(folder: int, path: str, status: os.stat_result) -> int:
                 return copied_bits(f"/proc/self/fd/{handle}", status.st_mode)
         finally:
             os.close(handle)
-    raise LayerChangedError(f"{path}: another file stands there by now; try again")
+    raise LayerChangedError(f"{path}: was replaced meanwhile; try again")
 
 
 def _copy_diff(

@@ -16,10 +16,10 @@ from diffmergefs.writing.newdiff import NewDiff, WrittenDiff
 
 @dataclass(frozen=True)
 class RediffResult:
-    """What `rediff` wrote, and what it took.
+    """What `rediff` wrote.
 
-    `changed_pages` of `page_size` bytes differ between parent and child, and are the `written`
-    diff's data. `compared_bytes` of each had to be looked at.
+    `changed_pages` of `page_size` bytes differ between parent and child, and are the data of the
+    `written` diff. `compared_bytes` of each image had to be compared.
     """
 
     page_size: int
@@ -29,7 +29,7 @@ class RediffResult:
 
     @property
     def ratio(self) -> float:
-        """The diff's data as a part of the image, 0 to 1."""
+        """The diff's data as a fraction of the image, 0 to 1."""
         return self.written.data_bytes / self.written.size
 
 
@@ -47,13 +47,12 @@ def rediff(
 ) -> RediffResult:
     """Write the diff that turns `parent` into `child`: the pages that differ, and holes elsewhere.
 
-    The pages are those of `policy.page_size`. One that became zero is written as zeros, and that
-    it is data in the file is proven before the file gets its name (see `newdiff.NewDiff`, also for
-    `force`, `seal` and the mode). Laid over `parent` it gives `child`, byte for byte; with `verify`
-    that is compared first, in whole. The two must have one size. What is read is what `compare`
-    reads, and the changed pages. `jobs` processes share the comparison. `progress` is given
-    `compare.bytes_to_compare` in all. No input is written; each of their
-    layers is compared with its fingerprint at the end (law 6). Blocks.
+    Pages have `policy.page_size`. A page that became zero is written as zeros, and before the file
+    gets its name it is proven to be data (see `newdiff.NewDiff`, also for `force`, `seal` and the
+    mode). The diff over `parent` gives `child`, byte for byte; `verify` compares all of it first.
+    Both must have one size. This reads what `compare` reads, and the changed pages. `jobs`
+    processes share the comparison. `progress` is given `compare.bytes_to_compare` in all. No input
+    is written; each of their layers is compared with its fingerprint at the end (law 6). Blocks.
 
     Raises SizeMismatchError, OutputRefusedError (the output exists without `force`, or is a layer
     of either), UntrustedExtentsError (no diff can be trusted where the output is), NoSpaceError,

@@ -1,4 +1,4 @@
-"""Making seals, and taking them away from files that are written."""
+"""Writing seals, and removing those of files that are written."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class SealResult:
     """What `seal_layer` did: the seal at `path` was 'written', 'rewritten' or is 'unchanged'.
 
     It has `ranges` of `data_bytes` bytes in all, in units of `block` bytes. `overridden` has a line
-    for each check that failed and that the policy overrode, `hints` for what may be wrong with
-    the layer though nothing proves it.
+    for each failed check that the policy overrode, `hints` for what may be wrong with the layer
+    without proof.
     """
 
     path: str
@@ -58,13 +58,14 @@ def seal_layer(
 ) -> SealResult:
     """Write the seal of a layer whose extents are known to be right: `FILE.bmap` beside it.
 
-    First the layer is held to law 4 as a diff, whatever it is, and to having no writer; one without
-    a hole needs `policy.dense`. With the open layers below it, base first, as `parents`, its pages
-    are held against theirs too, and their order is checked (`images.warn_of_order`).
-    With a presence file beside it, that one's extents are sealed. The seal is written atomically,
-    with the layer's mode and, by root, its owner. One that is there is replaced if it has the same
-    extents and its checksums are right; if it says anything else, only with `force`: it may be the
-    only record of a diff that a copy has harmed. The layer is synced and read, never written.
+    First the layer must pass the checks of law 4 as a diff, even if it is a base, and have no
+    writer; one without a hole needs `policy.dense`. With the open layers below it, base first, as
+    `parents`, its pages are also compared with theirs, and the order is checked (see
+    `diffmergefs.opening.explicit`). If it has a presence file, that one's extents are sealed. The
+    seal is written atomically, with the layer's mode and, as root, its owner. An existing seal is
+    replaced if it has the same extents and its checksums are right; otherwise only with `force`: it
+    may be the only record of a diff that a copy has damaged. The layer is synced and read, never
+    written. `progress` is given the layer's data bytes in all.
 
     Raises UntrustedExtentsError, DenseDiffError, WriterError, SealError (another seal is there),
     SizeMismatchError, LayerChangedError, NoSpaceError, and FileAccessError for every other failure
@@ -78,37 +79,36 @@ def seal_layer(
         overridden = _require_known(layer, policy)
         below = Parents(parents) if parents else None
         hinted = _require_exact(below, layer, policy, overridden)
-        known = None if force else _known(layer)
+        existing = None if force else _existing_seal(layer)
         made = _map_of(layer, layer.extents, policy.page_size, progress)
         document = bmap.dump(made)
-        where = _place(layer.path)
+        where = _seal_path(layer.path)
         outcome = "rewritten" if os.path.lexists(where) else "written"
-        if known is not None and _is_same(known, document):
+        if existing is not None and bmap.dump(existing.map) == document:
             outcome = "unchanged"
         else:
-            _publish(where, document, layer, force=force or known is not None)
+            _publish(where, document, layer, force=force or existing is not None)
     data = sum(made.stops) - sum(made.starts)
     numbers = len(made), data, made.block
     return SealResult(where, outcome, *numbers, tuple(overridden), tuple(map(str, hinted)))
 
 
 def write_seal(path: str, extents: ExtentList, page_size: int = PAGE) -> None:
-    """Seal a file that was just written with data in just these extents, in place of any seal.
+    """Seal a file that was just written with data in exactly these extents; replace any seal.
 
-    A presence file beside it is taken away. What lies outside them must read as zeros. Raises
+    A presence file beside it is removed. Everything outside the extents must read as zeros. Raises
     LayerChangedError, NoSpaceError and FileAccessError.
     """
     with closing(Layer.open(path)) as layer, failures(path):
         made = _map_of(layer, extents, page_size)
-        _publish(_place(path), bmap.dump(made), layer, force=True)
+        _publish(_seal_path(path), bmap.dump(made), layer, force=True)
     _remove(path, PRESENCE_SUFFIX)
 
 
 def remove_seal(path: str) -> None:
-    """Take the seal of a file away that is about to be written, or was, and make that last.
+    """Remove the seal and the presence file, if any, of a file that is or will be overwritten.
 
-    Its presence file too, which would be as false. Nothing is done where there is none. Raises
-    FileAccessError.
+    The removal is synced. Raises FileAccessError.
     """
     _remove(path, SEAL_SUFFIX)
     _remove(path, PRESENCE_SUFFIX)
@@ -134,7 +134,7 @@ def _require_known(layer: Layer, policy: TrustPolicy) -> list[str]:
     if dense and not policy.dense:
         raise DenseDiffError(
             f"{layer.path}: no hole in {layer.size} bytes: a diff whose holes a copy has filled"
-            " looks like that; if it is a base or another complete image, say so with --dense"
+            " looks like that; if it is a base or another complete image, use --dense"
         )
     return overridden
 
@@ -152,28 +152,25 @@ def _require_exact(
     return hints(parents, layer, policy, verdicts)
 
 
-def _known(layer: Layer) -> seal.StoredSeal | None:
-    # The seal that is there, if it says what is found now: anything else may be worth more.
-    way_out = "; replace it with --force only if you know that the layer's holes are right now"
+def _existing_seal(layer: Layer) -> seal.StoredSeal | None:
+    # The existing seal, if it records what is found now. Any other may be worth more than a new
+    # one.
+    remedy = "; replace it with --force only if you know that the layer's holes are right now"
     try:
         found = seal.find(layer.path)
         if found is None:
             return None
         seal.compare(layer, found)
     except SealError as error:
-        raise SealError(f"{error}{way_out}") from error
+        raise SealError(f"{error}{remedy}") from error
     if found.map.extents() != layer.extents:
         raise SealError(
             f"{found.path}: a seal whose checksums are right, but with {len(found.map.extents())}"
             f" extents of {found.map.extents().data_bytes} bytes, while the filesystem reports"
-            f" {len(layer.extents)} of {layer.extents.data_bytes}: a copy may have harmed them, so"
-            f" the seal is kept, and stays in force{way_out}"
+            f" {len(layer.extents)} of {layer.extents.data_bytes}: a copy may have damaged them, so"
+            f" the seal is kept, and stays in force{remedy}"
         )
     return found
-
-
-def _is_same(known: seal.StoredSeal, document: bytes) -> bool:
-    return bmap.dump(known.map) == document
 
 
 def _map_of(
@@ -190,7 +187,7 @@ def _map_of(
 
 
 def _block(size: int, extents: ExtentList, page: int) -> int:
-    # The guest's page, or the largest power of two below it on which all extents begin and end.
+    # The largest power of two, at most the guest's page, that divides all borders of extents.
     for border in _borders(size, extents):
         while border % page:
             page //= 2
@@ -202,7 +199,7 @@ def _borders(size: int, extents: ExtentList) -> Iterator[int]:
     yield from (stop for stop in extents.stops if stop != size)
 
 
-def _place(path: str) -> str:
+def _seal_path(path: str) -> str:
     beside = path + SEAL_SUFFIX
     if not os.path.islink(path) or os.path.lexists(beside):
         return beside

@@ -18,7 +18,7 @@ from diffmergefs.writing.newdiff import NewDiff, WrittenDiff
 class SquashResult:
     """What `squash` wrote: the diffs `first` to `last` of a chain (0 is the base) as one.
 
-    `shadowed_bytes` of them were hidden by newer ones among them, and are not in it.
+    `shadowed_bytes` of their data were hidden by newer ones among them, and were left out.
     """
 
     first: int
@@ -41,12 +41,12 @@ def squash(
 ) -> SquashResult:
     """Write the diffs `first` to `last` of the view's chain, both included, as one diff.
 
-    They are layer numbers; 0 is the base, which is not read, and by default all diffs are taken.
-    In their place the new diff gives the same image, byte for byte; with `verify` that is compared
-    before the file gets its name. Where one of them has data, zeros too, there are data, and
-    elsewhere holes, which is proven (see `newdiff.NewDiff`, also for `force`, `seal`, the mode and
-    what is raised). `progress` is given `count_data` bytes in all.
-    Raises ValueError for numbers that are not those of diffs, in this order.
+    These are layer numbers, by default all diffs; 0 is the base, which is not read. In their place
+    the new diff gives the same image, byte for byte; `verify` compares that before the file gets
+    its name. The new diff has data where one of them has, including zeros, and holes elsewhere,
+    which is proven (see `newdiff.NewDiff`, also for `force`, `seal`, the mode and what is raised).
+    `progress` is given `count_data` bytes in all. Raises ValueError for numbers that are not those
+    of diffs, or not in this order.
     """
     last = len(view.layers) - 1 if last is None else last
     if not 1 <= first <= last < len(view.layers):
@@ -62,7 +62,7 @@ def squash(
             chain = [*view.layers[:first], layer, *view.layers[last + 1 :]]
             require_equal(MergedView(chain), view, layer.path)
 
-    # No layer of the whole chain may be replaced by it, also not one that is not squashed.
+    # The output may replace no layer of the whole chain, not even one that is not squashed.
     with NewDiff(output, diffs, view.layers, policy=policy, force=force) as diff:
         diff.put(extents, progress)
         written = diff.publish(seal=seal, check=check)
@@ -71,7 +71,7 @@ def squash(
 
 
 def count_data(view: MergedView, first: int, last: int) -> int:
-    """How many bytes of data the diffs `first` to `last` have as one."""
+    """How many bytes of data the diffs `first` to `last` have when merged."""
     return _data_of(MergedView(view.layers[first : last + 1])).data_bytes
 
 

@@ -49,7 +49,7 @@ def test_swapped_files_leave_the_diff_and_its_seal(diff: Path, public_path: Path
     seal = Path(seal_layer(diff).path)
     text = refusal(whole, diff)
     assert text.startswith(f"{diff}: not overwritten: ")
-    assert f"{whole} covers {PAGE} of its {PAGE} bytes of data: is it the other way round?" in text
+    assert f"{whole} covers {PAGE} of its {PAGE} bytes of data: are the two swapped?" in text
     assert text.endswith("--force=sealed,order")
     assert seal.exists()
 

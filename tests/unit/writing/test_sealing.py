@@ -84,7 +84,7 @@ def test_a_symlinks_seal_is_beside_its_file(diff: Path, tmp_path: Path) -> None:
 
 def test_a_layer_without_a_hole_must_be_meant(diff: Path) -> None:
     fill(diff)
-    with pytest.raises(DenseDiffError, match="say so with --dense"):
+    with pytest.raises(DenseDiffError, match="use --dense"):
         seal_layer(diff)
     assert not os.path.exists(f"{diff}.bmap")
     assert seal_layer(diff, policy=DENSE).data_bytes == SIZE

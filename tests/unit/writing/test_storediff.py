@@ -348,7 +348,7 @@ def test_an_output_that_exists_is_refused(store: Path, public_path: Path) -> Non
 
 def test_an_output_that_no_document_can_name_is_refused(store: Path, public_path: Path) -> None:
     name = os.fsdecode(os.fsencode(public_path) + b"/\xff")
-    with StoreRediff(store) as opened, pytest.raises(OutputRefusedError, match="is no UTF-8"):
+    with StoreRediff(store) as opened, pytest.raises(OutputRefusedError, match="not valid UTF-8"):
         opened.write(name)
     assert sorted(os.listdir(public_path)) == ["store"]
 
