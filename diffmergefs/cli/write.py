@@ -69,8 +69,9 @@ def _reasons(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> frozenset[str]:
     names = frozenset(value.split(",") if value is not None else ())
-    if unknown := ", ".join(sorted(names - set(REASONS))):
-        raise click.BadParameter(f"{unknown!r} is not among {', '.join(REASONS)}")
+    if unknown := names - set(REASONS):
+        named = ", ".join(sorted(unknown))
+        raise click.BadParameter(f"{named!r} is not among {', '.join(REASONS)}")
     return names
 
 
