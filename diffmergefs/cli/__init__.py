@@ -87,21 +87,15 @@ def _repair_process() -> None:
     # never arrive, and while SIGCHLD is ignored, the status of a child is lost. (Ignored signals
     # that end a process stay ignored, as nohup(1) needs it.)
     for fd in range(3):
-        if not _is_open(fd):
+        try:
+            os.fstat(fd)
+        except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     sys.stdout = sys.stdout or _stream(1)
     sys.stderr = sys.stderr or _stream(2)
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
 
 
 def _stream(fd: int) -> TextIO:

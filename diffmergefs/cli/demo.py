@@ -60,10 +60,12 @@ def _run(folder: Path, report: Callable[[str], None]) -> None:
     )
     stored = sum(path.stat().st_blocks * 512 for path in store.iterdir())
     with temporary_mount(view, f"--state-dir={folder / 'state'}", str(store)):
-        report(f"mounted them; {len(os.listdir(view))} snapshots are shown")
+        report(f"mounted them; {len(os.listdir(view))} snapshots are visible")
         merged = view / "numpy" / "002-numpy.mem"
         _require_equal(merged, expected)
-        report(f"read numpy/002-numpy.mem: complete and right, sha256 {_sha256(expected)[:16]}...")
+        report(
+            f"read numpy/002-numpy.mem: complete and correct, sha256 {_sha256(expected)[:16]}..."
+        )
         with open_image(store / "002-numpy.mem").view as opened:
             result = flatten(opened, flat)
         _require_equal(flat, expected)

@@ -203,18 +203,18 @@ _LAYER_OPTIONS = (
 )
 
 
-def vouching_options(command: F) -> F:
-    """What the user vouches for, as one `policy`, for a verb that reads no earlier records."""
+def trust_options_without_records(command: F) -> F:
+    """What the user trusts, as one `policy`, for a verb that does not use earlier records."""
     return with_policy(_all_of(command, _TRUST_OPTIONS))
 
 
 def trust_options(command: F) -> F:
-    """What the user vouches for and where records are kept, as one `policy`."""
+    """What the user trusts, and which records are used, as one `policy`."""
     return with_policy(_all_of(command, (*_TRUST_OPTIONS, *_RECORD_OPTIONS)))
 
 
 def store_options(command: F) -> F:
-    """What the user vouches for in a directory of snapshots, beside `trust_options`."""
+    """What the user trusts in a directory of snapshots, in addition to `trust_options`."""
     return _all_of(command, _STORE_OPTIONS)
 
 

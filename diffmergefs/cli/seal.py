@@ -13,7 +13,7 @@ from diffmergefs.cli.options import (
     json_option,
     layer_options,
     strict_option,
-    vouching_options,
+    trust_options_without_records,
 )
 from diffmergefs.cli.output import (
     print_diagnostic,
@@ -37,7 +37,7 @@ from diffmergefs.writing.sealing import SealResult, seal_layer
     " that seal was their only record.",
 )
 @json_option
-@vouching_options
+@trust_options_without_records
 @strict_option
 def seal(
     layers: tuple[str, ...],

@@ -92,12 +92,12 @@ def _supports_utf8() -> bool:
 
 def _labels(kinds: Kinds, subject: Subject, width: int) -> dict[int, str]:
     # The labels of the rows, from top to bottom.
-    shown = [*kinds.layers, *[ZEROS] * subject.scanned, HOLE]
-    numbers = {kind: kinds.label(kind) for kind in shown}
+    rows = [*kinds.layers, *[ZEROS] * subject.scanned, HOLE]
+    numbers = {kind: kinds.label(kind) for kind in rows}
     indent = max(map(len, numbers.values()))
     room = max(width - indent - 1, 5)
-    names = {kind: shortened(_row_name(kinds, kind, subject), room) for kind in shown}
-    return {kind: f"{numbers[kind]:>{indent}} {names[kind]}" for kind in shown}
+    names = {kind: shortened(_row_name(kinds, kind, subject), room) for kind in rows}
+    return {kind: f"{numbers[kind]:>{indent}} {names[kind]}" for kind in rows}
 
 
 def _row_name(kinds: Kinds, kind: int, subject: Subject) -> str:
