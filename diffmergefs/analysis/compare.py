@@ -1,4 +1,4 @@
-"""`compare`: in which pages two images differ, reading no more than needed to tell."""
+"""`compare`: the pages in which two images differ; reads only what may differ."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffmergefs.core.workers import in_order
 # Two buffers of a block stay in the processor's cache, and one call reads enough.
 _BLOCK = 256 << 10
 _PART = 16 << 10
-# What one result speaks of: progress moves, and processes share the work, in these steps.
+# The bytes per result: the step of progress, and of the work that processes share.
 _WINDOW = 16 << 20
 
 
@@ -28,9 +28,9 @@ class Comparison:
     """Two images of `size` bytes, compared.
 
     `first` is the offset of the first byte that differs, None if they are equal. `ranges` are the
-    pages of `page_size` bytes that hold a difference: they begin on pages, and end on pages or with
-    the image. `compared_bytes` of each image had to be looked at: elsewhere both have a hole, or
-    the same range of the same layer file.
+    pages of `page_size` bytes that differ: they begin on pages, and end on pages or with the image.
+    `compared_bytes` of each image had to be compared: elsewhere both have a hole, or the same range
+    of the same layer file.
     """
 
     size: int
@@ -45,12 +45,12 @@ class Comparison:
 
     @property
     def differing_pages(self) -> int:
-        """How many pages hold a difference; a last one that the image cuts counts as one."""
+        """How many pages differ; an incomplete last page counts as one."""
         return count_pages(self.ranges, self.page_size)
 
 
 class Window(NamedTuple):
-    """What was found in a part of two images: the pages that differ, and the bytes compared."""
+    """The result for a part of two images: the pages that differ, and the bytes compared."""
 
     ranges: ExtentList
     compared_bytes: int
@@ -75,14 +75,14 @@ def compare(
 ) -> Comparison:
     """Compare two open images of one size, byte for byte.
 
-    Nothing is read where both have a hole, or take the range from the same layer file; where one
-    has a hole the other is compared with zeros. `page_size` (a power of two, in bytes) is the unit
+    Nothing is read where both have a hole, or the same range of the same layer file. Where only one
+    has a hole, the other is compared with zeros. `page_size` (a power of two, in bytes) is the unit
     of the result only. `jobs` processes share the work (see `workers.in_order`). `progress` is
-    given `bytes_to_compare` in all. Each layer of both is compared
-    with its fingerprint at the end (law 6); none is written. Blocks.
+    given `bytes_to_compare` in all. Each layer of both is compared with its fingerprint at the end
+    (law 6); none is written. Blocks.
 
     Raises SizeMismatchError, LayerChangedError, FileAccessError where a layer cannot be read, and
-    ValueError for a page size or a number of jobs that makes no sense.
+    ValueError for an impossible page size or number of jobs.
     """
     found: list[ExtentList] = []
     compared = 0
@@ -102,12 +102,12 @@ def windows(
 ) -> Generator[Window, None, None]:
     """The differences of two views, part by part in ascending order; the parts tile the image.
 
-    No page stands in two parts. Fingerprints are not compared: call `check_unchanged` when all
+    No page is in two parts. Fingerprints are not compared: call `check_unchanged` when all
     bytes were read. Close the generator. Raises like `compare`.
     """
     comparing = _Comparing(Pair(a, b), page_size)
     if page_size < 1 or page_size & (page_size - 1):
-        raise ValueError(f"a page of {page_size} bytes, which is no power of two")
+        raise ValueError(f"a page of {page_size} bytes, which is not a power of two")
     step = max(_WINDOW, page_size)
     return in_order(comparing.window, _split(0, a.size, step), jobs)
 
@@ -123,7 +123,7 @@ def check_unchanged(layers: Iterable[Layer]) -> None:
 
 
 class Pair:
-    """Two views side by side; both must have one size. No file is touched."""
+    """Two views of one size, side by side. No file is accessed."""
 
     def __init__(self, a: MergedView, b: MergedView) -> None:
         """Raises SizeMismatchError."""
@@ -135,10 +135,10 @@ class Pair:
         self._files_b = [*(files.setdefault(layer.key, len(files)) for layer in b.layers), None]
 
     def tiles(self, start: int, stop: int) -> Iterator[Tile]:
-        """The ranges of `[start, stop)` that must be read to tell whether the views are equal.
+        """The ranges of `[start, stop)` that must be read to compare the views.
 
-        Left out is where both have a hole, or the same range of the same file: by its device,
-        inode, size and mtime, however often it was opened.
+        Skips ranges where both have a hole, or the same range of the same file: by its device,
+        inode, size and mtime, even if it was opened twice.
         """
         for tile in self._all_tiles(start, stop):
             one = self._files_a[-1 if tile.a is None else tile.a]
@@ -163,14 +163,14 @@ class Pair:
 
 
 def bytes_to_compare(a: MergedView, b: MergedView) -> int:
-    """How many bytes of each view `compare` looks at."""
+    """How many bytes of each view `compare` compares."""
     return sum(tile.stop - tile.start for tile in Pair(a, b).tiles(0, a.size))
 
 
 def require_equal(merged: MergedView, expected: MergedView, path: str, jobs: int = 1) -> None:
     """Raise VerificationError unless `merged` is `expected`, byte for byte.
 
-    `path` is the new file that stands in `merged`, for the message. Raises like `compare` too.
+    `path` is the new file in `merged`, for the message. Also raises what `compare` raises.
     """
     found = compare(merged, expected, jobs=jobs)
     if not found.equal:
@@ -186,7 +186,7 @@ def count_pages(ranges: ExtentList, page_size: int) -> int:
 
 
 class _Comparing:
-    # Compares windows of two views, with the buffers that this takes.
+    # Compares windows of two views; owns the buffers for that.
 
     def __init__(self, pair: Pair, page: int) -> None:
         self._pair, self._page, self._size = pair, page, pair.a.size
@@ -226,9 +226,9 @@ class _Comparing:
 
 
 def _differing(one: bytearray, other: bytearray, offset: int, page: int) -> Iterator[int]:
-    # Where the pages, or what the buffers have of them, begin that differ. A bytearray compares
-    # itself by memcmp with any buffer on its right; a memoryview on the left would compare element
-    # by element, at a third of the speed.
+    # The starts of the pages that differ, or of their parts in the buffers. A bytearray on the left
+    # compares by memcmp with any buffer; a memoryview on the left would compare element by element,
+    # at a third of the speed.
     right = memoryview(other)
     for start, stop in _split(offset, offset + len(one), _PART):
         if one[start - offset : stop - offset] == right[start - offset : stop - offset]:
@@ -239,7 +239,7 @@ def _differing(one: bytearray, other: bytearray, offset: int, page: int) -> Iter
 
 
 def _split(start: int, stop: int, unit: int) -> list[tuple[int, int]]:
-    # The range cut at the multiples of `unit`.
+    # The range, split at multiples of `unit`.
     borders = [start, *range(start - start % unit + unit, stop, unit), stop]
     return list(itertools.pairwise(borders)) if start < stop else []
 
@@ -253,7 +253,7 @@ def _first_difference(a: MergedView, b: MergedView, ranges: ExtentList, page: in
         if one != other:
             pairs = zip(itertools.count(first), one, other, strict=False)
             return next(offset for offset, x, y in pairs if x != y)
-    # A layer that changed meanwhile: the caller's look at the fingerprints says so.
+    # A layer changed meanwhile: the caller finds that when it compares the fingerprints.
     return start
 
 

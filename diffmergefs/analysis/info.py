@@ -1,4 +1,4 @@
-"""`describe`: what an image is made of, in numbers."""
+"""`describe`: the numbers of an image and its layers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from diffmergefs.sidecars.bmap import SEAL_SUFFIX
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One layer of a chain; numbers are bytes, but for `extents`, the count of data extents.
+    """One layer of a chain; numbers are bytes, except `extents`, the count of data extents.
 
-    `visible_bytes` of its `data_bytes` are shown in the view and `shadowed_bytes` are hidden by
+    `visible_bytes` of its `data_bytes` are visible in the view, `shadowed_bytes` are hidden by
     newer layers. `grain` is the unit in which its filesystem reports holes, or its record's.
     `trust` is 'sealed' where its extents are a seal's, 'recorded' where they are a presence file's,
     else 'base' or 'trusted', or 'overridden: ' and the checks of law 4 that failed and were
@@ -38,9 +38,9 @@ class LayerInfo:
 class ChainInfo:
     """An image: `size` bytes, of which `holes` are in no layer, and its layers, base first.
 
-    `segments` counts the ranges that one layer supplies, without holes. `dense` says that
-    the newest layer is a complete image in spite of its parent. `hints` are lines about layers that
-    may be harmed though nothing proves it.
+    `segments` counts the ranges that one layer supplies, without holes. `dense`: the
+    newest layer is a complete image in spite of its parent. `hints` are lines about layers that may
+    be damaged, without proof.
     """
 
     size: int
@@ -51,7 +51,7 @@ class ChainInfo:
     hints: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as nested dictionaries and lists, ready for JSON."""
+        """As nested dictionaries and lists, ready for JSON."""
         layers = [asdict(layer) for layer in self.layers]
         return {**asdict(self), "layers": layers, "hints": list(self.hints)}
 
@@ -68,12 +68,12 @@ def describe(image: Image) -> ChainInfo:
             path=layer.path,
             data_bytes=layer.extents.data_bytes,
             extents=len(layer.extents),
-            visible_bytes=shown,
-            shadowed_bytes=layer.extents.data_bytes - shown,
+            visible_bytes=own_bytes,
+            shadowed_bytes=layer.extents.data_bytes - own_bytes,
             grain=layer.records[0].block if layer.records else grain(layer.fd),
             trust=_trust(layer, image.problems, is_base=number == 0),
         )
-        for number, (layer, shown) in enumerate(zip(view.layers, visible, strict=True))
+        for number, (layer, own_bytes) in enumerate(zip(view.layers, visible, strict=True))
     ]
     segments = sum(segment.layer is not None for segment in view.segments())
     hints = tuple(map(str, image.hints))
@@ -82,10 +82,10 @@ def describe(image: Image) -> ChainInfo:
 
 
 def notices(image: Image) -> list[str]:
-    """What may become of the image's diffs where they lie: a line for each filesystem.
+    """What may damage the image's diffs where they are: a line for each filesystem.
 
-    Of those that a seal or another record keeps right nothing is said. Raises OSError as fstat
-    and fstatfs do.
+    Diffs that a seal or another record protects are not mentioned. Raises OSError as fstat and
+    fstatfs do.
     """
     found: dict[int, str] = {}
     for layer in image.view.layers[1:]:
@@ -93,17 +93,17 @@ def notices(image: Image) -> list[str]:
         if has_holes and not layer.records and is_filled_by_readers(layer.fd):
             found.setdefault(layer.status.st_dev, layer.path)
     return [
-        f"{path}: a diff without a seal on tmpfs: whoever maps it and reads a hole makes that zeros"
-        f" of the diff; diffmergefs seal {path} keeps it right"
+        f"{path}: a diff without a seal on tmpfs: a process that maps it and reads a hole makes the"
+        f" hole zeros of the diff; diffmergefs seal {path} protects it"
         for path in found.values()
     ]
 
 
 def run_lengths(extents: ExtentList, page: int) -> list[int]:
-    """How many of the extents have which length, in pages of `page` bytes, by powers of two.
+    """A histogram of the extents' lengths, in pages of `page` bytes, by powers of two.
 
-    Number `n` counts those of `2**n` up to, but not including, `2**(n+1)` pages; what is shorter
-    than a page is counted as one. The last number is not 0; without extents the list is empty.
+    Item `n` counts those of `2**n` up to, but not including, `2**(n+1)` pages; an extent shorter
+    than a page counts as one page. The last item is not 0; without extents the list is empty.
     """
     counts: list[int] = []
     for start, stop in zip(extents.starts, extents.stops, strict=True):

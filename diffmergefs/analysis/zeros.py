@@ -1,4 +1,4 @@
-"""The entries of a view, and among them those whose written bytes are zeros: one scan."""
+"""Map entries of a view: its segments, and by one scan which written pages are zeros."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from diffmergefs.core.view import MergedView
 
 
 class MapEntry(NamedTuple):
-    """The non-empty byte range `[start, stop)` that one layer supplies, or none (a hole).
+    """The non-empty byte range `[start, stop)` that `layer` supplies, or no layer (None: a hole).
 
-    `zero` says that the bytes are known to be zeros: a hole's are, and a layer's if it was scanned.
+    `zero`: the bytes are known to be zeros, because of a hole or a scan.
     """
 
     start: int
@@ -25,10 +25,7 @@ class MapEntry(NamedTuple):
 
 
 def entries(view: MergedView, start: int, stop: int) -> Iterator[MapEntry]:
-    """The entries of `[start, stop)`, which they tile in order; not a byte is read.
-
-    The range lies within the image.
-    """
+    """The entries of `[start, stop)`, a range of the image, in order. Nothing is read."""
     for segment in view.segments(start, stop - start):
         yield MapEntry(*segment, segment.layer is None)
 
@@ -39,9 +36,9 @@ def scanned_entries(
     """Like `entries`, with written pages of zeros as entries of their own.
 
     Each byte that a layer supplies to the range is read once, holes are not. A page is `page`
-    bytes, a power of two, but 1 MiB at most; the part of one that a layer supplies is judged by
-    itself. Neighbouring entries of one layer that are alike are joined. After each segment its
-    layer is compared with its fingerprint (law 6). Raises LayerChangedError and FileAccessError.
+    bytes, a power of two, but 1 MiB at most; where layers share a page, each part is judged by
+    itself. Neighbours that are alike are joined. After each segment its layer is compared with its
+    fingerprint (law 6). Raises LayerChangedError and FileAccessError.
     """
     for begin, end, number in view.segments(start, stop - start):
         if number is None:
@@ -58,8 +55,8 @@ def scanned_entries(
 def _judged(
     layer: Layer, start: int, stop: int, page: int, progress: Progress
 ) -> Iterator[tuple[int, int, bool]]:
-    # In blocks that begin and end on pages, but for the segment's own ends. `startswith` compares
-    # without a copy, and stops at the first byte that differs.
+    # In blocks with borders on pages, except for the segment's own. `startswith` compares without a
+    # copy, and stops at the first byte that differs.
     buffer = bytearray(min(BLOCK, stop - start))
     zeros = bytes(len(buffer))
     position = start

@@ -1,4 +1,4 @@
-"""A figure measured in pixels from its top left corner, and what is written and painted on it."""
+"""A figure measured in pixels from its top left corner: text, boxes and an image on it."""
 
 from __future__ import annotations
 
@@ -35,11 +35,10 @@ _MONO = "monospace"
 
 @contextmanager
 def own_style() -> Iterator[None]:
-    """Within it matplotlib's defaults count, not what its user has configured.
+    """Use matplotlib's defaults inside, not the configuration of its user.
 
-    Text in an SVG stays text, so that an address or a name in it can be searched, selected and
-    read aloud; each text has its own anchor, so another font moves nothing. The same
-    picture is the same file.
+    Text in an SVG stays text, so you can search and select it, and screen readers can read it. Each
+    text has its own anchor, so another font moves nothing. Equal pictures are equal files.
     """
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -60,18 +59,18 @@ class Canvas:
         self,
         x: float,
         y: float,
-        words: str,
+        content: str,
         size: float = 15,
         *,
         mono: bool = False,
         **looks: Any,
     ) -> None:
-        """Write on the line whose foot is at `y`; `ha="right"` lets it end at `x`."""
+        """Write `content` with its baseline at `y`, from `x` on; with `ha="right"` up to `x`."""
         family = _MONO if mono else _SANS
         self.figure.text(
             x,
             self.height - y,
-            _in_font(words, family),
+            _in_font(content, family),
             transform=IdentityTransform(),
             family=family,
             fontsize=size,
@@ -80,15 +79,15 @@ class Canvas:
         )
 
     def box(self, x: float, y: float, width: float, height: float, **looks: Any) -> None:
-        """A rectangle; `looks` are those of a matplotlib patch."""
+        """Draw a rectangle; `looks` are options of a matplotlib patch."""
         corner = (x, self.height - y - height)
         patch = Rectangle(corner, width, height, transform=IdentityTransform(), **looks)
         self.figure.add_artist(patch)
 
     def paint(self, x: int, y: int, pixels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> None:
-        """Place an image, pixel by pixel: `pixels` are numbers of `palette`.
+        """Place the one image, pixel by pixel: `pixels` are indices of `palette`.
 
-        That has at most 256 rows of red-green-blue. There can be one image.
+        The palette has at most 256 rows of red, green and blue.
         """
         assert not self._raster
         height, width = pixels.shape
@@ -104,13 +103,13 @@ class Canvas:
         return self._saved("png", {"Title": self._title})
 
     def svg(self) -> bytes:
-        """The picture as an SVG file: text as text, and the image in it as one lossless PNG.
+        """The picture as an SVG file, with text as text and the image as one lossless PNG.
 
-        That PNG has a byte a pixel at most, compressed, whatever the image shows.
+        That PNG has at most one byte per pixel before compression, whatever the image is.
         """
         text = self._saved("svg", {"Title": self._title, "Date": None}).decode()
         if self._raster:
-            # Matplotlib's own is upside down, and of 4 bytes a pixel before it is compressed.
+            # Matplotlib's own image is upside down, and has 4 bytes per pixel before compression.
             text, count = _IMAGE.subn(lambda _: self._raster, text)
             assert count == 1
         return text.encode()
@@ -122,7 +121,7 @@ class Canvas:
 
 
 class Picture:
-    """What is drawn on a canvas, `_canvas`, in `own_style`; and as a file."""
+    """A drawing on `_canvas` in `own_style`, as PNG and SVG."""
 
     _canvas: Canvas
 
@@ -145,22 +144,22 @@ def _indexed_png(pixels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> bytes
     return stream.getvalue()
 
 
-def fitting(words: str, width: float, size: float) -> str:
-    """The words in the usual letters, with '..' in the middle if they take more than `width`."""
+def fitting(text: str, width: float, size: float) -> str:
+    """The text in the sans-serif font, with '..' in the middle if it is wider than `width`."""
     font = get_font(findfont(FontProperties(family=[_SANS])))
     font.set_size(size, _DPI)
 
     def fits(length: int) -> bool:
-        font.set_text(shortened(words, length))
+        font.set_text(shortened(text, length))
         return bool(font.get_width_height()[0] / 64 <= width)
 
-    length = bisect.bisect(range(5, len(words) + 1), False, key=lambda n: not fits(n))
-    return shortened(words, max(length + 4, 5))
+    length = bisect.bisect(range(5, len(text) + 1), False, key=lambda n: not fits(n))
+    return shortened(text, max(length + 4, 5))
 
 
-def _in_font(words: str, family: str) -> str:
-    # What the font lacks would be drawn as boxes that all look alike.
+def _in_font(text: str, family: str) -> str:
+    # Characters that the font lacks would be drawn as identical boxes.
     known = get_font(findfont(FontProperties(family=[family]))).get_charmap()
     return "".join(
-        c if ord(c) in known else c.encode("ascii", "backslashreplace").decode() for c in words
+        c if ord(c) in known else c.encode("ascii", "backslashreplace").decode() for c in text
     )

@@ -1,7 +1,7 @@
-"""A range of an image cut into equal cells, and what each kind of content has in each.
+"""A range of an image cut into equal cells, and how much each kind of content has in each.
 
-Numbers only: no file is opened and nothing is drawn. A *kind* is a small number that the caller
-gives to each range of the range (a hole, a layer, a group of layers); the higher one lies on top.
+Only numbers: nothing is opened or drawn. A *kind* is a small number that the caller gives to each
+part of the range (a hole, a layer, a group of layers); higher kinds lie on top.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ MAX_ORDER = 10
 
 
 class Grid(NamedTuple):
-    """The bytes `[start, stop)` cut into cells of `cell` bytes, the first of which is at `origin`.
+    """The bytes `[start, stop)` cut into cells of `cell` bytes; the first cell begins at `origin`.
 
-    `origin` is `start` rounded down to a page, so that a cell holds whole pages; the first and the
+    `origin` is `start` rounded down to a page, so that cells hold whole pages. The first and the
     last cell may hold less than `cell` bytes of the range.
     """
 
@@ -28,26 +28,26 @@ class Grid(NamedTuple):
 
     @property
     def cells(self) -> int:
-        """The number of cells; each of them has at least one byte of the range."""
+        """The number of cells; each has at least one byte of the range."""
         return -(-(self.stop - self.origin) // self.cell)
 
     def bytes_in(self, number: int) -> int:
-        """How many bytes of the range cell `number` holds."""
+        """How many bytes of the range are in cell `number`."""
         first = self.origin + number * self.cell
         return min(first + self.cell, self.stop) - max(first, self.start)
 
 
 def row_grid(start: int, stop: int, page: int, columns: int) -> Grid:
-    """A grid of at most `columns` cells, each of as few whole pages as that allows."""
+    """A grid of at most `columns` cells, each with as few whole pages as possible."""
     origin, pages = _in_pages(start, stop, page)
     return Grid(origin, start, stop, -(-pages // columns) * page)
 
 
 def square_grid(start: int, stop: int, page: int) -> tuple[int, Grid]:
-    """The order of a square of `2**order` cells a side, and the grid of which it has room for all.
+    """The order of a square of `2**order` cells a side, and a grid whose cells fit in it.
 
-    The order is the smallest with at most one page a cell, and 10 (1024 x 1024 cells) at most;
-    beyond that a cell holds as few whole pages as are needed.
+    The order is the smallest with at most one page per cell, up to 10 (1024 x 1024 cells). For more
+    pages, each cell has as few whole pages as possible.
     """
     origin, pages = _in_pages(start, stop, page)
     order = min((pages - 1).bit_length() + 1 >> 1, MAX_ORDER)
@@ -62,7 +62,7 @@ def _in_pages(start: int, stop: int, page: int) -> tuple[int, int]:
 
 
 class Run(NamedTuple):
-    """Cells `[first, last)`, each of which has `nbytes` of one kind from one range."""
+    """Cells `[first, last)`, each with `nbytes` of one kind from one range."""
 
     first: int
     last: int
@@ -71,9 +71,9 @@ class Run(NamedTuple):
 
 
 def runs(ranges: Iterable[tuple[int, int, int]], grid: Grid) -> Iterator[Run]:
-    """The ranges `(start, stop, kind)`, which lie in the grid's range, cut at the cells' borders.
+    """The ranges `(start, stop, kind)` inside the grid, cut at the borders of cells.
 
-    Neighbouring cells that a range fills are one run, so the cost is that of the ranges.
+    Neighbouring cells that a range fills are one run, so the cost depends on the ranges alone.
     """
     for start, stop, kind in ranges:
         first, last = (start - grid.origin) // grid.cell, (stop - 1 - grid.origin) // grid.cell
@@ -90,7 +90,7 @@ def runs(ranges: Iterable[tuple[int, int, int]], grid: Grid) -> Iterator[Run]:
 def bytes_by_kind(
     ranges: Iterable[tuple[int, int, int]], grid: Grid, kinds: int
 ) -> list[array[int]]:
-    """For each of the kinds `0 ... kinds - 1` how many bytes it has in each cell."""
+    """For each kind `0 ... kinds - 1`, its bytes in each cell."""
     rows = [array("Q", bytes(8 * grid.cells)) for _ in range(kinds)]
     for first, last, kind, nbytes in runs(ranges, grid):
         row = rows[kind]
@@ -100,9 +100,9 @@ def bytes_by_kind(
 
 
 class Tops(NamedTuple):
-    """For each cell the highest kind in it and how many bytes that has there.
+    """For each cell its highest kind, and the bytes of that kind there.
 
-    `totals` are the bytes that each kind has in the whole range.
+    `totals` has the bytes of each kind in the whole range.
     """
 
     kinds: array[int]
@@ -111,7 +111,7 @@ class Tops(NamedTuple):
 
 
 def tops(ranges: Iterable[tuple[int, int, int]], grid: Grid, kinds: int) -> Tops:
-    """The `Tops` of ranges that tile the grid's range, of at most 256 kinds."""
+    """The `Tops` of ranges that tile the grid, with at most 256 kinds."""
     found = Tops(array("B", bytes(grid.cells)), array("Q", bytes(8 * grid.cells)), [0] * kinds)
     for first, last, kind, nbytes in runs(ranges, grid):
         found.totals[kind] += (last - first) * nbytes
@@ -131,10 +131,9 @@ def _raise_cell(found: Tops, number: int, kind: int, nbytes: int) -> None:
 
 
 def level(part: int, whole: int, unit: int, levels: int) -> int:
-    """How strongly `part` of `whole` bytes is drawn, on a logarithmic scale: 0 to `levels`.
+    """The strength of `part` of `whole` bytes on a logarithmic scale, 0 to `levels` (at least 2).
 
-    0 is nothing at all and `levels` is the whole, and nothing else is either; 1 is one `unit` (a
-    page) or less. Requires `levels` of 2 at least.
+    Only nothing is 0, and only the whole is `levels`; up to one `unit` (a page) is 1.
     """
     if part <= 0:
         return 0

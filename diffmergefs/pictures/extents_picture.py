@@ -1,4 +1,4 @@
-"""The extents of an image's layers as a picture: how many each has, and how long they are."""
+"""A picture of the extents of an image's layers: their numbers and lengths."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _BIN = 72
 
 
 class ExtentsPicture(Picture):
-    """Two histograms side by side, with a row for each layer (or group, if there are more than 12).
+    """Two histograms side by side, with a row per layer (or per group, for more than 12 layers).
 
-    Left how many data extents it has, right how many of which length. `lengths` are `run_lengths`
-    of each layer, base first, for pages of `page` bytes, and `names` what they are called. Bars are
-    logarithmic, and each has its number beside it; none that stands for an extent is empty.
+    Left is the number of data extents, right how many have which length. `lengths` are the
+    `run_lengths` of each layer, base first, for pages of `page` bytes, and `names` the layers'
+    names. Bars are logarithmic, with their numbers; a single extent has a visible bar.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class ExtentsPicture(Picture):
         for row, kind in enumerate(self._kinds.layers):
             self._draw_row(row, kind, colours[kind], names)
         self._draw_axis()
-        for line, words in enumerate(textwrap.wrap(self._kinds.note(), 90)):
-            canvas.text(_LEFT, self._bottom + 70 + 20 * line, words, 14, color=FAINT)
+        for line, text in enumerate(textwrap.wrap(self._kinds.note(), 90)):
+            canvas.text(_LEFT, self._bottom + 70 + 20 * line, text, 14, color=FAINT)
 
     def _draw_row(self, row: int, kind: int, colour: str, names: Sequence[str]) -> None:
         canvas, foot = self._canvas, _TOP + (row + 1) * _ROW
@@ -87,10 +87,10 @@ class ExtentsPicture(Picture):
     def _draw_axis(self) -> None:
         for power in range(self._bins):
             x = self._right + (power + 0.5) * _BIN
-            words = size_text(self._page << power)
-            self._canvas.text(x, self._bottom + 20, words, 13, ha="center", color=FAINT)
-        words = "each column: from this length up to the next one's"
-        self._canvas.text(self._right, self._bottom + 42, words, 13, color=FAINT)
+            label = size_text(self._page << power)
+            self._canvas.text(x, self._bottom + 20, label, 13, ha="center", color=FAINT)
+        label = "each column: from this length up to the next one's"
+        self._canvas.text(self._right, self._bottom + 42, label, 13, color=FAINT)
 
 
 def _share(count: int, most: int) -> float:

@@ -1,4 +1,4 @@
-"""What a map tells apart (holes, written zeros, layers or groups of them), and how it is called."""
+"""The kinds of content of a map (holes, written zeros, layers or groups), and their names."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass(frozen=True)
 class Subject:
-    """What a map shows: `[start, stop)` of an image of `size` bytes, in pages of `page` bytes.
+    """The subject of a map: `[start, stop)` of an image of `size` bytes, in pages of `page` bytes.
 
-    `names` are what its layers are called, base first, and `title` is what the image is. Both are
-    printed as they are. `scanned` says that written zeros were looked for.
+    `names` are those of its layers, base first, and `title` is that of the image; both are printed
+    as they are. `scanned` means that the data were scanned for written zeros.
     """
 
     title: str
@@ -50,27 +50,27 @@ class Kinds:
 
     @property
     def grouped(self) -> bool:
-        """Whether any kind stands for more than one layer."""
+        """Whether any kind represents more than one layer."""
         return len(self.groups) < len(self._of_layer)
 
     def of(self, layer: int | None, zero: bool) -> int:
-        """The kind of bytes that `layer` supplies (None: a hole); `zero`: they are all zeros."""
+        """The kind of bytes that `layer` supplies (None: a hole); `zero`: all are zeros."""
         if layer is None:
             return HOLE
         return ZEROS if zero else self._of_layer[layer]
 
     def group(self, kind: int) -> range:
-        """The layers that it stands for."""
+        """The layers that a kind represents."""
         return self.groups[kind - BASE] if kind >= BASE else range(0)
 
     def label(self, kind: int) -> str:
-        """The numbers of its layers, '3' or '4-7'; '-' if it is none of a layer."""
+        """The numbers of a kind's layers, '3' or '4-7'; '-' for holes and zeros."""
         if not (group := self.group(kind)):
             return "-"
         return str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}"
 
     def name(self, kind: int, names: Sequence[str]) -> str:
-        """What it is called; `names` are those of the layers."""
+        """The name of a kind; `names` are those of the layers."""
         if not (group := self.group(kind)):
             return ("zero by hole", "written zeros")[kind]
         if len(group) == 1:
@@ -78,7 +78,7 @@ class Kinds:
         return f"{names[group[0]]} .. {names[group[-1]]}"
 
     def note(self) -> str:
-        """A line that says that layers are grouped; empty if none are."""
+        """A note that layers are grouped; empty if they are not."""
         if not self.grouped:
             return ""
         return (
@@ -99,10 +99,10 @@ def _groups(layers: int) -> list[range]:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """What tells the paths apart: without the directories, file name or suffix common to all.
+    """The distinguishing parts of paths: without the directories, file name or suffix of all.
 
     `/s/base/memory.bin` and `/s/work/memory.bin` are 'base' and 'work', `/s/0-base.mem` and
-    `/s/1-work.mem` are '0-base' and '1-work'. One path alone is called by its file name.
+    `/s/1-work.mem` are '0-base' and '1-work'. One path alone becomes its file name.
     """
     split = [path.split("/") for path in paths]
     if len(set(paths)) == 1:
@@ -128,7 +128,7 @@ def shortened(name: str, length: int) -> str:
 
 
 def percent(part: int, whole: int) -> str:
-    """`part` of `whole` in percent; neither 0.00 nor 100.00 unless it is nothing or everything."""
+    """`part` of `whole` in percent; 0.00 only for nothing, and 100.00 only for everything."""
     text = f"{100 * part / whole:.2f}"
     if part and text == "0.00":
         return "<0.01 %"
@@ -136,7 +136,7 @@ def percent(part: int, whole: int) -> str:
 
 
 def size_text(nbytes: int) -> str:
-    """A number of bytes in the largest binary unit of which there is one; two decimals at most."""
+    """A number of bytes in the largest binary unit that is not above it; at most two decimals."""
     power = min(max(nbytes.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
     number = f"{nbytes / 1024**power:.2f}".rstrip("0").rstrip(".")
     return f"{number} {_UNITS[power]}"

@@ -1,4 +1,4 @@
-"""A map of an image as a picture: its cells along a curve, and in words what they show."""
+"""A map of an image as a picture: its cells along a curve, and a legend."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _LEGEND = 540
 
 
 class MapPicture(Picture):
-    """The map of one subject; `png` and `svg` give it as a file.
+    """The map of one subject.
 
-    The square has `2**order` cells a side, numbered from the start of the range on along a Hilbert
-    curve (`raster.hilbert`) or row by row; `pixel` says where each is. A cell has the colour of the
-    newest layer in it, and the stronger, the larger that one's share is; written zeros come after
-    all layers, and holes last. Cells beyond the end are hatched. Nothing is drawn over a cell.
+    The square has `2**order` cells a side, numbered from the start of the range along a Hilbert
+    curve (`raster.hilbert`) or row by row; `pixel` has the place of each. A cell has the colour of
+    the newest layer in it, stronger for a larger share; written zeros rank above all layers, and
+    holes last. Cells beyond the end are hatched. Nothing is drawn over a cell.
     """
 
     def __init__(
         self, entries: Iterable[MapEntry], subject: Subject, layout: str = "hilbert"
     ) -> None:
-        """Takes the entries of the range, once and in order; raises what they raise."""
+        """Consumes the entries of the range, in order; raises what they raise."""
         self.subject = subject
         self._along = layout == "hilbert"
         self.kinds = Kinds(len(subject.names))
@@ -95,8 +95,8 @@ class MapPicture(Picture):
         for row in range(0, self._placing.side, max(1, self._placing.side // 16)):
             if (number := int(self._square[row, 0])) < self.grid.cells:
                 x, y = self.pixel(row, 0)
-                words = self._address(number)
-                self._canvas.text(x - 10, y + 11, words, 14, mono=True, ha="right")
+                label = self._address(number)
+                self._canvas.text(x - 10, y + 11, label, 14, mono=True, ha="right")
 
     def _write_parts(self) -> None:
         side = self._placing.side // self._placing.parts
@@ -106,13 +106,13 @@ class MapPicture(Picture):
             if (number := int(part) * side**2) < self.grid.cells:
                 x, y = self.pixel(row * side, column * side)
                 goes_on = number + side**2 < self.grid.cells
-                words = f"{self._address(number)} {_arrow(parts, row, column) if goes_on else ''}"
-                self._canvas.text(x, y - 6, words, 14, mono=True)
+                label = f"{self._address(number)} {_arrow(parts, row, column) if goes_on else ''}"
+                self._canvas.text(x, y - 6, label, 14, mono=True)
 
     def _frame(self, row: int, column: int, side: int) -> None:
         x, y = self.pixel(row, column)
         pixels = side * self._placing.zoom + 1
-        # Just around the cells: not moved to where matplotlib thinks that lines look best.
+        # Exactly around the cells: matplotlib would move the lines to where they look sharpest.
         looks = {"fill": False, "edgecolor": LINE, "linewidth": 1, "snap": False}
         self._canvas.box(x - 0.5, y - 0.5, pixels, pixels, **looks)
 

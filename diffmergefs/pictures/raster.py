@@ -26,10 +26,10 @@ _GUTTER, _HOLE, _BEYOND, _HATCH, _KINDS = range(5)
 
 
 def colours(kinds: Kinds) -> list[str]:
-    """The colour of each kind at full strength: the newer a layer, the darker it is.
+    """The colour of each kind at full strength: the newer a layer, the darker.
 
-    So the order of lightness is that of age, also in grey and for those who see fewer hues; written
-    zeros are lighter than the base, and holes are white.
+    So lightness orders layers by age, also in greyscale and for colour-blind users. Written zeros
+    are lighter than the base, and holes are white.
     """
     diffs = len(kinds.layers) - 1
     scale = matplotlib.colormaps["plasma"].resampled(256)
@@ -38,7 +38,7 @@ def colours(kinds: Kinds) -> list[str]:
 
 
 def palette(kinds: Kinds) -> NDArray[np.uint8]:
-    """The colours of a map, red-green-blue; `strong` and `cell_colours` are numbers of these."""
+    """The colours of a map as rows of red, green and blue; `cell_colours` are indices of it."""
     full = [np.array(to_rgb(colour)) for colour in colours(kinds)]
     found = [np.array(to_rgb(colour)) for colour in (_PAPER, _PAPER, _PAPER, _LINES)]
     for kind in range(ZEROS, len(kinds)):
@@ -49,23 +49,23 @@ def palette(kinds: Kinds) -> NDArray[np.uint8]:
 
 
 def colour_number(kind: int, strength: int) -> int:
-    """The number in the palette of a kind other than a hole, of strength 1 to STRENGTHS."""
+    """The index in the palette of a kind other than holes, of strength 1 to STRENGTHS."""
     return _KINDS + (kind - ZEROS) * STRENGTHS + strength - 1
 
 
 def cell_colours(found: cells.Tops, grid: cells.Grid, page: int) -> NDArray[np.uint8]:
-    """For each cell the number of its colour: the newest layer's, as strong as its share."""
+    """For each cell the index of its colour: the newest layer's, as strong as its share."""
     kinds = np.frombuffer(found.kinds, np.uint8).astype(np.int64)
     drawn = colour_number(0, 0) + kinds * STRENGTHS + _strengths(found.nbytes, grid, page)
     return np.where(kinds == HOLE, _HOLE, drawn).astype(np.uint8)
 
 
 def _strengths(nbytes: array[int], grid: cells.Grid, page: int) -> NDArray[np.int64]:
-    # There are few different numbers of bytes, so that the scale is asked once for each.
+    # Few distinct numbers occur, so the scale is computed once for each.
     found, where = np.unique(np.frombuffer(nbytes, np.uint64), return_inverse=True)
     levels = [cells.level(int(n), grid.cell, page, STRENGTHS) for n in found]
     strengths = np.array(levels, np.int64)[where]
-    for number in {0, grid.cells - 1}:  # they may hold less
+    for number in {0, grid.cells - 1}:  # these may be incomplete
         whole = grid.bytes_in(number)
         strengths[number] = cells.level(nbytes[number], whole, page, STRENGTHS)
     return strengths
@@ -74,8 +74,8 @@ def _strengths(nbytes: array[int], grid: cells.Grid, page: int) -> NDArray[np.in
 def hilbert(order: int) -> NDArray[np.int64]:
     """The numbers `0 ... 4**order - 1` in a square, `[row, column]`, along a Hilbert curve.
 
-    It begins at the top left and ends at the top right, and each number stands beside the next. The
-    numbers of one of the `4**k` parts of the curve fill one of `4**k` equal squares.
+    It begins at the top left and ends at the top right; consecutive numbers are neighbours. Each of
+    the `4**k` parts of the curve fills one of `4**k` equal squares.
     """
     square = np.zeros((1, 1), np.int64)
     for _ in range(order):
@@ -94,10 +94,10 @@ def linear(order: int) -> NDArray[np.int64]:
 
 
 class Placing:
-    """Where the cells of a square of `2**order` a side are in an image of SIDE pixels a side.
+    """The places of a square's cells, `2**order` a side, in an image of SIDE pixels a side.
 
-    With `parted` it is cut into 4 x 4 parts (as many as there are cells, if fewer), GAP pixels
-    apart, each with STRIP pixels above it, so that what is written there hides no cell.
+    With `parted` the square is cut into 4 x 4 parts (or single cells, if there are fewer), GAP
+    pixels apart, each with STRIP pixels above it for a label that hides no cell.
     """
 
     def __init__(self, order: int, *, parted: bool) -> None:
@@ -119,9 +119,9 @@ class Placing:
         return x, self._strip + row * self.zoom + before[1] * (GAP + self._strip)
 
     def image(self, square: NDArray[np.int64], drawn: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The image, as numbers of the palette; `square` has the number of the cell at each place.
+        """The image, as indices of the palette; `square` has the number of the cell at each place.
 
-        `drawn` are the colours of the cells that there are; the others are hatched.
+        `drawn` has the colours of the cells of the grid; the others are hatched.
         """
         numbers = np.full(square.size, _BEYOND, np.uint8)
         numbers[: len(drawn)] = drawn

@@ -261,7 +261,7 @@ def test_info_says_once_a_filesystem_that_readers_can_change_unsealed_diffs_on_t
     store = filesystem("tmpfs")
     write_chain(store, ["base", "work", "leaf"])
     (line,) = diffmergefs("info", "--json", store / "leaf").stderr.splitlines()
-    sentence = "a diff without a seal on tmpfs: whoever maps it and reads a hole makes that zeros"
+    sentence = "a diff without a seal on tmpfs: a process that maps it and reads a hole makes the"
     assert f"work/memory.bin: {sentence}" in line
     with loopfs.overlay(filesystem("tmpfs")) as layers:
         write_chain(layers.merged, ["base", "work"])
