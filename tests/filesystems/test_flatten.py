@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from diffmergefs.core.errors import LayerChangedError, NoSpaceError
 from diffmergefs.core.extents import ExtentList
 from diffmergefs.writing.flatten import FlattenResult, flatten
-from tests.support import mounttable
+from tests.support import mounttable, skips
 from tests.support.calls import first
 from tests.support.images import PAGE, overlay_oracle, signed
 from tests.support.inputs import unchanged
@@ -169,3 +170,29 @@ def test_a_base_that_changed_before_it_was_cloned(filesystem: Callable[[str], Pa
     with open_view(paths) as view, pytest.raises(LayerChangedError, match=r"000\.mem"):
         change(str(paths[0]), "write")
         flatten(view, directory / "out", progress=lambda done: pytest.fail("too late"))
+
+
+@pytest.fixture
+def small_fs(public_path: Path) -> Path:
+    """A tmpfs of 256 KiB."""
+    skips.require_mounts()
+    path = public_path / "small"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
+    subprocess.run(command, check=True)
+    return path
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_full_filesystem(
+    tmp_path: Path, small_fs: Path, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """Also when the space goes away after it was asked for."""
+    paths = write_chain(tmp_path, [pages(0, *range(100))], 100 * PAGE)
+    if not checked:
+        monkeypatch.setattr("diffmergefs.writing.copying.free_bytes", lambda fd: None)
+    with open_view(paths) as view, pytest.raises(NoSpaceError) as caught:
+        flatten(view, small_fs / "out")
+    assert str(caught.value).startswith(f"{small_fs}/out: ")
+    assert str(100 * PAGE) in str(caught.value)
+    assert list(small_fs.iterdir()) == []

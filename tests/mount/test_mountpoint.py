@@ -12,7 +12,7 @@ import pytest
 
 from diffmergefs.core.errors import MountpointError
 from diffmergefs.system.mountpoint import check_mountpoint, mount_entry, unmount
-from tests.support import mounttable
+from tests.support import mounttable, skips
 from tests.support.mounts import mounted
 from tests.support.stores import write_chain
 from tests.support.subjects.mountpoint import REFUSED, root
@@ -89,3 +89,12 @@ def test_a_source_that_is_a_mount_is_no_obstacle(
     (folder / "mnt").mkdir()
     with mounted(store, folder / "mnt"):
         assert os.listdir(folder / "mnt") == ["base"]
+
+
+def test_an_empty_mount_of_another_type_is_a_directory_like_others(root: Path) -> None:
+    skips.require_mounts()
+    point = root / "mnt"
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(point)], check=True, timeout=60)
+    with mounted(root / "store", point):
+        assert sorted(os.listdir(point)) == ["base", "leaf"]
+    assert [entry.fstype for entry in mounttable.at(str(point))] == ["tmpfs"]

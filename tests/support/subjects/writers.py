@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -25,3 +26,10 @@ def path(tmp_path: Path) -> Path:
 def layer(path: Path) -> Iterator[Layer]:
     with closing(Layer.open(str(path))) as opened:
         yield opened
+
+
+@pytest.fixture
+def fd(path: Path) -> Iterator[int]:
+    number = os.open(path, os.O_RDONLY)
+    yield number
+    os.close(number)

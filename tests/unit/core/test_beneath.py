@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 import stat
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,9 @@ import pytest
 from diffmergefs.core import beneath
 from diffmergefs.core.errors import FileAccessError
 from diffmergefs.core.layer import Layer
-from tests.support import skips, users
+from tests.support.subjects.beneath import root, tree
+
+__all__ = ["root", "tree"]
 
 Opener = Callable[[int, str], object]
 OPENERS: list[Opener] = [
@@ -23,31 +23,6 @@ OPENERS: list[Opener] = [
     beneath.open_directory,
     beneath.stat_beneath,
 ]
-
-
-@pytest.fixture
-def tree(public_path: Path) -> Path:
-    """A directory with one of everything; `outside` lies beside it."""
-    root = public_path / "root"
-    (root / "folder" / "inner").mkdir(parents=True)
-    (root / "file").write_bytes(b"in the root")
-    (root / "folder" / "inner" / "deep").write_bytes(b"deep")
-    (public_path / "outside").write_bytes(b"secret")
-    (root / "link").symlink_to("file")
-    (root / "folder_link").symlink_to("folder")
-    (root / "out").symlink_to("..")
-    (root / "dangling").symlink_to("nothing")
-    os.mkfifo(root / "fifo")
-    return root
-
-
-@pytest.fixture
-def root(tree: Path) -> Iterator[int]:
-    before = set(os.listdir("/proc/self/fd"))
-    fd = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
-    yield fd
-    os.close(fd)
-    assert set(os.listdir("/proc/self/fd")) == before  # no descriptor was left behind
 
 
 def content(root: int | None, path: str) -> bytes:
@@ -113,21 +88,6 @@ def test_what_is_no_regular_file_is_refused_by_its_kind(path: str, kind: str, ro
     assert str(caught.value) == f"{path}: {kind}, not a regular file"
 
 
-def test_a_socket_and_a_device_are_refused_and_not_opened(
-    root: int, tree: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    skips.require_root()
-    # A device that has no driver: an open would fail with ENXIO instead.
-    os.mknod(tree / "char", 0o600 | stat.S_IFCHR, os.makedev(240, 77))
-    os.mknod(tree / "block", 0o600 | stat.S_IFBLK, os.makedev(240, 77))
-    monkeypatch.chdir(tree)
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind("socket")
-        for name, kind in [("char", "character"), ("block", "block"), ("socket", "socket")]:
-            with pytest.raises(FileAccessError, match=kind):
-                beneath.open_regular(root, name)
-
-
 def test_a_fifo_is_never_opened_as_an_explicit_layer_either(tree: Path) -> None:
     with pytest.raises(FileAccessError, match=f"{tree}/fifo: a FIFO, not a regular file"):
         Layer.open(str(tree / "fifo"))
@@ -185,22 +145,3 @@ def test_what_does_not_exist_is_an_oserror(opener: Opener, root: int) -> None:
     for path in ("nothing", "folder/nothing", "nothing/file"):
         with pytest.raises(FileNotFoundError):
             opener(root, path)
-
-
-_OPEN_AS_STRANGER = """
-import os, sys
-sys.path[:0] = sys.argv[2:]
-from diffmergefs.core import beneath
-root = os.open(sys.argv[1], os.O_PATH | os.O_DIRECTORY)
-os.setgid(12345); os.setuid(12345)
-print(os.read(beneath.open_regular(root, "folder/inner/deep"), 100).decode())
-"""
-
-
-def test_a_directory_that_may_be_searched_but_not_read_is_passed_through(tree: Path) -> None:
-    for path in (tree, tree / "folder", tree / "folder" / "inner"):
-        path.chmod(0o711)
-    # Starts as root, which may read the interpreter and the package wherever they lie.
-    command = [sys.executable, "-c", _OPEN_AS_STRANGER, str(tree), *sys.path]
-    result = users.run_as(0, 0, command, text=True)
-    assert (result.returncode, result.stdout) == (0, "deep\n"), result.stderr

@@ -182,7 +182,7 @@ def test_the_key_survives_a_rename_and_a_chmod_and_not_a_store(tmp_path: Path) -
     os.utime(path, ns=(10**9, 10**9))
     key = Layer.open(str(path)).key
     renamed = path.rename(tmp_path / "renamed")
-    renamed.chmod(0o400)
+    renamed.chmod(0o600)
     assert FileKey.of(renamed.stat()) == key
     poke(renamed, 0, b"x")
     assert FileKey.of(renamed.stat()) != key

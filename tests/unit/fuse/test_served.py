@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from diffmergefs.fuse.served import Store
 from diffmergefs.opening import pins
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import read_catalog
-from tests.support import skips
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.live import until
 from tests.support.stores import (
@@ -434,18 +432,3 @@ def test_a_link_that_leads_elsewhere_is_followed(root: Path) -> None:
     root.with_name("next").rename(link)
     store.look()
     assert store.tags() == ["new"]
-
-
-def test_a_filesystem_mounted_over_the_directory_is_followed(public_path: Path) -> None:
-    skips.require_mounts()
-    root = write_chain(public_path / "store", ["base", "leaf"])
-    store = looked(root)
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(root)], check=True, timeout=60)
-    try:
-        write_chain(root, ["new"])
-        store.look()
-        assert store.tags() == ["new"]
-    finally:
-        subprocess.run(["umount", "-l", str(root)], check=True, timeout=60)
-    store.look()
-    assert set(store.tags()) == {"base", "leaf"}

@@ -8,7 +8,7 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,19 +18,10 @@ from diffmergefs.core.errors import FileAccessError, WriterError
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening import writers as module
 from diffmergefs.opening.writers import Writers, require_no_writers, writers
-from tests.support import skips
-from tests.support.subjects.writers import layer, path, written
-from tests.support.users import NOBODY
+from tests.support.subjects.writers import fd, layer, path, written
 from tests.support.writers import is_leased, opened_for_writing
 
-__all__ = ["layer", "path"]
-
-
-@pytest.fixture
-def fd(path: Path) -> Iterator[int]:
-    number = os.open(path, os.O_RDONLY)
-    yield number
-    os.close(number)
+__all__ = ["fd", "layer", "path"]
 
 
 def failing(number: int) -> Callable[..., int]:
@@ -45,26 +36,6 @@ def failing(number: int) -> Callable[..., int]:
         return answer
 
     return fail
-
-
-def as_nobody(ask: Callable[[], str]) -> str:
-    """What `ask` gives in a child of this process that has become the user nobody."""
-    skips.require_root()
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            os.write(write_end, ask().encode())
-        finally:
-            os._exit(0)
-    os.close(write_end)
-    with open(read_end, encoding="utf-8") as answer:
-        text = answer.read()
-    assert os.waitpid(child, 0) == (child, 0)
-    return text
 
 
 # Asking
@@ -130,19 +101,6 @@ def test_many_threads_ask_at_once(path: Path) -> None:
         thread.join()
     assert set(found) == {Writers.NONE} and len(found) == 800
     assert not is_leased(path)
-
-
-def test_somebody_elses_file_cannot_be_asked_about(public_path: Path) -> None:
-    path = written(public_path)
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        assert as_nobody(lambda: writers(fd).name) == "NOT_OWNER"
-        os.chown(path, NOBODY, NOBODY)
-        assert as_nobody(lambda: writers(fd).name) == "NONE"
-        with opened_for_writing(path):
-            assert as_nobody(lambda: writers(fd).name) == "SOME"
-    finally:
-        os.close(fd)
 
 
 @pytest.mark.parametrize("number", sorted(module._NO_LEASES), ids=errno.errorcode.get)

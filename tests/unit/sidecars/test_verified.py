@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pwd
 import sqlite3
@@ -17,23 +16,9 @@ import pytest
 from diffmergefs.core.identity import FileVersion
 from diffmergefs.sidecars import verified
 from diffmergefs.sidecars.verified import Identity, Remembered, default_directory
+from tests.support.subjects.verified import CTIME_NS, OLD, VERSION, directory, memory, warnings
 
-CTIME_NS = 1_600_000_000_500
-VERSION = FileVersion(7, 2**63 + 5, 4096, 1_600_000_000_000_000_001, CTIME_NS)
-OLD = Identity("/images/base.mem", VERSION)
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    return tmp_path / "state"
-
-
-def memory(directory: Path) -> Remembered:
-    return Remembered(str(directory))
-
-
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+__all__ = ["directory"]
 
 
 def test_what_was_remembered_is_recalled_by_a_later_run(directory: Path) -> None:
@@ -136,18 +121,6 @@ def test_a_symlink_to_a_database_is_not_believed(
     database.symlink_to("elsewhere")
     assert memory(directory).recall("sha256", OLD) is None
     assert "neither a directory nor a file" in warnings(caplog)[0]
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a directory away")
-@pytest.mark.parametrize("what", ["directory", "database"])
-def test_what_another_user_owns_is_not_believed(
-    directory: Path, what: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    memory(directory).remember("sha256", OLD, "planted")
-    [database] = directory.iterdir()
-    os.chown(directory if what == "directory" else database, 1234, -1)
-    assert memory(directory).recall("sha256", OLD) is None
-    assert "belongs to user 1234" in warnings(caplog)[0]
 
 
 def test_a_damaged_database_is_set_aside_and_a_new_one_begun(

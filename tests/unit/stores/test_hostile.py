@@ -21,36 +21,20 @@ from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import read_catalog
 from diffmergefs.stores.numbered import memory_files
 from diffmergefs.stores.snapshot import load_document
-from tests.support import skips
-from tests.support.commands import diffmergefs_as_nobody, mistake, succeed
+from tests.support.commands import mistake, succeed
 from tests.support.stores import (
     OLD_NS,
     SECOND_NS,
-    write_chain,
     write_document,
     write_numbered,
     write_tag,
 )
+from tests.support.subjects.hostile import problem, store
+
+__all__ = ["store"]
 
 
-def problem(store: Path, tag: str = "base") -> str:
-    catalog = read_catalog(str(store))
-    with pytest.raises(BrokenChainError) as caught:
-        catalog.chain(tag)
-    text = str(caught.value)
-    assert len(text.splitlines()) == 1 and len(text) < 10_000
-    assert catalog.chain("fine")[-1].tag == "fine"  # never the whole directory
-    return text
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    write_tag(tmp_path, "fine")
-    write_tag(tmp_path, "base")
-    return tmp_path
-
-
-@pytest.mark.parametrize("kind", ["fifo", "directory", "symlink", "socket", "char", "block"])
+@pytest.mark.parametrize("kind", ["fifo", "directory", "symlink", "socket"])
 @pytest.mark.parametrize("name", ["snapshot.json", "memory.bin"])
 def test_what_is_no_regular_file_breaks_its_tag_and_is_not_opened(
     store: Path, kind: str, name: str, monkeypatch: pytest.MonkeyPatch
@@ -64,36 +48,11 @@ def test_what_is_no_regular_file_breaks_its_tag_and_is_not_opened(
             path.mkdir()
         elif kind == "symlink":
             path.symlink_to("../real")
-        elif kind == "socket":
+        else:
             monkeypatch.chdir(path.parent)
             server.bind(name)
-        else:
-            skips.require_root()
-            mode = stat.S_IFCHR if kind == "char" else stat.S_IFBLK
-            os.mknod(path, 0o600 | mode, os.makedev(240, 77))  # no driver: an open fails
         assert "regular file" in problem(store)
         assert "regular file" in mistake(3, "info", store / "base")
-
-
-def test_what_may_not_be_read_is_broken_with_the_reason(public_path: Path) -> None:
-    write_chain(public_path, ["closed", "child", "base", "file", "document"])
-    write_tag(public_path, "unlisted", "base")
-    (public_path / "closed").chmod(0o700)
-    (public_path / "unlisted").chmod(0o711)
-    (public_path / "file" / "memory.bin").chmod(0o600)
-    (public_path / "document" / "snapshot.json").chmod(0o600)
-    write_document(public_path, "base", f"{{{MEMORY}}}")
-    done = diffmergefs_as_nobody("list", "--json", public_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    reasons = {row["tag"]: row["reason"] for row in json.loads(done.stdout)}
-    assert reasons == {
-        "base": None,
-        "closed": "closed: Permission denied",
-        "child": "ancestor 'closed' is broken: closed: Permission denied",
-        "unlisted": "unlisted: Permission denied",
-        "file": "file/memory.bin: Permission denied",
-        "document": "document/snapshot.json: Permission denied",
-    }
 
 
 def test_a_diff_whose_document_cannot_be_seen_is_no_base(

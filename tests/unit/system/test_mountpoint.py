@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from diffmergefs.core.errors import MountpointError
 from diffmergefs.system.mountpoint import check_mountpoint, resolved
-from tests.support import mounttable, skips
-from tests.support.mounts import mounted
 from tests.support.subjects.mountpoint import REFUSED, root
 
 __all__ = ["root"]
@@ -41,12 +38,3 @@ def test_accepted(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_neighbour_whose_name_begins_the_same_is_not_inside(root: Path) -> None:
     (root / "store-views").mkdir()
     assert check_mountpoint(str(root / "store-views"), str(root / "store"), [])
-
-
-def test_an_empty_mount_of_another_type_is_a_directory_like_others(root: Path) -> None:
-    skips.require_mounts()
-    point = root / "mnt"
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(point)], check=True, timeout=60)
-    with mounted(root / "store", point):
-        assert sorted(os.listdir(point)) == ["base", "leaf"]
-    assert [entry.fstype for entry in mounttable.at(str(point))] == ["tmpfs"]

@@ -32,7 +32,6 @@ from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.writing import copying
 from diffmergefs.writing.flatten import flatten
-from tests.support import skips
 from tests.support.calls import first
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
@@ -49,7 +48,6 @@ from tests.support.subjects.flatten import (
     open_view,
     os_error,
     out,
-    pages,
     write_chain,
 )
 
@@ -696,32 +694,6 @@ def test_a_filesystem_without_limit_has_space(
     monkeypatch.setattr(os, "fstatvfs", lambda fd: Space(0, 0, PAGE))
     flatten(chain, out)
     assert out.read_bytes() == ORACLE
-
-
-@pytest.fixture
-def small_fs(public_path: Path) -> Path:
-    """A tmpfs of 256 KiB."""
-    skips.require_mounts()
-    path = public_path / "small"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
-    subprocess.run(command, check=True)
-    return path
-
-
-@pytest.mark.parametrize("checked", [True, False])
-def test_a_full_filesystem(
-    tmp_path: Path, small_fs: Path, monkeypatch: pytest.MonkeyPatch, checked: bool
-) -> None:
-    """Also when the space goes away after it was asked for."""
-    paths = write_chain(tmp_path, [pages(0, *range(100))], 100 * PAGE)
-    if not checked:
-        monkeypatch.setattr("diffmergefs.writing.copying.free_bytes", lambda fd: None)
-    with open_view(paths) as view, pytest.raises(NoSpaceError) as caught:
-        flatten(view, small_fs / "out")
-    assert str(caught.value).startswith(f"{small_fs}/out: ")
-    assert str(100 * PAGE) in str(caught.value)
-    assert list(small_fs.iterdir()) == []
 
 
 KILLED = """

@@ -6,8 +6,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +14,11 @@ import pytest
 
 from diffmergefs.core.errors import FileAccessError, NoSpaceError, OutputRefusedError
 from diffmergefs.stores.snapshot import is_left_out
-from diffmergefs.writing.output import OutputDirectory, OutputFile
-from tests.support import skips
+from diffmergefs.writing.output import OutputDirectory
 from tests.support.calls import first
-from tests.support.users import NOBODY
+from tests.support.subjects.output import NAME, directory, names, without_tmpfile, write, writing
 
-NAME = ".diffmergefs-0123456789abcdef.tmp"
-
-
-@pytest.fixture(params=["unnamed", "named"])
-def directory(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """An empty directory, on a filesystem with O_TMPFILE and on one without."""
-    if request.param == "named":
-        without_tmpfile(monkeypatch)
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
-
-
-def without_tmpfile(patch: pytest.MonkeyPatch) -> None:
-    real = os.open
-
-    def refusing(path: Any, flags: int, *rest: Any, **named: Any) -> int:
-        if flags & os.O_TMPFILE == os.O_TMPFILE:
-            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        return real(path, flags, *rest, **named)
-
-    patch.setattr(os, "open", refusing)
-
-
-@contextmanager
-def writing(path: Path, *inputs: Path, force: bool = False) -> Iterator[OutputFile]:
-    known = [path.stat() for path in inputs]
-    with OutputFile(os.fspath(path), known, force=force) as file:
-        os.pwrite(file.target.fd, path.name.encode(), 0)
-        yield file
-
-
-def write(path: Path, *inputs: Path, force: bool = False) -> None:
-    with writing(path, *inputs, force=force) as file:
-        file.finish(0o600)
-        file.publish()
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(os.listdir(directory))
+__all__ = ["directory"]
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400])
@@ -116,14 +74,6 @@ def test_what_is_no_regular_file_stays(directory: Path, kind: str) -> None:
     write(directory / "image")
     assert path.lstat() == before
     assert kind != "symlink" or (directory / "aim").exists()
-
-
-def test_another_users_file_stays(directory: Path) -> None:
-    skips.require_root()
-    (directory / NAME).write_bytes(b"theirs")
-    os.chown(directory / NAME, NOBODY, NOBODY)
-    write(directory / "image")
-    assert names(directory) == [NAME, "image"]
 
 
 def test_an_input_stays(directory: Path) -> None:
@@ -316,11 +266,10 @@ def test_a_directory_needs_its_parent(tmp_path: Path) -> None:
 
 
 def test_directories_that_killed_writers_left_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    left, held, foreign = (tmp_path / f".diffmergefs-{c * 16}.new" for c in "abc")
-    for path in (left, held, foreign):
+    left, held = (tmp_path / f".diffmergefs-{c * 16}.new" for c in "ab")
+    for path in (left, held):
         (path / "tag").mkdir(parents=True)
         (path / "tag" / "memory.bin").write_text("half")
-    os.chown(foreign, NOBODY, NOBODY)
     others = [".diffmergefs-0123.new", ".diffmergefs-dddddddddddddddd.new", "tag.new"]
     (tmp_path / others[0]).mkdir()
     (tmp_path / others[1]).write_text("a file")
@@ -333,4 +282,4 @@ def test_directories_that_killed_writers_left_are_removed_and_nothing_else(tmp_p
         with OutputDirectory(str(tmp_path / "other")):
             assert os.path.isdir(directory.target)
     os.close(fd)
-    assert found == {held.name, foreign.name, *others}
+    assert found == {held.name, *others}
