@@ -1,4 +1,4 @@
-"""Starting a mount, in front or in the background, and what its caller is told of it."""
+"""Starting a mount, in the foreground or background, and the result for the caller."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _STDERR = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be mounted where and how; all paths absolute."""
+    """What to mount, where and how. All paths are absolute."""
 
     source: str | None
     layers: tuple[str, ...]
@@ -66,16 +66,16 @@ class Request:
 
     @property
     def name(self) -> str:
-        """What the mount table shows as the mounted thing."""
+        """The source in the mount table."""
         return self.source or self.layers[0]
 
 
 def serve_in_front(request: Request, handler: QueuedHandler, level: int, notifier: Notifier) -> int:
-    """Mount, and serve until the end, in this process; the exit code.
+    """Mount, and serve until the end, in this process. Returns the exit code.
 
-    What is logged from `level` on goes to `handler`. So does a DiffMergeError if that is stderr,
-    which may take nothing: as a line, or as a record where stderr is read by priorities or as JSON.
-    Else it is raised, but for what ends a mount that was up.
+    Log records from `level` on go to `handler`. If that writes to stderr, which may block, a
+    DiffMergeError goes there too: as a line, or as a log record if stderr has priorities or JSON.
+    Otherwise it is raised, except for an error that ends a mount that was up.
     """
     logs.log_to({handler: level})
     with contextlib.closing(handler):
@@ -89,19 +89,19 @@ def serve_in_front(request: Request, handler: QueuedHandler, level: int, notifie
             if isinstance(handler.formatter, logs.Lines):
                 handler.write_line(diagnostic(str(error)))
             else:
-                # Whoever reads stderr by priorities or as JSON finds it there.
+                # Readers of priorities or JSON find it in that form.
                 log.error("%s", error)
             return error.exit_code
     return 0
 
 
 def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | None = None) -> None:
-    # Imported here: all else works where libfuse is missing.
+    # Imported here, because everything else works without libfuse.
     try:
         from diffmergefs.fuse import session as mounts
     except ImportError as error:
         raise MountFailedError(
-            f"pyfuse3 cannot be used ({error}); install libfuse3-dev and pyfuse3"
+            f"cannot use pyfuse3 ({error}); install libfuse3-dev and pyfuse3"
         ) from error
     real = mountpoints.check_mountpoint(
         request.mountpoint, request.source, request.layers, request.policy.allow_outside
@@ -111,8 +111,8 @@ def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | Non
     )
     if request.policy.verify == "no":
         log.warning(
-            "%s: neither seals nor parents' hashes are compared with the files (--verify=no):"
-            " a wrong file shows as wrong bytes in guests",
+            "%s: seals and hashes of parents are not verified (--verify=no): guests get wrong"
+            " bytes from a wrong file",
             request.name,
         )
     observe = functools.partial(_observer, _working_sets(request), request.prefetch)
@@ -150,7 +150,7 @@ def _working_sets(request: Request) -> WorkingSets | None:
     except FileAccessError as error:
         if request.prefetch == "record":
             raise
-        log.info("nothing is prefetched: %s", error)
+        log.info("no prefetch: %s", error)
         return None
     return sets
 
@@ -159,13 +159,13 @@ def _observer(sets: WorkingSets | None, how: str, mount: ObservedMount) -> Obser
     if sets is not None and how == "record":
         return Recorder(sets)
     if sets is None or mount.device is None:
-        return NullObserver()  # nobody asked for one, or the log has the reason
+        return NullObserver()  # by --prefetch=no, or the log has the reason
     adviser = Adviser(os.makedev(*map(int, mount.device.split(":"))), mount.path_of)
     if how == "fadvise":
         return Prefetcher(sets, adviser)
     connection = Connection(mount.device)
     if sets.has_any():
-        # Started now, so that the first push need not wait. That push reports what fails here.
+        # Start it now, so that the first push need not wait. That push reports a failure.
         with contextlib.suppress(OSError):
             connection.guard()
 
@@ -181,8 +181,8 @@ def _explicit_image(request: Request) -> OpenImage:
     base, *diffs = request.layers
     if os.path.basename(base) == STATUS_FOLDER:
         raise MountFailedError(
-            f"{base}: in a mount {STATUS_FOLDER!r} is its own directory, and no image; give the"
-            " base, or a link to it, another name"
+            f"{base}: {STATUS_FOLDER!r} is the mount's own directory; give the base, or a link to"
+            " it, another name"
         )
     image = open_chain(base, diffs, request.policy)
     for line in (*image.overridden, *image.hints):
@@ -191,7 +191,7 @@ def _explicit_image(request: Request) -> OpenImage:
         access = view_access(image.view.layers)
     except OSError as error:
         raise FileAccessError(
-            f"{error.filename or base}: {error.strerror} while it was found out who may read it"
+            f"{error.filename or base}: {error.strerror} while finding out who may read it"
         ) from error
     return OpenImage.of(image.view, os.path.basename(base), access)
 
@@ -199,18 +199,16 @@ def _explicit_image(request: Request) -> OpenImage:
 def serve_in_background(
     request: Request, handler: logging.Handler, level: int, timeout: float, kept: Collection[int]
 ) -> int:
-    """Mount, and leave a daemon that serves and logs to `handler`; the exit code.
+    """Mount, and leave a daemon that serves and logs to `handler`. Returns the exit code.
 
-    Of the descriptors above 2 it goes on with those that are `kept`.
-
-    Returns when the mount answers, or when the daemon has ended without, for which it tells the
-    reason. Raises MountTimeoutError if neither happens within `timeout` seconds; then nothing is
-    left.
+    The daemon keeps the descriptors 0 to 2 and those in `kept`. Returns when the mount answers, or
+    when the daemon has failed, after printing the reason. Raises MountTimeoutError if neither
+    happens within `timeout` seconds; then no mount and no daemon remain.
     """
 
     def child(ready: Callable[[], None]) -> int:
-        logging.raiseExceptions = False  # a log that cannot be written is no reason to complain
-        # Warnings at the start are for the caller's terminal, everything is for the log.
+        logging.raiseExceptions = False  # no complaints about a log that cannot be written
+        # Warnings at the start go to the caller's terminal too.
         logs.log_to({logs.caller_handler(): logging.WARNING, handler: level})
         with contextlib.closing(handler):
             return serve(ready)
@@ -239,11 +237,11 @@ def serve_in_background(
         _remove_leftover(request, before)
         raise MountTimeoutError(
             f"{request.mountpoint}: the mount did not answer within {timeout:g} s; is the storage"
-            " of SOURCE slow? --timeout waits longer, -f shows what it does"
+            " of SOURCE slow? Increase --timeout, or use -f to see the log"
         )
     lines = outcome.text.splitlines()
     if outcome.status != 0:
-        # What libfuse and its helper say on stderr is the reason of the failure that follows.
+        # What libfuse and its helper print to stderr is the reason of the failure that follows.
         reasons = [line for line in lines[:-1] if line.startswith(("fuse: ", "fusermount3: "))]
         last = lines[-1] if lines else f"the daemon ended with status {outcome.status}"
         print_diagnostic(" ".join([last, *(f"({reason})" for reason in reasons)]))
@@ -259,7 +257,7 @@ def _mounted_at(request: Request) -> Mount | None:
 
 
 def _remove_leftover(request: Request, before: Mount | None) -> None:
-    # The child's own, and not one that stood there before.
+    # Only the mount of the child, not one that was there before.
     known = _mounted_at(request)
     if known is None or known == before:
         return

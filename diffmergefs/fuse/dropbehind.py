@@ -1,4 +1,4 @@
-"""Giving back the page cache of layers once their bytes are in the page cache of a view."""
+"""Dropping the pages of layers from the page cache once a view has served their bytes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Ranges = list[tuple[int, int]]
 
 
 class DropBehind:
-    """Has the kernel forget the layers' pages of what was served, some time after it was.
+    """Drops the layers' pages of what was served from the page cache, some time later.
 
-    Ranges that were served are gathered, 8 MiB or a second of them, and joined, also with the end
-    of what was dropped before: the kernel forgets a large folio only as a whole. Each layer that
-    supplied any of a range loses its pages of all of it, so also those that were read ahead and
-    that newer layers hide. Pages around it stay: what was read ahead for the reads to come, parts
-    of pages, and what is dirty or mapped by anybody. It is advice (posix_fadvise(2),
-    POSIX_FADV_DONTNEED): nothing is lost but time when the same bytes are read again. The call may
-    wait, so a thread of its own makes it.
+    It gathers the served ranges, for 8 MiB or a second, and joins them, also with the end of the
+    range dropped before: the kernel drops a large folio only as a whole. Each layer that supplied
+    any part of a range loses its pages of the whole range, including pages that were read ahead and
+    that newer layers hide. These pages stay: what was read ahead beyond the range, partial pages,
+    and pages that are dirty or mapped. The call is advice (posix_fadvise(2), POSIX_FADV_DONTNEED):
+    it costs only time if the same bytes are read again. It may block, so a separate thread makes
+    it.
     """
 
     def __init__(self) -> None:
@@ -39,13 +39,13 @@ class DropBehind:
         self._thread: threading.Thread | None = None
 
     def served(self, view: MergedView, offset: int, length: int) -> None:
-        """Note that these bytes of a view were answered. Never blocks for longer than a lock."""
+        """Report that these bytes of a view were served. Blocks only for a lock."""
         with self._guard:
             if self._thread is None:
-                # At the first read, and not in a process that forks to the background first.
+                # At the first read: before, the process may still fork to the background.
                 self._thread = background.started(self._run, "drop-behind")
             if self._thread is None:
-                return  # the pages stay, which costs memory that the kernel can take back
+                return  # the pages stay; the kernel can still reclaim them
             was_idle = not self._served
             self._served.setdefault(view, []).append((offset, offset + length))
             self._bytes += length
@@ -53,7 +53,7 @@ class DropBehind:
                 self._guard.notify()
 
     def close(self) -> None:
-        """Drop what is left, and end the thread; that is waited for a second at most."""
+        """Drop the remaining ranges, and end the thread. Waits for a second at most."""
         with self._guard:
             self._ending = True
             self._guard.notify()
@@ -68,7 +68,7 @@ class DropBehind:
             self._drop_all()
 
     def _drop_all(self) -> None:
-        # In a function of its own: its variables must not keep layers open while nothing happens.
+        # A separate function, because its variables must not keep layers open in an idle thread.
         with self._guard:
             served, self._served, self._bytes = self._served, {}, 0
         for view, ranges in served.items():
@@ -81,10 +81,10 @@ class DropBehind:
 
 
 def drop(view: MergedView, start: int, stop: int) -> None:
-    """Have the kernel forget the whole pages of `[start, stop)` in the layers that supply any."""
+    """Drop the whole pages of `[start, stop)` in the layers that supply any part of it."""
     suppliers = {s.layer for s in view.segments(start, stop - start) if s.layer is not None}
     for number in suppliers:
-        # A layer that was closed, or a filesystem that takes no advice: then it keeps its pages.
+        # A closed layer, or a filesystem that takes no advice, keeps its pages.
         with contextlib.suppress(OSError):
             fd = view.layers[number].fd
             os.posix_fadvise(fd, start, stop - start, os.POSIX_FADV_DONTNEED)

@@ -1,8 +1,4 @@
-"""The record of a working set: which ranges of an image a restore touched first, and in what order.
-
-One small JSON file for each chain, in a directory of the user's own. The format is documented in
-docs/diffmergefs-prefetch.md.
-"""
+"""Records of working sets, one JSON file per chain (format: docs/diffmergefs-prefetch.md)."""
 
 from __future__ import annotations
 
@@ -24,7 +20,7 @@ from diffmergefs.writing.output import OutputFile
 
 FORMAT = "diffmergefs working set"
 VERSION = 1
-#: The unit of a record, whatever the guest's page: that of the kernel's page cache.
+#: The unit of a record: a page of the kernel's page cache, whatever page size the guest has.
 MAX_RANGES = 1 << 18
 _MAX_BYTES = 32 << 20
 _DIRECTORY = "working-sets"
@@ -32,9 +28,9 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class LayerFile(NamedTuple):
-    """Which file a layer is, under its real path, and which content it has, as far as stat tells.
+    """The file of a layer, by its real path, and its content, by what stat gives.
 
-    Neither the device's number, which moves when a machine starts anew, nor the ctime counts.
+    The device number, which may change at a reboot, and the ctime do not count.
     """
 
     path: str
@@ -52,9 +48,9 @@ Identity = tuple[LayerFile, ...]
 
 
 def identity_of_view(view: MergedView) -> Identity:
-    """That of an open image, its layers as they were opened, by where they lie now.
+    """The identity of an open image: its layers as they were opened, at their present paths.
 
-    A layer that was unlinked since has a path by which nothing is found. Raises OSError.
+    A layer that was unlinked since has a path that matches no record. Raises OSError.
     """
     return tuple(
         LayerFile.of(os.readlink(f"/proc/self/fd/{layer.fd}"), layer.status)
@@ -63,7 +59,7 @@ def identity_of_view(view: MergedView) -> Identity:
 
 
 def identity_of_files(paths: Iterable[str]) -> Identity:
-    """That of the layers at these paths, base first; none is opened. Raises FileAccessError."""
+    """The identity of the layers at these paths, base first. Opens none. Raises FileAccessError."""
     found = []
     for path in paths:
         with failures(path):
@@ -75,10 +71,10 @@ def identity_of_files(paths: Iterable[str]) -> Identity:
 class WorkingSet:
     """What was recorded of one chain.
 
-    `ranges` are half-open byte ranges in the order of their first touch, disjoint, in whole pages
-    of 4096 bytes but where the image ends. `recorded` is a time in UTC, `readahead_kib` what the
-    kernel read ahead meanwhile (None: unknown): with more than 4, ranges are larger than what was
-    touched.
+    `ranges` are half-open byte ranges in the order of their first touch. They are disjoint, and
+    consist of whole pages of 4096 bytes, except at the end of the image. `recorded` is a time in
+    UTC. `readahead_kib` is the kernel's readahead at that time (None: unknown); with more than 4,
+    ranges are larger than what was touched.
     """
 
     layers: Identity
@@ -91,12 +87,12 @@ class WorkingSet:
         return sum(stop - start for start, stop in self.ranges)
 
     def stale(self, layers: Identity) -> str | None:
-        """Why this record is not of the chain `layers`, or None if it is."""
+        """Why this record does not fit the chain `layers`, or None if it fits."""
         if len(layers) != len(self.layers):
-            return f"it is of {len(self.layers)} layers, the chain has {len(layers)}"
+            return f"it has {len(self.layers)} layers, the chain has {len(layers)}"
         for then, now in zip(self.layers, layers, strict=True):
             if then != now:
-                return f"{now.path}: not the file that it was, or written to since"
+                return f"{now.path}: another file, or written to since"
         return None
 
 
@@ -106,7 +102,7 @@ def now() -> str:
 
 
 def encode(record: WorkingSet) -> bytes:
-    """The record as it is stored."""
+    """The record in its stored form."""
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -119,32 +115,32 @@ def encode(record: WorkingSet) -> bytes:
 
 
 def decode(text: bytes) -> WorkingSet:
-    """The record that is stored so. Raises ValueError, in one line, for anything else.
+    """The record with this stored form. Raises ValueError, with one line, if there is none.
 
-    Unknown fields are ignored: what changes the meaning of the others is another version.
+    Unknown fields are ignored: a change of meaning gets another version.
     """
     try:
         document = json.loads(text.decode("ascii"))
     except RecursionError as error:
         raise ValueError("nested too deep") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError("is no record of a working set")
+        raise ValueError("not a record of a working set")
     if document.get("version") != VERSION or document["version"] is True:
-        raise ValueError(f"version {document.get('version')!r}, this program reads {VERSION}")
+        raise ValueError(f"version {document.get('version')!r}; only {VERSION} is supported")
     layers = tuple(_layer(fields) for fields in _list(document, "layers", 1, MAX_LAYERS))
     size = layers[0].size
     ranges = tuple(_range(pair, size) for pair in _list(document, "ranges", 0, MAX_RANGES))
     _require_disjoint(ranges)
     recorded, readahead = document.get("recorded"), document.get("readahead_kib")
     if not isinstance(recorded, str) or (readahead is not None and not _is_number(readahead)):
-        raise ValueError("'recorded' or 'readahead_kib' is of the wrong kind")
+        raise ValueError("'recorded' or 'readahead_kib' has the wrong type")
     return WorkingSet(layers, ranges, recorded, readahead)
 
 
 def _list(document: dict[str, Any], name: str, least: int, most: int) -> Sequence[Any]:
     found = document.get(name)
     if not isinstance(found, list) or not least <= len(found) <= most:
-        raise ValueError(f"'{name}' is no list of {least} to {most} entries")
+        raise ValueError(f"'{name}' is not a list of {least} to {most} entries")
     return found
 
 
@@ -160,11 +156,11 @@ def _layer(fields: Any) -> LayerFile:
 
 def _range(pair: Any, size: int) -> Extent:
     if not isinstance(pair, list) or len(pair) != 2 or not all(map(_is_number, pair)):
-        raise ValueError(f"{str(pair)[:64]} is no range")
+        raise ValueError(f"{str(pair)[:64]} is not a range")
     start, stop = pair
     whole = is_aligned(start, stop, PAGE, size)
     if not whole or not 0 <= start < stop <= size:
-        raise ValueError(f"[{start}, {stop}) is no range of pages of an image of {size} bytes")
+        raise ValueError(f"[{start}, {stop}) is not a range of pages of an image of {size} bytes")
     return Extent(start, stop)
 
 
@@ -172,7 +168,7 @@ def _require_disjoint(ranges: Iterable[Extent]) -> None:
     last = 0
     for start, stop in sorted(ranges):
         if start < last:
-            raise ValueError(f"[{start}, {stop}) stands there twice")
+            raise ValueError(f"[{start}, {stop}) overlaps another range")
         last = stop
 
 
@@ -183,40 +179,40 @@ def _is_number(value: Any) -> bool:
 class WorkingSets:
     """The records of one user, in `directory`: by default below the user's state directory.
 
-    `state_dir` is another state directory than the user's. The directory is made, with mode 0700,
-    when the first record is saved. One that belongs to another user, or that others may write to,
-    is not used, nor is such a record. Records have mode 0600: page numbers tell what a guest did.
+    `state_dir` replaces the user's state directory. `save` and `prepare` create the directory with
+    mode 0700. A directory or record that belongs to another user, or that others may write to, is
+    not used. Records have mode 0600, because page numbers reveal what a guest did.
     """
 
     def __init__(self, directory: str | None = None, state_dir: str | None = None) -> None:
-        """Raises FileAccessError where the user has no home and nothing else is named."""
+        """Raises FileAccessError if the user has no home and no directory is given."""
         if directory is None:
             directory = os.path.join(state_dir or _default_state(), _DIRECTORY)
         self.directory = directory
 
     def path(self, layers: Identity) -> str:
-        """Where the record of a chain of these paths is, whatever their content."""
+        """The path of the record for a chain of these paths, whatever their content."""
         paths = b"\0".join(os.fsencode(layer.path) for layer in layers)
         return os.path.join(self.directory, f"{hashlib.sha256(paths).hexdigest()[:32]}.json")
 
     def has_any(self) -> bool:
-        """Whether there is any record, of whatever chain. Never raises."""
+        """Whether there is a record of any chain. Never raises."""
         try:
             return any(name.endswith(".json") for name in os.listdir(self.directory))
         except OSError:
             return False
 
     def key(self, layers: Identity) -> FileKey | None:
-        """Which record `load` would read, as far as stat tells; None if none can be seen."""
+        """The identity of the file that `load` would read, or None if there is none to see."""
         try:
             return FileKey.of(os.lstat(self.path(layers)))
         except OSError:
             return None
 
     def load(self, layers: Identity) -> WorkingSet | None:
-        """The record of a chain of these paths, stale or not; None if there is none.
+        """The record for a chain of these paths, stale or not; None if there is none.
 
-        Raises FileAccessError where it cannot be read, or is not believed.
+        Raises FileAccessError if it cannot be read, or is not safe to use.
         """
         path = self.path(layers)
         with failures(path):
@@ -230,7 +226,7 @@ class WorkingSets:
             raise FileAccessError(f"{path}: {error}; --forget removes it") from error
 
     def save(self, record: WorkingSet) -> str:
-        """Put the record, whole and synced, in the place of the one before; its path.
+        """Replace the previous record atomically, synced, and return the path.
 
         Raises FileAccessError, NoSpaceError.
         """
@@ -244,7 +240,7 @@ class WorkingSets:
         return path
 
     def forget(self, layers: Identity) -> bool:
-        """Remove the record, whatever is in it; False if there is none. Raises FileAccessError."""
+        """Remove the record, valid or not; False if there is none. Raises FileAccessError."""
         path = self.path(layers)
         with failures(path):
             try:
@@ -254,14 +250,14 @@ class WorkingSets:
         return True
 
     def prepare(self) -> None:
-        """Make the directory if it is not there. Raises FileAccessError if it cannot be used."""
+        """Create the directory if necessary. Raises FileAccessError if it cannot be used."""
         with failures(self.directory):
-            # The state directory is nobody else's business either.
+            # The state directory is private too.
             for folder in (os.path.dirname(self.directory), self.directory):
                 os.makedirs(folder, mode=0o700, exist_ok=True)
             verified.require_own(self.directory, os.stat(self.directory))
             if not os.access(self.directory, os.W_OK | os.X_OK, effective_ids=True):
-                raise PermissionError(0, "cannot be written to")
+                raise PermissionError(0, "is not writable")
 
     def _read(self, path: str) -> bytes:
         folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -283,5 +279,5 @@ def _default_state() -> str:
         return verified.default_directory()
     except KeyError:
         raise FileAccessError(
-            f"user {os.geteuid()} has no home directory; --working-set-dir names a place"
+            f"user {os.geteuid()} has no home directory; use --working-set-dir"
         ) from None

@@ -1,4 +1,4 @@
-"""Recording: which pages each opened image was first asked for, written down at its last close."""
+"""Recording: the first touches of each image, saved at its last close."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class _Session:
-    # From an image's first open to its last close; `runs` counts those of all its files.
+    # From an image's first open to its last close. `runs` counts the runs of all its files.
     image: OpenImage
     files: dict[int, Touches] = field(default_factory=dict)
     opened: set[int] = field(default_factory=set)
@@ -26,12 +26,12 @@ class _Session:
 
 
 class Recorder:
-    """An `Observer` that writes a working set for each image that a guest ran from.
+    """An `Observer` that records a working set for each image that a guest ran from.
 
-    Files that were read in order, or hardly at all, leave nothing. The first open of an image has
-    the kernel drop what it still has of it, or the record would lack that; the touches of files
-    that are open together go into one record, by the order of their opening. At most
-    `record.MAX_RANGES` runs are kept of an image (4 MiB); what comes after them is not
+    Files that were read in order, or of which little was read, leave no record. The first open of
+    an image has the kernel drop its cached pages, or they would be missing in the record. The
+    touches of files that are open at the same time share one record, in the order of the opens. At
+    most `record.MAX_RANGES` runs (4 MiB) are kept of an image; later touches are not
     recorded.
     """
 
@@ -67,7 +67,7 @@ class Recorder:
         session, touches = known
         session.opened.discard(file)
         if not touches.is_restore:
-            # So that many who only glance at it take no memory while one file stays open.
+            # Otherwise many short readers would take memory while one file stays open.
             del session.files[file]
             session.runs -= len(touches)
         if session.opened:
@@ -76,7 +76,7 @@ class Recorder:
         return functools.partial(self._save, session)
 
     def stop(self, seconds: float) -> bool:
-        """Write down what is still open, as far as it was touched; the time is not kept to."""
+        """Save what was touched of images that are still open. Ignores the time limit."""
         sessions, self._sessions = list(self._sessions.values()), {}
         self._files.clear()
         for session in sessions:
@@ -94,7 +94,7 @@ class Recorder:
         try:
             self._write(session)
         except (DiffMergeError, OSError) as error:
-            log.warning("the record of a working set cannot be written: %s", error)
+            log.warning("cannot write the record of a working set: %s", error)
         except Exception:
             log.exception("writing a working set failed: this is a bug")
 
@@ -103,10 +103,10 @@ class Recorder:
         name = view.layers[-1].path
         restores = [touches for touches in session.files.values() if touches.is_restore]
         if not restores:
-            log.info("%s: not recorded: it was read in order, or hardly at all", name)
+            log.info("%s: not recorded: it was read in order, or little was read", name)
             return
         if any(layer.tainted for layer in view.layers):
-            log.info("%s: not recorded: a layer of it changed", name)
+            log.info("%s: not recorded: one of its layers changed", name)
             return
         runs = [run for touches in restores for run in touches]
         ranges = limited(first_touches(runs), view.size)[:MAX_RANGES]

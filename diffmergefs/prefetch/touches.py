@@ -1,4 +1,4 @@
-"""Which requests are first touches, and in which pieces they are brought back: numbers only."""
+"""First touches among requests, and the pieces in which they are prefetched: numbers only."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from collections.abc import Iterable, Iterator
 
 from diffmergefs.core.extents import PAGE, Extent, ExtentList
 
-#: At most so much is pushed at once.
+#: The most that is pushed at once.
 PIECE = 256 << 10
-#: A record holds, and a push brings, at most this part of the image.
+#: A record and a push hold at most one part in this many of the image.
 SHARE = 4
 
 _FEWEST_JUMPS = 16
-_JUMPS_OF = 8  # one request in so many is a jump, at least, where a guest runs
+_JUMPS_OF = 8  # if a guest runs, at least one request in this many is a jump
 _WINDOW = 8 << 20
 _WINDOW_OF = 16
 
 
 class Touches:
-    """The requests that one open file has made, as runs of pages in the order of their coming.
+    """The requests of one open file, as runs of pages in the order of arrival.
 
-    A guest that is restored touches its memory here and there. Who copies or hashes a file goes
-    through it in order; several requests at once may overtake each other, but all are near the
-    furthest so far. One that is not is a jump. Takes 16 bytes a run.
+    A restored guest touches its memory in random places. A reader that copies or hashes a file goes
+    through it in order: parallel requests may overtake each other, but all are near the furthest so
+    far. A request that is not near it is a jump. Takes 16 bytes per run.
     """
 
     def __init__(self, size: int) -> None:
@@ -41,7 +41,7 @@ class Touches:
         return map(Extent, self._starts, self._stops)
 
     def add(self, offset: int, length: int) -> int:
-        """Note a request; how many runs it added: none if it goes on where the last one ended."""
+        """Add a request, and return how many runs that added: 0 if it continues the last run."""
         start = offset // PAGE * PAGE
         stop = min(-(-(offset + length) // PAGE) * PAGE, self._size)
         if start >= stop:
@@ -58,13 +58,13 @@ class Touches:
 
     @property
     def is_restore(self) -> bool:
-        """Whether it looks like a running guest, and not like a reader in order or a glance."""
+        """Whether the requests look like a running guest, not like a sequential or short reader."""
         return self._jumps >= max(_FEWEST_JUMPS, self._requests / _JUMPS_OF)
 
 
 def first_touches(runs: Iterable[Extent]) -> list[Extent]:
-    """Each byte of the runs once, where it came first: disjoint ranges in the order of the runs."""
-    # A sweep by address over the borders: of the runs that are open the earliest has the bytes.
+    """Each byte of the runs once, at its first place: disjoint ranges in the order of the runs."""
+    # A sweep over the borders by address: the earliest of the runs that are open has the bytes.
     numbered = list(enumerate(runs))
     borders = sorted({border for _, run in numbered for border in run})
     waiting = sorted((run.start, number, run.stop) for number, run in numbered)[::-1]
@@ -86,7 +86,7 @@ def first_touches(runs: Iterable[Extent]) -> list[Extent]:
 
 
 def limited(ranges: Iterable[Extent], size: int) -> list[Extent]:
-    """The first of the ranges, as far as they make up no more than a quarter of an image's size."""
+    """The first of the ranges, up to a quarter of the image's size in total."""
     room = size // SHARE // PAGE * PAGE
     found = []
     for start, stop in ranges:
@@ -98,11 +98,11 @@ def limited(ranges: Iterable[Extent], size: int) -> list[Extent]:
 
 
 def pieces(ranges: Iterable[Extent], size: int) -> list[Extent]:
-    """What to push, in order: at most 256 KiB each, in whole pages, a quarter of the image in all.
+    """The pieces to push, in order: whole pages, at most 256 KiB each and a quarter of the image.
 
-    `ranges` are disjoint, of whole pages but where the image ends. Each is cut at the borders of
-    blocks of 256 KiB. The blocks come in the order in which they were first touched, and what was
-    touched of one is joined: a call costs more than a page.
+    `ranges` must be disjoint, and consist of whole pages, except at the end of the image. They are
+    cut at the borders of blocks of 256 KiB. The blocks come in the order of their first touch, and
+    adjacent ranges in a block are joined, because a call costs more than a page.
     """
     blocks: dict[int, list[Extent]] = {}
     for start, stop in limited(ranges, size):

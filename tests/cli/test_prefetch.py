@@ -91,7 +91,7 @@ def test_a_stale_record_is_shown_as_such(store: Path, sets: WorkingSets) -> None
     os.utime(files(store)[0])
     where = ["--working-set-dir", sets.directory]
     done = diffmergefs("prefetch", store / "leaf", "--show", *where)
-    assert done.returncode == NO and f"stale: {files(store)[0]}: not the file" in done.stdout
+    assert done.returncode == NO and f"stale: {files(store)[0]}: another file" in done.stdout
     done = diffmergefs("prefetch", store / "leaf", "--show", "--json", *where)
     assert done.returncode == NO and json.loads(done.stdout)["stale"].startswith(files(store)[0])
 

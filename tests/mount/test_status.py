@@ -183,7 +183,7 @@ def test_no_explicit_image_can_have_the_name_of_the_status_folder(tmp_path: Path
     base = write_layer(tmp_path / STATUS_FOLDER, SIZE, pages(0, [0]))
     (tmp_path / "mnt").mkdir()
     text = mistake(11, "mount", "-f", "--base", base, tmp_path / "mnt")
-    assert f"{base}: in a mount '.diffmergefs' is its own directory" in text
+    assert f"{base}: '.diffmergefs' is the mount's own directory" in text
 
 
 def test_only_the_owner_reads_the_status_and_no_listing_has_it(

@@ -250,7 +250,7 @@ def test_a_user_without_a_home_must_name_a_place(monkeypatch: pytest.MonkeyPatch
         raise KeyError
 
     monkeypatch.setattr(verified, "default_directory", no_home)
-    with pytest.raises(FileAccessError, match="--working-set-dir names a place"):
+    with pytest.raises(FileAccessError, match="use --working-set-dir"):
         WorkingSets()
     assert WorkingSets("/named").directory == "/named"
 
@@ -295,7 +295,7 @@ def test_a_record_is_stale_once_a_layer_is_another(files: list[Path]) -> None:
     assert record.stale(identity_of_files(names)) is None
     os.utime(files[1], ns=(5, 5))
     assert str(files[1]) in (record.stale(identity_of_files(names)) or "")
-    assert record.stale(identity_of_files(names[:1])) == "it is of 2 layers, the chain has 1"
+    assert record.stale(identity_of_files(names[:1])) == "it has 2 layers, the chain has 1"
 
 
 @pytest.mark.parametrize("part", ["inode", "size", "mtime_ns", "path"])

@@ -146,7 +146,7 @@ def test_an_image_whose_layer_changed_leaves_no_record(
     with pytest.raises(LayerChangedError):
         image.view.read(3 * PAGE, PAGE)
     client.close()
-    assert "not recorded: a layer of it changed" in messages(caplog)[-1]
+    assert "not recorded: one of its layers changed" in messages(caplog)[-1]
     assert recorded(sets, image) is None
 
 
@@ -199,7 +199,7 @@ def test_a_record_that_cannot_be_written_is_a_line_in_the_log(
     client.touch(*scattered(100))
     client.close()
     (line,) = messages(caplog, logging.WARNING)
-    assert "the record of a working set cannot be written" in line
+    assert "cannot write the record of a working set" in line
 
 
 def test_what_it_is_not_told_of_is_ignored(recorder: Recorder) -> None:
