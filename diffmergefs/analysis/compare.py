@@ -41,6 +41,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
+        """Whether the views hold the same bytes."""
         return self.first is None
 
     @property

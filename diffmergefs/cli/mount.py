@@ -54,6 +54,7 @@ class MountCommand(click.Command):
     """Accepts its long options as mount options too, as in `-o open_rw,page_size=16384`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Also read this command's own options from -o."""
         rest = super().parse_args(ctx, with_values(self, args))
         options = split_options(ctx.params["options"])
         names = self.long_names()

@@ -38,6 +38,7 @@ class FileKey(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileKey:
+        """The key of the file with this status."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
@@ -52,6 +53,7 @@ class FileVersion(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileVersion:
+        """The version of the file with this status."""
         return cls(*FileKey.of(status), status.st_ctime_ns)
 
 
@@ -65,6 +67,7 @@ class Fingerprint(NamedTuple):
 
     @classmethod
     def of(cls, fd: int) -> Fingerprint:
+        """The fingerprint of the open file."""
         s = os.fstat(fd)
         return cls(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_blocks)
 

@@ -131,6 +131,7 @@ class Layer:
         return next((record for record in self.records if record.suffix == suffix), None)
 
     def close(self) -> None:
+        """Close the file; reads fail afterwards."""
         self._close()
         self.fd = -1  # the number may soon be another file's
 

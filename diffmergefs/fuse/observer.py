@@ -13,7 +13,8 @@ class Caller(Protocol):
     """The process that sent a request."""
 
     @property
-    def pid(self) -> int: ...
+    def pid(self) -> int:
+        """The process that made the request."""
 
 
 @dataclass(frozen=True)

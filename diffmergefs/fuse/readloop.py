@@ -199,6 +199,7 @@ class RequestWait:
         return self._fd is not None
 
     def __call__(self, fd: int) -> Awaitable[None]:
+        """Wait until the descriptor is readable."""
         self._alarm.is_expected = False
         if fd != self._fd:
             self._poll, self._fd = select.poll(), fd

@@ -95,6 +95,7 @@ def compare_pages(
 
 
 def sum_pages(counts: Iterable[Pages]) -> Pages:
+    """The sum of the counts, field by field."""
     return Pages(*map(sum, zip(Pages(0, 0, 0, 0), *counts, strict=True)))
 
 

@@ -87,6 +87,7 @@ class OpenSnapshot:
 
     @property
     def tag(self) -> str:
+        """The tag of the new snapshot."""
         return self.record.tag
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from pyfuse3 import FUSEError
 
 from diffmergefs.core.buffers import BLOCK, Buffers
 from diffmergefs.fuse.access import Access
@@ -178,9 +179,9 @@ def test_a_change_while_a_read_waits_is_seen(
     async def main() -> None:
         fh = await opened(operations)
         monkeypatch.setattr(os, "preadv", changing)
-        with pytest.raises(Exception) as caught:
+        with pytest.raises(FUSEError) as caught:
             await operations.read(fh, 0, 2 * PAGE)
-        assert getattr(caught.value, "errno", None) == errno.EIO
+        assert caught.value.errno == errno.EIO
 
     trio.run(main)
 

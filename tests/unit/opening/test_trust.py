@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,9 @@ def test_unaligned_extents_are_refused(
 
 
 @pytest.fixture
-def all_is_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def all_is_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """A filesystem without lseek, as FUSE's default: each file is one extent."""
     monkeypatch.setattr(sparse, "data_extents", lambda _, size: iter([Extent(0, size)]))
-    yield
 
 
 @pytest.mark.usefixtures("all_is_data")
