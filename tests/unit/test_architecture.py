@@ -220,3 +220,73 @@ def test_all_but_the_mount_works_without_pyfuse3_and_trio(tmp_path: Path) -> Non
         timeout=60,
     )
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+
+
+# The tests
+
+TESTS = Path(__file__).parents[1]
+#: Modules without a unit test of their name, and uses of private names (patches, reads) in tests
+#: other than the module's own. Both may only fall: lower the numbers when they do.
+WITHOUT_A_UNIT_TEST = 51
+PATCHES, READS = 16, 14
+_OF_NAMEDTUPLES = {"_replace", "_asdict", "_fields", "_make"}
+
+
+def own_test(module: str) -> Path:
+    """The unit test of a module, by its place in the package; commands are run in tests/cli."""
+    *folders, name = module.split(".")
+    unit = TESTS.joinpath("unit", *folders, f"test_{name}.py")
+    command = TESTS / "cli" / unit.name
+    return command if folders == ["cli"] and command.exists() else unit
+
+
+def test_the_modules_without_a_unit_test_of_their_name_get_fewer() -> None:
+    modules = [m for m in MODULES if SOURCES[m].name != "__init__.py" and m != "__main__"]
+    missing = [m for m in modules if not own_test(m).exists()]
+    assert len(missing) == WITHOUT_A_UNIT_TEST, "\n".join(missing)
+
+
+def is_private(name: object) -> bool:
+    """Whether it names something private of a module, a class or an object."""
+    last = name.rpartition(".")[2] if isinstance(name, str) else ""
+    return last.startswith("_") and not last.startswith("__") and last not in _OF_NAMEDTUPLES
+
+
+def private_names(path: Path) -> tuple[list[str], list[str]]:
+    """The patches and the reads of private names in a file, each as `line: code`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == ROOT:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}".removeprefix(f"{ROOT}.")
+                module = inner if inner in SOURCES else str(node.module).removeprefix(f"{ROOT}.")
+                modules[alias.asname or alias.name] = module
+    is_of_a_module = any(own_test(module) == path for module in MODULES)
+
+    def counts(of: ast.expr) -> bool:
+        base = ast.unparse(of).split(".")[0]
+        if base in modules:
+            return own_test(modules[base]) != path
+        return base not in {"self", "cls", "os"} and not is_of_a_module
+
+    patches, reads = [], []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".setattr"):
+            target, *rest = node.args
+            name = target if isinstance(target, ast.Constant) else rest[0]
+            of = str(getattr(target, "value", "")).rpartition(".")[0].removeprefix(f"{ROOT}.")
+            elsewhere = counts(target) if name is not target else own_test(of) != path
+            if isinstance(name, ast.Constant) and is_private(name.value) and elsewhere:
+                patches.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
+        elif isinstance(node, ast.Attribute) and is_private(node.attr) and counts(node.value):
+            reads.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
+    return patches, reads
+
+
+def test_the_private_names_that_other_tests_use_get_fewer() -> None:
+    found = [private_names(path) for path in sorted(TESTS.rglob("*.py"))]
+    patches = [one for in_file, _ in found for one in in_file]
+    reads = [one for _, in_file in found for one in in_file]
+    assert len(patches) == PATCHES, "\n".join(patches)
+    assert len(reads) == READS, "\n".join(reads)

@@ -83,6 +83,7 @@ def test_layers_without_extents_have_no_bars() -> None:
     assert picture.png().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["png", "svg"])
 def test_info_draws_it(tmp_path: Path, form: str) -> None:
     base = write_layer(tmp_path / "base", 64 * PAGE, [(0, signed(0, 0, 16 * PAGE))])
@@ -112,6 +113,7 @@ def test_a_wrong_use_of_plot_ends_with_2(tmp_path: Path, arguments: list[str]) -
     assert os.listdir(tmp_path) == ["base"]
 
 
+@pytest.mark.slow
 def test_the_picture_in_readme_is_what_is_drawn_today(tmp_path: Path) -> None:
     """Its cells, that is: letters differ a little from one version of the fonts to the next."""
     assert sample_map.draw(tmp_path / "map.png") == 0

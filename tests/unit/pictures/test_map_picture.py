@@ -96,6 +96,7 @@ def kind_of(content: int | str | None) -> int:
 CONTENT: list[int | str | None] = [(0, 1, None, 2, 0, "zeros", 0)[n * n % 7] for n in range(300)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["hilbert", "linear"])
 def test_each_cell_has_the_colour_of_its_address(layout: str) -> None:
     """In both formats, over the whole of the cell: nothing is drawn over it."""
@@ -235,6 +236,7 @@ def test_what_is_not_there_has_no_entry() -> None:
     assert "zero by hole" in found
 
 
+@pytest.mark.slow
 def test_a_range_is_called_one() -> None:
     entries = [
         MapEntry(16 * PAGE + 5, 20 * PAGE, 1, False),
@@ -261,6 +263,7 @@ def test_many_layers_are_grouped_and_a_line_says_so() -> None:
     assert found[found.index("layer1 .. layer4") - 1] == "1-4"
 
 
+@pytest.mark.slow
 def test_an_svg_is_under_two_megabytes_whatever_it_shows() -> None:
     """Noise of 256 colours, the worst that there can be for a compressor."""
     width, height = raster.Placing(10, parted=True).size
@@ -292,6 +295,7 @@ def test_long_names_do_not_run_into_the_numbers() -> None:
     assert len(found[0]) < 100
 
 
+@pytest.mark.slow
 def test_the_same_map_is_the_same_file() -> None:
     first, second = (MapPicture(tiled(CONTENT), subject(300)) for _ in range(2))
     assert first.png() == second.png() and first.svg() == second.svg()

@@ -371,6 +371,7 @@ def test_a_file_with_holes_and_without_a_document_is_refused_with_the_remedy(
         assert view.read(0, SIZE) == overlay_oracle(SIZE, [pages(5, [3]), pages(1, [1])])
 
 
+@pytest.mark.slow
 def test_every_verb_refuses_a_file_with_holes_and_without_a_document(tmp_path: Path) -> None:
     folder, out = undocumented(tmp_path / "s"), tmp_path / "out"
     calls = [

@@ -156,6 +156,7 @@ def test_a_key_that_stands_twice_at_the_end_of_many_is_found_at_once(store: Path
     assert "'longlong" in problem(store) and "appears twice" in problem(store)
 
 
+@pytest.mark.slow
 def test_many_numbered_files_are_compared_in_one_pass() -> None:
     # Comparing each with each would take hours.
     kinds = {f"{n}-t{n}.mem": stat.S_IFREG for n in range(200_000)}

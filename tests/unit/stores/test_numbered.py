@@ -83,6 +83,7 @@ def test_a_number_that_is_0_is_a_base_with_all_its_holes(tmp_path: Path) -> None
         assert view.read(0, SIZE) == overlay_oracle(SIZE, [pages(0, [3])])
 
 
+@pytest.mark.slow
 def test_every_verb_refuses_a_gap_and_accepts_it_if_told(tmp_path: Path) -> None:
     store = write_numbered(tmp_path / "s", ["000-base.mem", "001-a.mem", "003-b.mem"])
     image, whole = store / "003-b.mem", tmp_path / "whole"

@@ -86,6 +86,7 @@ def test_truth_table(tmp_path: Path, diff: Extents, expected: Extents) -> None:
 # The right bytes
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(data=st.data(), size=st.integers(PAGE + 1, 12 * PAGE))
 def test_base_becomes_the_oracle(

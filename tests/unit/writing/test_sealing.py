@@ -314,6 +314,7 @@ def test_the_mistakes_of_the_command(diff: Path) -> None:
     assert "rewritten" in succeed("seal", "--force", diff)
 
 
+@pytest.mark.slow
 def test_the_commands_that_read_go_by_the_seal(diff: Path, tmp_path: Path) -> None:
     base = write_layer(tmp_path / "base", SIZE, BASE)
     succeed("seal", diff)

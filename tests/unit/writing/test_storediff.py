@@ -388,6 +388,7 @@ def test_a_failure_in_the_middle_leaves_nothing(
     assert sorted(os.listdir(public_path)) == ["store"]
 
 
+@pytest.mark.slow
 def test_no_moment_of_an_exchange_copies_private_files_into_a_public_directory(
     public_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
