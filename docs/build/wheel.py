@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 _COMPLETIONS = {
     "bash": "share/bash-completion/completions/diffmergefs",
@@ -54,3 +55,14 @@ class Made(BuildHookInterface[Any]):
         """Remove what went into the wheel."""
         if version != "editable":
             self._folder.cleanup()
+
+
+class Known(MetadataHookInterface):
+    """Names the classifiers that are newer than hatchling 1.12.2, which refuses unknown ones."""
+
+    def update(self, metadata: dict[str, Any]) -> None:
+        """Change nothing."""
+
+    def get_known_classifiers(self) -> list[str]:
+        """The classifiers that every hatchling has to accept."""
+        return ["Programming Language :: Python :: 3.13"]
