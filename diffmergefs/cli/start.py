@@ -80,7 +80,7 @@ def serve_in_front(request: Request, handler: QueuedHandler, level: int, notifie
     logs.log_to({handler: level})
     with contextlib.closing(handler):
         try:
-            _serve(request, functools.partial(notifier.tell, "READY=1"), notifier)
+            _serve(request, functools.partial(notifier.notify, "READY=1"), notifier)
         except MountAbortedError as error:
             return error.exit_code  # the log has it
         except DiffMergeError as error:

@@ -82,14 +82,14 @@ class Lifecycle:
                 self._is_stopping = True
                 if self.own is not None:
                     nursery.start_soon(self._detach, self.own, name)
-                self._notifier.tell("STOPPING=1", f"STATUS={self._status()}")
+                self._notifier.notify("STOPPING=1", f"STATUS={self._status()}")
 
     async def report_status(self) -> None:
         """Send the status to the service manager whenever it changes."""
         sent = ""
         while True:
             if (status := self._status()) != sent:
-                self._notifier.tell(f"STATUS={status}")
+                self._notifier.notify(f"STATUS={status}")
                 sent = status
             await trio.sleep(_POLL_SECONDS)
 

@@ -1,1 +1,1 @@
-"""What the operating system knows of mounts and daemons."""
+"""Mounts, daemons and service managers, as the operating system has them."""

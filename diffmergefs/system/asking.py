@@ -1,4 +1,4 @@
-"""A question to a filesystem whose server may hang, asked so that nobody hangs with it."""
+"""Asking a filesystem whose server may hang, in a child process, so that the caller cannot hang."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import NoReturn
 
 from diffmergefs.system.daemon import close_all_but
 
-#: How long a mount of ours may take for an answer that takes no storage.
+#: How long a mount of ours may take to answer what needs no storage.
 SECONDS = 5.0
-_NUMBER = 4
+_ERRNO_BYTES = 4
 
 
 def ask(question: Callable[[], bytes], seconds: float = SECONDS) -> bytes:
-    """What `question()` gives, or the OSError that it raises, from a child process.
+    """The result of `question()`, or the OSError that it raises, from a child process.
 
-    Raises TimeoutError if there is no answer after so many seconds. Who waits for a server that
-    has read his request cannot even be killed: the child is then left behind, without any of our
-    descriptors.
+    Raises TimeoutError if there is no answer within `seconds`. A process that waits for a server
+    which has read its request cannot even be killed: the child is then left behind, without any of
+    our descriptors.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -30,18 +30,18 @@ def ask(question: Callable[[], bytes], seconds: float = SECONDS) -> bytes:
         _answer(question, writer)
     os.close(writer)
     try:
-        said = _read_all(reader, time.monotonic() + seconds)
+        answer = _read_all(reader, time.monotonic() + seconds)
     except TimeoutError:
         os.kill(child, signal.SIGKILL)
         raise
     finally:
         os.close(reader)
     os.waitpid(child, 0)
-    if len(said) < _NUMBER:
-        raise OSError(errno.EIO, "the child that asked has died")
-    if number := int.from_bytes(said[:_NUMBER]):
+    if len(answer) < _ERRNO_BYTES:
+        raise OSError(errno.EIO, "the child process died before it answered")
+    if number := int.from_bytes(answer[:_ERRNO_BYTES]):
         raise OSError(number, os.strerror(number))
-    return said[_NUMBER:]
+    return answer[_ERRNO_BYTES:]
 
 
 def _answer(question: Callable[[], bytes], writer: int) -> NoReturn:
@@ -51,35 +51,35 @@ def _answer(question: Callable[[], bytes], writer: int) -> NoReturn:
             os.dup2(null, fd)
         close_all_but([writer])
         try:
-            said = bytes(_NUMBER) + question()
+            answer = bytes(_ERRNO_BYTES) + question()
         except OSError as error:
-            said = (error.errno or errno.EIO).to_bytes(_NUMBER)
+            answer = (error.errno or errno.EIO).to_bytes(_ERRNO_BYTES)
         with open(writer, "wb") as out:
-            out.write(said)
+            out.write(answer)
     finally:
         os._exit(0)
 
 
 def _read_all(reader: int, deadline: float) -> bytes:
-    said = b""
+    answer = b""
     while True:
         left = deadline - time.monotonic()
         if not select.select([reader], [], [], max(0.0, left))[0]:
             raise TimeoutError("no answer")
         chunk = os.read(reader, 1 << 16)
         if not chunk:
-            return said
-        said += chunk
+            return answer
+        answer += chunk
 
 
 def is_connected(path: str) -> bool:
-    """Whether what is mounted on `path` has a server still.
+    """Whether the filesystem mounted on `path` still has a server.
 
-    Raises TimeoutError if it has one that does not answer.
+    Raises TimeoutError if its server does not answer.
     """
 
     def question() -> bytes:
-        os.statvfs(path)  # a stat may be answered from the kernel's memory
+        os.statvfs(path)  # the kernel may answer a stat from its cache
         return b""
 
     try:

@@ -1,4 +1,4 @@
-"""Going to the background: a child that serves, a caller that waits for it, and its open files."""
+"""Going to the background: a child that serves, a caller that waits, and inherited descriptors."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _MOST_DESCRIPTORS = 1 << 20  # the default of fs.nr_open on Linux
 class Outcome(NamedTuple):
     """How the start of a child went.
 
-    `status` is 0 once the child is ready, its exit status if it ended before, None if it was
-    stopped because it took too long; `text` is what it wrote to stderr until then.
+    `status` is 0 if the child is ready, its exit status if it ended before that, and None if it
+    was ended because it took too long. `text` is what it wrote to stderr until then.
     """
 
     status: int | None
@@ -34,38 +34,38 @@ class Outcome(NamedTuple):
 def start(
     serve: Callable[[Callable[[], None]], int], timeout: float, kept: Collection[int] = ()
 ) -> Outcome:
-    """Run `serve(ready)` in a child in a session of its own; returns when it has called `ready`.
+    """Run `serve(ready)` in a child in its own session; return once the child has called `ready`.
 
-    `serve` gives the child's exit status. The child's standard streams are /dev/null, but until it
-    is ready its stderr comes back in the outcome. Of the other descriptors it has those that are
-    `kept`; the rest, which whoever called us may have left open, it would hold for ever. A child
-    that is not ready after `timeout` seconds, or when the wait is interrupted, is ended with
-    SIGTERM, and with SIGKILL two seconds later; one that finds its caller gone when it is ready
-    sends SIGTERM to itself. Call it before any thread was started.
+    `serve` returns the child's exit status. The child's standard streams are /dev/null, but until
+    it is ready its stderr goes into the outcome. Of the other descriptors it keeps only `kept`;
+    it would hold the rest, which our caller may have left open, for ever. If the child is not
+    ready after `timeout` seconds, or the wait is interrupted, it gets SIGTERM, and SIGKILL two
+    seconds later. If its caller is gone when it is ready, it sends SIGTERM to itself. Call this
+    before any thread is started.
     """
-    words_read, words_write = os.pipe()
+    stderr_read, stderr_write = os.pipe()
     ready_read, ready_write = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        os.close(words_read)
+        os.close(stderr_read)
         os.close(ready_read)
-        _become_daemon(serve, words_write, ready_write, kept)
-    os.close(words_write)
+        _become_daemon(serve, stderr_write, ready_write, kept)
+    os.close(stderr_write)
     os.close(ready_write)
     try:
-        return _wait(child, words_read, ready_read, timeout)
+        return _wait(child, stderr_read, ready_read, timeout)
     except BaseException:
         _end(child)
         raise
     finally:
-        os.close(words_read)
+        os.close(stderr_read)
         os.close(ready_read)
 
 
 def _become_daemon(
-    serve: Callable[[Callable[[], None]], int], words: int, ready_write: int, kept: Collection[int]
+    serve: Callable[[Callable[[], None]], int], stderr: int, ready_write: int, kept: Collection[int]
 ) -> NoReturn:
     status = _FAILED
     try:
@@ -74,7 +74,7 @@ def _become_daemon(
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
-        os.dup2(words, 2)
+        os.dup2(stderr, 2)
         close_all_but({null, ready_write, *kept})
 
         def ready() -> None:
@@ -83,7 +83,7 @@ def _become_daemon(
             try:
                 os.write(ready_write, _READY)
             except BrokenPipeError:
-                # Nobody knows that it came up: it ends as if it was asked to.
+                # The caller is gone and nobody knows of this daemon, so it ends.
                 os.kill(os.getpid(), signal.SIGTERM)
             os.close(ready_write)
 
@@ -95,36 +95,36 @@ def _become_daemon(
         os._exit(status)
 
 
-def _wait(child: int, words: int, ready: int, timeout: float) -> Outcome:
+def _wait(child: int, stderr: int, ready: int, timeout: float) -> Outcome:
     deadline = time.monotonic() + timeout
-    said = {words: b"", ready: b""}
-    still_open = set(said)
-    while still_open and said[ready] != _READY:
+    received = {stderr: b"", ready: b""}
+    still_open = set(received)
+    while still_open and received[ready] != _READY:
         left = deadline - time.monotonic()
         readable, _, _ = select.select(list(still_open), [], [], max(0.0, left))
         if not readable:
             _end(child)
-            return Outcome(None, said[words].decode(errors="replace"))
+            return Outcome(None, received[stderr].decode(errors="replace"))
         for fd in readable:
             chunk = os.read(fd, 65536)
-            said[fd] += chunk
+            received[fd] += chunk
             if not chunk:
                 still_open.discard(fd)
-    if said[ready] == _READY:
-        # Not up to its end: a helper of the mount (auto_unmount has one) may hold it open.
-        os.set_blocking(words, False)
+    if received[ready] == _READY:
+        # Do not read up to the end: a helper of the mount (auto_unmount has one) may hold it open.
+        os.set_blocking(stderr, False)
         with contextlib.suppress(BlockingIOError):
-            while chunk := os.read(words, 65536):
-                said[words] += chunk
-        return Outcome(0, said[words].decode(errors="replace"))
+            while chunk := os.read(stderr, 65536):
+                received[stderr] += chunk
+        return Outcome(0, received[stderr].decode(errors="replace"))
     _, wait_status = os.waitpid(child, 0)
-    # One that ended well before it was ready did not come up either.
+    # A child that exits with 0 before it is ready has failed too.
     status = os.waitstatus_to_exitcode(wait_status) or _FAILED
-    return Outcome(status, said[words].decode(errors="replace"))
+    return Outcome(status, received[stderr].decode(errors="replace"))
 
 
 def _end(child: int) -> None:
-    # One that hangs in the kernel does not end even so; it is not waited for.
+    # A child that hangs in the kernel does not end even so; nobody waits for it.
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
         for number in (signal.SIGTERM, signal.SIGKILL):
             os.kill(child, number)
@@ -147,14 +147,14 @@ def close_all_but(kept: Iterable[int]) -> None:
 
 
 def named_in(arguments: Iterable[str]) -> set[int]:
-    """The descriptors that paths in these arguments name, as `/dev/fd/5` does."""
+    """The descriptors that paths such as `/dev/fd/5` in these arguments name."""
     return {int(n) for argument in arguments for n in _BY_PATH.findall(argument)}
 
 
 def handed_over(environment: MutableMapping[str, str]) -> set[int]:
-    """Those that a service manager gave this process, by sd_listen_fds(3).
+    """The descriptors that a service manager passed to this process, by sd_listen_fds(3).
 
-    The variables are taken out of `environment`, so that no child takes itself to be meant.
+    The variables are removed from `environment`, so that no child uses them.
     """
     count = environment.pop("LISTEN_FDS", "")
     environment.pop("LISTEN_FDNAMES", None)

@@ -1,4 +1,4 @@
-"""Which processes have files of a mounted filesystem open or mapped, by what /proc says of them."""
+"""Which processes have files of a mounted filesystem open or mapped, according to /proc."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ PROC = "/proc"
 
 
 class Holder(NamedTuple):
-    """A process that keeps a mount busy: how it does, 'mapped', 'open' or 'directory', or several.
+    """A process that keeps a mount busy.
 
-    `command` is the kernel's name of it, 15 bytes at most.
+    `how` has one or more of 'mapped', 'open' and 'directory'. `command` is the kernel's name of
+    the process, 15 bytes at most.
     """
 
     pid: int
@@ -22,19 +23,19 @@ class Holder(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The holders by pid, and how many processes we may not look into."""
+    """The holders by pid, and how many processes we are not permitted to inspect."""
 
     holders: list[Holder]
     unseen: int
 
 
 def holders(device: str, path: str) -> Found:
-    """Who has files of the filesystem `device` (`major:minor`, decimal), mounted on `path`, in use.
+    """The processes that use files of the filesystem `device` (`major:minor`), mounted on `path`.
 
-    A mapping counts in every mount namespace, a descriptor or a working directory in those where
-    the filesystem is mounted. Nothing that is asked reaches the filesystem itself, which may hang.
-    Other users' processes can be looked into by root only; /proc may even hide them, and then they
-    are not counted. Processes come and go meanwhile: it is what was, not what is.
+    A mapping is found in every mount namespace, a descriptor or a working directory in those where
+    the filesystem is mounted. The filesystem itself, which may hang, is not accessed. Only root can
+    inspect other users' processes; /proc may even hide them, and then they are not counted.
+    Processes come and go during the search, so the result may be out of date.
     """
     found = []
     unseen = 0
@@ -48,7 +49,7 @@ def holders(device: str, path: str) -> Found:
         except PermissionError:
             unseen += 1
         except OSError:
-            continue  # it has ended
+            continue  # the process has ended
     return Found(found, unseen)
 
 
@@ -77,7 +78,7 @@ def _mounts(mountinfo: bytes, device: str) -> Iterator[bytes]:
 
 
 def _mount_of(fdinfo: Path) -> bytes | None:
-    # Not by a stat of the descriptor: that would ask the filesystem.
+    # A stat of the descriptor would access the filesystem.
     try:
         lines = fdinfo.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -86,10 +87,10 @@ def _mount_of(fdinfo: Path) -> bytes | None:
     return next((value for name, _, value in found if name == b"mnt_id"), None)
 
 
-def told(found: Iterable[Holder], most: int) -> str:
-    """The holders in a few words, `most` at most by name: `12 qemu (mapped), 13 sh (open)`."""
+def summary(found: Iterable[Holder], most: int) -> str:
+    """The holders in one line, at most `most` by name: `12 qemu (mapped), 13 sh (open)`."""
     known = list(found)
-    words = [f"{one.pid} {one.command} ({', '.join(one.how)})" for one in known[:most]]
+    parts = [f"{one.pid} {one.command} ({', '.join(one.how)})" for one in known[:most]]
     if len(known) > most:
-        words.append(f"and {len(known) - most} more")
-    return ", ".join(words)
+        parts.append(f"and {len(known) - most} more")
+    return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""The mountpoint: what can be mounted on, what is mounted there, and unmounting."""
+"""Mountpoints: checking one before a mount, unmounting, and a daemon's own mount."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from diffmergefs.core.errors import BusyError, DiffMergeError, MountpointError, MountTimeoutError
 from diffmergefs.system import asking, tuning
-from diffmergefs.system.holders import holders, told
+from diffmergefs.system.holders import holders, summary
 from diffmergefs.system.mounttable import FILESYSTEM_TYPE as FILESYSTEM_TYPE
 from diffmergefs.system.mounttable import Mount, MountTable, in_other_namespaces, mount_over, mounts
 from diffmergefs.system.mounttable import mount_entry as mount_entry
@@ -21,7 +21,7 @@ from diffmergefs.system.mounttable import resolved as resolved
 
 log = logging.getLogger(__name__)
 
-#: Where root looks for helpers: what stands in the PATH of whoever called it could be anyone's.
+#: Where root looks for helper programs, since another user may have set the PATH.
 ROOTS_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MNT_DETACH = 2
 _MOST_HOLDERS = 10
@@ -30,13 +30,13 @@ _MOST_HOLDERS = 10
 def check_mountpoint(
     mountpoint: str, source: str | None, layers: Iterable[str], outside: Iterable[str] = ()
 ) -> str:
-    """The real path of a mountpoint that can be used for `source` and `layers`.
+    """The real path of a mountpoint, checked for a mount of `source` and `layers`.
 
-    `outside` are directories in which layers of `source` may lie too. A stale mount of ours on the
-    mountpoint is unmounted, with a warning in the log. Raises MountpointError: it is missing, no
-    directory, not empty, already a mount, `source` or one of `outside` or inside it, or above a
-    layer (a daemon that looks into its own mount hangs). Raises MountTimeoutError where it lies in
-    a mount of ours whose daemon does not answer.
+    `outside` are further directories that may hold layers of `source`. A stale mount of ours on the
+    mountpoint is unmounted, with a warning in the log. Raises MountpointError if the mountpoint is
+    missing, is not an empty directory, is a mount already, is `source` or one of `outside` or
+    inside them, or is above a layer (a daemon that accesses its own mount hangs). Raises
+    MountTimeoutError if it lies in a mount of ours whose daemon does not answer.
     """
     real = _free_path(mountpoint)
     folders = [("the source", source)] if source is not None else []
@@ -89,7 +89,7 @@ def _require_stale(mountpoint: str, known: Mount) -> None:
 def require_answer(path: str) -> None:
     """Raise MountTimeoutError if `path` lies in a mount of ours whose daemon hangs.
 
-    Anywhere else it is not looked at. A daemon that has died counts as an answer.
+    A path outside of our mounts is not accessed. A daemon that has died counts as an answer.
     """
     known = mount_over(resolved(path))
     if known is None or known.kind != FILESYSTEM_TYPE:
@@ -101,11 +101,11 @@ def require_answer(path: str) -> None:
 
 
 def no_answer(path: str, known: Mount) -> MountTimeoutError:
-    """The error of a mount whose daemon hangs."""
+    """The error for a mount whose daemon hangs."""
     where = "" if path == known.path else f", in the mount on {known.path}"
     return MountTimeoutError(
-        f"{path}{where}: the daemon has not answered for {asking.SECONDS:g} s; if it hangs, and"
-        f" not its storage, take it away with `diffmergefs umount --lazy {known.path}`"
+        f"{path}{where}: the daemon has not answered for {asking.SECONDS:g} s; if the daemon"
+        f" hangs, and not its storage, detach it with `diffmergefs umount --lazy {known.path}`"
     )
 
 
@@ -134,10 +134,10 @@ def mount_at(mountpoint: str) -> Mount:
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     """Unmount a diffmergefs mount.
 
-    Raises BusyError, which names the processes that can be seen to keep files of it open, unless
-    `lazy`: then it is detached, and its daemon serves the open files on until the last is closed.
-    Where it is mounted besides, as by a bind mount of one of its files, a warning in the log says.
-    Raises MountpointError where no diffmergefs is mounted.
+    Raises BusyError with the processes that are seen to keep its files open, unless `lazy`: then it
+    is detached, and its daemon serves the open files until the last one is closed. If the
+    filesystem is mounted elsewhere too, for example by a bind mount of one of its files, a warning
+    in the log says where. Raises MountpointError if no diffmergefs is mounted there.
     """
     known = mount_at(mountpoint)
     elsewhere = _elsewhere(known)
@@ -145,18 +145,17 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         detach(known.path)
     else:
         _unmount_idle(mountpoint, known)
-    # What comes to stand under its device number now is another mount.
+    # From now on its device number may belong to another mount, so only known places count.
     if elsewhere and (others := [place for place in _elsewhere(known) if place in elsewhere]):
         log.warning(
-            "%s: unmounted, but it is mounted on %s too: its daemon serves on until that is"
-            " unmounted",
+            "%s: unmounted, but it is also mounted on %s: its daemon runs until that is unmounted",
             mountpoint,
             ", ".join(others),
         )
 
 
 def _elsewhere(known: Mount) -> list[str]:
-    # Where the filesystem of the mount is mounted besides.
+    # Where else the filesystem of this mount is mounted.
     mine = (known.kind, known.device, known.source)
     found = [m.path for m in mounts() if (m.kind, m.device, m.source) == mine]
     with suppress(ValueError):
@@ -180,15 +179,15 @@ def _by_whom(known: Mount) -> str:
     try:
         found = holders(known.device, known.path)
     except OSError as error:
-        return f" (by whom cannot be told: {error})"
-    by = told(found.holders, _MOST_HOLDERS) if found.holders else "nobody that can be seen"
+        return f" (the processes are unknown: {error})"
+    by = summary(found.holders, _MOST_HOLDERS) if found.holders else "no visible process"
     if os.geteuid() != 0:
-        return f" by {by} (other users' processes cannot be seen)"
-    return f" by {by}" + (f" ({found.unseen} could not be looked into)" if found.unseen else "")
+        return f" by {by} (other users' processes are not visible)"
+    return f" by {by}" + (f" ({found.unseen} could not be inspected)" if found.unseen else "")
 
 
 def detach(path: str) -> None:
-    """Take the mount on `path` out of the tree of names; open files stay served.
+    """Detach the mount on `path` from the directory tree; its open files are still served.
 
     Raises MountpointError.
     """
@@ -212,9 +211,9 @@ def _unmount(path: str, flags: int, options: list[str]) -> None:
 
 
 class OwnMount:
-    """The mount that stood on its mountpoint, as `entry`, when it was made.
+    """The mount that this daemon serves, wherever it was moved since `entry` was read.
 
-    Nothing that is asked reaches the mount itself: this process would have to answer.
+    Nothing here accesses the mount itself: this process would have to answer.
     """
 
     def __init__(self, entry: Mount) -> None:
@@ -226,7 +225,7 @@ class OwnMount:
         return (entry.number, entry.device) == (self._number, self.device)
 
     def obstacle(self) -> str:
-        """Why it cannot be detached now: what covers it. '' if nothing does, or it is gone."""
+        """Why it cannot be detached now: what covers it. '' if nothing does, or if it is gone."""
         try:
             table = MountTable()
         except (DiffMergeError, OSError) as error:
@@ -238,7 +237,7 @@ class OwnMount:
         return ""
 
     def detach(self) -> str:
-        """Take it off, wherever it stands; '' if it is gone then, else what is in the way."""
+        """Detach it wherever it is mounted; '' if it is gone then, else the obstacle."""
         try:
             if obstacle := self.obstacle():
                 return obstacle
@@ -249,21 +248,21 @@ class OwnMount:
         return ""
 
     def is_shown(self) -> bool:
-        """Whether its filesystem is mounted anywhere, seen from here."""
+        """Whether its filesystem is mounted anywhere in this mount namespace."""
         return bool(self._shown())
 
     def is_known(self) -> bool:
-        """Whether the kernel has its connection still. False without fusectl."""
+        """Whether the kernel still has its connection. False without fusectl."""
         return os.path.exists(tuning.connection(self.device))
 
     def elsewhere(self) -> list[str]:
-        """Where the filesystem is mounted besides, seen from here: bind mounts, of one file too."""
+        """Where else in this namespace the filesystem is mounted: bind mounts, also of files."""
         return [entry.path for entry in self._shown() if not self._is_it(entry)]
 
     def _shown(self) -> list[Mount]:
         try:
-            # The kernel gives a free device number to the next mount, whose ever it is.
+            # The kernel reuses a free device number for any other mount.
             mine = self.device, self.source
             return [entry for entry in mounts() if (entry.device, entry.source) == mine]
         except (DiffMergeError, OSError):
-            return []  # /proc went away: nothing can be said
+            return []  # /proc is gone, so nothing is known

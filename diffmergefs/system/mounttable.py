@@ -23,12 +23,12 @@ _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
 
 @dataclass(frozen=True)
 class Mount:
-    """One mount, as proc(5) has it, with the escapes of its paths and options undone.
+    """One mount of /proc/PID/mountinfo (proc(5)), with the escapes of paths and options undone.
 
-    `path` is where it is mounted, `device` the filesystem's (major:minor), `root` what of the
-    filesystem stands there: `/`, but for bind mounts. `number` is the mount's own while it lasts,
-    wherever it is moved to, and `parent` that of the mount on which it lies. `options` are those of
-    the filesystem, in their order; two are the same mount whatever these are by now.
+    `path` is where it is mounted, `device` the filesystem's major:minor, `root` the part of the
+    filesystem that is mounted: `/`, except for bind mounts. `number` identifies the mount while it
+    exists, wherever it is moved; `parent` is the number of the mount that it lies on. `options` are
+    the filesystem's, in order; they are not compared, since a remount can change them.
     """
 
     path: str
@@ -58,11 +58,11 @@ def mounts(process: str = "self") -> list[Mount]:
 
 
 def mount_of(fd: int) -> Mount | None:
-    """The mount that holds `fd`; None where nothing is listed for it, or there is no /proc.
+    """The mount that holds `fd`; None if no mount is listed for it, or there is no /proc.
 
-    Not listed are the kernel's own mounts (of a memfd), those of another namespace or beyond a
-    chroot, and those that were taken off lazily. Another mount of the same filesystem answers for
-    such a one, if there is one, with an empty `path` and `root`. Raises OSError for a descriptor
+    The kernel's own mounts (for example of a memfd), mounts of another namespace or outside a
+    chroot, and lazily unmounted ones are not listed. Then the result is another mount of the same
+    filesystem, if there is one, with an empty `path` and `root`. Raises OSError for a descriptor
     that is not open.
     """
     device = os.fstat(fd).st_dev
@@ -102,13 +102,13 @@ def _unescaped(text: str) -> str:
 
 
 class MountTable:
-    """The mounts that this process sees, as they were when it was read. Raises OSError."""
+    """A snapshot of the mounts that this process sees. Raises OSError."""
 
     def __init__(self) -> None:
         self.entries = mounts()
         self.points = {entry.path for entry in self.entries}
         numbers = {entry.number for entry in self.entries}
-        # Those whose parent is not seen lie on the root, which the table may lack (chroot(2)).
+        # A mount whose parent is not listed lies on the root, which may be missing (chroot(2)).
         self._children = {
             (entry.parent if entry.parent in numbers else None, entry.path): entry
             for entry in self.entries
@@ -116,10 +116,7 @@ class MountTable:
         }
 
     def over(self, path: str) -> Mount | None:
-        """The mount on which the real, absolute `path` lies; none that is covered.
-
-        None where the table lacks it.
-        """
+        """The topmost mount that the real, absolute `path` lies on; None if it is not listed."""
         here: Mount | None = None
         prefix = ""
         for name in path.rstrip("/").split("/"):
@@ -129,26 +126,26 @@ class MountTable:
         return here
 
     def is_ours(self, path: str) -> bool:
-        """Whether the real, absolute `path` lies on a diffmergefs."""
+        """Whether the real, absolute `path` lies on a diffmergefs mount."""
         found = self.over(path)
         return found is not None and found.kind == FILESYSTEM_TYPE
 
 
 def mount_over(path: str) -> Mount | None:
-    """The mount on which the real, absolute `path` lies, or None. Never asks the mount."""
+    """The mount that the real, absolute `path` lies on, or None. Never accesses the mount."""
     return MountTable().over(path)
 
 
 def mount_entry(path: str) -> Mount | None:
-    """The topmost mount on exactly the real, absolute `path`, or None. Never asks the mount."""
+    """The topmost mount on exactly the real, absolute `path`, or None. Never accesses the mount."""
     found = mount_over(path)
     return found if found is not None and found.path == path else None
 
 
 def resolved(path: str) -> str:
-    """The real, absolute path, by the table alone from where it enters a mount of ours on.
+    """The real, absolute path. What lies in a mount of ours is resolved by its text alone.
 
-    What is missing stays as it is, and so do symlinks beyond the 40th.
+    Components that do not exist stay as they are, and so do symlinks after the 40th.
     """
     table = MountTable()
     here, links = "/", 0
@@ -175,11 +172,11 @@ def _names(path: str) -> list[str]:
 
 
 def in_other_namespaces(device: str, source: str) -> list[str]:
-    """Where the diffmergefs `device` of `source` is mounted in mount namespaces that this process
-    is not in.
+    """Where the diffmergefs `device` of `source` is mounted in other mount namespaces.
 
-    Each with a process of that namespace, as far as processes can be looked into. Once a filesystem
-    is gone, the kernel gives its device number to the next one, whosever that is.
+    Each place is followed by the pid of a process in that namespace; only processes that this one
+    may inspect are searched. The source is compared too: once a filesystem is gone, the kernel
+    reuses its device number for any other.
     """
     found = []
     seen = {os.readlink("/proc/self/ns/mnt")}
@@ -188,7 +185,7 @@ def in_other_namespaces(device: str, source: str) -> list[str]:
             space = os.readlink(f"/proc/{name}/ns/mnt")
             known = [] if space in seen else mounts(name)
         except OSError:
-            continue  # it has ended, or is somebody else's
+            continue  # the process has ended, or this one may not inspect it
         seen.add(space)
         mine = (FILESYSTEM_TYPE, device, source)
         places = [m.path for m in known if (m.kind, m.device, m.source) == mine]
@@ -197,9 +194,10 @@ def in_other_namespaces(device: str, source: str) -> list[str]:
 
 
 def enter_own_namespace() -> bool:
-    """Move this process, before it has threads, into a new mount namespace; False if it may not.
+    """Move this process into a new mount namespace; False if it is not permitted.
 
-    Whatever is still mounted in it when the last of its processes ends is unmounted then.
+    Call it before the process has threads. When the last process of the namespace ends, the kernel
+    unmounts whatever is still mounted there.
     """
     libc = ctypes.CDLL(None)
     if libc.unshare(_CLONE_NEWNS) != 0:

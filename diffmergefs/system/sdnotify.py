@@ -1,4 +1,4 @@
-"""Telling a service manager how a service is, by sd_notify(3); and whether a log is the journal."""
+"""Notifying a service manager by sd_notify(3), and detecting whether a log is the journal."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ JOURNAL = "JOURNAL_STREAM"
 class Notifier:
     """Sends a service's state to the socket at `address`: a path, or `@` and an abstract name.
 
-    Without an address nothing is sent. Everyone may read the state of a service, and root does not
-    know whose socket a caller named: what is told holds no paths and no tags.
+    Without an address nothing is sent. Everyone may read a service's state, and root does not know
+    who owns the socket that its caller named. So never send paths or tags.
     """
 
     def __init__(self, address: str | None = None) -> None:
         if address and address[0] not in "/@":
-            log.warning("%s=%s: neither a path nor an abstract name; not told", ADDRESS, address)
+            log.warning("%s=%s: neither a path nor an abstract name; ignored", ADDRESS, address)
             address = None
         self._address = address or None
 
     @classmethod
     def from_environment(cls, environment: MutableMapping[str, str]) -> Notifier:
-        """The one that `environment` names, taken out of it so that no child tells anything."""
+        """A notifier for the address in `environment`, removed there so that no child uses it."""
         return cls(environment.pop(ADDRESS, None))
 
     def __bool__(self) -> bool:
-        """Whether anybody is told."""
+        """Whether there is an address to notify."""
         return self._address is not None
 
-    def tell(self, *assignments: str) -> None:
+    def notify(self, *assignments: str) -> None:
         """Send assignments such as `READY=1` as one datagram.
 
-        Never waits and never raises: what cannot be sent is lost, with a warning in the log.
+        Never waits and never raises: what cannot be sent is dropped, with a warning in the log.
         """
         if self._address is None:
             return
@@ -49,7 +49,7 @@ class Notifier:
                 out.setblocking(False)
                 out.sendto("\n".join(assignments).encode(), name)
         except OSError as error:
-            log.warning("%s=%s: cannot be told: %s", ADDRESS, self._address, error)
+            log.warning("%s=%s: cannot be notified: %s", ADDRESS, self._address, error)
 
 
 def is_journal(fd: int, stream: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""What the kernel lets a mounter set for its own mount: readahead, and requests under way."""
+"""Kernel settings of a FUSE mount: readahead, and the limit of background requests."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
 
-#: For each FUSE mount a directory that its mounter may write to (fusectl).
+#: fusectl: a directory for each FUSE mount, writable for the user who mounted it.
 CONNECTIONS = "/sys/fs/fuse/connections"
-#: For each mounted device a directory that root may write to.
+#: A directory for each mounted device, writable for root.
 DEVICES = "/sys/class/bdi"
 
-#: What a restore gains most from: less costs more requests, more reads what no guest asked for.
+#: The best value for a restore: less takes more requests, more reads what no guest requested.
 READAHEAD_KIB = 128
-#: Then a request is what the guest touched: one page.
+#: With this value a request is exactly what the guest touched: one page.
 RECORDING_KIB = 4
-#: As many as the daemon reads at once; the kernel's own limit, 12, makes slow storage wait.
+#: As many as the daemon reads at once. The kernel's default of 12 is too low for slow storage.
 MAX_BACKGROUND = 64
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What is asked of the kernel for one mount; None leaves it to `tune` what is best.
+    """What the user wants for one mount; None leaves the choice to `tune`.
 
-    `readahead` is in KiB, `max_background` the number of requests that nobody waits for yet,
-    readahead above all, under way at once. `recording` says that first touches are recorded.
+    `readahead` is in KiB. `max_background` limits the requests in flight that no process waits for,
+    mainly readahead. `recording` says that first touches are recorded.
     """
 
     readahead: int | None = None
@@ -36,12 +36,12 @@ class Tuning:
 
 
 def tune(device: str, wanted: Tuning) -> int | None:
-    """Set what is wanted for the FUSE mount with this device number (`major:minor`).
+    """Apply the settings to the FUSE mount with this device number (`major:minor`).
 
-    Gives the readahead in force, in KiB, None where that cannot be told. Call it once the mount
-    has answered its first request: until then the kernel has the last word. What is not
-    permitted (the readahead takes root) stays as it is, and the log says so: as a warning if it was
-    asked for, or if it makes a record larger than what was touched. Never raises.
+    Returns the readahead in force in KiB, or None if it is unknown. Call it after the mount has
+    answered its first request: until then the kernel overwrites the values. A setting that is not
+    permitted (readahead requires root) stays as it is. The log says so, as a warning if the user
+    asked for the value, or if it makes a record larger than what was touched. Never raises.
     """
     best = RECORDING_KIB if wanted.recording else READAHEAD_KIB
     found = _set(
@@ -53,7 +53,7 @@ def tune(device: str, wanted: Tuning) -> int | None:
     background = wanted.max_background or MAX_BACKGROUND
     asked = wanted.max_background is not None
     folder = connection(device)
-    # Beyond the threshold the kernel leaves readahead out; three quarters, as it has them itself.
+    # Above the threshold the kernel skips readahead. Three quarters is the kernel's own ratio.
     for name, value in (
         ("max_background", background),
         ("congestion_threshold", max(1, background * 3 // 4)),
@@ -61,8 +61,8 @@ def tune(device: str, wanted: Tuning) -> int | None:
         _set(f"{folder}/{name}", value, name, asked)
     if wanted.recording and found != RECORDING_KIB:
         log.warning(
-            "the kernel reads ahead %s KiB, not %d: what it reads ahead is recorded as if it had"
-            " been touched (only root can set it)",
+            "the kernel reads ahead %s KiB, not %d: pages that it reads ahead are recorded as if"
+            " the guest had touched them (only root can set it)",
             "an unknown number of" if found is None else found,
             RECORDING_KIB,
         )
@@ -70,15 +70,15 @@ def tune(device: str, wanted: Tuning) -> int | None:
 
 
 def connection(device: str) -> str:
-    """The directory of the mount with this device number (`major:minor`) in fusectl."""
-    # It is named by the device number as the kernel keeps it.
+    """The fusectl directory of the mount with this device number (`major:minor`)."""
+    # Its name is the device number in the kernel's own encoding.
     major, minor = map(int, device.split(":"))
     return f"{CONNECTIONS}/{major << 20 | minor}"
 
 
 def _set(path: str, value: int, what: str, asked: bool) -> int | None:
-    # What is so already is not touched: an ordinary user has the default without any right.
-    said: Callable[..., None] = log.warning if asked else log.info
+    # A value that is right already is not written: an ordinary user may not write to it.
+    report: Callable[..., None] = log.warning if asked else log.info
     found = None
     try:
         found = _read(path)
@@ -89,10 +89,10 @@ def _set(path: str, value: int, what: str, asked: bool) -> int | None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         known = "as it is" if found is None else found
-        said("%s: %s stays %s, not %d: %s", path, what, known, value, reason)
+        report("%s: %s stays %s, not %d: %s", path, what, known, value, reason)
     else:
         if found != value:
-            said("%s: the kernel made %s %d, not %d", path, what, found, value)
+            report("%s: the kernel made %s %d, not %d", path, what, found, value)
     return found
 
 
@@ -102,7 +102,7 @@ def _read(path: str) -> int:
 
 
 def _write(path: str, value: int) -> None:
-    # In one write and without O_TRUNC or O_CREAT: it is a knob, not a file.
+    # One write, without O_TRUNC or O_CREAT: this is a kernel attribute, not a regular file.
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, b"%d" % value)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.system.holders import Found, Holder, holders, told
+from diffmergefs.system.holders import Found, Holder, holders, summary
 from diffmergefs.system.mountpoint import mount_entry
 from tests.support.commands import diffmergefs, one_line
 from tests.support.mounts import mounted
@@ -100,7 +100,7 @@ def test_umount_is_refused_and_names_them(store: Path, mountpoint: Path) -> None
         known = {vm: f"{vm} firecracker (mapped)", other: f"{other} a\\nb\\x1b (open)"}
         users = ", ".join(known[pid] for pid in sorted(known))
         # Not even root may look into a process that has more rights, as outside of a container.
-        line = re.sub(r" \(\d+ could not be looked into\)", "", line)
+        line = re.sub(r" \(\d+ could not be inspected\)", "", line)
         assert line == (
             f"diffmergefs: {mountpoint}: files of it are open by {users}; stop the VMs that use it,"
             " or detach it with --lazy: it is then served until the last file is closed\n"
@@ -110,9 +110,9 @@ def test_umount_is_refused_and_names_them(store: Path, mountpoint: Path) -> None
 
 def test_of_many_some_are_named_and_the_rest_counted() -> None:
     many = [Holder(pid, "vm", ("mapped", "open")) for pid in range(3, 8)]
-    assert told(many[:1], 3) == "3 vm (mapped, open)"
-    assert told(many[:3], 3).count("vm") == 3 and "more" not in told(many[:3], 3)
-    assert told(many, 3) == (
+    assert summary(many[:1], 3) == "3 vm (mapped, open)"
+    assert summary(many[:3], 3).count("vm") == 3 and "more" not in summary(many[:3], 3)
+    assert summary(many, 3) == (
         "3 vm (mapped, open), 4 vm (mapped, open), 5 vm (mapped, open), and 2 more"
     )
 
@@ -156,7 +156,7 @@ def test_an_ordinary_user_is_told_that_he_sees_his_own_only(
         try:
             assert process.stdout is not None and process.stdout.readline() == b"\n"
             line = one_line(namespace.diffmergefs(NOBODY, NOBODY, "umount", home / "mnt"), BUSY)
-            unseen = "(other users' processes cannot be seen)"
+            unseen = "(other users' processes are not visible)"
             assert re.search(
                 rf"open by {process.pid} (sh|sleep) \(open\) {re.escape(unseen)}; stop", line
             )

@@ -152,7 +152,7 @@ def daemons_of(path: Path) -> list[int]:
 
 
 WITHOUT_PROC = ["unshare", "--mount", "/bin/sh", "-c", 'umount -l /proc && exec "$@"', "sh"]
-NO_PROC = "diffmergefs: /proc is not mounted, and without it no file can be opened: mount -t proc"
+NO_PROC = "diffmergefs: /proc is not mounted, and no file can be opened without it: mount -t"
 
 
 @pytest.mark.parametrize(

@@ -256,13 +256,11 @@ def test_umount_refuses_what_is_no_mount_of_ours(
     for path in (mountpoint, public_path / "missing"):
         done = umount(path, *options)
         assert done.returncode == REFUSED
-        assert done.stderr == (
-            f"diffmergefs: {path}: no diffmergefs mount, nothing is mounted there\n"
-        )
+        assert done.stderr == f"diffmergefs: {path}: not a diffmergefs mount point\n"
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(mountpoint)], check=True, timeout=60)
     done = umount(mountpoint, *options)
     assert done.returncode == REFUSED
-    assert "no diffmergefs mount, a tmpfs is mounted there" in done.stderr
+    assert "not a diffmergefs mount point, but a mount of type tmpfs" in done.stderr
     assert is_mounted(mountpoint)
 
 
@@ -326,7 +324,7 @@ def test_umount_names_what_the_daemon_lives_on_for(
         with bound(mountpoint / what, target):
             done = umount(mountpoint, *options)
             assert done.returncode == 0
-            assert f"{mountpoint}: unmounted, but it is mounted on {target} too" in done.stderr
+            assert f"{mountpoint}: unmounted, but it is also mounted on {target}" in done.stderr
             assert len(done.stderr.splitlines()) == 1
             assert is_alive(mount)
         assert mount.process.wait(60) == 0
@@ -363,7 +361,7 @@ def test_mounts_in_other_namespaces_are_named(
             done = umount(mountpoint)
             assert done.returncode == 0
             place = f"{mountpoint} (in the namespace of process {jail.pid})"
-            assert f"mounted on {place} too" in done.stderr
+            assert f"also mounted on {place}" in done.stderr
             mount.process.send_signal(signal.SIGTERM)
             until(lambda: f"still mounted on {place}" in mount.log(), "it is not named")
             assert is_alive(mount)

@@ -1,4 +1,4 @@
-"""What a service manager is told, over real datagram sockets, and by which daemon."""
+"""Notifications to a service manager, over real datagram sockets, and which process sends them."""
 
 from __future__ import annotations
 
@@ -57,25 +57,25 @@ def store(public_path: Path) -> Path:
 def test_one_datagram_a_call(manager: Manager) -> None:
     notifier = Notifier(manager.address)
     assert notifier
-    notifier.tell("READY=1", "STATUS=up")
-    notifier.tell("STOPPING=1")
+    notifier.notify("READY=1", "STATUS=up")
+    notifier.notify("STOPPING=1")
     assert manager.heard() == ["READY=1\nSTATUS=up", "STOPPING=1"]
 
 
 def test_the_environment_gives_the_address_away(manager: Manager) -> None:
     environment = {"NOTIFY_SOCKET": manager.address, "OTHER": "x"}
-    Notifier.from_environment(environment).tell("READY=1")
+    Notifier.from_environment(environment).notify("READY=1")
     assert environment == {"OTHER": "x"}
     assert manager.heard() == ["READY=1"]
 
 
 @pytest.mark.parametrize("environment", [{}, {"NOTIFY_SOCKET": ""}], ids=["unset", "empty"])
-def test_without_an_address_nobody_is_told(
+def test_without_an_address_nobody_is_notified(
     environment: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     notifier = Notifier.from_environment(dict(environment))
     assert not notifier
-    notifier.tell("READY=1")
+    notifier.notify("READY=1")
     assert not caplog.records
 
 
@@ -87,10 +87,10 @@ def test_what_is_no_address_is_said_and_not_told(
     assert f"NOTIFY_SOCKET={address}: neither a path" in caplog.text
 
 
-def test_what_cannot_be_told_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    Notifier(f"{tmp_path}/nobody").tell("READY=1")
-    Notifier(f"{tmp_path}/{'x' * 200}").tell("READY=1")
-    assert caplog.text.count("cannot be told") == 2
+def test_what_cannot_be_sent_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Notifier(f"{tmp_path}/nobody").notify("READY=1")
+    Notifier(f"{tmp_path}/{'x' * 200}").notify("READY=1")
+    assert caplog.text.count("cannot be notified") == 2
 
 
 def test_a_manager_that_does_not_listen_holds_nobody_up(
@@ -99,8 +99,8 @@ def test_a_manager_that_does_not_listen_holds_nobody_up(
     notifier = Notifier(manager.address)
     full = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text()) + 2
     for number in range(full):
-        notifier.tell(f"STATUS={number}")
-    assert "cannot be told" in caplog.text
+        notifier.notify(f"STATUS={number}")
+    assert "cannot be notified" in caplog.text
     assert manager.heard()[0] == "STATUS=0"
 
 
