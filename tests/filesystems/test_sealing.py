@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 
 from diffmergefs import flatten, open_chain, seal_layer
-from diffmergefs.core.errors import UntrustedExtentsError
+from diffmergefs.core.errors import FileAccessError, NoSpaceError, UntrustedExtentsError
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.sidecars import seal
 from diffmergefs.writing import sealing
+from tests.support import loopfs
+from tests.support.commands import diffmergefs_as_nobody, one_line
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.subjects.sealing import DIFF, EXTENTS, SIZE, diff, recorded
+from tests.support.users import NOBODY
 
 __all__ = ["diff"]
 
@@ -66,3 +69,28 @@ def test_flatten_can_seal_what_it_writes(real_fs: Path) -> None:
     with open_chain(real_fs / "out").view as view:
         assert view.layers[0].record(".bmap") is not None
         assert view.read(0, SIZE) == overlay_oracle(SIZE, [[(0, signed(0, 0, 2 * PAGE))], DIFF])
+
+
+def test_where_nothing_can_be_written(public_path: Path) -> None:
+    with loopfs.made("ext4", public_path, 8 << 20) as root:
+        pages = [(n * PAGE, signed(1, n * PAGE, PAGE)) for n in range(0, 1000, 2)]
+        diff = write_layer(root / "diff", 1000 * PAGE, pages)
+        with (root / "full").open("wb") as file, pytest.raises(OSError, match="No space"):
+            while True:
+                os.write(file.fileno(), bytes(PAGE))
+        with pytest.raises(NoSpaceError):
+            seal_layer(diff)
+        assert not os.path.exists(f"{diff}.bmap")
+
+
+def test_an_ordinary_user_seals_his_own_and_no_others(public_path: Path) -> None:
+    public_path.chmod(0o777)
+    theirs = write_layer(public_path / "theirs", SIZE, DIFF)
+    theirs.chmod(0o600)
+    done = diffmergefs_as_nobody("seal", theirs)
+    assert "Permission denied" in one_line(done, FileAccessError.exit_code)
+    own = write_layer(public_path / "own", SIZE, DIFF)
+    os.chown(own, NOBODY, NOBODY)
+    done = diffmergefs_as_nobody("seal", own)
+    assert done.returncode == 0, done
+    assert os.stat(f"{own}.bmap").st_uid == NOBODY

@@ -13,7 +13,7 @@ import pytest
 
 from diffmergefs import apply_diff, seal_layer
 from diffmergefs.writing.dependants import REASONS
-from tests.support.commands import diffmergefs, mistake
+from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake
 from tests.support.images import PAGE, overlay_oracle, write_layer
 from tests.support.inputs import unchanged
 from tests.support.mounts import mounted
@@ -104,3 +104,12 @@ def test_all_reasons_at_once_and_each_overridden_by_its_name(
         f"diffmergefs: --force={name}" for name in REASONS
     ]
     assert base.read_bytes() == overlay_oracle(SIZE, [BASE, pages(1, range(14))])
+
+
+def test_what_is_another_users_cannot_be_told(diff: Path, public_path: Path) -> None:
+    """Only the owner may ask for a lease."""
+    base = base_at(public_path / "whole.mem")
+    base.chmod(0o666)
+    with base.open("rb"):
+        done = diffmergefs_as_nobody("apply", diff, base)
+    assert (done.returncode, done.stderr) == (0, "")

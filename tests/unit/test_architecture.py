@@ -229,6 +229,9 @@ TESTS = Path(__file__).parents[1]
 #: other than the module's own. Both may only fall: lower the numbers when they do.
 WITHOUT_A_UNIT_TEST = 51
 PATCHES, READS = 16, 14
+#: What a test asks for that needs root, loop devices or FUSE.
+NEED_MORE = {"filesystem", "real_fs", "overlay_fs", "loopfs", "mounted", "diffmergefs_as_nobody"}
+NEED_MORE |= {"run_as", "require_root", "require_mounts", "require_loop", "require_fuse"}
 _OF_NAMEDTUPLES = {"_replace", "_asdict", "_fields", "_make"}
 
 
@@ -244,6 +247,15 @@ def test_the_modules_without_a_unit_test_of_their_name_get_fewer() -> None:
     modules = [m for m in MODULES if SOURCES[m].name != "__init__.py" and m != "__main__"]
     missing = [m for m in modules if not own_test(m).exists()]
     assert len(missing) == WITHOUT_A_UNIT_TEST, "\n".join(missing)
+
+
+@pytest.mark.parametrize("path", sorted((TESTS / "unit").rglob("test_*.py")), ids=lambda p: p.stem)
+def test_a_unit_test_needs_neither_root_nor_a_mount(path: Path) -> None:
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    used = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    used |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    assert not used & NEED_MORE
 
 
 def is_private(name: object) -> bool:

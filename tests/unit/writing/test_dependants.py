@@ -12,7 +12,7 @@ import pytest
 from diffmergefs import apply_diff, seal_layer
 from diffmergefs.writing.dependants import REASONS
 from tests.support.cloudhypervisor import write_snapshot
-from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake
+from tests.support.commands import diffmergefs, mistake
 from tests.support.images import PAGE, write_layer
 from tests.support.inputs import unchanged
 from tests.support.stores import (
@@ -155,15 +155,6 @@ def test_further_names(diff: Path, public_path: Path) -> None:
     os.link(base, public_path / "other")
     assert "it has 2 names (hard links)" in refusal(diff, base)
     assert reasons(diff, base) == ["links"]
-
-
-def test_what_is_another_users_cannot_be_told(diff: Path, public_path: Path) -> None:
-    """Only the owner may ask for a lease."""
-    base = base_at(public_path / "whole.mem")
-    base.chmod(0o666)
-    with base.open("rb"):
-        done = diffmergefs_as_nobody("apply", diff, base)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 # A layer of what is mounted

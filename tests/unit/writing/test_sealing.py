@@ -15,7 +15,6 @@ from diffmergefs.core.errors import (
     DenseDiffError,
     FileAccessError,
     LayerChangedError,
-    NoSpaceError,
     OutputRefusedError,
     SealError,
     SizeMismatchError,
@@ -24,8 +23,7 @@ from diffmergefs.core.errors import (
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.sidecars import bmap, seal
-from tests.support import loopfs
-from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, one_line, succeed
+from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.stores import age
@@ -127,18 +125,6 @@ def test_a_layer_that_changes_once_it_was_read_is_not_sealed(
     with pytest.raises(LayerChangedError):
         seal_layer(diff)
     assert os.listdir(diff.parent) == ["diff"]
-
-
-def test_where_nothing_can_be_written(public_path: Path) -> None:
-    with loopfs.made("ext4", public_path, 8 << 20) as root:
-        pages = [(n * PAGE, signed(1, n * PAGE, PAGE)) for n in range(0, 1000, 2)]
-        diff = write_layer(root / "diff", 1000 * PAGE, pages)
-        with (root / "full").open("wb") as file, pytest.raises(OSError, match="No space"):
-            while True:
-                os.write(file.fileno(), bytes(PAGE))
-        with pytest.raises(NoSpaceError):
-            seal_layer(diff)
-        assert not os.path.exists(f"{diff}.bmap")
 
 
 def test_what_cannot_be_sealed(tmp_path: Path) -> None:
@@ -338,16 +324,3 @@ def test_the_commands_that_read_go_by_the_seal(diff: Path, tmp_path: Path) -> No
     facts = json.loads(done.stdout)
     assert [fault["kind"] for fault in facts["faults"]] == ["seal"]
     assert [layer["seal"] for layer in facts["layers"]] == [None, "wrong"]
-
-
-def test_an_ordinary_user_seals_his_own_and_no_others(public_path: Path) -> None:
-    public_path.chmod(0o777)
-    theirs = write_layer(public_path / "theirs", SIZE, DIFF)
-    theirs.chmod(0o600)
-    done = diffmergefs_as_nobody("seal", theirs)
-    assert "Permission denied" in one_line(done, FileAccessError.exit_code)
-    own = write_layer(public_path / "own", SIZE, DIFF)
-    os.chown(own, NOBODY, NOBODY)
-    done = diffmergefs_as_nobody("seal", own)
-    assert done.returncode == 0, done
-    assert os.stat(f"{own}.bmap").st_uid == NOBODY
