@@ -10,7 +10,7 @@ from pathlib import Path
 
 from diffmergefs.system.mounttable import mount_of
 from tests.support import loopfs, skips
-from tests.support.subjects.mounttable import opened
+from tests.support.descriptors import opened
 
 
 def test_options_are_those_of_the_filesystem(

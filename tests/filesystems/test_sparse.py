@@ -8,8 +8,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,19 +17,11 @@ from diffmergefs.core import sparse
 from diffmergefs.core.errors import UnsupportedPlatformError
 from diffmergefs.core.extents import Extent, ExtentList
 from diffmergefs.core.layer import Layer
+from tests.support.descriptors import opened
 from tests.support.images import PAGE, signed, write_layer
 
 MIB = 1 << 20
 TIB = 1 << 40
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def walk(path: Path) -> list[Extent]:

@@ -22,6 +22,7 @@ from tests.support import mounttable
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.live import Gate, patch_children, until
 from tests.support.mounts import mounted
+from tests.support.processes import daemons_of
 from tests.support.stores import OLD_NS, age, pages, write_chain, write_tag
 
 SIZE_MISMATCH, UNTRUSTED, REFUSED, FAILED, TIMEOUT, NO_FILE = 4, 5, 10, 11, 12, 14
@@ -40,19 +41,6 @@ def run(*arguments: object, cwd: Path | str = "/") -> subprocess.CompletedProces
 
 def is_mounted(path: Path) -> bool:
     return bool(mounttable.at(str(path)))
-
-
-def daemons_of(path: Path) -> list[int]:
-    """The processes that have this path among their arguments."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            arguments = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if os.fsencode(path) in arguments:
-            found.append(int(name))
-    return found
 
 
 def end(path: Path) -> None:

@@ -17,6 +17,7 @@ from diffmergefs.opening.images import open_image
 from tests.support import mounttable, skips
 from tests.support.images import PAGE, signed
 from tests.support.live import until
+from tests.support.processes import daemons_of
 from tests.support.stores import write_chain
 
 NO_FILE = 14
@@ -136,19 +137,6 @@ def test_a_mount_can_be_stopped(
 def daemon_of(path: Path) -> int:
     (pid,) = daemons_of(path)
     return pid
-
-
-def daemons_of(path: Path) -> list[int]:
-    """The processes that have this path among their arguments."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            arguments = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if os.fsencode(path) in arguments:
-            found.append(int(name))
-    return found
 
 
 WITHOUT_PROC = ["unshare", "--mount", "/bin/sh", "-c", 'umount -l /proc && exec "$@"', "sh"]

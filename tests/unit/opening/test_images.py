@@ -16,6 +16,7 @@ from diffmergefs.core.errors import (
 )
 from diffmergefs.opening.images import open_chain, open_image, open_side
 from diffmergefs.opening.trust import TrustPolicy
+from tests.support.descriptors import opened_below
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.stores import (
@@ -28,14 +29,6 @@ from tests.support.stores import (
 )
 
 CHAIN_ORACLE = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2])])
-
-
-def opened_below(directory: Path) -> set[str]:
-    """The files in the directory that this process has open, by path relative to it."""
-    paths = (Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
-    targets = [os.readlink(path) for path in paths if path.is_symlink()]
-    prefix = f"{directory}/"
-    return {target.removeprefix(prefix) for target in targets if target.startswith(prefix)}
 
 
 # Explicit layers.

@@ -26,6 +26,7 @@ from diffmergefs.opening.opener import LayerPool, require_spare_descriptors
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import read_catalog
 from diffmergefs.stores.snapshot import StoredFile
+from tests.support.descriptors import opened_below
 from tests.support.images import PAGE, overlay_oracle, write_layer
 from tests.support.stores import (
     BASE_PAGES,
@@ -36,14 +37,6 @@ from tests.support.stores import (
 )
 
 CHAIN_ORACLE = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2])])
-
-
-def opened_below(directory: Path) -> set[str]:
-    """The files in the directory that this process has open, by path relative to it."""
-    paths = (Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
-    targets = [os.readlink(path) for path in paths if path.is_symlink()]
-    prefix = f"{directory}/"
-    return {target.removeprefix(prefix) for target in targets if target.startswith(prefix)}
 
 
 def stored(root: Path, *names: str) -> list[StoredFile]:

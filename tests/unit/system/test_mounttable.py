@@ -9,7 +9,7 @@ import pytest
 
 from diffmergefs.system import mounttable
 from diffmergefs.system.mounttable import mount_of
-from tests.support.subjects.mounttable import opened
+from tests.support.descriptors import opened
 
 
 def test_a_memfd_has_no_listed_mount() -> None:
