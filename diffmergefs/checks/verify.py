@@ -7,7 +7,6 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 from diffmergefs.checks.verdict import Fault, Faults, LayerVerdict, Verdict
@@ -16,6 +15,7 @@ from diffmergefs.core.errors import BrokenChainError, PinError
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView, require_equal_size
+from diffmergefs.core.workers import in_threads
 from diffmergefs.opening.content import Parents, Verdicts
 from diffmergefs.opening.filled import Hint, hints
 from diffmergefs.opening.images import (
@@ -100,17 +100,9 @@ class Verification:
         one block of each thread.
         """
         reporter = _Reporter(progress)
-        with ThreadPoolExecutor(jobs or os.cpu_count()) as executor:
-            try:
-                found = [
-                    executor.submit(_faults_of, check, reporter.report) for check in self._checks
-                ]
-                done, _ = wait(found, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()  # raises for a bug or an interrupt; then the rest must stop
-                faults = [fault for future in found for fault in future.result()]
-            finally:
-                reporter.stop()
+        work = functools.partial(_faults_of, progress=reporter.report)
+        found = in_threads(work, self._checks, jobs or os.cpu_count() or 1, reporter.stop)
+        faults = itertools.chain.from_iterable(found)
         verdicts = tuple(item.verdict() for item in self._items)
         found_all = (*self._faults, *faults)
         return Verdict(verdicts, found_all, tuple(self._overridden), tuple(map(str, self._hints)))

@@ -1,14 +1,17 @@
-"""A list of items worked off by several processes, with the results in order."""
+"""A list of items worked off by several processes or threads, with the results in order."""
 
 from __future__ import annotations
 
 import errno
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from diffmergefs.core.background import started
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -23,8 +26,9 @@ R = TypeVar("R")
 def in_order(work: Callable[[T], R], items: Sequence[T], jobs: int = 1) -> Generator[R, None, None]:
     """`work(item)` for each of the items, in their order, by up to `jobs` processes.
 
-    With one job, or one item, this process does the work. Otherwise forks of it do: they share its
-    open files and have a copy of its memory; results must be picklable. An exception of `work` is
+    With one job, or one item, this process does the work, and also where no process can be started
+    (pids.max, no memory). Otherwise forks of it do: they share its open files and have a copy of
+    its memory; results must be picklable. An exception of `work` is
     raised here, with the traceback of its process as a note. Close or exhaust the generator: that
     ends the processes, as the end of this one does; SIGINT, SIGTERM and SIGHUP do not. Raises
     ValueError for less than one job, and OSError (ECHILD) if someone else ended a process.
@@ -32,9 +36,22 @@ def in_order(work: Callable[[T], R], items: Sequence[T], jobs: int = 1) -> Gener
     if jobs < 1:
         raise ValueError(f"{jobs} jobs, at least one is needed")
     jobs = min(jobs, len(items))
-    if jobs < 2:
-        yield from map(work, items)
-        return
+    if jobs > 1:
+        try:
+            yield from _by_processes(work, items, jobs)
+            return
+        except _NoProcess:
+            pass
+    yield from map(work, items)
+
+
+class _NoProcess(Exception):
+    pass
+
+
+def _by_processes(
+    work: Callable[[T], R], items: Sequence[T], jobs: int
+) -> Generator[R, None, None]:
     # Imported only if there are processes to start: it takes 20 ms.
     import multiprocessing
 
@@ -50,8 +67,14 @@ def in_order(work: Callable[[T], R], items: Sequence[T], jobs: int = 1) -> Gener
                 # order in which they are read; a full pipe makes the process wait.
                 share = (work, items[number::jobs], writer, readers)
                 processes.append(context.Process(target=_serve, args=share, daemon=True))
-                processes[-1].start()
-                writer.close()
+                try:
+                    processes[-1].start()
+                except OSError as error:
+                    if error.errno in (errno.EAGAIN, errno.ENOMEM):
+                        raise _NoProcess from error
+                    raise
+                finally:
+                    writer.close()
         for number in range(len(items)):
             yield _received(readers[number % jobs], processes[number % jobs])
     finally:
@@ -62,6 +85,52 @@ def in_order(work: Callable[[T], R], items: Sequence[T], jobs: int = 1) -> Gener
             process.join()
         for reader in readers:
             reader.close()
+
+
+def in_threads(
+    work: Callable[[T], R], items: Sequence[T], jobs: int, stop: Callable[[], None]
+) -> list[R]:
+    """`work(item)` for each of the items, in their order, by up to `jobs` threads.
+
+    The calling thread is one of them, so the work is also done where no thread can be started. The
+    first exception, an interrupt included, ends it: `stop` is called, which may make the work that
+    is under way raise, and no other item begins. The exception is raised once all threads are done.
+    """
+    results: dict[int, R] = {}
+    errors: list[BaseException] = []
+    left = enumerate(items)
+    lock = threading.Lock()
+
+    def work_off() -> None:
+        while not errors:
+            with lock:
+                number, item = next(left, (-1, None))
+            if number < 0:
+                return
+            try:
+                results[number] = work(cast(T, item))
+            except BaseException as error:
+                errors.append(error)
+                stop()
+
+    helpers = [started(work_off, f"worker-{n}") for n in range(1, min(jobs, len(items)))]
+    try:
+        work_off()
+        _join(helpers)
+    except BaseException as error:
+        errors.append(error)
+        stop()
+    finally:
+        _join(helpers)
+    if errors:
+        raise errors[0]
+    return [results[number] for number in range(len(items))]
+
+
+def _join(threads: Sequence[threading.Thread | None]) -> None:
+    for thread in threads:
+        if thread is not None:
+            thread.join()
 
 
 @contextmanager

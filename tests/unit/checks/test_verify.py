@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from diffmergefs.checks.verify import open_image, open_layers
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.identity import FileVersion
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.workers import in_threads
 from diffmergefs.opening import pins
 from diffmergefs.opening.pins import content_hash
 from diffmergefs.opening.trust import TrustPolicy
@@ -286,18 +286,28 @@ def test_files_are_read_at_the_same_time(
 def test_there_are_as_many_threads_as_asked_for(
     root: Path, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int | None] = []
+    asked: list[int] = []
 
-    class Recorder(ThreadPoolExecutor):
-        def __init__(self, threads: int | None) -> None:
-            asked.append(threads)
-            super().__init__(threads)
+    def recorded(work: Any, items: Any, jobs: int, stop: Any) -> Any:
+        asked.append(jobs)
+        return in_threads(work, items, jobs, stop)
 
-    monkeypatch.setattr(verify, "ThreadPoolExecutor", Recorder)
+    monkeypatch.setattr(verify, "in_threads", recorded)
     with open_image(str(root / "leaf"), TrustPolicy(state_dir=str(state))) as opened:
         assert opened.verify(jobs=1).sound
         opened.verify()
     assert asked == [1, os.cpu_count()]
+
+
+def test_without_another_thread_the_caller_reads_all_files(
+    root: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with open_image(str(root / "leaf"), TrustPolicy(state_dir=str(state))) as opened:
+        assert opened.verify(jobs=2).sound
 
 
 def test_what_fails_in_one_thread_ends_the_others(

@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.core.errors import LayerChangedError
-from diffmergefs.core.workers import in_order
+from diffmergefs.core.workers import in_order, in_threads
 
 
 def children() -> set[int]:
@@ -41,6 +42,51 @@ def test_results_come_in_order_whoever_did_the_work(jobs: int) -> None:
 def test_nothing_and_one_thing_take_no_process() -> None:
     assert list(in_order(lambda item: os.getpid(), [], 4)) == []
     assert list(in_order(lambda item: os.getpid(), ["x"], 4)) == [os.getpid()]
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+@pytest.mark.parametrize("started", [0, 2])
+def test_where_no_process_can_be_started_this_one_does_all_the_work(
+    started: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, fork, calls = children(), os.fork, iter(range(10))
+
+    def refuse() -> int:
+        if next(calls) < started:
+            return fork()
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fork", refuse)
+    assert list(in_order(lambda item: os.getpid(), range(10), 3)) == [os.getpid()] * 10
+    assert children() == before
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 7, 100])
+def test_threads_give_results_in_order(jobs: int) -> None:
+    def work(item: int) -> tuple[int, int]:
+        time.sleep(0.02 if item % 3 == 0 else 0)  # so that some are ready before earlier ones
+        return item * item, threading.get_ident()
+
+    found = in_threads(work, range(10), jobs, lambda: None)
+    assert [square for square, _ in found] == [n * n for n in range(10)]
+    assert 1 <= len({thread for _, thread in found}) <= jobs
+    assert threading.active_count() == 1 or jobs > 1
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_the_first_error_of_a_thread_stops_the_others(jobs: int) -> None:
+    stopped, done = threading.Event(), []
+
+    def work(item: int) -> None:
+        if item == 2:
+            raise LayerChangedError("/a: changed")
+        if item > 2:
+            assert stopped.wait(30)
+        done.append(item)
+
+    with pytest.raises(LayerChangedError, match="/a: changed"):
+        in_threads(work, range(1000), jobs, stopped.set)
+    assert stopped.is_set() and len(done) < 10
 
 
 @pytest.mark.parametrize("jobs", [0, -1])
