@@ -36,7 +36,7 @@ def run(fake_make: Path, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_both_lanes_run_in_an_environment_of_their_own(fake_make: Path) -> None:
+def test_all_lanes_run_in_an_environment_of_their_own(fake_make: Path) -> None:
     kept = {
         "HOME": "/root",
         "LANG": "C.UTF-8",
@@ -49,9 +49,9 @@ def test_both_lanes_run_in_an_environment_of_their_own(fake_make: Path) -> None:
     left_out = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "TERM": "xterm", "X": "y"}
     done = run(fake_make, **kept, **left_out)
     assert (done.returncode, done.stderr) == (0, "")
-    first, second = done.stdout.split("target ")[1:]
-    assert first.startswith("test-lowest\n") and second.startswith("test\n")
-    for lane in (first, second):
+    lanes = done.stdout.split("target ")[1:]
+    assert [lane.split("\n")[0] for lane in lanes] == ["check", "test-lowest", "test"]
+    for lane in lanes:
         found = dict(line.split("=", 1) for line in lane.splitlines()[1:])
         assert {name: found.get(name) for name in kept} == kept
         assert found.keys() <= kept.keys() | {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}
