@@ -167,7 +167,7 @@ def test_an_ordinary_user_records_and_prefetches(
         assert (done.returncode, done.stderr) == (0, "")
         assert read_as(namespace, USER, home / "mnt" / "base.mem") == ORACLE
         until(lambda: expected in log.read_text(), "it was not tried")
-        assert ("takes the place of notify" in log.read_text()) == (how == "notify" and not may_run)
+        assert ("replaces notify" in log.read_text()) == (how == "notify" and not may_run)
         assert " WARNING " not in log.read_text()
         assert namespace.diffmergefs(USER, USER, "umount", home / "mnt").returncode == 0
 
