@@ -44,11 +44,8 @@ def open_directory(root: Root, relative: str = "") -> int:
     '' is the root itself. Raises OSError (ENOTDIR if a component is a symlink) and
     FileAccessError for a `..` or an absolute path that `root` does not allow.
     """
-    parent, name = _walk(root, relative)
-    try:
+    with _walked(root, relative) as (parent, name):
         return os.open(name, _OPEN_DIRECTORY, dir_fd=parent)
-    finally:
-        os.close(parent)
 
 
 def open_regular(root: Root | None, path: str) -> int:
@@ -58,17 +55,15 @@ def open_regular(root: Root | None, path: str) -> int:
     anything but a regular file, without opening it, OSError as open(2) does, and
     UnsupportedPlatformError if /proc is not mounted.
     """
-    handle = open_handle(root, path)
-    try:
+    with closing_fd(open_handle(root, path)) as handle:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
             raise FileAccessError(f"{path}: {_KINDS.get(stat.S_IFMT(mode))}, not a regular file")
-        return os.open(f"/proc/self/fd/{handle}", _OPEN_REGULAR)
-    except FileNotFoundError as error:
-        # The file is open, so it exists: /proc is what is missing.
-        raise UnsupportedPlatformError(NO_PROC) from error
-    finally:
-        os.close(handle)
+        try:
+            return os.open(f"/proc/self/fd/{handle}", _OPEN_REGULAR)
+        except FileNotFoundError as error:
+            # The file is open, so it exists: /proc is what is missing.
+            raise UnsupportedPlatformError(NO_PROC) from error
 
 
 def open_handle(root: Root | None, path: str) -> int:
@@ -79,20 +74,14 @@ def open_handle(root: Root | None, path: str) -> int:
     """
     if root is None:
         return os.open(path, os.O_PATH | os.O_CLOEXEC)
-    parent, name = _walk(root, path)
-    try:
+    with _walked(root, path) as (parent, name):
         return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    finally:
-        os.close(parent)
 
 
 def stat_beneath(root: Root, relative: str) -> os.stat_result:
     """lstat of `relative` beneath `root`; raises like `open_directory`."""
-    parent, name = _walk(root, relative)
-    try:
+    with _walked(root, relative) as (parent, name):
         return os.stat(name, dir_fd=parent, follow_symlinks=False)
-    finally:
-        os.close(parent)
 
 
 @contextmanager
@@ -102,7 +91,13 @@ def passing(root: Root | None, folder: str = "") -> Iterator[int]:
     It requires permission to search the directory, not to read it. With `root` None, `folder` is
     any path and symlinks are followed. Raises like `open_directory`.
     """
-    fd = _pass(root, folder)
+    with closing_fd(_pass(root, folder)) as fd:
+        yield fd
+
+
+@contextmanager
+def closing_fd(fd: int) -> Iterator[int]:
+    """The open descriptor `fd`, closed when the context ends."""
     try:
         yield fd
     finally:
@@ -112,14 +107,12 @@ def passing(root: Root | None, folder: str = "") -> Iterator[int]:
 def _pass(root: Root | None, folder: str) -> int:
     if root is None:
         return os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    parent, name = _walk(root, folder)
-    try:
+    with _walked(root, folder) as (parent, name):
         return os.open(name, _PASS_DIRECTORY, dir_fd=parent)
-    finally:
-        os.close(parent)
 
 
-def _walk(root: Root, path: str) -> tuple[int, str]:
+@contextmanager
+def _walked(root: Root, path: str) -> Iterator[tuple[int, str]]:
     # The directory that holds the last component of `path`, and that component. With O_PATH,
     # passing through a directory requires permission to search it, not to read it.
     fd, names = _start(root, path)
@@ -128,10 +121,9 @@ def _walk(root: Root, path: str) -> tuple[int, str]:
             inner = os.open(name, _PASS_DIRECTORY, dir_fd=fd)
             os.close(fd)
             fd = inner
-    except BaseException:
+        yield fd, names[-1] if names else "."
+    finally:
         os.close(fd)
-        raise
-    return fd, names[-1] if names else "."
 
 
 def _start(root: Root, path: str) -> tuple[int, list[str]]:

@@ -107,12 +107,11 @@ def _shmem_enabled() -> str:
 
 
 def _is_kernels_own(fd: int) -> bool:
-    with suppress(OSError):
-        memory = os.memfd_create("diffmergefs", os.MFD_CLOEXEC)
-        try:
-            return os.fstat(memory).st_dev == os.fstat(fd).st_dev
-        finally:
-            os.close(memory)
+    with (
+        suppress(OSError),
+        beneath.closing_fd(os.memfd_create("diffmergefs", os.MFD_CLOEXEC)) as memory,
+    ):
+        return os.fstat(memory).st_dev == os.fstat(fd).st_dev
     return False
 
 
@@ -132,10 +131,8 @@ def _found_below(fd: int, mount: Mount) -> Iterator[tuple[str, int] | None]:
     # The directory of the overlay that stores the file, and the file in it.
     for layer in overlay_directories(mount.options):
         if (stored := _stored_in(layer, fd, mount)) is not None:
-            try:
+            with beneath.closing_fd(stored):
                 yield layer, stored
-            finally:
-                os.close(stored)
             return
     yield None
 
@@ -184,16 +181,12 @@ def _stored_in(layer: str, fd: int, mount: Mount) -> int | None:
     # blocks.
     with suppress(OSError, FileAccessError):
         relative = _path_in_filesystem(fd, mount)
-        directory = os.open(layer, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            handle = beneath.open_handle(directory, relative)
-        finally:
-            os.close(directory)
-        try:
+        with (
+            beneath.passing(None, layer) as directory,
+            beneath.closing_fd(beneath.open_handle(directory, relative)) as handle,
+        ):
             if _content(handle) == _content(fd):
                 return os.open(f"/proc/self/fd/{handle}", _REOPEN)
-        finally:
-            os.close(handle)
     return None
 
 

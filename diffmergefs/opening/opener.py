@@ -7,7 +7,7 @@ import os
 import resource
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from diffmergefs.core import beneath, sparse
 from diffmergefs.core.beneath import AllowedRoots, Root
@@ -160,13 +160,8 @@ class LayerPool:
         with self._opened(file) as fd:
             return sparse.stays_data(fd, hole)
 
-    @contextmanager
-    def _opened(self, file: StoredFile) -> Iterator[int]:
-        fd = beneath.open_regular(self.roots, file.path)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+    def _opened(self, file: StoredFile) -> AbstractContextManager[int]:
+        return beneath.closing_fd(beneath.open_regular(self.roots, file.path))
 
     def forget_all_but(self, present: set[FileKey]) -> None:
         """Forget the cached holes of files that are not in `present`."""
@@ -181,10 +176,6 @@ def opened_store(root: str, policy: TrustPolicy, where: str | None = None) -> It
     Layers that the pool has opened stay open. `where` is `LayerPool`'s, by default `root`. Raises
     FileAccessError if the directory cannot be opened.
     """
-    fd = open_source(root)
-    try:
-        yield LayerPool(
-            AllowedRoots(fd, policy.allow_outside), policy, root if where is None else where
-        )
-    finally:
-        os.close(fd)
+    with beneath.closing_fd(open_source(root)) as fd:
+        roots = AllowedRoots(fd, policy.allow_outside)
+        yield LayerPool(roots, policy, root if where is None else where)

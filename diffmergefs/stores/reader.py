@@ -185,13 +185,12 @@ def open_source(path: str, at: int | None = None) -> int:
 
 def require_own_path(path: str) -> None:
     """`foreign.require_own_file` for a path. Anything but a readable regular file passes."""
-    with suppress(OSError, FileAccessError):
-        fd = beneath.open_regular(None, path)
-        try:
-            foreign.require_own_file(fd, path)
-            foreign.require_own_neighbours(path)
-        finally:
-            os.close(fd)
+    with (
+        suppress(OSError, FileAccessError),
+        beneath.closing_fd(beneath.open_regular(None, path)) as fd,
+    ):
+        foreign.require_own_file(fd, path)
+        foreign.require_own_neighbours(path)
 
 
 def names_of(root: Root, path: str) -> frozenset[str]:
@@ -216,8 +215,5 @@ def has_file(root: Root, path: str) -> bool:
 
 def listed_names(root: Root, path: str) -> frozenset[str]:
     """The names in the directory `path` beneath `root`. Raises OSError."""
-    fd = beneath.open_directory(root, path)
-    try:
+    with beneath.closing_fd(beneath.open_directory(root, path)) as fd:
         return frozenset(os.listdir(fd))
-    finally:
-        os.close(fd)

@@ -121,12 +121,9 @@ def _folders(root: Root, path: str, depth: int = _DEPTH) -> Iterator[str]:
     try:
         if depth == 1 or has_file(root, f"{path}/{DOCUMENT}"):
             return
-        fd = beneath.open_directory(root, path)
-        try:
-            with os.scandir(fd) as entries:
-                names = sorted(entry.name for entry in entries if _may_be_folder(entry))
-        finally:
-            os.close(fd)
+        opened = beneath.closing_fd(beneath.open_directory(root, path))
+        with opened as fd, os.scandir(fd) as entries:
+            names = sorted(entry.name for entry in entries if _may_be_folder(entry))
     except OSError:
         return
     for name in names:

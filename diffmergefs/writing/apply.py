@@ -88,22 +88,18 @@ def _readable(path: str) -> Iterator[int]:
     # Must be a regular file before it is opened for writing: that alone has effects on a device.
     with failures(path):
         fd = beneath.open_regular(None, path)
-    try:
+    with beneath.closing_fd(fd):
         foreign.require_own_file(fd, path)
         foreign.require_own_neighbours(path)
         yield fd
-    finally:
-        os.close(fd)
 
 
 @contextmanager
 def _writable(readable: int, path: str) -> Iterator[Target]:
     with failures(path):
         fd = os.open(f"/proc/self/fd/{readable}", os.O_RDWR | os.O_CLOEXEC)
-    try:
+    with beneath.closing_fd(fd):
         yield Target(fd, path)
-    finally:
-        os.close(fd)
 
 
 def _require_fit(layer: Layer, readable: int, path: str) -> None:

@@ -75,13 +75,9 @@ def copy_file(root: Root, path: str, target: str, label: str | None = None) -> N
 
     Messages use `label` as its path, by default `path`.
     """
-    with failures(label or path):
-        fd = beneath.open_regular(root, path)
-        try:
-            status = os.fstat(fd)
-            mode = copied_bits(fd, status.st_mode)
-        finally:
-            os.close(fd)
+    with failures(label or path), beneath.closing_fd(beneath.open_regular(root, path)) as fd:
+        status = os.fstat(fd)
+        mode = copied_bits(fd, status.st_mode)
     if status.st_size == 0:
         with failures(target):
             os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -108,25 +104,17 @@ def set_owner_and_mode(path: str, status: os.stat_result, mode: int) -> None:
 
 
 def _entries(folder: int) -> Iterator[tuple[str, os.stat_result]]:
-    fd = beneath.open_directory(folder)
-    try:
-        with os.scandir(fd) as entries:
-            # Sorted, because the copy of a file removes the seal of its name: copy the seal later.
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if status := status_of(entry):
-                    yield entry.name, status
-    finally:
-        os.close(fd)
+    with beneath.closing_fd(beneath.open_directory(folder)) as fd, os.scandir(fd) as entries:
+        # Sorted, because the copy of a file removes the seal of its name: copy the seal later.
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if status := status_of(entry):
+                yield entry.name, status
 
 
 def _copy_symlink(folder: int, name: str, target: str, status: os.stat_result, label: str) -> None:
-    with failures(label):
-        handle = beneath.open_handle(folder, name)
-        try:
-            # The handle is of the symlink itself (readlinkat(2)).
-            leads_to = os.readlink("", dir_fd=handle)
-        finally:
-            os.close(handle)
+    with failures(label), beneath.closing_fd(beneath.open_handle(folder, name)) as handle:
+        # The handle is of the symlink itself (readlinkat(2)).
+        leads_to = os.readlink("", dir_fd=handle)
     with failures(target):
         os.symlink(leads_to, target)
     set_owner_and_mode(target, status, 0)

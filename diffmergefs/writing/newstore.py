@@ -232,13 +232,12 @@ def _checked_mode(folder: int, path: str, status: os.stat_result) -> int:
     # The mode for a copy of the file `path`. Raises LayerChangedError if the entry of its name in
     # `folder` is not the file of `status`.
     name = os.path.basename(path)
-    with suppress(FileNotFoundError):
-        handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-        try:
-            if os.path.samestat(os.fstat(handle), status):
-                return copied_bits(f"/proc/self/fd/{handle}", status.st_mode)
-        finally:
-            os.close(handle)
+    with (
+        suppress(FileNotFoundError),
+        beneath.closing_fd(beneath.open_handle(folder, name)) as handle,
+    ):
+        if os.path.samestat(os.fstat(handle), status):
+            return copied_bits(f"/proc/self/fd/{handle}", status.st_mode)
     raise LayerChangedError(f"{path}: was replaced meanwhile; try again")
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from typing import ClassVar, Self
 
+from diffmergefs.core.beneath import closing_fd
 from diffmergefs.core.errors import NoSpaceError, OutputRefusedError
 from diffmergefs.core.failures import NO_SPACE, Target, failures, free_bytes
 
@@ -108,15 +109,12 @@ class _Output:
     def _remove_unless_held(self, name: str) -> bool:
         if not self._is_own(os.stat(name, dir_fd=self._dirfd, follow_symlinks=False)):
             return False
-        fd = os.open(name, _LEFTOVER, dir_fd=self._dirfd)
-        try:
+        with closing_fd(os.open(name, _LEFTOVER, dir_fd=self._dirfd)) as fd:
             # A shared lock: on NFS an exclusive one needs a descriptor for writing.
             removable = self._is_own(os.fstat(fd)) and _lock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if removable:
                 self._remove(name)
             return removable
-        finally:
-            os.close(fd)
 
     def _is_own(self, status: os.stat_result) -> bool:
         is_input = (status.st_dev, status.st_ino) in self._inputs
@@ -190,7 +188,10 @@ class OutputFile(_Output):
             if self._force:
                 self._replace()
             else:
-                self._link_new()
+                try:
+                    self._link(self._name)
+                except FileExistsError:
+                    raise self._exists() from None
             os.fsync(self._dirfd)
 
     def _create(self) -> int:
@@ -208,12 +209,6 @@ class OutputFile(_Output):
 
     def _remove(self, name: str) -> None:
         os.unlink(name, dir_fd=self._dirfd)
-
-    def _link_new(self) -> None:
-        try:
-            self._link(self._name)
-        except FileExistsError:
-            raise self._exists() from None
 
     def _replace(self) -> None:
         self._refuse_unfit()
@@ -305,11 +300,8 @@ class OutputDirectory(_Output):
 
 def sync_directory(path: str) -> None:
     """fsync the directory `path`, so that the names in it last. Raises OSError."""
-    fd = os.open(path, _DIRECTORY)
-    try:
+    with closing_fd(os.open(path, _DIRECTORY)) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _lock(fd: int, how: int) -> bool:
