@@ -95,12 +95,12 @@ def test_a_filler_between_the_question_and_the_copy(
     """The space was there when `flatten` asked, and is gone when it writes."""
     gate = Gate(public_path / "gate")
     code = gate.code + (
-        "from diffmergefs.writing.flatten import _Merge\n"
-        "ask = _Merge._require_space\n"
-        "def asked(self, needed):\n"
-        "    ask(self, needed)\n"
+        "from diffmergefs.writing import flatten\n"
+        "ask = flatten.require_space\n"
+        "def asked(target, needed):\n"
+        "    ask(target, needed)\n"
         "    wait_at_gate()\n"
-        "_Merge._require_space = asked\n"
+        "flatten.require_space = asked\n"
     )
     with monkeypatch.context() as patch:
         patch_children(patch, public_path / "patch", code)
