@@ -22,7 +22,7 @@ from diffmergefs.pictures.legend import Subject, short_names
 from diffmergefs.writing.output import OutputFile
 
 if TYPE_CHECKING:
-    from diffmergefs.pictures.canvas import Picture
+    from diffmergefs.pictures.canvas import Canvas
 
 
 FORMATS = ("png", "svg")
@@ -82,7 +82,7 @@ def draw_map(
     """
     from diffmergefs.pictures.map_picture import MapPicture
 
-    def make() -> Picture:
+    def make() -> Canvas:
         with found as entries:
             return MapPicture(entries, subject, layout)
 
@@ -93,7 +93,7 @@ def draw_extents(view: MergedView, title: str, page: int, output: str, *, force:
     """Write the histograms of the layers' extents to `output`."""
     from diffmergefs.pictures.extents_picture import ExtentsPicture
 
-    def make() -> Picture:
+    def make() -> Canvas:
         names = [printable(name) for name in short_names([layer.path for layer in view.layers])]
         lengths = [run_lengths(layer.extents, page) for layer in view.layers]
         return ExtentsPicture(title, names, lengths, page)
@@ -101,7 +101,7 @@ def draw_extents(view: MergedView, title: str, page: int, output: str, *, force:
     _publish(output, view, make, force=force)
 
 
-def _publish(output: str, view: MergedView, make: Callable[[], Picture], *, force: bool) -> None:
+def _publish(output: str, view: MergedView, make: Callable[[], Canvas], *, force: bool) -> None:
     def draw() -> bytes:
         picture = make()
         with progress("draw", unit=""):

@@ -103,7 +103,7 @@ class Canvas:
         return self._saved("png", {"Title": self._title})
 
     def svg(self) -> bytes:
-        """The picture as an SVG file, with text as text and the image as one lossless PNG.
+        """The picture as an SVG file under 2 MB: text as text, and the image as one lossless PNG.
 
         That PNG has at most one byte per pixel before compression, whatever the image is.
         """
@@ -114,26 +114,11 @@ class Canvas:
             assert count == 1
         return text.encode()
 
+    @own_style()
     def _saved(self, kind: str, metadata: dict[str, str | None]) -> bytes:
         stream = io.BytesIO()
         self.figure.savefig(stream, format=kind, dpi=_DPI, metadata=metadata)
         return stream.getvalue()
-
-
-class Picture:
-    """A drawing on `_canvas` in `own_style`, as PNG and SVG."""
-
-    _canvas: Canvas
-
-    def png(self) -> bytes:
-        """The picture as a PNG file."""
-        with own_style():
-            return self._canvas.png()
-
-    def svg(self) -> bytes:
-        """The picture as an SVG file, under 2 MB."""
-        with own_style():
-            return self._canvas.svg()
 
 
 def _indexed_png(pixels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> bytes:

@@ -9,7 +9,7 @@ from itertools import zip_longest
 
 from diffmergefs.core.errors import counted
 from diffmergefs.pictures import raster
-from diffmergefs.pictures.canvas import FAINT, LINE, Canvas, Picture, fitting, own_style
+from diffmergefs.pictures.canvas import FAINT, LINE, Canvas, fitting, own_style
 from diffmergefs.pictures.legend import BASE, Kinds, size_text
 
 _LEFT = 32
@@ -21,7 +21,7 @@ _BAR = 56
 _BIN = 72
 
 
-class ExtentsPicture(Picture):
+class ExtentsPicture(Canvas):
     """Two histograms side by side, with a row per layer (or per group, for more than 12 layers).
 
     Left is the number of data extents, right how many have which length. `lengths` are the
@@ -29,6 +29,7 @@ class ExtentsPicture(Picture):
     names. Bars are logarithmic, with their numbers; a single extent has a visible bar.
     """
 
+    @own_style()
     def __init__(
         self, title: str, names: Sequence[str], lengths: Sequence[Sequence[int]], page: int
     ) -> None:
@@ -42,55 +43,50 @@ class ExtentsPicture(Picture):
         self._right = _LEFT + _NAMES + _COUNTS + 60
         self._bottom = _TOP + _ROW * len(self.counts)
         width = max(self._right + self._bins * _BIN + _LEFT, 1000)
-        self._canvas = Canvas(width, self._bottom + 100, title)
-        with own_style():
-            self._draw(title, names)
-
-    def _draw(self, title: str, names: Sequence[str]) -> None:
-        canvas = self._canvas
-        canvas.text(_LEFT, 42, f"{fitting(title, 700, 24)}: data extents", 24, fontweight="bold")
+        super().__init__(width, self._bottom + 100, title)
+        self.text(_LEFT, 42, f"{fitting(title, 700, 24)}: data extents", 24, fontweight="bold")
         layers = counted(len(names), "layer")
-        canvas.text(_LEFT, 72, f"{layers}, bars logarithmic", 17, color=FAINT)
-        canvas.text(_LEFT + _NAMES, _TOP - 6, "extents", 15, color=FAINT)
-        canvas.text(self._right, _TOP - 6, "extents by length", 15, color=FAINT)
+        self.text(_LEFT, 72, f"{layers}, bars logarithmic", 17, color=FAINT)
+        self.text(_LEFT + _NAMES, _TOP - 6, "extents", 15, color=FAINT)
+        self.text(self._right, _TOP - 6, "extents by length", 15, color=FAINT)
         colours = raster.colours(self._kinds)
         for row, kind in enumerate(self._kinds.layers):
             self._draw_row(row, kind, colours[kind], names)
         self._draw_axis()
         for line, text in enumerate(textwrap.wrap(self._kinds.note(), 90)):
-            canvas.text(_LEFT, self._bottom + 70 + 20 * line, text, 14, color=FAINT)
+            self.text(_LEFT, self._bottom + 70 + 20 * line, text, 14, color=FAINT)
 
     def _draw_row(self, row: int, kind: int, colour: str, names: Sequence[str]) -> None:
-        canvas, foot = self._canvas, _TOP + (row + 1) * _ROW
+        foot = _TOP + (row + 1) * _ROW
         looks = {"facecolor": colour, "edgecolor": LINE, "linewidth": 1}
         label = self._kinds.label(kind)
-        canvas.text(_LEFT, foot - 20, label, 16)
+        self.text(_LEFT, foot - 20, label, 16)
         indent = 10 * max(len(self._kinds.label(kind)) for kind in self._kinds.layers) + 12
         name = self._kinds.name(kind, names)
-        canvas.text(_LEFT + indent, foot - 20, fitting(name, _NAMES - indent - 20, 16), 16)
+        self.text(_LEFT + indent, foot - 20, fitting(name, _NAMES - indent - 20, 16), 16)
         counts = self.counts[kind - BASE]
         total = sum(counts)
         width = (_COUNTS - 70) * _share(total, max(map(sum, self.counts)))
         if total:
-            canvas.box(_LEFT + _NAMES, foot - 41, width, 30, **looks)
-        canvas.text(_LEFT + _NAMES + width + 8, foot - 20, f"{total:,}", 15, mono=True)
+            self.box(_LEFT + _NAMES, foot - 41, width, 30, **looks)
+        self.text(_LEFT + _NAMES + width + 8, foot - 20, f"{total:,}", 15, mono=True)
         most = max(max(counts, default=0) for counts in self.counts)
         for power, count in enumerate(counts):
             if count:
                 height = _BAR * _share(count, most)
                 x = self._right + power * _BIN
-                canvas.box(x + 4, foot - height, _BIN - 8, height, **looks)
+                self.box(x + 4, foot - height, _BIN - 8, height, **looks)
                 middle = x + _BIN / 2
-                canvas.text(middle, foot - height - 4, f"{count:,}", 12, ha="center")
-        canvas.box(self._right, foot, self._bins * _BIN, 0, edgecolor=LINE, linewidth=1)
+                self.text(middle, foot - height - 4, f"{count:,}", 12, ha="center")
+        self.box(self._right, foot, self._bins * _BIN, 0, edgecolor=LINE, linewidth=1)
 
     def _draw_axis(self) -> None:
         for power in range(self._bins):
             x = self._right + (power + 0.5) * _BIN
             label = size_text(self._page << power)
-            self._canvas.text(x, self._bottom + 20, label, 13, ha="center", color=FAINT)
+            self.text(x, self._bottom + 20, label, 13, ha="center", color=FAINT)
         label = "each column: from this length up to the next one's"
-        self._canvas.text(self._right, self._bottom + 42, label, 13, color=FAINT)
+        self.text(self._right, self._bottom + 42, label, 13, color=FAINT)
 
 
 def _share(count: int, most: int) -> float:

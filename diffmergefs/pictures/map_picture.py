@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from diffmergefs.analysis.zeros import MapEntry
 from diffmergefs.core.errors import counted
 from diffmergefs.pictures import cells, raster
-from diffmergefs.pictures.canvas import FAINT, LINE, Canvas, Picture, fitting, own_style
+from diffmergefs.pictures.canvas import FAINT, LINE, Canvas, fitting, own_style
 from diffmergefs.pictures.legend import (
     HOLE,
     ZEROS,
@@ -28,7 +28,7 @@ _ADDRESSES = 130
 _LEGEND = 540
 
 
-class MapPicture(Picture):
+class MapPicture(Canvas):
     """The map of one subject.
 
     The square has `2**order` cells a side, numbered from the start of the range along a Hilbert
@@ -37,6 +37,7 @@ class MapPicture(Picture):
     holes last. Cells beyond the end are hatched. Nothing is drawn over a cell.
     """
 
+    @own_style()
     def __init__(
         self, entries: Iterable[MapEntry], subject: Subject, layout: str = "hilbert"
     ) -> None:
@@ -50,34 +51,29 @@ class MapPicture(Picture):
         self._left = LEFT if self._along else LEFT + _ADDRESSES
         kinds = ((e.start, e.stop, self.kinds.of(e.layer, e.zero)) for e in entries)
         self.found = cells.tops(kinds, self.grid, len(self.kinds))
-        with own_style():
-            self._draw()
-
-    def pixel(self, row: int, column: int) -> tuple[int, int]:
-        """The top left pixel (x, y) of a cell of the square, from the picture's top left."""
-        x, y = self._placing.pixel(row, column)
-        return self._left + x, TOP + y
-
-    def _draw(self) -> None:
         width, height = self._placing.size
         legend = self._left + width + 40
-        self._canvas = Canvas(legend + _LEGEND + LEFT, TOP + height + 36, self.subject.title)
+        super().__init__(legend + _LEGEND + LEFT, TOP + height + 36, subject.title)
         self._write_title()
-        drawn = raster.cell_colours(self.found, self.grid, self.subject.page)
+        drawn = raster.cell_colours(self.found, self.grid, subject.page)
         self._palette = raster.palette(self.kinds)
-        image = self._placing.image(self._square, drawn)
-        self._canvas.paint(self._left, TOP, image, self._palette)
+        self.paint(self._left, TOP, self._placing.image(self._square, drawn), self._palette)
         if self._along:
             self._write_parts()
         else:
             self._write_rows()
         self._write_legend(legend)
 
+    def pixel(self, row: int, column: int) -> tuple[int, int]:
+        """The top left pixel (x, y) of a cell of the square, from the picture's top left."""
+        x, y = self._placing.pixel(row, column)
+        return self._left + x, TOP + y
+
     def _write_title(self) -> None:
         subject, pages = self.subject, self.grid.cell // self.subject.page
         cell = f"{counted(pages, 'page')} a cell ({size_text(self.grid.cell)})"
         title = f"{fitting(subject.title, 900, 24)}: {cell}"
-        self._canvas.text(LEFT, 42, title, 24, fontweight="bold")
+        self.text(LEFT, 42, title, 24, fontweight="bold")
         side = self._placing.side
         facts = [
             f"{side} x {side} cells, {'Hilbert curve' if self._along else 'row by row'}",
@@ -86,7 +82,7 @@ class MapPicture(Picture):
         if (subject.start, subject.stop) != (0, subject.size):
             first, last = (address(at, subject.stop) for at in (subject.start, subject.stop))
             facts.append(f"range {first} to {last}")
-        self._canvas.text(LEFT, 72, " · ".join(facts), 17, color=FAINT)
+        self.text(LEFT, 72, " · ".join(facts), 17, color=FAINT)
 
     # Addresses
 
@@ -96,7 +92,7 @@ class MapPicture(Picture):
             if (number := int(self._square[row, 0])) < self.grid.cells:
                 x, y = self.pixel(row, 0)
                 label = self._address(number)
-                self._canvas.text(x - 10, y + 11, label, 14, mono=True, ha="right")
+                self.text(x - 10, y + 11, label, 14, mono=True, ha="right")
 
     def _write_parts(self) -> None:
         side = self._placing.side // self._placing.parts
@@ -107,14 +103,14 @@ class MapPicture(Picture):
                 x, y = self.pixel(row * side, column * side)
                 goes_on = number + side**2 < self.grid.cells
                 label = f"{self._address(number)} {_arrow(parts, row, column) if goes_on else ''}"
-                self._canvas.text(x, y - 6, label, 14, mono=True)
+                self.text(x, y - 6, label, 14, mono=True)
 
     def _frame(self, row: int, column: int, side: int) -> None:
         x, y = self.pixel(row, column)
         pixels = side * self._placing.zoom + 1
         # Exactly around the cells: matplotlib would move the lines to where they look sharpest.
         looks = {"fill": False, "edgecolor": LINE, "linewidth": 1, "snap": False}
-        self._canvas.box(x - 0.5, y - 0.5, pixels, pixels, **looks)
+        self.box(x - 0.5, y - 0.5, pixels, pixels, **looks)
 
     def _address(self, number: int) -> str:
         return address(self.grid.origin + number * self.grid.cell, self.subject.stop)
@@ -123,9 +119,9 @@ class MapPicture(Picture):
 
     def _write_legend(self, x: int) -> None:
         y = TOP + raster.STRIP + 4
-        self._canvas.text(x, y, "layer", 15, color=FAINT)
-        self._canvas.text(x + _LEGEND - 95, y, "bytes", 15, color=FAINT, ha="right")
-        self._canvas.text(x + _LEGEND, y, "share", 15, color=FAINT, ha="right")
+        self.text(x, y, "layer", 15, color=FAINT)
+        self.text(x + _LEGEND - 95, y, "bytes", 15, color=FAINT, ha="right")
+        self.text(x + _LEGEND, y, "share", 15, color=FAINT, ha="right")
         colours = raster.colours(self.kinds)
         whole = self.subject.stop - self.subject.start
         for kind in [*self.kinds.layers, *[ZEROS] * self.subject.scanned, HOLE]:
@@ -138,20 +134,20 @@ class MapPicture(Picture):
         y = self._write_beyond(x, y)
         y = self._write_strengths(x, y + 48)
         for line in self._notes():
-            self._canvas.text(x, y, line, 14, color=FAINT)
+            self.text(x, y, line, 14, color=FAINT)
             y += 21
 
     def _write_entry(self, x: int, y: int, label: str, name: str, nbytes: int, share: str) -> None:
         right, indent = x + _LEGEND, x + 36
         if label:
             indent += max(10 * len(self.kinds.label(kind)) for kind in self.kinds.layers) + 10
-            self._canvas.text(indent - 10, y, label, 16, ha="right")
-        self._canvas.text(indent, y, fitting(name, right - 250 - indent, 16), 16)
-        self._canvas.text(right - 95, y, f"{nbytes:,}", 15, mono=True, ha="right")
-        self._canvas.text(right, y, share, 15, mono=True, ha="right")
+            self.text(indent - 10, y, label, 16, ha="right")
+        self.text(indent, y, fitting(name, right - 250 - indent, 16), 16)
+        self.text(right - 95, y, f"{nbytes:,}", 15, mono=True, ha="right")
+        self.text(right, y, share, 15, mono=True, ha="right")
 
     def _swatch(self, x: int, y: int, **looks: str) -> None:
-        self._canvas.box(x, y - 15, 24, 19, edgecolor=LINE, linewidth=1, **looks)
+        self.box(x, y - 15, 24, 19, edgecolor=LINE, linewidth=1, **looks)
 
     def _write_beyond(self, x: int, y: int) -> int:
         room = self._placing.side**2
@@ -162,19 +158,19 @@ class MapPicture(Picture):
         end = "end" if self.subject.stop == self.subject.size else "range"
         share = percent(beyond, room)
         self._write_entry(x, y, "", f"beyond the {end}", beyond * self.grid.cell, share)
-        self._canvas.text(x + 36, y + 20, "(share of the square)", 13, color=FAINT)
+        self.text(x + 36, y + 20, "(share of the square)", 13, color=FAINT)
         return y + 20
 
     def _write_strengths(self, x: int, y: int) -> int:
         if self.grid.cell == self.subject.page:
             return y
-        self._canvas.text(x, y, "share of the cell, logarithmic", 14, color=FAINT)
+        self.text(x, y, "share of the cell, logarithmic", 14, color=FAINT)
         newest = raster.colour_number(len(self.kinds) - 1, 1)
         shades = self._palette[newest : newest + raster.STRENGTHS] / 255
         for step, colour in enumerate(shades):
-            self._canvas.box(x + step * 12, y + 10, 12, 19, facecolor=tuple(colour), linewidth=0)
-        self._canvas.text(x, y + 48, "1 page", 13)
-        self._canvas.text(x + raster.STRENGTHS * 12, y + 48, "all", 13, ha="right")
+            self.box(x + step * 12, y + 10, 12, 19, facecolor=tuple(colour), linewidth=0)
+        self.text(x, y + 48, "1 page", 13)
+        self.text(x + raster.STRENGTHS * 12, y + 48, "all", 13, ha="right")
         return y + 84
 
     def _notes(self) -> Iterator[str]:
