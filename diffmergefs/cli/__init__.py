@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import os
@@ -152,13 +153,10 @@ class _PrintOnce(logging.Handler):
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
-        self._printed: set[str] = set()
+        self._print = functools.cache(print_diagnostic)
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = record.getMessage()
-        if line not in self._printed:
-            print_diagnostic(line)
-        self._printed.add(line)
+        self._print(record.getMessage())
 
 
 @contextmanager

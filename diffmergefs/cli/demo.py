@@ -63,9 +63,8 @@ def _run(folder: Path, report: Callable[[str], None]) -> None:
         report(f"mounted them; {len(os.listdir(view))} snapshots are visible")
         merged = view / "numpy" / "002-numpy.mem"
         _require_equal(merged, expected)
-        report(
-            f"read numpy/002-numpy.mem: complete and correct, sha256 {_sha256(expected)[:16]}..."
-        )
+        digest = hashlib.sha256(expected).hexdigest()
+        report(f"read numpy/002-numpy.mem: complete and correct, sha256 {digest[:16]}...")
         with open_image(store / "002-numpy.mem").view as opened:
             result = flatten(opened, flat)
         _require_equal(flat, expected)
@@ -98,7 +97,3 @@ def _make_chain(store: Path) -> bytes:
 def _require_equal(path: Path, expected: bytes) -> None:
     if path.read_bytes() != expected:
         raise VerificationError(f"{path.name}: differs from the image that was made")
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -86,11 +87,8 @@ def _lines(findings: list[Finding]) -> Iterator[str]:
             if finding.why:
                 yield f"{'':11}why: {printable(finding.why)}"
                 yield f"{'':11}remedy: {printable(finding.remedy)}"
-    counts = {
-        severity: sum(finding.severity == severity for finding in findings)
-        for severity in ("wrong", "warning", "fine")
-    }
-    yield ", ".join(f"{count} {severity}" for severity, count in counts.items())
+    counts = Counter(finding.severity for finding in findings)
+    yield ", ".join(f"{counts[severity]} {severity}" for severity in ("wrong", "warning", "fine"))
 
 
 def try_mount() -> Finding:

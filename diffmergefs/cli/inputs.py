@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import click
 
-from diffmergefs.cli.options import PATH, F, layer_options, store_options, trust_options
+from diffmergefs.cli.options import PATH, F, all_of, layer_options, store_options, trust_options
 from diffmergefs.cli.output import print_diagnostic, printable, progress
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.images import Image, open_chain, open_image, open_side
@@ -65,9 +65,8 @@ def image_argument(command: F) -> F:
     return argument(layer_options(cast(F, gathered)))
 
 
-def image_options(command: F) -> F:
-    """The image as one `source`, with all options that say how far it is trusted."""
-    return trust_options(store_options(image_argument(command)))
+#: The image as one `source`, with all options that say how far it is trusted.
+image_options = all_of(trust_options, store_options, image_argument)
 
 
 def require_one_source(
@@ -126,6 +125,5 @@ def opened_side(
 
 
 def _with_remarks(found: Image) -> Image:
-    for line in (*found.overridden, *found.hints):
-        print_diagnostic(str(line))
+    print_diagnostic(*found.overridden, *map(str, found.hints))
     return found

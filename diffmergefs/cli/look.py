@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 import click
 
@@ -137,8 +137,7 @@ def _row(
         return refused(error)
     own = image.view.layers[-1]
     hints = tuple(str(hint) for hint in image.hints if hint.path == own.path)
-    for line in (*image.overridden, *hints):
-        print_diagnostic(line)
+    print_diagnostic(*image.overridden, *hints)
     held.extend(image.view.layers)
     dirty = own.extents.data_bytes
     state = "dense" if image.dense else "complete"
@@ -175,8 +174,7 @@ def info(source: ImageArguments, plot: str | None, force: bool, as_json: bool) -
         require_matplotlib()
     with (found := source.open()).view as view:
         facts = infos.describe(found)
-        for line in infos.notices(found):
-            print_diagnostic(line)
+        print_diagnostic(*infos.notices(found))
         if plot is not None:
             draw_extents(view, source.title, source.policy.page_size, plot, force=force)
     if as_json:
@@ -184,19 +182,7 @@ def info(source: ImageArguments, plot: str | None, force: bool, as_json: bool) -
         return
     print_table(
         (">#", "LAYER", ">DATA", ">EXTENTS", ">VISIBLE", ">SHADOWED", ">GRAIN", "TRUST"),
-        (
-            (
-                n,
-                i.path,
-                i.data_bytes,
-                i.extents,
-                i.visible_bytes,
-                i.shadowed_bytes,
-                i.grain,
-                i.trust,
-            )
-            for n, i in enumerate(facts.layers)
-        ),
+        ((n, *astuple(layer)) for n, layer in enumerate(facts.layers)),
     )
     state = ", dense" if facts.dense else ""
     click.echo(

@@ -71,10 +71,13 @@ def with_values(command: click.Command, args: Sequence[str]) -> list[str]:
     return [*(bare.get(arg, arg) for arg in args[:end]), *args[end:]]
 
 
-def _all_of(command: F, options: Sequence[Callable[[F], F]]) -> F:
-    for option in reversed(options):
-        command = option(command)
-    return command
+def all_of(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
+    """One decorator in place of these, of which the first is the outermost."""
+
+    def decorated(command: F) -> F:
+        return functools.reduce(lambda inner, add: add(inner), reversed(decorators), command)
+
+    return decorated
 
 
 def with_policy(command: F) -> F:
@@ -166,11 +169,17 @@ _TRUST_OPTIONS = (
         " wrong bytes or an error.",
     ),
 )
-_RECORD_OPTIONS = (
+#: What the user trusts, as one `policy`, for a verb that does not use earlier records.
+trust_options_without_records = all_of(with_policy, *_TRUST_OPTIONS)
+#: What the user trusts, and which records are used, as one `policy`.
+trust_options = all_of(
+    with_policy,
+    *_TRUST_OPTIONS,
     click.option("--no-seal", is_flag=True, help="Ignore the seals (FILE.bmap) beside layers."),
     state_dir_option,
 )
-_STORE_OPTIONS = (
+#: What the user trusts in a directory of snapshots, in addition to `trust_options`.
+store_options = all_of(
     click.option(
         "--allow-outside",
         multiple=True,
@@ -186,11 +195,13 @@ _STORE_OPTIONS = (
         " a layer is missing, the guest gets wrong bytes.",
     ),
 )
-_LAYOUT_OPTIONS = (
+#: --layout and --suffix.
+layout_options = all_of(
     click.option("--layout", type=click.Choice(LAYOUTS), help="The layout of SOURCE."),
     click.option("--suffix", help="The suffix of numbered memory files (.mem)."),
 )
-_LAYER_OPTIONS = (
+#: --base and --diff.
+layer_options = all_of(
     click.option("--base", type=PATH, metavar="FILE", help="The full base image, with --diff."),
     click.option(
         "--diff",
@@ -201,28 +212,3 @@ _LAYER_OPTIONS = (
         help="A sparse diff on top of the layers before it. Repeat it, oldest first.",
     ),
 )
-
-
-def trust_options_without_records(command: F) -> F:
-    """What the user trusts, as one `policy`, for a verb that does not use earlier records."""
-    return with_policy(_all_of(command, _TRUST_OPTIONS))
-
-
-def trust_options(command: F) -> F:
-    """What the user trusts, and which records are used, as one `policy`."""
-    return with_policy(_all_of(command, (*_TRUST_OPTIONS, *_RECORD_OPTIONS)))
-
-
-def store_options(command: F) -> F:
-    """What the user trusts in a directory of snapshots, in addition to `trust_options`."""
-    return _all_of(command, _STORE_OPTIONS)
-
-
-def layout_options(command: F) -> F:
-    """--layout and --suffix."""
-    return _all_of(command, _LAYOUT_OPTIONS)
-
-
-def layer_options(command: F) -> F:
-    """--base and --diff."""
-    return _all_of(command, _LAYER_OPTIONS)

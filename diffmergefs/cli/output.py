@@ -47,10 +47,11 @@ def diagnostic(text: str) -> str:
     return f"diffmergefs: {' '.join(printable(text).split())}"
 
 
-def print_diagnostic(text: str) -> None:
-    """Print one line on stderr. A stderr that cannot be written does not end the command."""
-    with suppress(OSError):
-        print(diagnostic(text), file=sys.stderr, flush=True)
+def print_diagnostic(*texts: str) -> None:
+    """Print a line for each text on stderr. If that cannot be written, the command goes on."""
+    for text in texts:
+        with suppress(OSError):
+            print(diagnostic(text), file=sys.stderr, flush=True)
 
 
 def print_json(facts: object) -> None:

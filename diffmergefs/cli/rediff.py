@@ -92,7 +92,11 @@ def rediff(
             raise click.UsageError(
                 "--store cannot be combined with PARENT and CHILD, their diffs, --plain or --force"
             )
-        _rediff_store(store, output, skip_broken, verify, seal, jobs, as_json, policy)
+        with progress("open", unit=""):
+            opened = StoreRediff(store, skip_broken=skip_broken, policy=policy)
+        with opened, progress("rediff", opened.total_bytes) as advance:
+            made = opened.write(output, verify=verify, seal=seal, jobs=jobs, progress=advance)
+        _report_store(made, as_json)
         return
     if parent is None or child is None:
         raise click.UsageError("give PARENT and CHILD, or --store DIR")
@@ -119,8 +123,7 @@ def rediff(
 
 def _report(output: str, result: RediffResult, verify: bool, seal: bool, as_json: bool) -> None:
     written = result.written
-    for line in written.overridden:
-        print_diagnostic(line)
+    print_diagnostic(*written.overridden)
     if written.dense:
         print_diagnostic(
             f"{output}: every page differs, so it has no hole and is taken with --dense only"
@@ -139,32 +142,13 @@ def _report(output: str, result: RediffResult, verify: bool, seal: bool, as_json
     )
 
 
-def _rediff_store(
-    store: str,
-    output: str,
-    skip_broken: bool,
-    verify: bool,
-    seal: bool,
-    jobs: int,
-    as_json: bool,
-    policy: TrustPolicy,
-) -> None:
-    with progress("open", unit=""):
-        opened = StoreRediff(store, skip_broken=skip_broken, policy=policy)
-    with opened, progress("rediff", opened.total_bytes) as advance:
-        made = opened.write(output, verify=verify, seal=seal, jobs=jobs, progress=advance)
-    for line in made.overridden:
-        print_diagnostic(line)
-    for tag, reason in made.left_out.items():
-        print_diagnostic(f"left out '{tag}': {reason}")
+def _report_store(made: NewStore, as_json: bool) -> None:
+    left_out = (f"left out '{tag}': {reason}" for tag, reason in made.left_out.items())
+    print_diagnostic(*made.overridden, *left_out)
     if as_json:
         facts = asdict(made) | {"data_before": made.data_before, "data_bytes": made.data_bytes}
         print_json(facts)
-    else:
-        _print_store(made)
-
-
-def _print_store(made: NewStore) -> None:
+        return
     print_table(
         ("TAG", "PARENT", "DONE", ">SIZE", ">DATA BEFORE", ">DATA NOW"),
         ((s.tag, s.parent, s.done, s.size, s.data_before, s.data_bytes) for s in made.snapshots),

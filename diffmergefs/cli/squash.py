@@ -99,8 +99,7 @@ def _report(
     output: str, result: SquashResult, paths: list[str], verify: bool, seal: bool, as_json: bool
 ) -> None:
     written = result.written
-    for line in written.overridden:
-        print_diagnostic(line)
+    print_diagnostic(*written.overridden)
     if written.dense:
         print_diagnostic(f"{output}: the diff has no holes and needs --dense")
     if as_json:

@@ -246,8 +246,7 @@ def serve_in_background(
         last = lines[-1] if lines else f"the daemon ended with status {outcome.status}"
         print_diagnostic(" ".join([last, *(f"({reason})" for reason in reasons)]))
         return outcome.status if outcome.status > 0 else MountFailedError.exit_code
-    for line in lines:
-        print_diagnostic(line)
+    print_diagnostic(*lines)
     os.stat(request.mountpoint)
     return 0
 

@@ -50,8 +50,7 @@ def verify(
         opened = verification.open_image(source.image or "", source.policy)
     with opened, progress("verify", opened.total_bytes) as advance:
         verdict = opened.verify(advance, jobs)
-    for line in (*verdict.overridden, *verdict.hints):
-        print_diagnostic(line)
+    print_diagnostic(*verdict.overridden, *verdict.hints)
     if as_json:
         print_json(verdict.as_dict())
     else:

@@ -45,8 +45,7 @@ def flatten(
       diffmergefs flatten /srv/snapshots/pandas -o pandas.mem
       diffmergefs flatten --base mem_file --diff mem_diff -o whole.mem --verify
     """
-    with (found := source.open()).view:
-        view = found.view
+    with source.open().view as view:
         with progress("flatten", sum(view.visible_bytes())) as advance:
             result = flatten_view(
                 view, output, force=force, verify=verify, seal=seal, progress=advance
