@@ -19,7 +19,7 @@ CHECKS = ("filesystem", "grain", "alignment", "unwritten", "map", "copy-up")
 ALL = "all"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trust:
     """What a user vouches for about the layers of an image.
 
@@ -46,7 +46,7 @@ class Trust:
         return check in self.trust_grain
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecordOptions:
     """How recorded checksums are used.
 
@@ -75,11 +75,11 @@ class RecordOptions:
         return self.verify == "full"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrustPolicy(StoreOptions, RecordOptions, Trust):
     """All that a caller says about an image: `Trust`, `RecordOptions` and `StoreOptions`.
 
-    Name the fields. Raises ValueError as those do.
+    Raises ValueError as those do.
     """
 
     def __post_init__(self) -> None:

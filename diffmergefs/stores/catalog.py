@@ -151,7 +151,7 @@ class Catalog:
         return frozenset(layer.key[:2] for layer in self._layers.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoreOptions:
     """What a user accepts in a directory of snapshots.
 
