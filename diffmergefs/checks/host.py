@@ -16,11 +16,14 @@ from pathlib import Path
 
 from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.core import interpreter
-from diffmergefs.system.mountpoint import ROOTS_PATH
+from diffmergefs.system.mountpoint import (
+    FUSE_CONF,
+    FUSE_DEVICE,
+    ROOTS_PATH,
+    others_may_be_let_in,
+)
 from diffmergefs.system.tuning import CONNECTIONS
 
-FUSE_CONF = "/etc/fuse.conf"
-FUSE_DEVICE = "/dev/fuse"
 _FUSE_NUMBER = os.makedev(10, 229)
 _HELPER = "fusermount3"
 # The first with RWF_NOWAIT of preadv2, which moves reads that would block to a thread.
@@ -51,20 +54,6 @@ def obstacles() -> list[str]:
     """The known reasons why this user cannot mount on this machine, each with its remedy."""
     found = (_device(), _helper(), _right())
     return [f"{each.finding}: {each.remedy}" for each in found if each.severity != "fine"]
-
-
-def others_may_be_let_in() -> bool:
-    """Whether /etc/fuse.conf lets ordinary users mount with allow_other.
-
-    True if it cannot be read, because only fusermount3 has to read it.
-    """
-    try:
-        text = Path(FUSE_CONF).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return "user_allow_other" in (line.strip() for line in text.splitlines())
 
 
 def _kernel() -> Finding:

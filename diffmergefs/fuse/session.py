@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import pyfuse3
 import trio
 
-from diffmergefs.checks.host import FUSE_CONF, obstacles, others_may_be_let_in
+from diffmergefs.checks.host import obstacles
 from diffmergefs.core.background import closing_in_threads
 from diffmergefs.core.errors import DiffMergeError, MountAbortedError, MountFailedError, counted
 from diffmergefs.fuse import threads
@@ -30,7 +30,7 @@ from diffmergefs.sidecars import (
 )
 from diffmergefs.system import mountpoint as mountpoints
 from diffmergefs.system import tuning
-from diffmergefs.system.mountpoint import OwnMount
+from diffmergefs.system.mountpoint import FUSE_CONF, OwnMount, others_may_be_let_in
 from diffmergefs.system.mounttable import Mount
 from diffmergefs.system.sdnotify import Notifier
 from diffmergefs.system.tuning import Tuning

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 
 from diffmergefs.core.errors import BusyError, DiffMergeError, MountpointError, MountTimeoutError
 from diffmergefs.system import asking, tuning
@@ -23,8 +24,24 @@ log = logging.getLogger(__name__)
 
 #: Where root looks for helper programs, since another user may have set the PATH.
 ROOTS_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+FUSE_CONF = "/etc/fuse.conf"
+FUSE_DEVICE = "/dev/fuse"
 _MNT_DETACH = 2
 _MOST_HOLDERS = 10
+
+
+def others_may_be_let_in() -> bool:
+    """Whether /etc/fuse.conf lets ordinary users mount with allow_other.
+
+    True if it cannot be read, because only fusermount3 has to read it.
+    """
+    try:
+        text = Path(FUSE_CONF).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return "user_allow_other" in (line.strip() for line in text.splitlines())
 
 
 def check_mountpoint(

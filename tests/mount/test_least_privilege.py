@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.checks import host
 from diffmergefs.opening.writers import Writers
 from diffmergefs.system import mountpoint as mountpoints
 from diffmergefs.system.mountpoint import ROOTS_PATH
@@ -241,8 +240,8 @@ def test_a_configuration_that_only_root_reads_is_no_reason(
         ("set", lambda path: path.write_text(" user_allow_other \n"), True),
     ):
         make(tmp_path / name)
-        monkeypatch.setattr(host, "FUSE_CONF", str(tmp_path / name))
-        assert host.others_may_be_let_in() is expected, name
+        monkeypatch.setattr(mountpoints, "FUSE_CONF", str(tmp_path / name))
+        assert mountpoints.others_may_be_let_in() is expected, name
 
 
 # What a mount never allows

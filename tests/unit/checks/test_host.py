@@ -13,6 +13,7 @@ import pytest
 
 from diffmergefs.checks import host
 from diffmergefs.checks.diagnosis import Finding
+from diffmergefs.system import mountpoint
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +69,7 @@ def test_root_needs_no_helper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def test_fuse_conf(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     conf = tmp_path / "fuse.conf"
-    monkeypatch.setattr(host, "FUSE_CONF", str(conf))
+    monkeypatch.setattr(mountpoint, "FUSE_CONF", str(conf))
     assert found("allow_other").severity == "warning"
     conf.write_text("#user_allow_other\n", encoding="utf-8")
     assert found("allow_other").severity == "warning"
