@@ -19,17 +19,14 @@ from typing import Any
 
 from diffmergefs.core.beneath import Root
 from diffmergefs.core.errors import BrokenChainError, FileAccessError
-from diffmergefs.stores.document import describe
+from diffmergefs.stores.document import describe, describe_undocumented
 from diffmergefs.stores.reader import FolderReader, Source, has_file
 from diffmergefs.stores.snapshot import (
     DOCUMENT,
     Snapshot,
-    find_regular,
     key_of,
     load_document,
     parse_document,
-    undocumented,
-    with_records,
 )
 
 MEMORY = "memory-ranges"
@@ -58,9 +55,7 @@ class CloudHypervisorReader(FolderReader):
         root = source.root
         if has_file(root, f"{tag}/{DOCUMENT}"):
             return with_ranges(root, describe(root, seen, source.paths))
-        memory = find_regular(root, f"{tag}/{MEMORY}")
-        layer = memory and with_records(root, memory, is_diff=False)
-        return with_ranges(root, replace(seen, memory=layer, doubt=undocumented(tag, MEMORY)))
+        return with_ranges(root, describe_undocumented(root, seen, MEMORY))
 
     def require_mergeable(self, base: str, diffs: Sequence[str]) -> None:
         """Raise BrokenChainError if a file named `memory-ranges` does not fit the others.

@@ -18,6 +18,7 @@ from diffmergefs.stores.snapshot import (
     MAX_DOCUMENT,
     Snapshot,
     StoredFile,
+    find_layer,
     find_regular,
     parse_document,
     read_with_status,
@@ -54,6 +55,18 @@ def describe(root: Root, seen: Snapshot, paths: Collection[str]) -> Snapshot:
         return _describe_rest(root, paths, found, document)
     except BrokenChainError as error:
         return replace(found, problem=str(error))
+
+
+def describe_undocumented(root: Root, seen: Snapshot, name: str) -> Snapshot:
+    """The snapshot in the directory `seen.tag` without a document, whose memory file is `name`.
+
+    It has no parent, and is a base only if its memory has no hole.
+    """
+    doubt = (
+        f"without a {DOCUMENT} nothing tells a base from a diff; wait for {seen.tag}/{DOCUMENT},"
+        f' or, if it is a base, write {{"memory": "{name}"}} to it'
+    )
+    return replace(seen, memory=find_layer(root, f"{seen.tag}/{name}"), doubt=doubt)
 
 
 class Fields(dict[str, Any]):

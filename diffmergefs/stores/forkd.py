@@ -7,16 +7,9 @@ from dataclasses import replace
 
 from diffmergefs.core.beneath import Root
 from diffmergefs.stores import cloudhypervisor
-from diffmergefs.stores.document import describe
+from diffmergefs.stores.document import describe, describe_undocumented
 from diffmergefs.stores.reader import FolderReader, Source, has_file
-from diffmergefs.stores.snapshot import (
-    DOCUMENT,
-    Snapshot,
-    find_regular,
-    undocumented,
-    version_of,
-    with_records,
-)
+from diffmergefs.stores.snapshot import DOCUMENT, Snapshot, version_of
 
 _MEMORY = "memory.bin"
 _VMSTATE = "vmstate"
@@ -43,12 +36,9 @@ class ForkdReader(FolderReader):
         if has_file(source.root, f"{tag}/{DOCUMENT}"):
             found = describe(source.root, seen, source.paths)
         else:
-            memory = find_regular(source.root, f"{tag}/{_MEMORY}")
-            layer = memory and with_records(source.root, memory, is_diff=False)
             path = f"{tag}/{_VMSTATE}"
-            device_state = {path: version_of(source.root, path)}
-            doubt = undocumented(tag, _MEMORY)
-            found = replace(seen, memory=layer, device_state=device_state, doubt=doubt)
+            found = describe_undocumented(source.root, seen, _MEMORY)
+            found = replace(found, device_state={path: version_of(source.root, path)})
         return cloudhypervisor.with_ranges(source.root, found)
 
     def read_folder(self, source: Source, path: str) -> Snapshot | None:

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 
-from diffmergefs.core import foreign
+from diffmergefs.core import beneath, foreign
 from diffmergefs.core.errors import FileAccessError
 from diffmergefs.stores.catalog import READERS, Catalog, StoreOptions, read_catalog
 from diffmergefs.stores.numbered import SUFFIXES, is_numbered
@@ -83,16 +83,14 @@ def layout_of(folder: str) -> str | None:
     Raises ForeignFormatError if it is in a format that is declined.
     """
     try:
-        fd = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        parent = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return None
     name = os.path.basename(folder)
-    try:
+    with beneath.closing_fd(parent) as fd:
         foreign.require_own_directory(names_of(fd, name), folder)
         for reader in READERS.values():
             with contextlib.suppress(OSError):
                 if not is_left_out(name) and reader.is_tag(fd, name):
                     return reader.name
-    finally:
-        os.close(fd)
     return None

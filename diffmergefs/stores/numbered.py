@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from diffmergefs.core.errors import BrokenChainError
 from diffmergefs.core.identity import FileKey, FileVersion
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
 from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
-from diffmergefs.stores.reader import Source
+from diffmergefs.stores.reader import Reader, Source
 from diffmergefs.stores.snapshot import Snapshot, StoredFile, is_left_out
 
 ALLOW_GAPS = "--allow-gaps"
@@ -60,7 +60,7 @@ def memory_files(kinds: Mapping[str, int], suffix: str | None = None) -> list[Nu
     return found
 
 
-class NumberedReader:
+class NumberedReader(Reader):
     """The numeric order is the chain. Each layer is a tag, named by the stem after the number."""
 
     name = "numbered"
@@ -90,9 +90,6 @@ class NumberedReader:
             snapshots[layer.stem] = _snapshot(source, layer, below, files[layer.number])
             below = layer
         return snapshots
-
-    def require_mergeable(self, base: str, diffs: Sequence[str]) -> None:
-        """Nothing: a file given by its path may have any number, or none."""
 
 
 def _snapshot(

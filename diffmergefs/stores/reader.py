@@ -8,11 +8,10 @@ from __future__ import annotations
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
 
 from diffmergefs.core import beneath, foreign
 from diffmergefs.core.beneath import AllowedRoots, Root
@@ -54,25 +53,29 @@ class Source:
         return frozenset({os.path.abspath(self.path), os.path.realpath(self.path)})
 
 
-class Reader(Protocol):
-    """Reads one layout. All methods read metadata only: no image file is opened."""
+class Reader(ABC):
+    """Reads one layout, which `--layout` calls `name`.
 
-    @property
-    def name(self) -> str:
-        """Its name for `--layout`."""
+    All methods read metadata only: no image file is opened.
+    """
 
+    name: str
+
+    @abstractmethod
     def finds(self, source: Source) -> bool:
         """Whether anything in the directory looks like this layout, complete or not.
 
         Raises BrokenChainError if it does but is ambiguous.
         """
 
+    @abstractmethod
     def is_tag(self, root: Root, name: str) -> bool:
         """Whether the directory `name` beneath `root` alone is a snapshot of this layout.
 
         Raises OSError if that is unknown.
         """
 
+    @abstractmethod
     def read(self, source: Source) -> dict[str, Snapshot]:
         """All snapshots by tag. Broken ones have a `problem`; none is left out.
 
@@ -82,12 +85,13 @@ class Reader(Protocol):
     def require_mergeable(self, base: str, diffs: Sequence[str]) -> None:
         """Raise BrokenChainError if explicit files of this layout cannot be merged.
 
-        `base` and `diffs` (oldest first) are paths. Files of other layouts pass. Raises
-        FileAccessError if a file cannot be found.
+        `base` and `diffs` (oldest first) are paths. Files of other layouts pass, and by default all
+        files do. Raises FileAccessError if a file cannot be found.
         """
+        return
 
 
-class FolderReader(ABC):
+class FolderReader(Reader):
     """A reader for layouts with one directory per snapshot, named by its tag.
 
     A subclass has a `name`, and implements `is_tag` and `describe`. In a tag's directory, the
@@ -95,13 +99,8 @@ class FolderReader(ABC):
     belong to exactly the memory beside them. Other files may change at any time.
     """
 
-    name: str
     documents: tuple[str, ...] = ()
     device_state: tuple[str, ...] = ()
-
-    @abstractmethod
-    def is_tag(self, root: Root, name: str) -> bool:
-        """`Reader.is_tag`."""
 
     @abstractmethod
     def describe(self, source: Source, tag: str, seen: Snapshot) -> Snapshot:
@@ -110,10 +109,6 @@ class FolderReader(ABC):
         `seen` has its folder, documents and device state. Return it with everything else that is
         known (`dataclasses.replace`). A DiffMergeError or OSError becomes the snapshot's problem.
         """
-
-    def require_mergeable(self, base: str, diffs: Sequence[str]) -> None:
-        """`Reader.require_mergeable`: by default nothing is known of single files."""
-        return
 
     def finds(self, source: Source) -> bool:
         """Whether any directory is a tag. One that cannot be read is not."""
@@ -136,8 +131,9 @@ class FolderReader(ABC):
             names = listed_names(source.root, path) if is_tag else names_of(source.root, path)
         except OSError as error:
             return Snapshot(path, problem=f"{path}: {error.strerror}")
-        declined = _declined(path, names)
-        return self._read_tag(source, path) if is_tag and declined is None else declined
+        if declined := foreign.of_directory(names):
+            return Snapshot(path, problem=f"{path}: {declined}")
+        return self._read_tag(source, path) if is_tag else None
 
     def _read_tag(self, source: Source, path: str) -> Snapshot:
         seen = Snapshot(path, folder=path)
@@ -163,11 +159,6 @@ class FolderReader(ABC):
 
 def _within(path: str, names: Iterable[str]) -> list[str]:
     return [f"{path}/{name}" for name in names]
-
-
-def _declined(path: str, names: Collection[str]) -> Snapshot | None:
-    declined = foreign.of_directory(names)
-    return None if declined is None else Snapshot(path, problem=f"{path}: {declined}")
 
 
 def open_source(path: str, at: int | None = None) -> int:

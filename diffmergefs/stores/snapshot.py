@@ -99,14 +99,6 @@ class Snapshot:
         return max((key.mtime_ns for _, key in self.state if key), default=0)
 
 
-def undocumented(tag: str, memory: str) -> str:
-    """The `doubt` of a snapshot without the document that would name its parent."""
-    return (
-        f"without a {DOCUMENT} nothing tells a base from a diff; wait for {tag}/{DOCUMENT}, or, if"
-        f' it is a base, write {{"memory": "{memory}"}} to it'
-    )
-
-
 def is_left_out(name: str) -> bool:
     """Whether a mount never passes a file of this name through: temporary files of writers."""
     return name.startswith((".compact-staging-", ".diffmergefs-")) or name.endswith(
@@ -155,6 +147,12 @@ def key_of(root: beneath.Root, path: str) -> FileKey | None:
     """As `version_of`, without what chmod and renaming change."""
     found = version_of(root, path)
     return None if found is None else FileKey(*found[:4])
+
+
+def find_layer(root: beneath.Root, path: str, *, is_diff: bool = False) -> StoredFile | None:
+    """`find_regular`, with the file's sidecars as `with_records` finds them."""
+    file = find_regular(root, path)
+    return file and with_records(root, file, is_diff=is_diff)
 
 
 def with_records(root: beneath.Root, file: StoredFile, *, is_diff: bool) -> StoredFile:

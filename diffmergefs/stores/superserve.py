@@ -24,10 +24,9 @@ from diffmergefs.stores.snapshot import (
     DOCUMENT,
     Snapshot,
     StoredFile,
-    find_regular,
+    find_layer,
     is_left_out,
     read_small,
-    with_records,
 )
 
 FULL = "mem.snap"
@@ -55,27 +54,24 @@ class SuperserveReader(FolderReader):
         return has_file(root, f"{name}/{FULL}") or has_file(root, f"{name}/{DIFF}")
 
     def finds(self, source: Source) -> bool:
-        paths = (path for name in source.folders for path in _folders(source.root, name))
-        return any(self._is_surely_tag(source.root, path) for path in paths)
+        return any(self._is_surely_tag(source.root, path) for path in _paths(source))
 
     def read(self, source: Source) -> dict[str, Snapshot]:
-        paths = (path for name in source.folders for path in _folders(source.root, name))
-        read = (self.read_folder(source, path) for path in paths)
         found: dict[str, Snapshot] = {}
-        for snapshot in read:
-            if snapshot is not None:
+        for path in _paths(source):
+            if snapshot := self.read_folder(source, path):
                 tag = tag_of(snapshot.tag)
                 known = found.get(tag)
                 found[tag] = _two_of(tag, known, snapshot) if known else replace(snapshot, tag=tag)
         return _with_parents(source.root, found)
 
     def describe(self, source: Source, tag: str, seen: Snapshot) -> Snapshot:
-        full, diff = (find_regular(source.root, f"{tag}/{name}") for name in (FULL, DIFF))
+        full = find_layer(source.root, f"{tag}/{FULL}")
+        diff = find_layer(source.root, f"{tag}/{DIFF}", is_diff=True)
         if diff is None:
-            return replace(seen, memory=full and with_records(source.root, full, is_diff=False))
-        layer = with_records(source.root, diff, is_diff=True)
+            return replace(seen, memory=full)
         withheld = frozenset({diff.path + BASE_SUFFIX, diff.path + PRESENCE_SUFFIX})
-        found = replace(seen, memory=layer, withheld=withheld)
+        found = replace(seen, memory=diff, withheld=withheld)
         try:
             # The path of the base is in place of its tag until all snapshots are known.
             found = replace(found, parent=_recorded_base(source, diff))
@@ -84,7 +80,7 @@ class SuperserveReader(FolderReader):
                     f"{tag}: holds {FULL} and {DIFF}, and only superserve knows which is current;"
                     " remove the other, or name the layers with --base and --diff"
                 )
-            _require_presence(source.root, layer)
+            _require_presence(source.root, diff)
         except (BrokenChainError, PresenceError, FileAccessError) as error:
             found = replace(found, problem=str(error))
         except OSError as error:  # for instance of a base outside the source
@@ -111,6 +107,11 @@ def _two_of(tag: str, one: Snapshot, other: Snapshot) -> Snapshot:
 def tag_of(path: str) -> str:
     """The tag of the snapshot in the directory `path`, beneath the source or absolute."""
     return path.strip("/").replace("/", _SEPARATOR)
+
+
+def _paths(source: Source) -> Iterator[str]:
+    for name in source.folders:
+        yield from _folders(source.root, name)
 
 
 def _folders(root: Root, path: str, depth: int = _DEPTH) -> Iterator[str]:
@@ -195,9 +196,9 @@ def _with_parents(root: Root, found: dict[str, Snapshot]) -> dict[str, Snapshot]
 
 def _lone_base(root: Root, path: str, tag: str) -> Snapshot:
     try:
-        memory = find_regular(root, path)
+        memory = find_layer(root, path)
         if memory is None or os.path.basename(path) == DIFF:
             raise BrokenChainError(f"{path}: is used as a base, but is not a complete image")
-        return Snapshot(tag, None, with_records(root, memory, is_diff=False))
+        return Snapshot(tag, None, memory)
     except BrokenChainError as error:
         return Snapshot(tag, problem=str(error))
