@@ -23,7 +23,7 @@ from diffmergefs.core.errors import (
 )
 from diffmergefs.fuse.access import view_access
 from diffmergefs.fuse.nodes import OpenImage
-from diffmergefs.fuse.observer import NullObserver, ObservedMount, Observer
+from diffmergefs.fuse.observer import ObservedMount, Observer
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain
@@ -159,7 +159,7 @@ def _observer(sets: WorkingSets | None, how: str, mount: ObservedMount) -> Obser
     if sets is not None and how == "record":
         return Recorder(sets)
     if sets is None or mount.device is None:
-        return NullObserver()  # by --prefetch=no, or the log has the reason
+        return Observer()  # by --prefetch=no, or the log has the reason
     adviser = Adviser(os.makedev(*map(int, mount.device.split(":"))), mount.path_of)
     if how == "fadvise":
         return Prefetcher(sets, adviser)

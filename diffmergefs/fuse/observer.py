@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from diffmergefs.fuse.nodes import OpenImage
-
-
-class Caller(Protocol):
-    """The process that sent a request."""
-
-    @property
-    def pid(self) -> int:
-        """The process that made the request."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +26,8 @@ class ObservedMount:
     run_in_main_thread: Callable[[Callable[[], None]], None]
 
 
-class Observer(Protocol):
-    """Receives the events of memory files: opens, reads and closes.
+class Observer:
+    """Receives the events of memory files: opens, reads and closes. This one does nothing.
 
     The methods are called in the event loop and must not block, except `stop` and `close`. `file`
     is the number of an open file and is never reused. `pushed_bytes` counts the bytes that were
@@ -44,60 +35,31 @@ class Observer(Protocol):
     `Prefetcher`.
     """
 
-    pushed_bytes: int
-    hit_bytes: int
+    pushed_bytes = hit_bytes = 0
 
-    def opened(
-        self, file: int, inode: int, image: OpenImage, caller: Caller, *, writing: bool
-    ) -> bool:
-        """A file of the image was opened. Return False to have the kernel drop its cached pages."""
-        ...
+    def opened(self, file: int, inode: int, image: OpenImage, pid: int, *, writing: bool) -> bool:
+        """The process `pid` opened a file of the image.
+
+        Return False to have the kernel drop its cached pages.
+        """
+        return True
 
     def read(self, file: int, offset: int, length: int) -> None:
         """A read of this range was requested."""
-        ...
 
     def closed(self, file: int) -> Callable[[], object] | None:
         """The file was closed. Return the work that remains, which may block, or None."""
-        ...
+        return None
 
     def stop(self, seconds: float) -> bool:
         """End all work, and return whether it ended. Blocks for a small multiple of `seconds`.
 
         Safe to call again, and from any thread.
         """
-        ...
+        return True
 
     def ready(self, readahead_kib: int | None) -> None:
         """The mount answers requests. The kernel reads ahead this much (None: unknown)."""
-        ...
 
     def close(self) -> None:
         """Release what the observer holds of the mount. Called once, after `stop`."""
-        ...
-
-
-class NullObserver:
-    """An `Observer` that does nothing."""
-
-    pushed_bytes = hit_bytes = 0
-
-    def opened(
-        self, file: int, inode: int, image: OpenImage, caller: Caller, *, writing: bool
-    ) -> bool:
-        return True
-
-    def read(self, file: int, offset: int, length: int) -> None:
-        pass
-
-    def closed(self, file: int) -> Callable[[], object] | None:
-        return None
-
-    def stop(self, seconds: float) -> bool:
-        return True
-
-    def ready(self, readahead_kib: int | None) -> None:
-        pass
-
-    def close(self) -> None:
-        pass

@@ -19,7 +19,7 @@ from diffmergefs.core.buffers import Buffers
 from diffmergefs.fuse.dropbehind import DropBehind
 from diffmergefs.fuse.handles import Handle, Handles
 from diffmergefs.fuse.nodes import Attributes, Document, MemoryFile, Node, Passed, StatusFile
-from diffmergefs.fuse.observer import NullObserver, Observer
+from diffmergefs.fuse.observer import Observer
 from diffmergefs.fuse.opener import ImageOpener
 from diffmergefs.fuse.replies import answering, entry_of, fuse_error, statvfs_of
 from diffmergefs.fuse.status import Metrics, Status, rendered, status_of
@@ -48,7 +48,7 @@ class Operations(pyfuse3.Operations):
         self.opener = ImageOpener(tree)
         self._inodes = tree.inodes
         self.metrics = Metrics()
-        self.observer = observer or NullObserver()
+        self.observer = observer or Observer()
         self.answers = trio.Event()  # set at the kernel's first request
         self._drop_behind = drop_behind
         # Each mount begins with the same inode numbers. A file handle from an earlier mount, which
@@ -164,7 +164,7 @@ class Operations(pyfuse3.Operations):
                 handle = Handle(image=image)
                 handle.supplied = self.metrics.of_tag(image.tag)
                 fh = self._handles.add(handle)
-                keep = self.observer.opened(fh, inode, image, ctx, writing=writing)
+                keep = self.observer.opened(fh, inode, image, ctx.pid, writing=writing)
                 return pyfuse3.FileInfo(fh=fh, keep_cache=keep and not writing, direct_io=writing)
             case Document():
                 content = await self.opener.run(node, self.tree.passthrough.content, node)

@@ -21,7 +21,7 @@ from diffmergefs.core.extents import Extent, ExtentList
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.nodes import OpenImage
-from diffmergefs.fuse.observer import Caller
+from diffmergefs.fuse.observer import Observer
 from diffmergefs.prefetch.connection import Connection
 from diffmergefs.prefetch.push import Method, Push
 from diffmergefs.prefetch.record import Identity, WorkingSets, identity_of_view
@@ -54,7 +54,7 @@ class _Known(NamedTuple):
     ranges: ExtentList
 
 
-class Prefetcher:
+class Prefetcher(Observer):
     """An `Observer` that puts recorded working sets into the page cache.
 
     One worker thread does all the work, a piece of each image in turn. It pushes an image at its
@@ -92,10 +92,8 @@ class Prefetcher:
         self.hit_bytes = 0
         self._logged: set[str] = set()
 
-    def opened(
-        self, file: int, inode: int, image: OpenImage, caller: Caller, *, writing: bool
-    ) -> bool:
-        if self._method.is_own(caller.pid):
+    def opened(self, file: int, inode: int, image: OpenImage, pid: int, *, writing: bool) -> bool:
+        if self._method.is_own(pid):
             return True
         opened = self._images.setdefault(image, _Opened(image, inode))
         is_first = not opened.files
@@ -150,9 +148,6 @@ class Prefetcher:
                 self._worker.join(seconds)
             return not self._worker.is_alive()
         return True
-
-    def ready(self, readahead_kib: int | None) -> None:
-        pass
 
     def close(self) -> None:
         if self._connection is not None:

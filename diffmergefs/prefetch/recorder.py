@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.fuse.nodes import OpenImage
-from diffmergefs.fuse.observer import Caller
+from diffmergefs.fuse.observer import Observer
 from diffmergefs.prefetch.record import MAX_RANGES, WorkingSet, WorkingSets, identity_of_view, now
 from diffmergefs.prefetch.touches import Touches, first_touches, limited
 
@@ -25,7 +25,7 @@ class _Session:
     runs: int = 0
 
 
-class Recorder:
+class Recorder(Observer):
     """An `Observer` that records a working set for each image that a guest ran from.
 
     Files that were read in order, or of which little was read, leave no record. The first open of
@@ -35,17 +35,13 @@ class Recorder:
     recorded.
     """
 
-    pushed_bytes = hit_bytes = 0
-
     def __init__(self, sets: WorkingSets) -> None:
         self._readahead_kib: int | None = None
         self._sets = sets
         self._sessions: dict[OpenImage, _Session] = {}
         self._files: dict[int, tuple[_Session, Touches]] = {}
 
-    def opened(
-        self, file: int, inode: int, image: OpenImage, caller: Caller, *, writing: bool
-    ) -> bool:
+    def opened(self, file: int, inode: int, image: OpenImage, pid: int, *, writing: bool) -> bool:
         session = self._sessions.get(image)
         is_first = session is None
         if session is None:
@@ -86,9 +82,6 @@ class Recorder:
     def ready(self, readahead_kib: int | None) -> None:
         """Write this readahead into each record."""
         self._readahead_kib = readahead_kib
-
-    def close(self) -> None:
-        pass
 
     def _save(self, session: _Session) -> None:
         try:

@@ -6,8 +6,6 @@ import itertools
 import random
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from diffmergefs import open_chain
 from diffmergefs.core.extents import Extent
@@ -25,7 +23,6 @@ _BASE, _DIFF = range(PAGES - 60), range(3, PAGES, 5)
 ORACLE = overlay_oracle(SIZE, [pages(0, _BASE), pages(1, _DIFF)])
 
 #: A process that is none of ours, as the adapter's handlers get it.
-CLIENT: Any = SimpleNamespace(pid=1)
 
 
 def write_pair(folder: Path) -> tuple[Path, Path]:
@@ -65,11 +62,11 @@ class Client:
     _numbers = itertools.count(1)
 
     def __init__(
-        self, observer: Observer, image: OpenImage, *, writing: bool = False, caller: Any = CLIENT
+        self, observer: Observer, image: OpenImage, *, writing: bool = False, pid: int = 1
     ) -> None:
         self.observer = observer
         self.file = next(self._numbers)
-        self.keeps_cache = observer.opened(self.file, 7, image, caller, writing=writing)
+        self.keeps_cache = observer.opened(self.file, 7, image, pid, writing=writing)
 
     def touch(self, *numbers: int) -> None:
         """Ask for these pages, one after the other."""

@@ -9,7 +9,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,7 +184,7 @@ def test_images_that_are_opened_together_are_pushed_in_turn(
         (tmp_path / f"{n}").mkdir()
         image = shown(*write_pair(tmp_path / f"{n}"))
         save(sets, image, TOUCHED)
-        prefetcher.opened(n, n, image, SimpleNamespace(pid=1), writing=False)
+        prefetcher.opened(n, n, image, 1, writing=False)
     kernel.gate.set()
     settle(prefetcher)
     order = [inode for inode, _, _ in kernel.calls]
@@ -352,7 +351,7 @@ def test_the_opens_of_the_way_itself_do_not_count(
 
     save(sets, image, TOUCHED)
     prefetcher = Prefetcher(sets, Own(kernel.store))
-    client = Client(prefetcher, image, caller=SimpleNamespace(pid=5))
+    client = Client(prefetcher, image, pid=5)
     client.touch(*TOUCHED)
     assert client.keeps_cache and not client.close()
     assert prefetcher.stop(20) and not kernel.calls
