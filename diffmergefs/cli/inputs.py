@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,8 +11,7 @@ import click
 
 from diffmergefs.cli.options import PATH, F, all_of, layer_options, store_options, trust_options
 from diffmergefs.cli.output import print_diagnostic, printable, progress
-from diffmergefs.core.view import MergedView
-from diffmergefs.opening.images import Image, open_chain, open_image, open_side
+from diffmergefs.opening.images import Image, open_chain, open_image
 from diffmergefs.opening.trust import TrustPolicy
 
 
@@ -45,7 +42,7 @@ class ImageArguments:
                 found = open_chain(self.base, self.diffs, self.policy)
             else:
                 found = open_image(self.image or "", self.policy)
-        return _with_remarks(found)
+        return with_remarks(found)
 
 
 def image_argument(command: F) -> F:
@@ -87,43 +84,7 @@ def require_one_source(
             )
 
 
-def side_diffs(side: str) -> Callable[[F], F]:
-    """--SIDE-diff: diffs on top of one of two images, as the argument `SIDE_diffs`."""
-    return click.option(
-        f"--{side}-diff",
-        f"{side}_diffs",
-        multiple=True,
-        type=PATH,
-        metavar="FILE",
-        help=f"A sparse diff on top of {side.upper()}, which must be a plain file. Repeat it,"
-        " oldest first.",
-    )
-
-
-plain_option = click.option(
-    "--plain", is_flag=True, help="Read both as plain files, even if named like 002-name.mem."
-)
-jobs_option = click.option(
-    "--jobs",
-    type=click.IntRange(1, 256),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Compare with N processes.",
-)
-
-
-@contextmanager
-def opened_side(
-    path: str, diffs: tuple[str, ...], policy: TrustPolicy, plain: bool
-) -> Iterator[MergedView]:
-    """The view of one of two images. Overridden checks and hints go to stderr."""
-    with progress("open", unit=""):
-        found = _with_remarks(open_side(path, diffs, policy, plain=plain))
-    with found.view as view:
-        yield view
-
-
-def _with_remarks(found: Image) -> Image:
+def with_remarks(found: Image) -> Image:
+    """The image, after printing its overridden checks and hints on stderr."""
     print_diagnostic(*found.overridden, *map(str, found.hints))
     return found

@@ -1,18 +1,21 @@
-"""The verbs, each imported when it is used."""
+"""The verbs, each imported when it is used, and `completion`, which prints a script for them."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
 import click
+from click.shell_completion import get_completion_class
 
 from diffmergefs.cli.options import with_values
 
+#: The shells that `completion` supports.
+SHELLS = ["bash", "zsh", "fish"]
 #: Each verb's module in this package, and the name of its command there.
 TABLE = {
     "apply": ("write", "apply"),
-    "compare": ("compare", "compare"),
-    "completion": ("completion", "completion"),
+    "compare": ("difference", "compare"),
+    "completion": ("verbs", "completion"),
     "demo": ("demo", "demo"),
     "doctor": ("doctor", "doctor"),
     "flatten": ("write", "flatten"),
@@ -21,11 +24,11 @@ TABLE = {
     "map": ("map", "map_"),
     "mount": ("mount", "mount"),
     "prefetch": ("prefetch", "prefetch"),
-    "rediff": ("rediff", "rediff"),
+    "rediff": ("difference", "rediff"),
     "seal": ("seal", "seal"),
-    "squash": ("squash", "squash"),
-    "status": ("status", "status"),
-    "umount": ("umount", "umount"),
+    "squash": ("write", "squash"),
+    "status": ("mounted", "status"),
+    "umount": ("mounted", "umount"),
     "verify": ("verify", "verify"),
 }
 
@@ -59,3 +62,26 @@ def load(name: str) -> click.Command | None:
     module, attribute = TABLE[name]
     command: click.Command = getattr(import_module(f"diffmergefs.cli.{module}"), attribute)
     return command
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print a script that makes SHELL (bash, zsh or fish) complete verbs, options and files.
+
+    \b
+    Examples:
+      eval "$(diffmergefs completion bash)"
+      diffmergefs completion zsh > _diffmergefs
+      diffmergefs completion fish > diffmergefs.fish
+    """
+    print(script(shell), end="")
+
+
+def script(shell: str) -> str:
+    """The completion script for one of `SHELLS`. It calls `diffmergefs` for each completion."""
+    kind = get_completion_class(shell)
+    assert kind is not None
+    made = kind(click.Group(), {}, "diffmergefs", "_DIFFMERGEFS_COMPLETE")
+    # click's source() would run bash and print a warning about its version.
+    return made.source_template % made.source_vars()

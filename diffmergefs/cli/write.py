@@ -1,6 +1,8 @@
-"""`flatten` and `apply`: write an image to a new file, or a diff into its base."""
+"""`flatten`, `squash` and `apply`: merge an image or some diffs into a file."""
 
 from __future__ import annotations
+
+from dataclasses import asdict
 
 import click
 
@@ -13,11 +15,23 @@ from diffmergefs.cli.options import (
     strict_option,
     trust_options,
 )
-from diffmergefs.cli.output import print_json, print_table, printable, progress
+from diffmergefs.cli.output import (
+    print_diagnostic,
+    print_json,
+    print_table,
+    printable,
+    progress,
+)
+from diffmergefs.core.errors import counted
+from diffmergefs.opening.images import Image
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.apply import apply_diff
 from diffmergefs.writing.dependants import REASONS
 from diffmergefs.writing.flatten import flatten as flatten_view
+from diffmergefs.writing.squash import SquashResult, count_data
+from diffmergefs.writing.squash import squash as squash_view
+
+_NAMED = 8  # how many tags of a chain a message names
 
 
 @click.command()
@@ -60,6 +74,103 @@ def flatten(
     click.echo(
         f"{printable(output)}: {result.size} bytes, {sum(result.copied)} copied,"
         f" {sum(result.shared)} shared, {result.holes} holes"
+        f"{', verified' if verify else ''}{', sealed' if seal else ''}"
+    )
+
+
+@click.command()
+@image_options
+@click.option("-o", "--output", required=True, type=PATH, help="The new diff.")
+@click.option("--from", "from_tag", metavar="TAG", help="The oldest diff (default: the first).")
+@click.option("--to", "to_tag", metavar="TAG", help="The newest diff (default: IMAGE's own).")
+@force_option
+@click.option("--verify", is_flag=True, help="Compare the chain that uses it before publishing it.")
+@seal_option
+@json_option
+def squash(
+    source: ImageArguments,
+    output: str,
+    from_tag: str | None,
+    to_tag: str | None,
+    force: bool,
+    verify: bool,
+    seal: bool,
+    as_json: bool,
+) -> None:
+    """Merge diffs of IMAGE's chain into one that can replace them. The base is not read.
+
+    Without --from and --to, all diffs are merged; the two diffs that they name are included.
+    Written zeros stay data. The output appears complete or not at all, after a check that it has
+    data exactly where one of the diffs has data. If the filesystem can reflink, blocks are shared.
+
+    \b
+    Examples:
+      diffmergefs squash /srv/snapshots/pandas -o squashed.diff
+      diffmergefs squash /srv/layers/002-pandas.mem --from numpy --to pandas -o squashed.diff
+      diffmergefs squash --base mem_file --diff mem_diff -o squashed.diff --seal --verify
+    """
+    if source.base is not None and (from_tag is not None or to_tag is not None):
+        raise click.UsageError(
+            "--from and --to need IMAGE; with --base and --diff, name only the diffs to squash"
+        )
+    with (found := source.open()).view as view:
+        if len(view.layers) == 1:
+            raise click.UsageError(f"{view.layers[0].path} is a base: it has no diff to squash")
+        first = 1 if from_tag is None else _position(found, from_tag, "--from")
+        last = len(view.layers) - 1 if to_tag is None else _position(found, to_tag, "--to")
+        if first > last:
+            raise click.UsageError(
+                f"--from {found.tags[first]} is newer than --to {found.tags[last]} in the chain"
+                f" {_named(found)}"
+            )
+        with progress("squash", count_data(view, first, last)) as advance:
+            result = squash_view(
+                view,
+                output,
+                first=first,
+                last=last,
+                force=force,
+                verify=verify,
+                seal=seal,
+                policy=source.policy,
+                progress=advance,
+            )
+        paths = [layer.path for layer in view.layers[first : last + 1]]
+    _report(output, result, paths, verify, seal, as_json)
+
+
+def _position(found: Image, tag: str, option: str) -> int:
+    if tag not in found.tags:
+        raise click.UsageError(f"{option} {tag} is not a tag of the chain {_named(found)}")
+    if found.tags[0] == tag:
+        raise click.UsageError(
+            f"{option} {tag} is the base of the chain {_named(found)}; name a diff"
+        )
+    return found.tags.index(tag)
+
+
+def _named(found: Image) -> str:
+    tags = [printable(tag) for tag in found.tags]
+    if len(tags) > _NAMED:
+        tags = [*tags[: _NAMED // 2], "...", *tags[-_NAMED // 2 :]]
+    return ", ".join(tags)
+
+
+def _report(
+    output: str, result: SquashResult, paths: list[str], verify: bool, seal: bool, as_json: bool
+) -> None:
+    written = result.written
+    print_diagnostic(*written.overridden)
+    if written.dense:
+        print_diagnostic(f"{output}: the diff has no holes and needs --dense")
+    if as_json:
+        shadowed = {"shadowed_bytes": result.shadowed_bytes}
+        print_json({"output": output, **asdict(written), **shadowed, "layers": paths})
+        return
+    click.echo(
+        f"{printable(output)}: {counted(len(paths), 'diff')} as one; {written.data_bytes} bytes of"
+        f" data in {counted(written.extents, 'extent')}, {written.copied} copied,"
+        f" {written.shared} shared, {result.shadowed_bytes} shadowed"
         f"{', verified' if verify else ''}{', sealed' if seal else ''}"
     )
 

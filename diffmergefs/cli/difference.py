@@ -1,15 +1,19 @@
-"""`rediff`: sparse diffs from complete images, one by one or for a whole store."""
+"""`compare` and `rediff`: what differs between two images, printed or written as sparse diffs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import click
 
-from diffmergefs.analysis.compare import bytes_to_compare
-from diffmergefs.cli.inputs import jobs_option, opened_side, plain_option, side_diffs
+from diffmergefs.analysis.compare import Comparison, bytes_to_compare, count_pages
+from diffmergefs.analysis.compare import compare as compare_views
+from diffmergefs.cli.inputs import with_remarks
 from diffmergefs.cli.options import (
     PATH,
+    F,
     force_option,
     json_option,
     seal_option,
@@ -24,11 +28,131 @@ from diffmergefs.cli.output import (
     progress,
 )
 from diffmergefs.core.errors import counted
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.view import MergedView
+from diffmergefs.opening.images import open_side
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.newstore import NewStore
 from diffmergefs.writing.rediff import RediffResult
 from diffmergefs.writing.rediff import rediff as rediff_views
 from diffmergefs.writing.storediff import StoreRediff
+
+
+def _side_diffs(side: str) -> Callable[[F], F]:
+    """--SIDE-diff: diffs on top of one of two images, as the argument `SIDE_diffs`."""
+    return click.option(
+        f"--{side}-diff",
+        f"{side}_diffs",
+        multiple=True,
+        type=PATH,
+        metavar="FILE",
+        help=f"A sparse diff on top of {side.upper()}, which must be a plain file. Repeat it,"
+        " oldest first.",
+    )
+
+
+_plain_option = click.option(
+    "--plain", is_flag=True, help="Read both as plain files, even if named like 002-name.mem."
+)
+_jobs_option = click.option(
+    "--jobs",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Compare with N processes.",
+)
+
+
+@contextmanager
+def _opened_side(
+    path: str, diffs: tuple[str, ...], policy: TrustPolicy, plain: bool
+) -> Iterator[MergedView]:
+    """The view of one of two images. Overridden checks and hints go to stderr."""
+    with progress("open", unit=""):
+        found = with_remarks(open_side(path, diffs, policy, plain=plain))
+    with found.view as view:
+        yield view
+
+
+@click.command()
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@click.option("--map", "with_map", is_flag=True, help="Also print the ranges that differ.")
+@_side_diffs("a")
+@_side_diffs("b")
+@_plain_option
+@_jobs_option
+@json_option
+@trust_options
+@store_options
+def compare(
+    a: str,
+    b: str,
+    with_map: bool,
+    a_diffs: tuple[str, ...],
+    b_diffs: tuple[str, ...],
+    plain: bool,
+    jobs: int,
+    as_json: bool,
+    policy: TrustPolicy,
+) -> int:
+    """Compare two images: print the first byte that differs, and how many pages differ.
+
+    Each is an IMAGE (a snapshot directory or a numbered layer) or any other file, which is read as
+    a complete image: its holes are zeros. Both must have the same size. Ranges that both take from
+    the same layer file are not read. The exit code is 0 if the images are equal, otherwise 1.
+
+    \b
+    Examples:
+      diffmergefs compare mem_file mem_file --b-diff mem_diff --map || echo they differ
+      diffmergefs compare /srv/snapshots/numpy /srv/snapshots/pandas --json || true
+    """
+    with (
+        _opened_side(a, a_diffs, policy, plain) as one,
+        _opened_side(b, b_diffs, policy, plain) as other,
+        progress("compare", bytes_to_compare(one, other)) as advance,
+    ):
+        found = compare_views(one, other, page_size=policy.page_size, jobs=jobs, progress=advance)
+    if as_json:
+        _print_comparison_json(found, with_map)
+    else:
+        _print_comparison(found, with_map)
+    return 0 if found.equal else 1
+
+
+def _pages(found: Comparison) -> int:
+    return -(-found.size // found.page_size)
+
+
+def _print_comparison_json(found: Comparison, with_map: bool) -> None:
+    facts: dict[str, object] = {
+        "equal": found.equal,
+        "size": found.size,
+        "page_size": found.page_size,
+        "first_difference": found.first,
+        "pages": _pages(found),
+        "differing_pages": found.differing_pages,
+        "compared_bytes": found.compared_bytes,
+    }
+    if with_map:
+        facts["ranges"] = [{"start": start, "stop": stop} for start, stop in found.ranges]
+    print_json(facts)
+
+
+def _print_comparison(found: Comparison, with_map: bool) -> None:
+    if found.first is None:
+        click.echo(f"equal: {found.size} bytes, {found.compared_bytes} compared")
+        return
+    click.echo(
+        f"different: the first difference is at byte {found.first} ({found.first:#x});"
+        f" {found.differing_pages} of {_pages(found)} pages of {found.page_size} bytes differ"
+    )
+    if with_map:
+        print_table(
+            (">START", ">STOP", ">PAGES"),
+            ((*r, count_pages(ExtentList([r]), found.page_size)) for r in found.ranges),
+        )
 
 
 @click.command()
@@ -42,15 +166,15 @@ from diffmergefs.writing.storediff import StoreRediff
     help="Make a new store from the forkd store DIR, with a sparse diff for each dense link.",
 )
 @click.option("--skip-broken", is_flag=True, help="With --store: leave out broken snapshots.")
-@side_diffs("parent")
-@side_diffs("child")
-@plain_option
+@_side_diffs("parent")
+@_side_diffs("child")
+@_plain_option
 @force_option
 @click.option(
     "--verify", is_flag=True, help="Merge PARENT and the diff and compare before publishing it."
 )
 @seal_option
-@jobs_option
+@_jobs_option
 @json_option
 @trust_options
 @store_options
@@ -103,8 +227,8 @@ def rediff(
     if skip_broken:
         raise click.UsageError("--skip-broken needs --store")
     with (
-        opened_side(parent, parent_diffs, policy, plain) as before,
-        opened_side(child, child_diffs, policy, plain) as after,
+        _opened_side(parent, parent_diffs, policy, plain) as before,
+        _opened_side(child, child_diffs, policy, plain) as after,
         progress("rediff", bytes_to_compare(before, after)) as advance,
     ):
         result = rediff_views(

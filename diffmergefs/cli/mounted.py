@@ -1,4 +1,4 @@
-"""`status`: print a mount's statistics."""
+"""`umount` and `status`: unmount a view, or print the statistics of a mount."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import click
-from rich.console import Console, Group
-from rich.live import Live
 
 from diffmergefs.cli.options import MOUNTPOINT, json_option
 from diffmergefs.cli.output import print_table, table
@@ -22,6 +20,21 @@ from diffmergefs.core.errors import FileAccessError, MountFailedError, counted
 from diffmergefs.fuse.status import STATUS_FILE, Status
 from diffmergefs.system import asking
 from diffmergefs.system import mountpoint as mountpoints
+
+
+@click.command()
+@click.argument("mountpoint", type=MOUNTPOINT)
+@click.option("--lazy", is_flag=True, help="Detach it even if files are open. They stay readable.")
+def umount(mountpoint: str, lazy: bool) -> None:
+    """Unmount MOUNTPOINT. Fail while files are open, unless you give --lazy.
+
+    The error message names the processes that have files open or mapped, if they are visible.
+
+    \b
+    Example:
+      diffmergefs umount /mnt/views
+    """
+    mountpoints.unmount(mountpoint, lazy=lazy)
 
 
 @click.command()
@@ -96,6 +109,9 @@ def _updates(mountpoint: str, first: Status, interval: float) -> Iterator[Status
 
 
 def _show_live(updates: Iterator[Status]) -> None:
+    from rich.console import Console, Group
+    from rich.live import Live
+
     with Live(console=Console(), auto_refresh=False) as live:
         for found in updates:
             live.update(Group(*(table(*each) for each in _tables(found))), refresh=True)
