@@ -21,7 +21,7 @@ from diffmergefs.opening.content import (
     spread,
     sum_pages,
 )
-from diffmergefs.opening.trust import Problem, Trust, require_none
+from diffmergefs.opening.trust import Problem, Trust, problem_of, require_none
 
 _BUDGET = 8 << 20  # bytes read of the extents of a shape
 _PART = 2 << 20  # and of each of many
@@ -29,10 +29,6 @@ _BLOCK = 256 << 10
 _LARGE = 32
 _FEW = 3
 _MANY = 8
-_WAY_OUT = (
-    "put its seal beside it if it has one, take the diff again, or vouch for it with"
-    " --trust-grain=copy-up (if it is damaged, the guest gets wrong bytes)"
-)
 
 
 class Hint(NamedTuple):
@@ -81,7 +77,7 @@ def _copy_up_problem(layer: Layer, found: Result, over: str) -> Problem | None:
         f"the extent [{start}, {stop}) on overlayfs has {zeros} pages of zeros{over} beside written"
         " ones, the sign of a copy-up that filled holes"
     )
-    return Problem(layer.path, "copy-up", text, _WAY_OUT)
+    return problem_of(layer, "copy-up", text)
 
 
 def hints(parents: Parents | None, layer: Layer, policy: Trust, verdicts: Verdicts) -> list[Hint]:

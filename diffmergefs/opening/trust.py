@@ -177,26 +177,30 @@ _INSTEAD = {
     " --page-size names",
     "alignment": "name the guest's page with --page-size if it is another, take the diff again",
     "unwritten": "take the diff again without preallocating it",
-    "map": "take the diff again",
 }
 
 
-def _problem(layer: Layer, check: str, text: str) -> Problem:
+def problem_of(layer: Layer, check: str, text: str, instead: str | None = None) -> Problem:
+    """The problem `text` that the check has with the layer, with a remedy.
+
+    `instead` is the remedy's first step. By default it depends on the check.
+    """
     if check == "blocks":
-        way_out = "store the diff on a filesystem that reports holes, or put its seal beside it"
+        remedy = "store the diff on a filesystem that reports holes, or put its seal beside it"
     else:
-        way_out = (
-            f"{_INSTEAD[check]}, put its seal beside it if it has one, or vouch for it with"
+        instead = instead or _INSTEAD.get(check, "take the diff again")
+        remedy = (
+            f"{instead}, put its seal beside it if it has one, or vouch for it with"
             f" --trust-grain={check} (if it is damaged, the guest gets wrong bytes)"
         )
-    return Problem(layer.path, check, text, way_out)
+    return Problem(layer.path, check, text, remedy)
 
 
 def _problems_of_records(layer: Layer, page: int, complete: bool) -> Iterator[Problem]:
     # The filesystem's extents do not count, only the unit in which the sidecar was made.
     for record in layer.records:
         if not complete and page % record.block:
-            yield _problem(
+            yield problem_of(
                 layer,
                 "grain",
                 f"{record.path} was made in blocks of {record.block} bytes, coarser than the guest"
@@ -210,12 +214,12 @@ def _not_on_pages(layer: Layer, ends: tuple[int, int], page: int) -> Problem:
     text = (
         f"the data extent [{ends[0]}, {ends[1]}) does not begin and end on a page of {page} bytes"
     )
-    return _problem(layer, "alignment", text)
+    return problem_of(layer, "alignment", text)
 
 
 def _problems_of_walk(layer: Layer, page: int, complete: bool) -> Iterator[Problem]:
     fd, size, extents = layer.fd, layer.size, layer.extents
-    problem = functools.partial(_problem, layer)
+    problem = functools.partial(problem_of, layer)
     if reason := untrusted_filesystem(fd):
         yield problem("filesystem", reason)
     unit = grain(fd)
@@ -246,19 +250,17 @@ def _problems_of_walk(layer: Layer, page: int, complete: bool) -> Iterator[Probl
 
 def _contradictions(layer: Layer) -> Iterator[Problem]:
     if len(layer.unmapped):
-        yield Problem(
-            layer.path,
+        yield problem_of(
+            layer,
             "map",
             f"{layer.unmapped.data_bytes} bytes from {layer.unmapped.starts[0]} on are reported as"
             " data, but nothing is stored for them: holes look so while their pages are cached, and"
             " stay cached as long as someone maps or reads the file",
-            "try again when no process has it mapped (fuser lists them), put its seal beside it if"
-            " it has one, or vouch for it with --trust-grain=map (if it is damaged, the guest gets"
-            " wrong bytes)",
+            "try again when no process has it mapped (fuser lists them)",
         )
     if len(layer.unreported):
         found = next(iter(layer.unreported))
-        yield _problem(
+        yield problem_of(
             layer,
             "map",
             f"[{found.start}, {found.stop}) is reported as a hole, but its filesystem has bytes"
