@@ -7,33 +7,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from diffmergefs.core.errors import (
-    BrokenChainError,
-    DenseDiffError,
-    DiffMergeError,
-    FileAccessError,
-    ForeignFormatError,
-    LayerChangedError,
-    PinError,
-    PresenceError,
-    SealError,
-    SizeMismatchError,
-    UntrustedExtentsError,
-    WriterError,
-)
+from diffmergefs.core.errors import DiffMergeError, UntrustedExtentsError, WriterError
 
+# Where the kind of a fault is not the `check` of its error.
 _KINDS: dict[type[DiffMergeError], str] = {
-    BrokenChainError: "chain",
-    SizeMismatchError: "size",
     UntrustedExtentsError: "extents",
-    DenseDiffError: "dense",
-    PinError: "pin",
-    SealError: "seal",
-    PresenceError: "presence",
-    ForeignFormatError: "format",
     WriterError: "writer",
-    LayerChangedError: "changed",
-    FileAccessError: "access",
 }
 
 
@@ -96,7 +75,8 @@ class Faults(list[Fault]):
 
     def add(self, error: DiffMergeError) -> None:
         """Record an error as a fault."""
-        self.append(Fault(_KINDS.get(type(error), "other"), str(error)))
+        kind = _KINDS.get(type(error), error.check) or "other"
+        self.append(Fault(kind, str(error)))
 
     @contextmanager
     def noted(self, path: str | None = None) -> Iterator[None]:
