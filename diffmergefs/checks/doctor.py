@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from diffmergefs.checks.diagnosis import Finding, examine_layer, wrong
 from diffmergefs.checks.probe import examine_filesystem
@@ -55,7 +56,8 @@ def _snapshots_of(path: str, policy: TrustPolicy) -> tuple[Catalog, list[str]] |
     if os.path.isdir(path):
         catalog = read_catalog(path, options=policy)
         if catalog.snapshots:
-            return catalog, sorted(catalog.snapshots, key=lambda tag: (_depth(catalog, tag), tag))
+            depths = {tag: len(catalog.reachable(tag)) for tag in catalog.snapshots}
+            return catalog, sorted(depths, key=lambda tag: (depths[tag], tag))
     image = os.path.realpath(path)
     for candidate in (image, os.path.dirname(image)):
         if os.path.isdir(candidate) and layout_of(candidate) is not None:
@@ -67,10 +69,6 @@ def _snapshots_of(path: str, policy: TrustPolicy) -> tuple[Catalog, list[str]] |
             catalog, tag = find_image(path, policy)
             return catalog, [link.tag for link in catalog.reachable(tag)]
     return None
-
-
-def _depth(catalog: Catalog, tag: str) -> int:
-    return len(catalog.reachable(tag))
 
 
 def _is_layer(catalog: Catalog, tag: str, path: str) -> bool:
@@ -85,22 +83,23 @@ def _examine_snapshots(
         layers: dict[str, Layer] = {}
         for tag in tags:
             snapshot = catalog.snapshots[tag]
-            yield from _examine_chain(catalog, tag)
+            subject = _subject(catalog, snapshot)
+            yield from _failure(subject, "chain", partial(catalog.chain, tag))
             try:
                 layer = layers[tag] = pool.layer(snapshot.layer)
             except DiffMergeError as error:
                 if snapshot.memory is not None:
-                    yield wrong(_subject(catalog, snapshot), "access", error)
+                    yield wrong(subject, "access", error)
                 continue
-            below = [layers.get(link.tag) for link in catalog.reachable(tag)[:-1]]
-            known = [each for each in below if each is not None]
-            parents = Parents(known) if len(known) == len(below) else None
-            if snapshot.parent is not None and not known:
-                parents = None
-            path = snapshot.layer.path
-            in_doubt = list(_examine_base(layer, snapshot, policy))
+            in_doubt = _failure(
+                layer.path, "chain", partial(require_known_base, layer, snapshot.doubt, policy)
+            )
             yield from in_doubt
-            parents = None if in_doubt else parents
+            below = catalog.reachable(tag)[:-1]
+            known = [layers[link.tag] for link in below if link.tag in layers]
+            is_complete = len(known) == len(below) and (known or snapshot.parent is None)
+            parents = Parents(known) if is_complete and not in_doubt else None
+            path = snapshot.layer.path
             yield from examine_layer(layer, parents, policy, pool.verdicts, pool.roots, path)
 
 
@@ -109,18 +108,12 @@ def _subject(catalog: Catalog, snapshot: Snapshot) -> str:
     return os.path.join(os.path.abspath(catalog.root), name)
 
 
-def _examine_chain(catalog: Catalog, tag: str) -> Iterator[Finding]:
+def _failure(subject: str, check: str, run: Callable[[], object]) -> list[Finding]:
     try:
-        catalog.chain(tag)
+        run()
     except DiffMergeError as error:
-        yield wrong(_subject(catalog, catalog.snapshots[tag]), "chain", error)
-
-
-def _examine_base(layer: Layer, snapshot: Snapshot, policy: TrustPolicy) -> Iterator[Finding]:
-    try:
-        require_known_base(layer, snapshot.doubt, policy)
-    except DiffMergeError as error:
-        yield wrong(layer.path, "chain", error)
+        return [wrong(subject, check, error)]
+    return []
 
 
 def _examine_file(path: str, policy: TrustPolicy) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.core import sparse
+from diffmergefs.core.beneath import closing_fd
 from diffmergefs.core.buffers import BLOCK
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.extents import PAGE, ExtentList
@@ -45,12 +46,10 @@ def examine_filesystem(folder: str, page: int = PAGE) -> Iterator[Finding]:
     a mapping stay a hole? Can a file share another's blocks? Does a lease show writers? If nothing
     can be written, only metadata are used. Raises OSError if `folder` cannot be opened.
     """
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    with closing_fd(os.open(folder, flags)) as fd:
         yield _type(folder, fd)
         unit = grain(fd)
-    finally:
-        os.close(fd)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             yield from _tried(folder, file, page)
@@ -178,13 +177,11 @@ def _reflink(folder: str, fd: int) -> Finding:
 
 def _leases(folder: str, file: BinaryIO) -> Finding:
     # A lease needs a descriptor that is open for reading only.
-    reader = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    path = f"/proc/self/fd/{file.fileno()}"
+    with closing_fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as reader:
         with_writer = writers(reader)
         file.close()
         without = writers(reader)
-    finally:
-        os.close(reader)
     if (with_writer, without) == (Writers.SOME, Writers.NONE):
         return Finding(folder, "lease", "fine", "a lease shows whether a process writes to a file")
     return Finding(

@@ -245,12 +245,10 @@ def _judge(
 
 def _seal_checks(items: Sequence[_Item], memory: Remembered) -> Iterator[_Check]:
     for item in items:
-        if item.layer is None or item.stored_seal is None:
-            continue
-        if item.layer.record(SEAL_SUFFIX) is not None:
-            size = seal.compared_bytes(item.layer, item.stored_seal)
-            work = functools.partial(_check_seal, item, item.layer, item.stored_seal, memory)
-            yield _Check(item.layer.path, size, work)
+        layer, stored = item.layer, item.stored_seal
+        if layer and stored and layer.record(SEAL_SUFFIX):
+            work = functools.partial(_check_seal, item, layer, stored, memory)
+            yield _Check(layer.path, seal.compared_bytes(layer, stored), work)
 
 
 def _check_seal(
