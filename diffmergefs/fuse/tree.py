@@ -92,32 +92,16 @@ class Tree:
 
         Raises OSError like `names`.
         """
-        texts = [os.fsdecode(name) for name in names]
-        children = self.children(folder, texts)
-        found: list[tuple[Node, Attributes] | None] = []
-        for text in texts:
-            entry = None
-            if text in children:
-                with suppress(OSError, DiffMergeError):
-                    entry = children[text], self.attributes(children[text])
-            found.append(entry)
-        return found
-
-    def children(self, folder: Node, names: Iterable[str] | None = None) -> dict[str, Node]:
-        """The entries of a directory by name: all, or only those in `names`.
-
-        Leaves out a name that `child` does not know or cannot look at. Raises OSError like `names`.
-        """
-        found: dict[str, Node] = {}
-        if names is None:
-            names = map(os.fsdecode, self.names(folder))
-        elif isinstance(folder, TagFolder | Passed):
+        if isinstance(folder, TagFolder | Passed):
             with self.passthrough.held(folder):
                 pass  # raises an error of the directory itself
-        for name in names:
-            with suppress(OSError, DiffMergeError):
-                found[name] = self.child(folder, name)
-        return found
+        return [self._entry(folder, os.fsdecode(name)) for name in names]
+
+    def _entry(self, folder: Node, name: str) -> tuple[Node, Attributes] | None:
+        with suppress(OSError, DiffMergeError):
+            node = self.child(folder, name)
+            return node, self.attributes(node)
+        return None
 
     def child(self, folder: Node, name: str) -> Node:
         """The entry `name` of a directory.

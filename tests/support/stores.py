@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffmergefs.fuse.nodes import Node
+from diffmergefs.fuse.tree import Tree
 from tests.support.images import PAGE, signed, write_layer
 
 #: The logical size of the layers, if nothing else is said.
@@ -107,3 +109,10 @@ def opened_beneath(directory: Path) -> set[str]:
         if path.startswith(f"{directory}/") and not os.path.isdir(path):
             found.add(path)
     return found
+
+
+def children(tree: Tree, folder: Node) -> dict[str, Node]:
+    """The entries of a directory of the tree by name, as a client that lists it gets them."""
+    names = tree.names(folder)
+    entries = zip(names, tree.entries(folder, names), strict=True)
+    return {os.fsdecode(name): entry[0] for name, entry in entries if entry is not None}

@@ -20,7 +20,7 @@ from diffmergefs.stores.catalog import read_catalog
 from diffmergefs.stores.reader import Reader
 from tests.support.images import overlay_oracle, write_layer
 from tests.support.places import DOCS
-from tests.support.stores import BASE_PAGES, SIZE, age, pages
+from tests.support.stores import BASE_PAGES, SIZE, age, children, pages
 
 PAGE = DOCS / "adding-a-store.md"
 LAYERS = [pages(0, BASE_PAGES), pages(1, [3]), pages(2, [3, 15])]
@@ -72,7 +72,7 @@ def test_its_tags_stand_in_the_tree_without_what_is_false_there(fleet: Path) -> 
         store.look()
         store.open("leaf")
         tree = Tree("/view", store)
-        assert sorted(tree.children(tree.child(Root(), "leaf"))) == ["cpu", "disk", "ram"]
+        assert sorted(children(tree, tree.child(Root(), "leaf"))) == ["cpu", "disk", "ram"]
         (fleet / "work" / "over").write_text("nobody")
         store.look()
         assert sorted(store.tags()) == ["base"]
