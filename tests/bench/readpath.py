@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -41,7 +42,7 @@ PAGE = 4096
 SIZE = 256 << 20
 DIRTY = 13_000
 ROUNDS = 7
-CTX: Any = None
+CTX: Any = SimpleNamespace(pid=1)
 
 
 def write_chain(directory: Path, depth: int) -> tuple[Path, list[Path]]:

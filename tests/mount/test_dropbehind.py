@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.live import until
 from tests.support.mounts import mounted
 
-CTX: Any = None
+CTX: Any = SimpleNamespace(pid=1)
 #: The numbers of pages, by file.
 Advised = dict[Path, set[int]]
 

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyfuse3
@@ -38,7 +39,7 @@ from tests.support.places import DOCS
 from tests.support.stores import SIZE, age, pages, write_chain, write_numbered, write_tag
 from tests.support.superserve import write_template
 
-CTX: Any = None
+CTX: Any = SimpleNamespace(pid=1)
 COMMAND = [sys.executable, "-m", "diffmergefs"]
 
 

@@ -10,6 +10,7 @@ import os
 import tracemalloc
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyfuse3
@@ -27,7 +28,7 @@ from diffmergefs.opening.trust import TrustPolicy
 from tests.support.images import PAGE, overlay_oracle, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_chain
 
-CTX: Any = None
+CTX: Any = SimpleNamespace(pid=1)
 
 
 def image_of(*layers: tuple[int, range | list[int]]) -> bytes:

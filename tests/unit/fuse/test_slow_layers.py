@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 
 CLIENTS = 8
 SIZE = 64 * PAGE
-CTX: Any = None
+CTX: Any = SimpleNamespace(pid=1)
 
 
 class SlowStore:
