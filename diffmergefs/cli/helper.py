@@ -14,7 +14,7 @@ from diffmergefs.cli.output import print_diagnostic
 NAME = "mount.fuse.diffmergefs"
 
 # The return codes of mount(8), which exits with the code of its helper.
-_USAGE, _BUG, _INTERRUPTED, _FAILED = 1, 4, 8, 32
+USAGE, BUG, INTERRUPTED, FAILED = 1, 4, 8, 32
 
 # Options for mount(8), systemd and autofs. They have no effect here, or are always in effect. (Even
 # without options mount(8) passes `rw`.)
@@ -117,5 +117,5 @@ def main(arguments: list[str] | None = None) -> int:
     `arguments` are those of `cli.main`, and so is the treatment of root's environment.
     """
     status = cli.main(arguments, helper, NAME)
-    known = {0: 0, cli.USAGE: _USAGE, cli.BUG: _BUG, 128 + signal.SIGINT: _INTERRUPTED}
-    return known.get(status, _FAILED)
+    known = {0: 0, cli.USAGE: USAGE, cli.BUG: BUG, 128 + signal.SIGINT: INTERRUPTED}
+    return known.get(status, FAILED)

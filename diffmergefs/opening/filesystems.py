@@ -38,7 +38,7 @@ _REASONS = {
     "ramfs": "it reports whole files as data",
     "hugetlbfs": "it stores huge pages only",
 }
-_SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 _REOPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -87,9 +87,9 @@ def _before_nfs_4_2(mount: Mount | None) -> str | None:
 def _huge_pages(fd: int, mount: Mount | None) -> str | None:
     enabled = _shmem_enabled()
     if enabled == "force":
-        return f"{_SHMEM_ENABLED} is 'force', so it stores huge pages"
+        return f"{SHMEM_ENABLED} is 'force', so it stores huge pages"
     if mount is None and _is_kernels_own(fd):  # of a memfd; that setting is its `huge=`
-        return None if enabled in ("never", "deny") else f"{_SHMEM_ENABLED} is '{enabled}'"
+        return None if enabled in ("never", "deny") else f"{SHMEM_ENABLED} is '{enabled}'"
     if mount is None:
         return "its mount is not listed for this process, so its option huge= is not known"
     huge = next((option for option in mount.options if option.startswith("huge=")), None)
@@ -98,10 +98,10 @@ def _huge_pages(fd: int, mount: Mount | None) -> str | None:
 
 def _shmem_enabled() -> str:
     try:
-        text = _SHMEM_ENABLED.read_text(encoding="ascii")
+        text = SHMEM_ENABLED.read_text(encoding="ascii")
     except OSError:
         # A kernel without huge pages has no such file. Without sysfs nothing is known.
-        return "never" if _SHMEM_ENABLED.parents[1].is_dir() else "unknown"
+        return "never" if SHMEM_ENABLED.parents[1].is_dir() else "unknown"
     chosen = re.search(r"\[(\w+)\]", text)
     return chosen[1] if chosen else "unknown"
 

@@ -33,8 +33,8 @@ DELETE FROM verified
 WHERE rowid IN (SELECT rowid FROM verified ORDER BY rowid DESC LIMIT -1 OFFSET ?)
 """
 _BUSY_SECONDS = 5.0
-_TICK_NS = 50_000_000  # the kernel's clock for time stamps ticks every 10 ms at worst
-_COARSE_TICK_NS = 2_000_000_000  # on filesystems that store whole seconds
+TICK_NS = 50_000_000  # the kernel's clock for time stamps ticks every 10 ms at worst
+COARSE_TICK_NS = 2_000_000_000  # on filesystems that store whole seconds
 
 
 class Identity(NamedTuple):
@@ -58,7 +58,7 @@ class Identity(NamedTuple):
         Time stamps have a resolution: a write within the same tick as the last one moves none.
         """
         ctime_ns = self.version.ctime_ns
-        tick = _TICK_NS if ctime_ns % 1_000_000_000 else _COARSE_TICK_NS
+        tick = TICK_NS if ctime_ns % 1_000_000_000 else COARSE_TICK_NS
         return ctime_ns + tick < since_ns
 
 

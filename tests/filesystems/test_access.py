@@ -16,12 +16,10 @@ from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.identity import has_acl
 from diffmergefs.core.layer import Layer
 from diffmergefs.fuse.access import (
-    LISTING,
     Access,
     Folder,
     folder_bits,
     lineage,
-    reachable,
     view_access,
 )
 from diffmergefs.fuse.nodes import OpenImage
@@ -217,18 +215,6 @@ def test_the_mirror_of_a_directory_has_its_bits_for_whom_it_can_be_reached(
     own(top, ROOT, 0o755)
     acl(inner, f"u:{STRANGER}:rx")
     assert bits_of(inner) == 0o700
-
-
-def test_nothing_above_keeps_every_class(public_path: Path) -> None:
-    assert reachable([], 0, 0) == 0o777
-
-
-def test_a_listing_is_for_those_who_may_list_and_search_every_directory() -> None:
-    searched = Folder(0, 0, 0o751)
-    assert reachable([searched], 0, 0) == 0o777
-    assert reachable([searched], 0, 0, LISTING) == 0o770
-    assert reachable([Folder(NOBODY, 0, 0o755)], STRANGER, 0, LISTING) == 0o777
-    assert reachable([Folder(NOBODY, NOBODY, 0o700)], STRANGER, 0, LISTING) == 0
 
 
 def test_a_directory_that_is_mounted_on_one_of_its_own_is_not_the_root(public_path: Path) -> None:

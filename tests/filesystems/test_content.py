@@ -4,57 +4,36 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
 
 from diffmergefs.core import sparse
-from diffmergefs.core.errors import DenseDiffError, UntrustedExtentsError
+from diffmergefs.core.errors import UntrustedExtentsError
 from diffmergefs.core.extents import ExtentList
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.nodes import ROOT_INODE
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening import content, dense
-from diffmergefs.opening.content import Pages, compare_pages
-from diffmergefs.opening.images import open_chain, open_snapshot
-from diffmergefs.opening.opener import LayerPool
+from diffmergefs.opening.content import Pages
+from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.stores.catalog import read_catalog
 from tests.support import loopfs
-from tests.support.commands import diffmergefs, mistake, succeed
+from tests.support.commands import diffmergefs, mistake
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
-from tests.support.stores import age, pages, write_chain
+from tests.support.stores import pages
+from tests.support.subjects.content import dense_store, write_at
 
 MIB = 1 << 20
 SIZE = 16 * MIB
 BASE = [(0, signed(0, 0, SIZE))]
 
 
-def test_pages_are_zero_equal_other_or_new(tmp_path: Path) -> None:
-    size = 5 * PAGE + 100
-    base = Layer.open(str(write_layer(tmp_path / "base", size, pages(0, range(1, 4)))))
-    held = [(0, bytes(size)), *pages(0, [1]), *pages(1, [0, 3]), (5 * PAGE, b"end" * 10)]
-    layer = Layer.open(str(write_layer(tmp_path / "diff", size, held)))
-    found = compare_pages(MergedView([base]).read, layer, 0, size)
-    assert found == Pages(zero=1, equal=1, other=1, new=2)
-    assert (found.over, found.written) == (3, 4)
-    assert compare_pages(None, layer, 0, size) == Pages(zero=2, equal=0, other=4, new=0)
-
-
 # Copy-ups on overlayfs (law 4)
-
-
-def write_at(path: Path, *numbers: int, layer: int = 2) -> None:
-    """Write whole pages, signed as this layer's, with write(2)."""
-    with path.open("r+b", buffering=0) as file:
-        for offset, data in pages(layer, numbers):
-            os.pwrite(file.fileno(), data, offset)
-        os.fsync(file.fileno())
 
 
 def copied_up_by_chmod(merged: Path) -> None:
@@ -190,109 +169,6 @@ def test_every_verb_refuses_a_copy_up(
 
 
 # Each layer once
-
-
-@pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The paths of the layers whose pages were sampled, each time that it happens."""
-    found: list[str] = []
-    real = dense.sample
-
-    def counted(parents: content.Read, below: ExtentList, layer: Layer) -> Pages:
-        found.append(layer.path)
-        return real(parents, below, layer)
-
-    monkeypatch.setattr(dense, "sample", counted)
-    return found
-
-
-def dense_store(store: Path, count: int) -> list[str]:
-    """A chain of so many dense links over a base; their tags, oldest first."""
-    tags = ["base", *(f"t{n:03}" for n in range(count))]
-    write_chain(store, tags)
-    for n, tag in enumerate(tags):
-        memory = store / tag / "memory.bin"
-        write_layer(memory, 16 * PAGE, [(0, signed(0, 0, 16 * PAGE)), *pages(n, [n % 16])])
-        age(memory)
-    return tags[1:]
-
-
-def opened(store: Path, tags: Iterable[str], policy: TrustPolicy) -> None:
-    """Open each tag by itself, as a mount does: only what is remembered links them."""
-    catalog = read_catalog(str(store))
-    root = os.open(store, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        pool = LayerPool(root, policy)
-        for tag in tags:
-            assert open_snapshot(catalog.chain(tag), pool, policy).dense
-    finally:
-        os.close(root)
-
-
-@pytest.mark.parametrize("newest_first", [False, True])
-def test_a_store_of_100_dense_links_is_sampled_100_times(
-    tmp_path: Path, looks: list[str], newest_first: bool
-) -> None:
-    tags = dense_store(tmp_path / "store", 100)
-    policy = TrustPolicy(state_dir=str(tmp_path / "state"))
-    opened(tmp_path / "store", reversed(tags) if newest_first else tags, policy)
-    assert len(looks) == len(set(looks)) == 100
-
-
-def test_what_was_found_is_known_in_later_runs_until_a_layer_is_another(
-    tmp_path: Path, looks: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("diffmergefs.sidecars.verified._COARSE_TICK_NS", 0)
-    monkeypatch.setattr("diffmergefs.sidecars.verified._TICK_NS", 0)
-    tags = dense_store(tmp_path / "store", 3)
-    policy = TrustPolicy(state_dir=str(tmp_path / "state"))
-    opened(tmp_path / "store", tags, policy)
-    opened(tmp_path / "store", tags, policy)
-    assert len(looks) == 3
-    opened(tmp_path / "store", tags, TrustPolicy(state_dir=policy.state_dir, verify="full"))
-    assert len(looks) == 6
-    # Those above another layer are looked into again, those below it not.
-    write_at(tmp_path / "store" / "t001" / "memory.bin", 3)
-    opened(tmp_path / "store", tags, policy)
-    assert [path.split("/")[0] for path in looks[6:]] == ["t001", "t002"]
-
-
-def test_a_refusal_is_found_once_for_all_descendants(tmp_path: Path, looks: list[str]) -> None:
-    store = tmp_path / "store"
-    tags = dense_store(store, 20)
-    write_layer(store / "t000" / "memory.bin", 16 * PAGE, [(0, bytes(16 * PAGE)), *pages(1, [1])])
-    found = json.loads(succeed("list", "--json", store))
-    assert [row["state"] for row in found] == ["complete", *["broken"] * 20]
-    catalog = read_catalog(str(store))
-    root = os.open(store, os.O_RDONLY | os.O_DIRECTORY)
-    pool = LayerPool(root, TrustPolicy())
-    for tag in tags:
-        with pytest.raises(DenseDiffError):
-            open_snapshot(catalog.chain(tag), pool, TrustPolicy())
-    os.close(root)
-    assert looks == ["t000/memory.bin"]
-
-
-def test_reading_a_sample_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "_MOST", 200)
-    monkeypatch.setattr(dense, "_SAMPLE", 100)
-    monkeypatch.setattr(dense, "_ENOUGH", 3)
-    asked: list[int] = []
-    real = Layer.read_into
-
-    def counted(self: Layer, buffer: memoryview, offset: int, *, nowait: bool = False) -> None:
-        asked.append(offset)
-        real(self, buffer, offset, nowait=nowait)
-
-    monkeypatch.setattr(Layer, "read_into", counted)
-    size = 1000 * PAGE
-    for written, reads in ((1000, 100), (20, None), (0, 200)):
-        held = [(0, bytes(size)), *pages(0, range(0, 1000, 1000 // max(written, 1))[:written])]
-        base = Layer.open(str(write_layer(tmp_path / "base", size, held)))
-        asked.clear()
-        dense.sample(MergedView([base]).read, base.extents, base)
-        pages_read = len(asked) // 2
-        assert pages_read == reads if reads else 100 <= pages_read < 200
 
 
 def test_a_mount_samples_each_link_once_and_within_the_processors_limit(

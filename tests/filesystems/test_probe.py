@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from diffmergefs.checks import probe
-from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.core import sparse
-from diffmergefs.core.extents import Extent, ExtentList
+from diffmergefs.core.extents import ExtentList
 from tests.filesystems.wrong_bytes import places
 from tests.support import loopfs
 from tests.support.commands import as_user, diffmergefs
+from tests.support.subjects.probe import CHECKS, examined
 from tests.support.users import NOBODY
-
-CHECKS = ["filesystem", "grain", "zeros", "mappings", "reflink", "lease"]
-
-
-def examined(folder: Path, page: int = 4096) -> dict[str, Finding]:
-    findings = list(probe.examine_filesystem(str(folder), page))
-    assert {finding.subject for finding in findings} == {str(folder)}
-    for finding in findings:
-        assert bool(finding.why) == bool(finding.remedy) == (finding.severity != "fine")
-    return {finding.check: finding for finding in findings}
 
 
 def test_filesystems_for_snapshots_are_fine(real_fs: Path) -> None:
@@ -63,32 +49,6 @@ def test_a_grain_coarser_than_the_page_is_wrong(
         coarse.finding == f"one written page of 4096 bytes, but {grain} bytes of data are reported"
     )
     assert examined(folder, grain)["grain"].severity == "fine"
-
-
-def test_a_filesystem_that_reports_all_as_data_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sparse, "data_extents", lambda _, size: iter([Extent(0, size)]))
-    found = examined(tmp_path)
-    assert f"but {16 << 20} bytes of data" in found["grain"].finding
-    assert [found[check].severity for check in ("grain", "zeros")] == ["wrong", "fine"]
-
-
-def test_a_filesystem_that_makes_holes_of_zeros_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    walk = sparse.data_extents
-
-    def without_zeros(fd: int, size: int) -> Iterator[tuple[int, int]]:
-        return (
-            (start, stop)
-            for start, stop in walk(fd, size)
-            if any(os.pread(fd, stop - start, start))
-        )
-
-    monkeypatch.setattr(sparse, "data_extents", without_zeros)
-    found = examined(tmp_path)
-    assert [found[check].severity for check in ("grain", "zeros")] == ["fine", "wrong"]
 
 
 @pytest.mark.parametrize("kind", ["tmpfs_advise", "tmpfs_huge"])
@@ -148,16 +108,6 @@ def test_readers_that_make_data_of_holes_are_a_warning(
     assert found.severity == "warning" and "diffmergefs seal" in found.remedy
 
 
-def test_a_filesystem_without_mappings_is_tried_out_but_for_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENODEV, "No such device")
-
-    monkeypatch.setattr(mmap, "mmap", refuse)
-    assert list(examined(tmp_path)) == [check for check in CHECKS if check != "mappings"]
-
-
 def test_a_full_filesystem_ends_nothing(tmp_path: Path) -> None:
     """A store through a mapping that finds no room is SIGBUS, but not here."""
     with loopfs.made("xfs", tmp_path) as folder:
@@ -177,34 +127,8 @@ def test_an_overlay_whose_directories_are_out_of_reach_is_judged_by_a_new_file(
             assert examined(folder)["filesystem"].severity == severity
 
 
-def test_no_leases_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    control = fcntl.fcntl
-
-    def without(fd: int, command: int, *rest: Any) -> Any:
-        if command == fcntl.F_SETLEASE:
-            raise OSError(22, "Invalid argument")
-        return control(fd, command, *rest)
-
-    monkeypatch.setattr(fcntl, "fcntl", without)
-    assert examined(tmp_path)["lease"].severity == "warning"
-
-
 def test_a_directory_that_cannot_be_written_is_told_of_by_metadata(public_path: Path) -> None:
     done = as_user(NOBODY, NOBODY, ["doctor", public_path])
     assert done.stderr == ""  # whether that user can mount is another matter
     assert "warning  holes could not be tested: Permission denied" in done.stdout
     assert "only its block size of 4096 bytes" in done.stdout
-
-
-def test_a_filesystem_without_unnamed_files_is_tried_out_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "_O_TMPFILE_WORKS", False)
-    monkeypatch.delattr(os, "O_TMPFILE")
-    assert list(examined(tmp_path)) == CHECKS
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_directory_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        list(probe.examine_filesystem(str(tmp_path / "gone")))

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from diffmergefs.cli import logs
-from diffmergefs.system import daemon
 from tests.support import mounttable
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.live import Gate, patch_children, until
@@ -226,36 +225,6 @@ def test_a_mount_that_does_not_come_up(
     assert not is_mounted(mountpoint) and not daemons_of(mountpoint)
 
 
-def test_start_tells_how_a_child_went() -> None:
-    def says_and_fails(ready: Callable[[], None]) -> int:
-        os.write(2, b"first\nlast")
-        return 9
-
-    def ends_without_a_word(ready: Callable[[], None]) -> int:
-        return 0
-
-    def is_killed(ready: Callable[[], None]) -> int:
-        os.kill(os.getpid(), signal.SIGKILL)
-        return 0
-
-    def never_ready(ready: Callable[[], None]) -> int:
-        os.write(2, b"so far")
-        signal.pause()
-        return 0
-
-    def is_ready(ready: Callable[[], None]) -> int:
-        os.write(2, b"w" * 200_000)
-        ready()
-        os.write(2, b"never seen")
-        return 3
-
-    assert daemon.start(says_and_fails, 30) == (9, "first\nlast")
-    assert daemon.start(ends_without_a_word, 30).status not in (0, None)
-    assert daemon.start(is_killed, 30) == (-signal.SIGKILL, "")
-    assert daemon.start(is_ready, 30) == (0, "w" * 200_000)
-    assert daemon.start(never_ready, 0.2) == (None, "so far")
-
-
 def test_a_mount_right_after_the_snapshot(store: Path, mountpoint: Path) -> None:
     for path in store.rglob("*"):
         os.utime(path)
@@ -266,47 +235,6 @@ def test_a_mount_right_after_the_snapshot(store: Path, mountpoint: Path) -> None
         assert view[PAGE : 2 * PAGE] == signed(1, PAGE, PAGE)
     finally:
         end(mountpoint)
-
-
-@pytest.mark.parametrize("ending", [KeyboardInterrupt(), SystemExit(143)], ids=repr)
-def test_an_interrupted_start_ends_its_child(
-    ending: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known = tmp_path / "pid"
-
-    def never_ready(ready: Callable[[], None]) -> int:
-        known.with_name("new").write_text(str(os.getpid()))
-        known.with_name("new").rename(known)
-        signal.pause()
-        return 0
-
-    def interrupted(*_: object) -> None:
-        until(known.exists, "the child did not start")
-        raise ending
-
-    monkeypatch.setattr("diffmergefs.system.daemon.select.select", interrupted)
-    before = set(os.listdir("/proc/self/fd"))
-    with pytest.raises(type(ending)):
-        daemon.start(never_ready, 30)
-    child = int(known.read_text())
-    is_left = Path(f"/proc/{child}").exists()
-    if is_left:
-        os.kill(child, signal.SIGKILL)
-    assert not is_left
-    assert set(os.listdir("/proc/self/fd")) == before
-
-
-def test_a_child_that_ends_with_systemexit_has_its_status() -> None:
-    def ends(code: object) -> Callable[[Callable[[], None]], int]:
-        def serve(ready: Callable[[], None]) -> int:
-            raise SystemExit(code)
-
-        return serve
-
-    assert daemon.start(ends(9), 30) == (9, "")
-    assert daemon.start(ends(143), 30) == (143, "")
-    for code in ("text", None, 0):
-        assert daemon.start(ends(code), 30).status == daemon._FAILED
 
 
 def start_that_hangs(

@@ -6,7 +6,6 @@ That pages stay is told by the advice that is given: the kernel may reclaim any 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,107 +16,40 @@ from typing import Any
 import pytest
 import trio
 
-from diffmergefs.core.layer import Layer
-from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.access import Access
 from diffmergefs.fuse.dropbehind import DropBehind, drop
 from diffmergefs.fuse.nodes import ROOT_INODE, OpenImage
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain
-from tests.support.images import PAGE, overlay_oracle, signed, write_layer
+from tests.support.images import PAGE, overlay_oracle
 from tests.support.live import until
 from tests.support.mounts import mounted
+from tests.support.subjects.dropbehind import (
+    LAYERS,
+    LIBC,
+    MIB,
+    SIZE,
+    Advised,
+    advised,
+    cached,
+    mapped,
+    of_mebibytes,
+    warm,
+    write_layers,
+)
+
+__all__ = ["advised"]
 
 CTX: Any = SimpleNamespace(pid=1)
-#: The numbers of pages, by file.
-Advised = dict[Path, set[int]]
-
-MIB = 1 << 20
-SIZE = 16 * MIB
-# The diff has the odd MiB of the first eight.
-RUNS = [(0, [(0, SIZE)]), (1, [(n * MIB, MIB) for n in (1, 3, 5, 7)])]
-LAYERS = [[(start, signed(n, start, length)) for start, length in runs] for n, runs in RUNS]
-
-
-def write_layers(directory: Path) -> list[Path]:
-    """The base and the diff, with none of their pages in the page cache."""
-    paths = [write_layer(directory / f"{n}.mem", SIZE, layer) for n, layer in enumerate(LAYERS)]
-    forget(*paths)
-    return paths
-
-
-def forget(*paths: Path) -> None:
-    """Have none of their pages in the page cache. (To open a layer reads its first bytes.)"""
-    for path in paths:
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def warm(path: Path, *mebibytes: int) -> None:
-    """Have just these MiB of the file in the page cache."""
-    with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        for n in mebibytes:
-            os.preadv(file.fileno(), [bytearray(MIB)], n * MIB)
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-
-
-@contextmanager
-def mapped(path: Path, length: int) -> Iterator[tuple[int, ctypes.c_void_p]]:
-    """A descriptor of the file, and the address of a mapping of its first bytes."""
-    with path.open("rb", buffering=0) as file:
-        address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
-        try:
-            yield file.fileno(), ctypes.c_void_p(address)
-        finally:
-            _libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(length))
 
 
 @contextmanager
 def locked(path: Path, length: int) -> Iterator[int]:
     """A descriptor of the file, whose first bytes the kernel has, and cannot reclaim meanwhile."""
     with mapped(path, length) as (fd, address):
-        assert _libc.mlock(address, ctypes.c_size_t(length)) == 0, os.strerror(ctypes.get_errno())
+        assert LIBC.mlock(address, ctypes.c_size_t(length)) == 0, os.strerror(ctypes.get_errno())
         yield fd
-
-
-def cached(path: Path) -> set[int]:
-    """The MiB of the file of which any page is in the page cache, by mincore(2).
-
-    A read with RWF_NOWAIT can't tell: where it misses, the kernel reads ahead.
-    """
-    found = ctypes.create_string_buffer(SIZE // PAGE)
-    with mapped(path, SIZE) as (_, address):
-        assert _libc.mincore(address, ctypes.c_size_t(SIZE), found) == 0
-    pages = [n for n, flags in enumerate(found.raw) if flags & 1]
-    return {page * PAGE // MIB for page in pages}
-
-
-@pytest.fixture
-def advised(monkeypatch: pytest.MonkeyPatch) -> Advised:
-    """The whole pages, by file, that the kernel is advised to drop; it is."""
-    found: Advised = {}
-    real = os.posix_fadvise
-
-    def noted(fd: int, offset: int, length: int, advice: int) -> None:
-        if advice == os.POSIX_FADV_DONTNEED:
-            end = offset + length if length else SIZE
-            inner = range(-(-offset // PAGE), end // PAGE)
-            found.setdefault(Path(os.readlink(f"/proc/self/fd/{fd}")), set()).update(inner)
-        real(fd, offset, length, advice)
-
-    monkeypatch.setattr(os, "posix_fadvise", noted)
-    return found
-
-
-def of_mebibytes(*numbers: int) -> set[int]:
-    """The numbers of all pages of these MiB."""
-    return {page for n in numbers for page in range(n * MIB // PAGE, (n + 1) * MIB // PAGE)}
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
@@ -148,14 +80,6 @@ def test_what_is_in_memory_alone_is_not_lost(filesystem: Callable[[str], Path]) 
         assert view.read(0, SIZE) == overlay_oracle(SIZE, LAYERS)
 
 
-def test_a_layer_that_supplied_nothing_keeps_its_pages(tmp_path: Path, advised: Advised) -> None:
-    base, diff = write_layers(tmp_path)
-    with open_chain(base, [diff]).view as view:
-        advised.clear()
-        drop(view, MIB, 2 * MIB)
-    assert advised == {diff: of_mebibytes(1)}
-
-
 def test_parts_of_pages_and_dirty_pages_stay(
     filesystem: Callable[[str], Path], advised: Advised
 ) -> None:
@@ -169,38 +93,6 @@ def test_parts_of_pages_and_dirty_pages_stay(
             file.write(b"new")
             drop(view, 0, PAGE)
     assert path.read_bytes()[:3] == b"new"
-
-
-def test_ranges_are_joined_before_they_are_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[int, int, int, int]] = []
-    base, diff = write_layers(tmp_path)
-    with open_chain(base, [diff]).view as view:
-        fds = [layer.fd for layer in view.layers]
-        monkeypatch.setattr(os, "posix_fadvise", lambda *call: calls.append(call))
-        dropping = DropBehind()
-        for start, stop in ((50, 70), (0, 10), (10, 30), (60, 65), (70, 80), (MIB, MIB + 5)):
-            dropping.served(view, start, stop - start)
-        dropping.close()
-    expected = [(fds[0], 0, 30), (fds[0], 50, 30), (fds[1], MIB, 5)]
-    assert calls == [(*call, os.POSIX_FADV_DONTNEED) for call in expected]
-
-
-def test_a_file_that_takes_no_advice_is_left_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base, diff = write_layers(tmp_path)
-
-    def refuse(*_: object) -> None:
-        raise OSError("on purpose")
-
-    monkeypatch.setattr(os, "posix_fadvise", refuse)
-    dropping = DropBehind()
-    with open_chain(base, [diff]).view as view:
-        dropping.served(view, 0, SIZE)
-        dropping.close()
-        assert view.read(0, SIZE) == overlay_oracle(SIZE, LAYERS)
 
 
 def test_a_large_folio_across_the_end_of_a_batch_is_dropped_with_the_next(
@@ -219,31 +111,6 @@ def test_a_large_folio_across_the_end_of_a_batch_is_dropped_with_the_next(
     dropping.served(view, middle, SIZE - middle)
     dropping.close()
     assert cached(base) == set()
-
-
-def test_a_batch_is_dropped_at_once_and_a_little_after_a_while(tmp_path: Path) -> None:
-    base, diff = write_layers(tmp_path)
-    dropping = DropBehind()
-    with open_chain(base, [diff]).view as view:
-        forget(base)
-        for start, length in ((8 * MIB, 8 * MIB), (0, MIB)):
-            warm(base, *range(start // MIB, (start + length) // MIB))
-            dropping.served(view, start, length)
-            until(lambda: not cached(base), "the pages stay")
-    dropping.close()
-
-
-def test_it_keeps_no_layer_open_and_ends_when_nothing_was_served(tmp_path: Path) -> None:
-    DropBehind().close()
-    base, _ = write_layers(tmp_path)
-    dropping = DropBehind()
-    view = MergedView([Layer.open(str(base))])
-    fd = view.layers[0].fd
-    dropping.served(view, 0, MIB)
-    until(lambda: not dropping._served, "nothing was taken")
-    del view
-    until(lambda: os.path.exists(f"/proc/self/fd/{fd}") is False, "the layer is held open")
-    dropping.close()
 
 
 def test_a_mount_drops_its_layers_pages_and_keeps_its_own(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.system.holders import Found, Holder, holders, summary
+from diffmergefs.system.holders import Holder, holders
 from diffmergefs.system.mountpoint import mount_entry
 from tests.support.commands import diffmergefs, one_line
 from tests.support.mounts import mounted
@@ -108,15 +108,6 @@ def test_umount_is_refused_and_names_them(store: Path, mountpoint: Path) -> None
         assert mount_entry(str(mountpoint)) is not None
 
 
-def test_of_many_some_are_named_and_the_rest_counted() -> None:
-    many = [Holder(pid, "vm", ("mapped", "open")) for pid in range(3, 8)]
-    assert summary(many[:1], 3) == "3 vm (mapped, open)"
-    assert summary(many[:3], 3).count("vm") == 3 and "more" not in summary(many[:3], 3)
-    assert summary(many, 3) == (
-        "3 vm (mapped, open), 4 vm (mapped, open), 5 vm (mapped, open), and 2 more"
-    )
-
-
 @pytest.fixture
 def namespace(public_path: Path) -> Iterator[Namespace]:
     (public_path / "dev").mkdir()
@@ -164,20 +155,3 @@ def test_an_ordinary_user_is_told_that_he_sees_his_own_only(
             process.kill()
     done = namespace.diffmergefs(NOBODY, NOBODY, "umount", home / "mnt")
     assert done.returncode == 0, done
-
-
-def test_a_process_that_cannot_be_looked_into_is_counted(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "7").mkdir()
-    real = Path.read_bytes
-
-    def refuse(path: Path) -> bytes:
-        if path.name == "maps":
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr("diffmergefs.system.holders.PROC", str(tmp_path))
-    assert holders("0:99", "/x") == Found([], 0)  # one that has ended
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    assert holders("0:99", "/x") == Found([], 1)

@@ -545,7 +545,7 @@ HELPER_PAGE = DOCS / "mount.fuse.diffmergefs.md"
 def test_the_page_of_the_mount_helper_is_that_of_the_program() -> None:
     assert documented_options(HELPER_PAGE) == options_of(helper.helper)
     statuses = re.findall(r"^- `(\d+)`", section(HELPER_PAGE, "EXIT STATUS"), re.MULTILINE)
-    known = {helper._USAGE, helper._BUG, helper._INTERRUPTED, helper._FAILED}
+    known = {helper.USAGE, helper.BUG, helper.INTERRUPTED, helper.FAILED}
     assert {int(status) for status in statuses} == known | {0}
 
 

@@ -193,8 +193,8 @@ def test_a_seal_is_compared_once(
 ) -> None:
     seal_layer(memory(store, "work"))
     os.utime(memory(store, "work"), ns=(10**18, 10**18))
-    monkeypatch.setattr("diffmergefs.sidecars.verified._COARSE_TICK_NS", 0)
-    monkeypatch.setattr("diffmergefs.sidecars.verified._TICK_NS", 0)
+    monkeypatch.setattr("diffmergefs.sidecars.verified.COARSE_TICK_NS", 0)
+    monkeypatch.setattr("diffmergefs.sidecars.verified.TICK_NS", 0)
     examined(store / "work", state_dir=str(tmp_path / "state"))
     compared: list[str] = []
     monkeypatch.setattr(

@@ -15,7 +15,6 @@ import trio
 import trio.testing
 from pyfuse3 import FUSEError
 
-from diffmergefs.core.buffers import BLOCK, Buffers
 from diffmergefs.fuse.access import Access
 from diffmergefs.fuse.nodes import ROOT_INODE, OpenImage
 from diffmergefs.fuse.operations import Operations
@@ -185,28 +184,3 @@ def test_a_change_while_a_read_waits_is_seen(
         assert caught.value.errno == errno.EIO
 
     trio.run(main)
-
-
-def test_each_buffer_has_one_user_at_a_time_and_is_reused() -> None:
-    buffers = Buffers()
-    one, two = buffers.take(PAGE), buffers.take(BLOCK)
-    assert (len(one), len(two)) == (PAGE, BLOCK)
-    assert one.obj is not two.obj
-    shared = buffers.shared(PAGE).obj
-    assert shared is buffers.shared(7).obj
-    assert shared is not one.obj and shared is not two.obj
-    buffers.give_back(one)
-    assert buffers.take(10).obj is one.obj
-    # Buffers larger than the kernel's requests are not kept.
-    large = buffers.take(BLOCK + 1)
-    assert len(large) == BLOCK + 1 == len(buffers.shared(BLOCK + 1))
-    buffers.give_back(large)
-    assert buffers.take(1).obj is not large.obj
-
-
-def test_only_a_few_idle_buffers_are_kept() -> None:
-    buffers = Buffers()
-    taken = [buffers.take(1) for _ in range(64)]
-    for buffer in taken:
-        buffers.give_back(buffer)
-    assert len(buffers._idle) == 8

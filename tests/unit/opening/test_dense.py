@@ -142,3 +142,25 @@ def test_the_first_pages_visited_are_spread_evenly(total: int, count: int) -> No
     gaps = [b - a for a, b in pairwise([*visited, total * PAGE])]
     assert visited[0] == 0
     assert max(gaps) <= 4 * total * PAGE / count
+
+
+def test_reading_a_sample_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffmergefs.opening.dense._MOST", 200)
+    monkeypatch.setattr("diffmergefs.opening.dense._SAMPLE", 100)
+    monkeypatch.setattr("diffmergefs.opening.dense._ENOUGH", 3)
+    asked: list[int] = []
+    real = Layer.read_into
+
+    def counted(self: Layer, buffer: memoryview, offset: int, *, nowait: bool = False) -> None:
+        asked.append(offset)
+        real(self, buffer, offset, nowait=nowait)
+
+    monkeypatch.setattr(Layer, "read_into", counted)
+    size = 1000 * PAGE
+    for written, reads in ((1000, 100), (20, None), (0, 200)):
+        held = [(0, bytes(size)), *pages(0, range(0, 1000, 1000 // max(written, 1))[:written])]
+        base = Layer.open(str(write_layer(tmp_path / "base", size, held)))
+        asked.clear()
+        sample(MergedView([base]).read, base.extents, base)
+        pages_read = len(asked) // 2
+        assert pages_read == reads if reads else 100 <= pages_read < 200

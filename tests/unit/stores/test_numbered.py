@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,17 @@ from diffmergefs.core.errors import BrokenChainError
 from diffmergefs.opening.images import open_image
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import Catalog, StoreOptions, read_catalog
+from diffmergefs.stores.numbered import memory_files
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import overlay_oracle, write_layer
-from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_numbered, write_tag
+from tests.support.stores import (
+    BASE_PAGES,
+    SIZE,
+    age,
+    pages,
+    write_numbered,
+    write_tag,
+)
 
 
 def tags(catalog: Catalog) -> list[str]:
@@ -257,3 +266,12 @@ def test_what_could_be_memory_itself_does_not_go_with_a_layer(tmp_path: Path) ->
     catalog = read_catalog(str(tmp_path))
     assert set(catalog.snapshots["a"].files) == {"001-a.img", "001-a.raw"}
     assert tags(catalog) == ["base", "a"]
+
+
+@pytest.mark.slow
+def test_many_numbered_files_are_compared_in_one_pass() -> None:
+    # Comparing each with each would take hours.
+    kinds = {f"{n}-t{n}.mem": stat.S_IFREG for n in range(200_000)}
+    assert len(memory_files(kinds)) == 200_000
+    with pytest.raises(BrokenChainError, match=r"0199999-x\.mem and 199999-t199999\.mem are"):
+        memory_files(kinds | {"0199999-x.mem": stat.S_IFREG})

@@ -1,4 +1,4 @@
-"""Directories made by an enemy: files of every kind, documents of every kind, names as well."""
+"""Hostile snapshots: files of every kind, documents of every kind, and names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import socket
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import Any
 
 import pytest
 
-from diffmergefs.core.errors import BrokenChainError, FileAccessError, one_line
+from diffmergefs.core.errors import BrokenChainError, FileAccessError
 from diffmergefs.fuse.served import Store
 from diffmergefs.opening.images import open_image
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import read_catalog
-from diffmergefs.stores.numbered import memory_files
 from diffmergefs.stores.snapshot import load_document
 from tests.support.commands import mistake, succeed
 from tests.support.stores import (
@@ -156,15 +154,6 @@ def test_a_key_that_stands_twice_at_the_end_of_many_is_found_at_once(store: Path
     assert "'longlong" in problem(store) and "appears twice" in problem(store)
 
 
-@pytest.mark.slow
-def test_many_numbered_files_are_compared_in_one_pass() -> None:
-    # Comparing each with each would take hours.
-    kinds = {f"{n}-t{n}.mem": stat.S_IFREG for n in range(200_000)}
-    assert len(memory_files(kinds)) == 200_000
-    with pytest.raises(BrokenChainError, match=r"0199999-x\.mem and 199999-t199999\.mem are"):
-        memory_files(kinds | {"0199999-x.mem": stat.S_IFREG})
-
-
 def test_a_document_that_changes_while_it_is_read_is_refused(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,12 +203,6 @@ def test_a_name_forges_no_line_of_the_log(tmp_path: Path, caplog: pytest.LogCapt
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1 and "\n" not in lines[0] and "\x1b" not in lines[0]
     assert lines[0].startswith(r"x\n2030-01-01 INFO all is well\x1b[2J: not shown: ")
-
-
-def test_errors_are_one_line_whatever_names_they_hold() -> None:
-    text = str(BrokenChainError("a\nb\r\x00\x85\u2028\u2029é\udc80 c"))
-    assert text == "a\\nb\\r\\x00\\x85\\u2028\\u2029é\udc80 c"
-    assert one_line("naïve 名前") == "naïve 名前"
 
 
 def test_a_broken_neighbour_does_not_hide_a_numbered_image(tmp_path: Path) -> None:

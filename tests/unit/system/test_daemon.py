@@ -1,0 +1,84 @@
+"""A child process in the background, and what its caller learns of its start."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from diffmergefs.system import daemon
+from tests.support.live import until
+
+
+def test_start_tells_how_a_child_went() -> None:
+    def says_and_fails(ready: Callable[[], None]) -> int:
+        os.write(2, b"first\nlast")
+        return 9
+
+    def ends_without_a_word(ready: Callable[[], None]) -> int:
+        return 0
+
+    def is_killed(ready: Callable[[], None]) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    def never_ready(ready: Callable[[], None]) -> int:
+        os.write(2, b"so far")
+        signal.pause()
+        return 0
+
+    def is_ready(ready: Callable[[], None]) -> int:
+        os.write(2, b"w" * 200_000)
+        ready()
+        os.write(2, b"never seen")
+        return 3
+
+    assert daemon.start(says_and_fails, 30) == (9, "first\nlast")
+    assert daemon.start(ends_without_a_word, 30).status not in (0, None)
+    assert daemon.start(is_killed, 30) == (-signal.SIGKILL, "")
+    assert daemon.start(is_ready, 30) == (0, "w" * 200_000)
+    assert daemon.start(never_ready, 0.2) == (None, "so far")
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt(), SystemExit(143)], ids=repr)
+def test_an_interrupted_start_ends_its_child(
+    ending: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = tmp_path / "pid"
+
+    def never_ready(ready: Callable[[], None]) -> int:
+        known.with_name("new").write_text(str(os.getpid()))
+        known.with_name("new").rename(known)
+        signal.pause()
+        return 0
+
+    def interrupted(*_: object) -> None:
+        until(known.exists, "the child did not start")
+        raise ending
+
+    monkeypatch.setattr("diffmergefs.system.daemon.select.select", interrupted)
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(type(ending)):
+        daemon.start(never_ready, 30)
+    child = int(known.read_text())
+    is_left = Path(f"/proc/{child}").exists()
+    if is_left:
+        os.kill(child, signal.SIGKILL)
+    assert not is_left
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_child_that_ends_with_systemexit_has_its_status() -> None:
+    def ends(code: object) -> Callable[[Callable[[], None]], int]:
+        def serve(ready: Callable[[], None]) -> int:
+            raise SystemExit(code)
+
+        return serve
+
+    assert daemon.start(ends(9), 30) == (9, "")
+    assert daemon.start(ends(143), 30) == (143, "")
+    for code in ("text", None, 0):
+        assert daemon.start(ends(code), 30).status == daemon._FAILED
