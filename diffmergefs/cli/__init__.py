@@ -26,6 +26,7 @@ from diffmergefs.system.sdnotify import ADDRESS, JOURNAL
 
 USAGE = 2
 BUG = 70
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 _TERMINAL_VARIABLES = {
     *("TERM", "COLORTERM", "NO_COLOR", "COLUMNS", "LINES", "LANG", "LANGUAGE"),
@@ -37,10 +38,7 @@ _TERMINAL_VARIABLES = {
 _SERVICE_VARIABLES = {ADDRESS, JOURNAL, "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"}
 
 
-@click.group(
-    cls=Verbs,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
+@click.group(cls=Verbs, context_settings=CONTEXT_SETTINGS)
 @click.version_option(__version__, prog_name="diffmergefs")
 def cli() -> None:
     """Show chains of VM snapshots (a full base and sparse diffs) as complete memory files.

@@ -35,9 +35,7 @@ _REFUSED = {
 }
 
 
-@click.command(
-    NAME, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
-)
+@click.command(NAME, context_settings=cli.CONTEXT_SETTINGS)
 @click.argument("source")
 @click.argument("mountpoint")
 @click.option("-o", "options", multiple=True, metavar="OPT[,OPT...]", help="Mount options.")
@@ -90,7 +88,7 @@ def _sorted(options: Iterable[str], *, sloppy: bool) -> tuple[list[str], list[tu
             continue
         if long in ("base", "diff"):
             layers.append((long, value))
-        elif long in mount.long_names():
+        elif long in mount.long_options():
             arguments.append(f"--{long}{equals}{value}")
         elif name in _FOR_LIBFUSE:
             arguments += ["-o", option]

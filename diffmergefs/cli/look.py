@@ -18,7 +18,7 @@ from diffmergefs.cli.options import (
     trust_options,
 )
 from diffmergefs.cli.output import print_diagnostic, print_json, print_table, printable, progress
-from diffmergefs.cli.picture import draw_extents, picture_path, require_matplotlib
+from diffmergefs.cli.picture import draw_extents, picture_options, require_matplotlib
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.images import open_snapshot
@@ -147,14 +147,10 @@ def _row(
 @click.command()
 @image_options
 @strict_option
-@click.option(
+@picture_options(
     "--plot",
-    type=PATH,
-    metavar="FILE",
-    callback=picture_path,
-    help="Draw the number and lengths of each layer's extents: FILE.png or FILE.svg.",
+    description="Draw the number and lengths of each layer's extents: FILE.png or FILE.svg.",
 )
-@click.option("--force", is_flag=True, help="Replace the picture atomically if it exists.")
 @json_option
 def info(source: ImageArguments, plot: str | None, force: bool, as_json: bool) -> None:
     """Print the layers of IMAGE, what each one holds, and how much of it is visible.

@@ -13,9 +13,8 @@ import click
 from diffmergefs.analysis import zeros
 from diffmergefs.analysis.zeros import MapEntry
 from diffmergefs.cli.inputs import ImageArguments, image_options
-from diffmergefs.cli.options import PATH
 from diffmergefs.cli.output import printable, progress
-from diffmergefs.cli.picture import draw_map, picture_path, require_matplotlib
+from diffmergefs.cli.picture import draw_map, picture_options, require_matplotlib
 from diffmergefs.cli.terminal import TerminalMap
 from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView
@@ -51,15 +50,7 @@ def _bytes(text: str) -> int | None:
 
 @click.command("map")
 @image_options
-@click.option(
-    "-o",
-    "--output",
-    type=PATH,
-    metavar="FILE",
-    callback=picture_path,
-    help="Draw a picture, FILE.png or FILE.svg.",
-)
-@click.option("--force", is_flag=True, help="Replace the picture atomically if it exists.")
+@picture_options("-o", "--output", description="Draw a picture, FILE.png or FILE.svg.")
 @click.option(
     "--layout",
     type=click.Choice(["hilbert", "linear"]),

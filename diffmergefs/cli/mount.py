@@ -57,16 +57,20 @@ class MountCommand(click.Command):
         """Also read this command's own options from -o."""
         rest = super().parse_args(ctx, with_values(self, args))
         options = split_options(ctx.params["options"])
-        names = self.long_names()
-        mine = [option for option in options if option_name(option) in names]
+        mine = [option for option in options if option_name(option) in self.long_options()]
         ctx.params["options"] = tuple(o for o in options if o not in mine)
         self._take(ctx, mine)
         return rest
 
-    def long_names(self) -> set[str]:
-        """The names of the long options that are mount options too."""
-        names = {name for param in self.params for name in param.opts if name.startswith("--")}
-        return {name[2:] for name in names} - {"help"}
+    def long_options(self) -> dict[str, click.Option]:
+        """The long options, which are mount options too, by name."""
+        return {
+            name[2:]: option
+            for option in self.params
+            if isinstance(option, click.Option)
+            for name in option.opts
+            if name.startswith("--")
+        }
 
     def _take(self, ctx: click.Context, options: list[str]) -> None:
         arguments = []
@@ -86,14 +90,8 @@ def complete_options(
 ) -> list[str]:
     """The completions of the last option in an `-o`."""
     before, comma, begun = incomplete.rpartition(",")
-    names = [
-        name[2:].replace("-", "_") + end
-        for option in context.command.params
-        if isinstance(option, click.Option)
-        for name in option.opts
-        if name.startswith("--") and name != "--help"
-        for end in _ends(option)
-    ]
+    options = mount.long_options().items()
+    names = [name.replace("-", "_") + end for name, option in options for end in _ends(option)]
     return [before + comma + name for name in sorted(names) if name.startswith(begun)]
 
 

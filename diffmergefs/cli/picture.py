@@ -12,6 +12,7 @@ import click
 
 from diffmergefs.analysis.info import run_lengths
 from diffmergefs.analysis.zeros import MapEntry
+from diffmergefs.cli.options import PATH, F, all_of
 from diffmergefs.cli.output import print_diagnostic, printable, progress
 from diffmergefs.core.errors import MissingExtraError
 from diffmergefs.core.failures import failures
@@ -57,10 +58,17 @@ def require_matplotlib() -> None:
         os.close(here)
 
 
-def picture_path(
+def picture_options(*names: str, description: str) -> Callable[[F], F]:
+    """The option that names the file of a picture, and --force."""
+    return all_of(
+        click.option(*names, type=PATH, metavar="FILE", callback=_picture_path, help=description),
+        click.option("--force", is_flag=True, help="Replace the picture atomically if it exists."),
+    )
+
+
+def _picture_path(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> str | None:
-    """Refuse a file name for a picture that does not end in .png or .svg."""
     if value is not None and picture_format(value) is None:
         endings = " or ".join(f".{name}" for name in FORMATS)
         raise click.BadParameter(f"{printable(value)}: a picture's name must end in {endings}")

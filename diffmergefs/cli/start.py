@@ -1,4 +1,4 @@
-"""Starting a mount, in the foreground or background, and the result for the caller."""
+"""Start a mount in the foreground or background, and report the result."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Request:
 
 
 def serve_in_front(request: Request, handler: QueuedHandler, level: int, notifier: Notifier) -> int:
-    """Mount, and serve until the end, in this process. Returns the exit code.
+    """Mount, and serve in this process until the mount ends. Return the exit code.
 
     Log records from `level` on go to `handler`. If that writes to stderr, which may block, a
     DiffMergeError goes there too: as a line, or as a log record if stderr has priorities or JSON.
@@ -82,14 +82,14 @@ def serve_in_front(request: Request, handler: QueuedHandler, level: int, notifie
         try:
             _serve(request, functools.partial(notifier.notify, "READY=1"), notifier)
         except MountAbortedError as error:
-            return error.exit_code  # the log has it
+            return error.exit_code  # it was logged
         except DiffMergeError as error:
             if handler.fd != _STDERR:
                 raise
             if isinstance(handler.formatter, logs.Lines):
                 handler.write_line(diagnostic(str(error)))
             else:
-                # Readers of priorities or JSON find it in that form.
+                # A program that reads priorities or JSON expects every line in that form.
                 log.error("%s", error)
             return error.exit_code
     return 0
@@ -159,13 +159,13 @@ def _observer(sets: WorkingSets | None, how: str, mount: ObservedMount) -> Obser
     if sets is not None and how == "record":
         return Recorder(sets)
     if sets is None or mount.device is None:
-        return Observer()  # by --prefetch=no, or the log has the reason
+        return Observer()  # --prefetch=no, or the reason was logged
     adviser = Adviser(os.makedev(*map(int, mount.device.split(":"))), mount.path_of)
     if how == "fadvise":
         return Prefetcher(sets, adviser)
     connection = Connection(mount.device)
     if sets.has_any():
-        # Start it now, so that the first push need not wait. That push reports a failure.
+        # Start the guard now, so that the first push does not wait. That push reports a failure.
         with contextlib.suppress(OSError):
             connection.guard()
 
@@ -199,7 +199,7 @@ def _explicit_image(request: Request) -> OpenImage:
 def serve_in_background(
     request: Request, handler: logging.Handler, level: int, timeout: float, kept: Collection[int]
 ) -> int:
-    """Mount, and leave a daemon that serves and logs to `handler`. Returns the exit code.
+    """Mount, and leave a daemon that serves and logs to `handler`. Return the exit code.
 
     The daemon keeps the descriptors 0 to 2 and those in `kept`. Returns when the mount answers, or
     when the daemon has failed, after printing the reason. Raises MountTimeoutError if neither
@@ -207,7 +207,7 @@ def serve_in_background(
     """
 
     def child(ready: Callable[[], None]) -> int:
-        logging.raiseExceptions = False  # no complaints about a log that cannot be written
+        logging.raiseExceptions = False  # a log that cannot be written is no error
         # Warnings at the start go to the caller's terminal too.
         logs.log_to({logs.caller_handler(): logging.WARNING, handler: level})
         with contextlib.closing(handler):
@@ -217,7 +217,7 @@ def serve_in_background(
         try:
             _serve(request, ready)
         except MountAbortedError as error:
-            return error.exit_code  # the log has it
+            return error.exit_code  # it was logged
         except DiffMergeError as error:
             log.error("%s", error)
             print(printable(str(error)), file=sys.stderr)
@@ -241,7 +241,7 @@ def serve_in_background(
         )
     lines = outcome.text.splitlines()
     if outcome.status != 0:
-        # What libfuse and its helper print to stderr is the reason of the failure that follows.
+        # libfuse and its helper print the reason of a failure to stderr before our own line.
         reasons = [line for line in lines[:-1] if line.startswith(("fuse: ", "fusermount3: "))]
         last = lines[-1] if lines else f"the daemon ended with status {outcome.status}"
         print_diagnostic(" ".join([last, *(f"({reason})" for reason in reasons)]))
@@ -256,7 +256,7 @@ def _mounted_at(request: Request) -> Mount | None:
 
 
 def _remove_leftover(request: Request, before: Mount | None) -> None:
-    # Only the mount of the child, not one that was there before.
+    # Detach only the child's mount, not one that was there before.
     known = _mounted_at(request)
     if known is None or known == before:
         return

@@ -61,30 +61,23 @@ def _in_pages(start: int, stop: int, page: int) -> tuple[int, int]:
     return origin, -(-(stop - origin) // page)
 
 
-class Run(NamedTuple):
-    """Cells `[first, last)`, each with `nbytes` of one kind from one range."""
-
-    first: int
-    last: int
-    kind: int
-    nbytes: int
-
-
-def runs(ranges: Iterable[tuple[int, int, int]], grid: Grid) -> Iterator[Run]:
+def runs(ranges: Iterable[tuple[int, int, int]], grid: Grid) -> Iterator[tuple[int, int, int, int]]:
     """The ranges `(start, stop, kind)` inside the grid, cut at the borders of cells.
 
-    Neighbouring cells that a range fills are one run, so the cost depends on the ranges alone.
+    Each run `(first, last, kind, nbytes)` is the cells `[first, last)`, each with `nbytes` of one
+    kind from one range. Neighbouring cells that a range fills are one run, so the cost depends on
+    the ranges alone.
     """
     for start, stop, kind in ranges:
         first, last = (start - grid.origin) // grid.cell, (stop - 1 - grid.origin) // grid.cell
         if first == last:
-            yield Run(first, first + 1, kind, stop - start)
+            yield first, first + 1, kind, stop - start
             continue
         second = grid.origin + (first + 1) * grid.cell
-        yield Run(first, first + 1, kind, second - start)
+        yield first, first + 1, kind, second - start
         if first + 1 < last:
-            yield Run(first + 1, last, kind, grid.cell)
-        yield Run(last, last + 1, kind, stop - (grid.origin + last * grid.cell))
+            yield first + 1, last, kind, grid.cell
+        yield last, last + 1, kind, stop - (grid.origin + last * grid.cell)
 
 
 def bytes_by_kind(
