@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 from diffmergefs.checks.diagnosis import Finding
@@ -31,7 +30,6 @@ _OLDEST = (4, 14)
 _IMPORT_SECONDS = 60
 _CAP_SYS_ADMIN = 21
 
-_finding = partial(Finding, "host")
 _NO_MOUNT = "nothing can be mounted here; flatten, info, verify and seal still work"
 
 
@@ -56,11 +54,20 @@ def obstacles() -> list[str]:
     return [f"{each.finding}: {each.remedy}" for each in found if each.severity != "fine"]
 
 
+def _fine(check: str, finding: str) -> Finding:
+    return Finding("host", check, "fine", finding)
+
+
+def _warning(check: str, finding: str, why: str, remedy: str) -> Finding:
+    return Finding("host", check, "warning", finding, why, remedy)
+
+
 def _kernel() -> Finding:
     release = platform.release()
     numbers = re.match(r"(\d+)\.(\d+)", release)
     if sys.platform != "linux":
-        return _finding(
+        return Finding(
+            "host",
             "kernel",
             "wrong",
             f"this is {sys.platform}",
@@ -68,14 +75,13 @@ def _kernel() -> Finding:
             "run diffmergefs on Linux",
         )
     if numbers and (int(numbers[1]), int(numbers[2])) < _OLDEST:
-        return _finding(
+        return _warning(
             "kernel",
-            "warning",
             f"Linux {release} is older than {_OLDEST[0]}.{_OLDEST[1]}",
             "every read that misses the page cache would delay the others",
             "upgrade the kernel",
         )
-    return _finding("kernel", "fine", f"Linux {release}")
+    return _fine("kernel", f"Linux {release}")
 
 
 def _device() -> Finding:
@@ -85,25 +91,23 @@ def _device() -> Finding:
         os.close(fd)
     except FileNotFoundError:
         remedy = "load the module (modprobe fuse), or give the container --device /dev/fuse"
-        return _finding("device", "warning", f"no {FUSE_DEVICE}", _NO_MOUNT, remedy)
+        return _warning("device", f"no {FUSE_DEVICE}", _NO_MOUNT, remedy)
     except OSError as error:
-        return _finding(
+        return _warning(
             "device",
-            "warning",
             f"{FUSE_DEVICE}: {error.strerror}",
             _NO_MOUNT,
             "set its mode to 0666, the default of distributions; in a container, allow the device"
             " (--device /dev/fuse)",
         )
     if device != _FUSE_NUMBER:
-        return _finding(
+        return _warning(
             "device",
-            "warning",
             f"{FUSE_DEVICE} is another device",
             _NO_MOUNT,
             f"create it again: mknod -m 666 {FUSE_DEVICE} c 10 229",
         )
-    return _finding("device", "fine", f"{FUSE_DEVICE} can be opened")
+    return _fine("device", f"{FUSE_DEVICE} can be opened")
 
 
 def _helper() -> Finding:
@@ -111,29 +115,27 @@ def _helper() -> Finding:
     path = shutil.which(_HELPER, path=ROOTS_PATH if is_root else None)
     install = "install it (Debian: apt-get install fuse3)"
     if path is None and is_root:
-        return _finding("helper", "fine", f"no {_HELPER}; root mounts without it")
+        return _fine("helper", f"no {_HELPER}; root mounts without it")
     if path is None:
-        return _finding("helper", "warning", f"no {_HELPER} in $PATH", _NO_MOUNT, install)
+        return _warning("helper", f"no {_HELPER} in $PATH", _NO_MOUNT, install)
     status = os.stat(path)
     if not is_root and not (status.st_mode & stat.S_ISUID and status.st_uid == 0):
-        return _finding(
+        return _warning(
             "helper",
-            "warning",
             f"{path} is not setuid root",
             "only root can mount here",
             f"restore it: chown root {path}; chmod 4755 {path}",
         )
-    return _finding("helper", "fine", f"{path} mounts for ordinary users")
+    return _fine("helper", f"{path} mounts for ordinary users")
 
 
 def _right() -> Finding:
     if os.geteuid() != 0:
-        return _finding("right", "fine", f"an ordinary user mounts with the rights of {_HELPER}")
+        return _fine("right", f"an ordinary user mounts with the rights of {_HELPER}")
     if _may_administer():
-        return _finding("right", "fine", "root has the right to mount (CAP_SYS_ADMIN)")
-    return _finding(
+        return _fine("right", "root has the right to mount (CAP_SYS_ADMIN)")
+    return _warning(
         "right",
-        "warning",
         "root without CAP_SYS_ADMIN, the right to mount",
         _NO_MOUNT,
         "give it that right: in a container, --cap-add SYS_ADMIN (and --device /dev/fuse)",
@@ -151,12 +153,11 @@ def _may_administer() -> bool:
 
 def _others() -> Finding:
     if others_may_be_let_in():
-        return _finding("allow_other", "fine", f"{FUSE_CONF} lets users mount with --allow-other")
+        return _fine("allow_other", f"{FUSE_CONF} lets users mount with --allow-other")
     if os.geteuid() == 0:
-        return _finding("allow_other", "fine", "root may mount with --allow-other")
-    return _finding(
+        return _fine("allow_other", "root may mount with --allow-other")
+    return _warning(
         "allow_other",
-        "warning",
         f"no line user_allow_other in {FUSE_CONF}",
         "a VMM that runs as another user cannot open the images that this user mounts",
         "ask root to add that line, or mount as the VMM's user",
@@ -165,10 +166,9 @@ def _others() -> Finding:
 
 def _control() -> Finding:
     if os.path.ismount(CONNECTIONS):
-        return _finding("fusectl", "fine", f"fusectl is mounted on {CONNECTIONS}")
-    return _finding(
+        return _fine("fusectl", f"fusectl is mounted on {CONNECTIONS}")
+    return _warning(
         "fusectl",
-        "warning",
         f"fusectl is not mounted on {CONNECTIONS}",
         "--prefetch=fadvise replaces notify, which is faster, and --max-background has no effect",
         f"ask root to mount it: mount -t fusectl fusectl {CONNECTIONS}",
@@ -180,10 +180,9 @@ def _library() -> Finding:
     said = _import_error()
     if said is None:
         version = importlib.metadata.version("pyfuse3")
-        return _finding("pyfuse3", "fine", f"pyfuse3 {version} can be imported")
-    return _finding(
+        return _fine("pyfuse3", f"pyfuse3 {version} can be imported")
+    return _warning(
         "pyfuse3",
-        "warning",
         f"pyfuse3 cannot be imported: {said}",
         _NO_MOUNT,
         "install libfuse3 and pyfuse3 (Debian: apt-get install libfuse3-3; pip install pyfuse3)",
