@@ -17,20 +17,17 @@ from diffmergefs.core.errors import BrokenChainError, DiffMergeError, FileAccess
 from diffmergefs.core.extents import MAX_LAYERS
 from diffmergefs.core.layer import require_size
 from diffmergefs.core.view import require_equal_size
-from diffmergefs.sidecars.bmap import SEAL_SUFFIX
-from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
 from diffmergefs.stores.cloudhypervisor import CloudHypervisorReader, require_equal_ranges
 from diffmergefs.stores.forkd import ForkdReader
 from diffmergefs.stores.numbered import NumberedReader
 from diffmergefs.stores.reader import Reader, Source, open_source
-from diffmergefs.stores.snapshot import Snapshot, StoredFile, status_of
+from diffmergefs.stores.snapshot import RECORDS, Snapshot, StoredFile, status_of
 from diffmergefs.stores.superserve import SuperserveReader
 
 _NAME_IS_TAKEN = (
     f"no tag can be called {STATUS_FOLDER!r}: in a mount it is the mount's own directory; rename it"
 )
 _NAMED = 8  # the number of tags of a cycle in its message
-_RECORDS = (SEAL_SUFFIX, PRESENCE_SUFFIX)
 
 # A new layout is a line here. See docs/adding-a-store.md.
 READERS: dict[str, Reader] = {
@@ -142,7 +139,7 @@ class Catalog:
     def hidden(self) -> frozenset[str]:
         """Paths beneath the root that a mount never passes through: layers and their records."""
         layers = [layer.path for layer in self._layers.values()]
-        paths = frozenset(path + suffix for path in layers for suffix in ("", *_RECORDS))
+        paths = frozenset(path + suffix for path in layers for suffix in ("", *RECORDS))
         return paths.union(*(snapshot.withheld for snapshot in self.snapshots.values()))
 
     @cached_property

@@ -13,13 +13,11 @@ from diffmergefs.core.beneath import Root
 from diffmergefs.core.errors import BrokenChainError
 from diffmergefs.core.identity import FileKey, FileVersion
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
-from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
 from diffmergefs.stores.reader import Reader, Source
-from diffmergefs.stores.snapshot import Snapshot, StoredFile, is_left_out
+from diffmergefs.stores.snapshot import RECORDS, Snapshot, StoredFile, is_left_out
 
 ALLOW_GAPS = "--allow-gaps"
 SUFFIXES = (".mem", ".bin", ".img")
-_RECORDS = (SEAL_SUFFIX, PRESENCE_SUFFIX)
 _NUMBERED = re.compile(r"(?P<number>[0-9]+)-(?P<stem>.+)", re.DOTALL)
 
 
@@ -48,7 +46,7 @@ def memory_files(kinds: Mapping[str, int], suffix: str | None = None) -> list[Nu
     candidates = [
         f
         for f in _numbered(kinds)
-        if f.suffix in suffixes and f.suffix not in _RECORDS and kinds[f.name] != stat.S_IFDIR
+        if f.suffix in suffixes and f.suffix not in RECORDS and kinds[f.name] != stat.S_IFDIR
     ]
     if not candidates:
         return []
@@ -103,14 +101,14 @@ def _snapshot(
         return found
     beside = [f for f in files if f.name in seen and f != layer]
     names = [f.name for f in beside if not _looks_like_memory(f, layer, seen)]
-    suffixes = (SEAL_SUFFIX,) if below is None else (SEAL_SUFFIX, PRESENCE_SUFFIX)
+    suffixes = (SEAL_SUFFIX,) if below is None else RECORDS
     records = {
         (suffix, FileKey.of(seen[layer.name + suffix]))
         for suffix in suffixes
         if layer.name + suffix in seen
     }
     memory = StoredFile(layer.name, FileKey.of(seen[layer.name]), frozenset(records))
-    sidecars = {layer.name + suffix for suffix in _RECORDS}
+    sidecars = {layer.name + suffix for suffix in RECORDS}
     return replace(
         found,
         memory=memory if stat.S_ISREG(seen[layer.name].st_mode) else None,

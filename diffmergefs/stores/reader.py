@@ -126,18 +126,15 @@ class FolderReader(Reader):
         """The snapshot in the directory `path` beneath the source, if it is one."""
         if is_left_out(os.path.basename(path)):
             return None
+        seen = Snapshot(path)
         try:
             is_tag = self.is_tag(source.root, path)
             names = listed_names(source.root, path) if is_tag else names_of(source.root, path)
-        except OSError as error:
-            return Snapshot(path, problem=f"{path}: {error.strerror}")
-        if declined := foreign.of_directory(names):
-            return Snapshot(path, problem=f"{path}: {declined}")
-        return self._read_tag(source, path) if is_tag else None
-
-    def _read_tag(self, source: Source, path: str) -> Snapshot:
-        seen = Snapshot(path, folder=path)
-        try:
+            if declined := foreign.of_directory(names):
+                return replace(seen, problem=f"{path}: {declined}")
+            if not is_tag:
+                return None
+            seen = replace(seen, folder=path)
             # Before they are read, so a write in between shows as a change in the next catalog.
             documents = {p: key_of(source.root, p) for p in _within(path, self.documents)}
             states = {p: version_of(source.root, p) for p in _within(path, self.device_state)}

@@ -27,6 +27,8 @@ _MAX_DIGITS = 1000
 # A string, whole or cut off, or a character before or between values.
 _PART = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[{,]', re.DOTALL)
 _SHOWN = 64  # the number of characters of a document in a message
+#: The suffixes of the sidecars whose extents override the filesystem's.
+RECORDS = (SEAL_SUFFIX, PRESENCE_SUFFIX)
 _STAGING_SUFFIXES = (".tmp", ".part", ".partial", ".swp")
 
 
@@ -157,7 +159,7 @@ def find_layer(root: beneath.Root, path: str, *, is_diff: bool = False) -> Store
 
 def with_records(root: beneath.Root, file: StoredFile, *, is_diff: bool) -> StoredFile:
     """The layer `file` with its sidecars. Whether they are valid is not checked."""
-    suffixes = (SEAL_SUFFIX, PRESENCE_SUFFIX) if is_diff else (SEAL_SUFFIX,)
+    suffixes = RECORDS if is_diff else (SEAL_SUFFIX,)
     found = {(suffix, key_of(root, file.path + suffix)) for suffix in suffixes}
     return file._replace(records=frozenset((suffix, key) for suffix, key in found if key))
 
