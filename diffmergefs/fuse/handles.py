@@ -6,9 +6,11 @@ import errno
 import os
 import weakref
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 from diffmergefs.core import sparse
 from diffmergefs.core.identity import FileKey
+from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.nodes import Node, OpenImage, Passed, lane_of
 from diffmergefs.fuse.passthrough import Passthrough
 
@@ -16,13 +18,11 @@ MAX_BYTES = 64 << 20
 _OVERHEAD = 48  # bytes that Python takes for a part besides its own
 
 
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Content:
     """The names in a directory, in the order in which they are read, or one text."""
 
-    __slots__ = ("__weakref__", "parts")
-
-    def __init__(self, parts: tuple[bytes, ...]) -> None:
-        self.parts = parts
+    parts: tuple[bytes, ...]
 
 
 class Contents:
@@ -57,34 +57,33 @@ class Contents:
         self._taken -= size
 
 
+@dataclass(eq=False, slots=True)
 class Handle:
     """An open file or directory. It reads from exactly one of `image`, `fd`, `text` and `names`.
 
-    `fd` is a descriptor of the passed-through file `node`, on the filesystem `device`; `names` are
-    those in the directory `node`. With a `key`, the file behind `fd` must keep that identity.
+    `fd` is a descriptor of the passed-through file `node`; `names` are those in the directory
+    `node`. With a `key`, the file behind `fd` must keep that identity. `supplied` counts the bytes
+    that each layer supplied to reads.
     """
 
-    __slots__ = (
-        *("device", "fd", "image", "key", "names", "node", "supplied", "text", "view"),
-        "_devices",
-    )
+    image: OpenImage | None = None
+    fd: int | None = None
+    text: Content | None = None
+    names: Content | None = None
+    node: Node | None = None
+    key: FileKey | None = None
+    supplied: dict[int, int] = field(default_factory=dict)
+    view: MergedView | None = field(init=False)
+    _devices: list[int] = field(init=False)
 
-    def __init__(
-        self,
-        image: OpenImage | None = None,
-        fd: int | None = None,
-        text: Content | None = None,
-        names: Content | None = None,
-        node: Node | None = None,
-        key: FileKey | None = None,
-    ) -> None:
-        self.image, self.fd, self.text, self.names = image, fd, text, names
-        self.node = node
-        self.key = key
-        self.device = node.device if isinstance(node, Passed) else 0
-        self.view = image.view if image else None
+    def __post_init__(self) -> None:
+        self.view = self.image.view if self.image else None
         self._devices = [layer.status.st_dev for layer in self.view.layers] if self.view else []
-        self.supplied: dict[int, int] = {}
+
+    @property
+    def device(self) -> int:
+        """The filesystem (st_dev) of the passed-through file; 0 if it is none."""
+        return self.node.device if isinstance(self.node, Passed) else 0
 
     @classmethod
     def of_file(cls, files: Passthrough, node: Passed) -> Handle:

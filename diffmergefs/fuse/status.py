@@ -8,7 +8,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from diffmergefs.core import __version__
@@ -24,6 +24,7 @@ GONE = "(gone)"
 _BUCKETS = 65
 
 
+@dataclass(eq=False, slots=True)
 class Metrics:
     """Counters that start at zero with the mount and only grow. Use them from the event loop only.
 
@@ -34,20 +35,14 @@ class Metrics:
     whether the fast read loop is in force (`readloop`).
     """
 
-    __slots__ = (
-        *("errors", "fast_loop", "read_buckets", "read_ns"),
-        *("requests", "started", "supplied", "waited"),
-    )
-
-    def __init__(self) -> None:
-        self.started = time.time()
-        self.requests: defaultdict[str, int] = defaultdict(int)
-        self.errors: defaultdict[tuple[str, int], int] = defaultdict(int)
-        self.supplied: dict[str, dict[int, int]] = {}
-        self.waited = 0
-        self.fast_loop = False
-        self.read_ns = 0
-        self.read_buckets = [0] * _BUCKETS
+    started: float = field(default_factory=time.time)
+    requests: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    errors: defaultdict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(int))
+    supplied: dict[str, dict[int, int]] = field(default_factory=dict)
+    waited: int = 0
+    fast_loop: bool = False
+    read_ns: int = 0
+    read_buckets: list[int] = field(default_factory=lambda: [0] * _BUCKETS)
 
     def of_tag(self, tag: str) -> dict[int, int]:
         """The entry of `supplied` for this tag. It counts until a `fold` without this tag."""
