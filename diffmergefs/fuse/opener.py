@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import trio
 
@@ -45,7 +45,7 @@ class ImageOpener:
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
-        self._shared: SingleFlight[object] = SingleFlight()
+        self._shared: SingleFlight[Any] = SingleFlight()
         #: For everything that waits for a file.
         self.lanes = Lanes(_OPENING_THREADS)
         #: For what keeps a processor busy: hashes, and the comparison of pages.
@@ -73,9 +73,8 @@ class ImageOpener:
                 await self.image(folder.tag)
             except (DiffMergeError, OSError) as error:
                 log.debug("%s: has no memory file: %s", folder.tag, error)
-        work = functools.partial(self._tree.names, folder)
-        names = await self._once(("names", folder), lane_of_node(folder), work)
-        return cast(tuple[bytes, ...], names)
+        key, lane = ("names", folder), lane_of_node(folder)
+        return await self._once(self.lanes, key, lane, self._tree.names, folder)
 
     async def image(self, tag: str) -> OpenImage:
         """The image of a tag, opened now if it is not open yet."""
@@ -90,19 +89,17 @@ class ImageOpener:
         links = store.chain(tag) or []
         for link in links:
             with contextlib.suppress(DiffMergeError, OSError):
-                work = functools.partial(store.open_layer, link.layer)
                 # The comparison of a record keeps a processor busy, like a hash.
                 lanes = self.hashing if link.layer.records else self.lanes
                 key = link.layer.key, link.layer.records
-                opened = await self._once(key, lane_of(key[0].device), work, lanes)
-                layers.append(cast(Layer, opened))
+                lane = lane_of(link.layer.key.device)
+                layers.append(await self._once(lanes, key, lane, store.open_layer, link.layer))
         if len(layers) == len(links):
             await self._read_layers(store, layers)
         async with trio.open_nursery() as nursery:
             for parent, link in store.pins(tag):
                 nursery.start_soon(self._hash_parent, store, parent, link)
-        opened = await self._once(tag, self._lane_of_tag(tag), functools.partial(store.open, tag))
-        return cast(OpenImage, opened)
+        return await self._once(self.lanes, tag, self._lane_of_tag(tag), store.open, tag)
 
     async def _read_layers(self, store: Store, layers: Sequence[Layer]) -> None:
         # Reading pages of a layer keeps a processor busy too, and slow storage takes its time: so
@@ -110,23 +107,23 @@ class ImageOpener:
         lane = lane_of(*(layer.key.device for layer in layers))
         for number in await self.lanes.run(lane, store.unread, layers):
             with contextlib.suppress(DiffMergeError, OSError):
-                work = functools.partial(store.read, layers[: number + 1])
-                key = "pages", *(layer.key for layer in layers[: number + 1])
-                await self._once(key, lane, work, self.hashing)
+                part = layers[: number + 1]
+                key = "pages", *(layer.key for layer in part)
+                await self._once(self.hashing, key, lane, store.read, part)
 
     async def _hash_parent(self, store: Store, parent: Snapshot, link: Snapshot) -> None:
         # A hash keeps a processor busy for a second per gigabyte: never run more of them at a time
         # than there are processors. Store.open has the verdict.
         with contextlib.suppress(DiffMergeError, OSError):
-            work = functools.partial(store.require_pin, parent, link)
             key = parent.layer.key, link.parent_hash
-            await self._once(key, lane_of(key[0].device), work, self.hashing)
+            lane = lane_of(parent.layer.key.device)
+            await self._once(self.hashing, key, lane, store.require_pin, parent, link)
 
     async def _once(
-        self, key: object, lane: Hashable, work: Callable[[], object], lanes: Lanes | None = None
-    ) -> object:
-        run = functools.partial((lanes or self.lanes).run, lane)
-        return await once_in_thread(self._shared, key, work, run)
+        self, lanes: Lanes, key: object, lane: Hashable, work: Callable[..., T], *args: Any
+    ) -> T:
+        run = functools.partial(lanes.run, lane)
+        return await once_in_thread(self._shared, key, functools.partial(work, *args), run)
 
     def _lane_of_tag(self, tag: str) -> Hashable:
         links = self._tree.store.chain(tag) if self._tree.store else None
