@@ -23,27 +23,19 @@ LISTING = 0o5
 _PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Folder(NamedTuple):
-    """Owner, group and permission bits of a directory. The bits are those of `file_bits`."""
+class Access(NamedTuple):
+    """Owner, group and permission bits of a file of the view or of a directory."""
 
     uid: int
     gid: int
     mode: int
 
     @classmethod
-    def of(cls, fd: int) -> Folder:
-        """The values of the open directory `fd`. Raises OSError."""
+    def of(cls, fd: int) -> Access:
+        """The values of the open directory `fd`, with the bits of `file_bits`. Raises OSError."""
         status = os.fstat(fd)
         mode = file_bits(f"/proc/self/fd/{fd}", status.st_mode)
         return cls(status.st_uid, status.st_gid, mode)
-
-
-class Access(NamedTuple):
-    """Owner, group and permission bits of a file of the view."""
-
-    uid: int
-    gid: int
-    mode: int
 
 
 def view_access(
@@ -85,7 +77,7 @@ def view_access(
 
 def _directories_to(
     root: beneath.Root | None, folder: str, files: dict[str, os.stat_result]
-) -> set[Folder]:
+) -> set[Access]:
     with beneath.passing(root, folder) as fd:
         for name, status in files.items():
             found = os.stat(name, dir_fd=fd, follow_symlinks=False)
@@ -99,7 +91,7 @@ def require_same(status: os.stat_result, device: int, inode: int, path: str) -> 
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
 
 
-def reachable(folders: Iterable[Folder], uid: int, gid: int, need: int = _SEARCH) -> int:
+def reachable(folders: Iterable[Access], uid: int, gid: int, need: int = _SEARCH) -> int:
     """The permission bits (of 0777) of those classes that may search every one of `folders`.
 
     With `need` LISTING, they may list and search them. The classes are those of a file of `uid` and
@@ -128,20 +120,20 @@ def folder_bits(fd: int) -> int:
     return own.mode & reachable(above, own.uid, own.gid)
 
 
-def named_folders(root: beneath.Root, heads: Iterable[Snapshot]) -> frozenset[Folder]:
+def named_folders(root: beneath.Root, heads: Iterable[Snapshot]) -> frozenset[Access]:
     """The directories whose existence the tags of these snapshots reveal.
 
     A tag may be a path of several components: its readers learn what the directories between hold.
     A directory that cannot be opened lets nobody but its owner list it.
     """
     places = {os.path.dirname(head.folder or head.layer.path) for head in heads}
-    found: set[Folder] = set()
+    found: set[Access] = set()
     for path in {above for place in places for above in _up_to_root(place)}:
         try:
             with beneath.passing(root, path) as fd:
-                found.add(Folder.of(fd))
+                found.add(Access.of(fd))
         except OSError:
-            found.add(Folder(os.geteuid(), os.getegid(), 0o700))
+            found.add(Access(os.geteuid(), os.getegid(), 0o700))
     return frozenset(found)
 
 
@@ -152,16 +144,16 @@ def _up_to_root(path: str) -> Iterator[str]:
         path = "" if path.startswith("/") else os.path.dirname(path)
 
 
-def lineage(fd: int) -> list[Folder]:
+def lineage(fd: int) -> list[Access]:
     """The directory `fd` and all directories above it, up to the root. It uses no names.
 
     Raises OSError, for instance if this process may not search one of them.
     """
-    found: list[Folder] = []
+    found: list[Access] = []
     here = os.open(".", _PASS, dir_fd=fd)
     try:
         while True:
-            found.append(Folder.of(here))
+            found.append(Access.of(here))
             above = os.open("..", _PASS, dir_fd=here)
             is_root = os.path.sameopenfile(here, above) and _mount_of(here) == _mount_of(above)
             os.close(here)

@@ -12,7 +12,7 @@ from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import DiffMergeError, one_line
 from diffmergefs.core.identity import FileKey, FileVersion
 from diffmergefs.core.view import MergedView
-from diffmergefs.fuse.access import Access, Folder, view_access
+from diffmergefs.fuse.access import Access, view_access
 from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.stores.catalog import Catalog
 from diffmergefs.stores.snapshot import Snapshot, StoredFile
@@ -112,7 +112,7 @@ class Look:
     catalog: Catalog
     tags: Mapping[str, TagState] = field(default_factory=dict)
     device_state: Mapping[str, FileVersion | None] = field(default_factory=dict)
-    named: frozenset[Folder] = frozenset()
+    named: frozenset[Access] = frozenset()
 
     def is_hidden(self, path: str) -> bool:
         """Whether the file `path` beneath the root is never passed through."""
