@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from diffmergefs.core.errors import UntrustedExtentsError
-from diffmergefs.core.extents import PAGE, ExtentList
+from diffmergefs.core.extents import PAGE
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.filesystems import untrusted_filesystem
 from diffmergefs.stores.catalog import StoreOptions
@@ -198,46 +198,30 @@ def problem_of(layer: Layer, check: str, text: str, instead: str | None = None) 
 
 def _problems_of_records(layer: Layer, page: int, complete: bool) -> Iterator[Problem]:
     # The filesystem's extents do not count, only the unit in which the sidecar was made.
+    if complete:
+        return
     for record in layer.records:
-        if not complete and page % record.block:
-            yield problem_of(
-                layer,
-                "grain",
-                f"{record.path} was made in blocks of {record.block} bytes, coarser than the guest"
-                f" page of {page}, so clean pages beside written ones would count as written",
-            )
-    if not complete and (unaligned := _unaligned(layer.extents, layer.size, page)):
-        yield _not_on_pages(layer, unaligned, page)
-
-
-def _not_on_pages(layer: Layer, ends: tuple[int, int], page: int) -> Problem:
-    text = (
-        f"the data extent [{ends[0]}, {ends[1]}) does not begin and end on a page of {page} bytes"
-    )
-    return problem_of(layer, "alignment", text)
+        made = f"{record.path} was made in blocks of"
+        yield from _coarseness(layer, made, record.block, page)
+    yield from _misalignment(layer, page)
 
 
 def _problems_of_walk(layer: Layer, page: int, complete: bool) -> Iterator[Problem]:
-    fd, size, extents = layer.fd, layer.size, layer.extents
     problem = functools.partial(problem_of, layer)
-    if reason := untrusted_filesystem(fd):
+    if reason := untrusted_filesystem(layer.fd):
         yield problem("filesystem", reason)
-    unit = grain(fd)
-    if not complete and page % unit:
-        yield problem(
-            "grain",
-            f"its filesystem reports holes in units of {unit} bytes, coarser than the"
-            f" guest page of {page}, so clean pages beside written ones would count as written",
-        )
-    held = os.fstat(fd).st_blocks * 512
-    if extents.data_bytes > held:
+    unit = grain(layer.fd)
+    if not complete:
+        yield from _coarseness(layer, "its filesystem reports holes in units of", unit, page)
+    held = os.fstat(layer.fd).st_blocks * 512
+    if layer.extents.data_bytes > held:
         yield problem(
             "blocks",
-            f"{extents.data_bytes} bytes are reported as data but only {held} are stored,"
+            f"{layer.extents.data_bytes} bytes are reported as data but only {held} are stored,"
             " so holes are reported as data",
         )
-    if not complete and (unaligned := _unaligned(extents, size, page)):
-        yield _not_on_pages(layer, unaligned, page)
+    if not complete:
+        yield from _misalignment(layer, page)
     if len(layer.unwritten):
         found = next(iter(layer.unwritten))
         yield problem(
@@ -246,6 +230,25 @@ def _problems_of_walk(layer: Layer, page: int, complete: bool) -> Iterator[Probl
             " as data or as a hole by chance",
         )
     yield from _contradictions(layer)
+
+
+def _coarseness(layer: Layer, made: str, unit: int, page: int) -> Iterator[Problem]:
+    if page % unit:
+        yield problem_of(
+            layer,
+            "grain",
+            f"{made} {unit} bytes, coarser than the guest page of {page}, so clean pages beside"
+            " written ones would count as written",
+        )
+
+
+def _misalignment(layer: Layer, page: int) -> Iterator[Problem]:
+    # Only the first extent that does not fit is named.
+    for start, stop in zip(layer.extents.starts, layer.extents.stops, strict=True):
+        if start % page or (stop % page and stop != layer.size):
+            text = f"the data extent [{start}, {stop}) does not begin and end on a page of {page}"
+            yield problem_of(layer, "alignment", f"{text} bytes")
+            return
 
 
 def _contradictions(layer: Layer) -> Iterator[Problem]:
@@ -266,10 +269,3 @@ def _contradictions(layer: Layer) -> Iterator[Problem]:
             f"[{found.start}, {found.stop}) is reported as a hole, but its filesystem has bytes"
             " stored there",
         )
-
-
-def _unaligned(extents: ExtentList, size: int, page: int) -> tuple[int, int] | None:
-    for start, stop in zip(extents.starts, extents.stops, strict=True):
-        if start % page or (stop % page and stop != size):
-            return start, stop
-    return None
