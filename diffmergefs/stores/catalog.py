@@ -35,6 +35,8 @@ READERS: dict[str, Reader] = {
     for reader in (ForkdReader(), NumberedReader(), SuperserveReader(), CloudHypervisorReader())
 }
 LAYOUTS = tuple(READERS)
+#: Those that read no directory below the directories of the source.
+SHALLOW_LAYOUTS = tuple(name for name, reader in READERS.items() if not reader.is_deep)
 
 
 @dataclass(frozen=True)

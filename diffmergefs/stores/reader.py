@@ -60,6 +60,8 @@ class Reader(ABC):
     """
 
     name: str
+    #: Whether `read` lists directories inside the directories of the source.
+    is_deep = False
 
     @abstractmethod
     def finds(self, source: Source) -> bool:

@@ -15,7 +15,7 @@ from diffmergefs.core.extents import ExtentList
 from diffmergefs.opening.writers import is_open_elsewhere
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
 from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
-from diffmergefs.stores.catalog import LAYOUTS, Catalog, StoreOptions, read_catalog
+from diffmergefs.stores.catalog import LAYOUTS, SHALLOW_LAYOUTS, Catalog, StoreOptions, read_catalog
 from diffmergefs.stores.lookup import layout_of
 from diffmergefs.system.mounttable import FILESYSTEM_TYPE, MountTable, mounts, resolved
 
@@ -80,20 +80,20 @@ def _layer(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
     folder = os.path.dirname(real)
     store = os.path.dirname(folder)
     for root, layouts in (
-        (folder, {"numbered", "forkd"}),
-        (store, {"forkd", _layout(folder, real)}),
+        (folder, SHALLOW_LAYOUTS),
+        (store, {*SHALLOW_LAYOUTS, *_layout(folder, real)}),
     ):
         if not _may_hang(root, real) and (tag := _tag_in(root, layouts, fd, real)):
             return f"it is the layer of '{tag}' in {root}"
     return None
 
 
-def _layout(folder: str, path: str) -> str:
-    # The layout of the file's directory if that is a snapshot by itself, or forkd.
+def _layout(folder: str, path: str) -> list[str]:
+    # The layout of the file's directory, if that is a snapshot by itself.
     with suppress(DiffMergeError):
-        if not _may_hang(folder, path):
-            return layout_of(folder) or "forkd"
-    return "forkd"
+        if not _may_hang(folder, path) and (layout := layout_of(folder)):
+            return [layout]
+    return []
 
 
 def _mounted(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
@@ -133,7 +133,7 @@ def _catalogs(root: str, layouts: Collection[str], path: str) -> Iterator[Catalo
     suffix = os.path.splitext(path)[1] or None
     options = StoreOptions(allow_gaps=True, allow_outside=(os.path.dirname(path),))
     for layout in layouts:
-        for chosen in (None, suffix) if layout == "numbered" else (None,):
+        for chosen in dict.fromkeys((None, suffix)):
             with suppress(DiffMergeError):
                 yield read_catalog(root, layout, chosen, options=options)
 
