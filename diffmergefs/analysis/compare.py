@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from diffmergefs.core.errors import VerificationError
-from diffmergefs.core.extents import PAGE, ExtentList
+from diffmergefs.core.extents import PAGE, ExtentList, split
 from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.progress import Progress, ignore_progress
@@ -110,7 +110,7 @@ def windows(
     if page_size < 1 or page_size & (page_size - 1):
         raise ValueError(f"a page of {page_size} bytes, which is not a power of two")
     step = max(_WINDOW, page_size)
-    return in_order(comparing.window, _split(0, a.size, step), jobs)
+    return in_order(comparing.window, split(0, a.size, step), jobs)
 
 
 def check_unchanged(layers: Iterable[Layer]) -> None:
@@ -141,19 +141,15 @@ class Pair:
         Skips ranges where both have a hole, or the same range of the same file: by its device,
         inode, size and mtime, even if it was opened twice.
         """
-        for tile in self._all_tiles(start, stop):
-            one = self._files_a[-1 if tile.a is None else tile.a]
-            other = self._files_b[-1 if tile.b is None else tile.b]
-            if one != other:
-                yield tile
-
-    def _all_tiles(self, start: int, stop: int) -> Iterator[Tile]:
         segments_a = self.a.segments(start, stop - start)
         segments_b = self.b.segments(start, stop - start)
         one, other = next(segments_a), next(segments_b)
         while True:
             end = min(one.stop, other.stop)
-            yield Tile(start, end, one.layer, other.layer)
+            file_a = self._files_a[-1 if one.layer is None else one.layer]
+            file_b = self._files_b[-1 if other.layer is None else other.layer]
+            if file_a != file_b:
+                yield Tile(start, end, one.layer, other.layer)
             if end == stop:
                 return
             start = end
@@ -199,7 +195,7 @@ class _Comparing:
         compared = 0
         after = 0
         for tile in self._pair.tiles(*window):
-            for start, stop in _split(tile.start, tile.stop, _BLOCK):
+            for start, stop in split(tile.start, tile.stop, _BLOCK):
                 for offset in self._differing(tile, start, stop):
                     if offset >= after:  # else its page is known
                         first = offset - offset % self._page
@@ -231,25 +227,19 @@ def _differing(one: bytearray, other: bytearray, offset: int, page: int) -> Iter
     # compares by memcmp with any buffer; a memoryview on the left would compare element by element,
     # at a third of the speed.
     right = memoryview(other)
-    for start, stop in _split(offset, offset + len(one), _PART):
+    for start, stop in split(offset, offset + len(one), _PART):
         if one[start - offset : stop - offset] == right[start - offset : stop - offset]:
             continue
-        for first, last in _split(start, stop, page):
+        for first, last in split(start, stop, page):
             if one[first - offset : last - offset] != right[first - offset : last - offset]:
                 yield first
-
-
-def _split(start: int, stop: int, unit: int) -> list[tuple[int, int]]:
-    # The range, split at multiples of `unit`.
-    borders = [start, *range(start - start % unit + unit, stop, unit), stop]
-    return list(itertools.pairwise(borders)) if start < stop else []
 
 
 def _first_difference(a: MergedView, b: MergedView, ranges: ExtentList, page: int) -> int | None:
     if not len(ranges):
         return None
     start, stop = next(iter(ranges))
-    for first, last in _split(start, stop, min(page, _PART)):
+    for first, last in split(start, stop, min(page, _PART)):
         one, other = (_read(view, first, last) for view in (a, b))
         if one != other:
             pairs = zip(itertools.count(first), one, other, strict=False)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from diffmergefs.core.buffers import BLOCK
+from diffmergefs.core.extents import split
 from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.progress import Progress
@@ -59,27 +60,16 @@ def _judged(
     # copy, and stops at the first byte that differs.
     buffer = bytearray(min(BLOCK, stop - start))
     zeros = bytes(len(buffer))
-    position = start
-    while position < stop:
-        end = min(stop, (position // BLOCK + 1) * BLOCK)
+    for position, end in split(start, stop, BLOCK):
         with failures(layer.path):
             layer.read_into(memoryview(buffer)[: end - position], position)
         progress(end - position)
         if buffer.startswith(zeros[: end - position]):
             yield position, end, True
         else:
-            yield from _judged_pages(buffer, position, end, page, zeros[:page])
-        position = end
-
-
-def _judged_pages(
-    buffer: bytearray, start: int, stop: int, page: int, zeros: bytes
-) -> Iterator[tuple[int, int, bool]]:
-    position = start
-    while position < stop:
-        end = min(stop, (position // page + 1) * page)
-        yield position, end, buffer.startswith(zeros[: end - position], position - start)
-        position = end
+            for first, last in split(position, end, page):
+                is_zero = buffer.startswith(zeros[: last - first], first - position)
+                yield first, last, is_zero
 
 
 def _joined(ranges: Iterator[tuple[int, int, bool]]) -> Iterator[tuple[int, int, bool]]:

@@ -5,6 +5,7 @@ All ranges are half-open byte ranges `[start, stop)`.
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -100,6 +101,12 @@ class ExtentList:
         for segment in SegmentMap([self, *others]):
             if segment.layer == 0:
                 yield Extent(segment.start, segment.stop)
+
+
+def split(start: int, stop: int, unit: int) -> list[tuple[int, int]]:
+    """The range `[start, stop)` in parts, split at multiples of `unit`."""
+    borders = [start, *range(start - start % unit + unit, stop, unit), stop]
+    return list(itertools.pairwise(borders)) if start < stop else []
 
 
 def _common(a: ExtentList, b: ExtentList) -> Iterator[tuple[int, int]]:

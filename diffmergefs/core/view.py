@@ -6,11 +6,10 @@ import errno
 import functools
 import weakref
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 
 from diffmergefs.core.buffers import BLOCK, ZEROS
 from diffmergefs.core.errors import BrokenChainError, SizeMismatchError
-from diffmergefs.core.extents import MAX_LAYERS, Segment, SegmentMap
+from diffmergefs.core.extents import MAX_LAYERS, ExtentList, Segment, SegmentMap
 from diffmergefs.core.layer import Layer
 
 #: The layer number of bytes that no layer supplies.
@@ -44,12 +43,7 @@ class MergedView:
     def __enter__(self) -> MergedView:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -147,6 +141,10 @@ class MergedView:
         """Compare every layer with its fingerprint; raises LayerChangedError."""
         for layer in self.layers:
             layer.check_unchanged()
+
+    def data_extents(self) -> ExtentList:
+        """The ranges that any layer supplies."""
+        return ExtentList((s.start, s.stop) for s in self.segments() if s.layer is not None)
 
     def visible_bytes(self) -> list[int]:
         """For each layer, how many bytes of the view it supplies."""

@@ -101,16 +101,10 @@ def flatten(
         check_unchanged(view.layers)
         file.publish()
     if seal:
-        write_seal(os.fspath(output), _data(view))
+        write_seal(os.fspath(output), view.data_extents())
     else:
         remove_seal(os.fspath(output))
     return result
-
-
-def _data(view: MergedView) -> ExtentList:
-    return ExtentList(
-        (start, stop) for start, stop, number in view.segments() if number is not None
-    )
 
 
 class _Merge:

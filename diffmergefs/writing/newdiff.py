@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from diffmergefs.analysis.compare import check_unchanged
@@ -82,17 +82,14 @@ class NewDiff:
         self.shared = 0
 
     def __enter__(self) -> NewDiff:
-        self._file.__enter__()
-        try:
-            self._target = self._file.target
+        with ExitStack() as stack:
+            self._target = stack.enter_context(self._file).target
             with failures(self.path, self._target):
                 os.ftruncate(self._target.fd, self._source.size)
                 self._block = block_size(self._target.fd)
             with closing(self._reopened()) as empty:
                 self._require_trust(empty, complete=False)
-        except BaseException:
-            self._file.__exit__(None, None, None)
-            raise
+            stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Collection
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from diffmergefs.analysis.compare import bytes_to_compare, require_equal
 from diffmergefs.core import beneath
@@ -104,53 +104,41 @@ class OpenSnapshot:
 
 
 @dataclass(frozen=True)
-class WriteOptions:
-    """How memory files are written; see `rediff`. With `seal` each gets a seal."""
-
-    policy: TrustPolicy
-    verify: bool = False
-    seal: bool = False
-    jobs: int = 1
-
-
 class StoreWriter:
     """Writes snapshots into the new store's `directory`, each parent before its children.
 
     `root` and `catalog` are the old store's. `parents` are the tags whose new memory files are
-    hashed, because their children record the hash.
+    hashed, because their children record the hash. The other fields say how memory files are
+    written; see `rediff`. With `seal` each gets a seal.
     """
 
-    def __init__(
-        self,
-        directory: OutputDirectory,
-        root: Root,
-        catalog: Catalog,
-        parents: Collection[str],
-        progress: Progress,
-    ) -> None:
-        self._directory = directory
-        self._root = root
-        self._catalog = catalog
-        self._parents = parents
-        self._progress = progress
-        self._hashes: dict[str, str] = {}
+    directory: OutputDirectory
+    root: Root
+    catalog: Catalog
+    parents: Collection[str]
+    policy: TrustPolicy
+    verify: bool
+    seal: bool
+    jobs: int
+    progress: Progress
+    _hashes: dict[str, str] = field(default_factory=dict)
 
-    def write(self, old: OpenSnapshot, options: WriteOptions) -> NewSnapshot:
+    def write(self, old: OpenSnapshot) -> NewSnapshot:
         """Write the tag's directory: its memory file, the files beside it, and its document.
 
         All of it is synced. Raises like `StoreRediff.write`.
         """
-        folder = os.path.join(self._directory.target, old.tag)
+        folder = os.path.join(self.directory.target, old.tag)
         with failures(folder):
             os.mkdir(folder, 0o700)
         path = os.path.join(folder, os.path.basename(old.layer.path))
-        done = self._write_memory(old, path, options)
-        if old.tag in self._parents:
+        done = self._write_memory(old, path)
+        if old.tag in self.parents:
             with closing(Layer.open(path)) as layer, failures(path):
-                self._hashes[old.tag] = content_hash(layer, self._progress)
+                self._hashes[old.tag] = content_hash(layer, self.progress)
         # All of it comes from the directory that was judged, and so does the mode of the new one: a
         # directory that replaced it meanwhile may admit other users.
-        with failures(old.tag), beneath.passing(self._root, old.tag) as source:
+        with failures(old.tag), beneath.passing(self.root, old.tag) as source:
             status = os.fstat(source)
             mode = copied_bits(f"/proc/self/fd/{source}", status.st_mode)
             self._copy_companions(source, old.record, folder)
@@ -163,27 +151,27 @@ class StoreWriter:
             sync_directory(folder)
         return done
 
-    def _write_memory(self, old: OpenSnapshot, path: str, options: WriteOptions) -> NewSnapshot:
+    def _write_memory(self, old: OpenSnapshot, path: str) -> NewSnapshot:
         own = MergedView([old.layer])
-        seal = options.seal or bool(old.layer.records)
+        seal = self.seal or bool(old.layer.records)
         if old.record.parent is None:
-            flatten(own, path, verify=options.verify, seal=seal, progress=self._progress)
+            flatten(own, path, verify=self.verify, seal=seal, progress=self.progress)
             done, data = "base", old.layer.extents.data_bytes
         elif old.dense:
             result = rediff(
                 MergedView(old.layers[:-1]),
                 own,
                 path,
-                verify=options.verify,
+                verify=self.verify,
                 seal=seal,
-                jobs=options.jobs,
-                policy=options.policy,
-                progress=self._progress,
+                jobs=self.jobs,
+                policy=self.policy,
+                progress=self.progress,
             )
             done = "dense" if result.written.dense else "rediffed"
             data = result.written.data_bytes
         else:
-            data = _copy_diff(own, path, seal, options, self._progress)
+            data = self._copy_diff(own, path, seal)
             done = "diff"
         with failures(path):
             mode = old.layer.mode
@@ -199,17 +187,26 @@ class StoreWriter:
             data_bytes=data,
         )
 
+    def _copy_diff(self, own: MergedView, path: str, seal: bool) -> int:
+        def check(layer: Layer) -> None:
+            if self.verify:
+                require_equal(MergedView([layer]), own, path)
+
+        with NewDiff(path, own, policy=self.policy) as diff:
+            diff.put(own.layers[0].extents, self.progress)
+            return diff.publish(seal=seal, check=check).data_bytes
+
     def _copy_companions(self, source: int, snapshot: Snapshot, folder: str) -> None:
-        hidden = self._catalog.hidden | {f"{snapshot.tag}/{DOCUMENT}"}
-        copy_folder(source, snapshot.tag, folder, Excluded(hidden, self._catalog.layer_files))
+        hidden = self.catalog.hidden | {f"{snapshot.tag}/{DOCUMENT}"}
+        copy_folder(source, snapshot.tag, folder, Excluded(hidden, self.catalog.layer_files))
         for name, path in snapshot.files.items():
             if path != f"{snapshot.tag}/{name}":  # in another directory
-                copy_file(self._root, path, os.path.join(folder, name))
+                copy_file(self.root, path, os.path.join(folder, name))
 
     def _write_document(self, source: int, snapshot: Snapshot, folder: str) -> None:
-        place = os.path.join(self._directory.final, snapshot.tag)
+        place = os.path.join(self.directory.final, snapshot.tag)
         path = f"{snapshot.tag}/{DOCUMENT}"
-        text, status = read_with_status(self._root, path, MAX_DOCUMENT)
+        text, status = read_with_status(self.root, path, MAX_DOCUMENT)
         mode = _checked_mode(source, path, status)
         read = snapshot.document_status
         if read is None or FileKey.of(status) != FileKey.of(read):
@@ -239,15 +236,3 @@ def _checked_mode(folder: int, path: str, status: os.stat_result) -> int:
         if os.path.samestat(os.fstat(handle), status):
             return copied_bits(f"/proc/self/fd/{handle}", status.st_mode)
     raise LayerChangedError(f"{path}: was replaced meanwhile; try again")
-
-
-def _copy_diff(
-    own: MergedView, path: str, seal: bool, options: WriteOptions, progress: Progress
-) -> int:
-    def check(layer: Layer) -> None:
-        if options.verify:
-            require_equal(MergedView([layer]), own, path)
-
-    with NewDiff(path, own, policy=options.policy) as diff:
-        diff.put(own.layers[0].extents, progress)
-        return diff.publish(seal=seal, check=check).data_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -188,15 +188,10 @@ def _map_of(
 
 def _block(size: int, extents: ExtentList, page: int) -> int:
     # The largest power of two, at most the guest's page, that divides all borders of extents.
-    for border in _borders(size, extents):
+    for border in (*extents.starts, *(stop for stop in extents.stops if stop != size)):
         while border % page:
             page //= 2
     return page
-
-
-def _borders(size: int, extents: ExtentList) -> Iterator[int]:
-    yield from extents.starts
-    yield from (stop for stop in extents.stops if stop != size)
 
 
 def _seal_path(path: str) -> str:

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 
 from diffmergefs.analysis.compare import require_equal
-from diffmergefs.core.extents import ExtentList
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView
@@ -55,7 +54,7 @@ def squash(
             " base"
         )
     diffs = MergedView(view.layers[first : last + 1])
-    extents = _data_of(diffs)
+    extents = diffs.data_extents()
 
     def check(layer: Layer) -> None:
         if verify:
@@ -72,8 +71,4 @@ def squash(
 
 def count_data(view: MergedView, first: int, last: int) -> int:
     """How many bytes of data the diffs `first` to `last` have when merged."""
-    return _data_of(MergedView(view.layers[first : last + 1])).data_bytes
-
-
-def _data_of(view: MergedView) -> ExtentList:
-    return ExtentList((s.start, s.stop) for s in view.segments() if s.layer is not None)
+    return MergedView(view.layers[first : last + 1]).data_extents().data_bytes

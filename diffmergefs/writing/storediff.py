@@ -25,7 +25,7 @@ from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.stores.catalog import Catalog, read_catalog
 from diffmergefs.stores.snapshot import DOCUMENT
 from diffmergefs.writing.companions import set_owner_and_mode
-from diffmergefs.writing.newstore import NewStore, OpenSnapshot, StoreWriter, WriteOptions
+from diffmergefs.writing.newstore import NewStore, OpenSnapshot, StoreWriter
 from diffmergefs.writing.output import OutputDirectory
 
 
@@ -116,9 +116,18 @@ class StoreRediff:
         with OutputDirectory(output) as directory:
             self._require_pins(progress)
             parents = {snapshot.record.parent or "" for snapshot in self._snapshots.values()}
-            writer = StoreWriter(directory, self._pool.roots, self._catalog, parents, progress)
-            options = WriteOptions(self._policy, verify=verify, seal=seal, jobs=jobs)
-            done = [writer.write(snapshot, options) for snapshot in self._snapshots.values()]
+            writer = StoreWriter(
+                directory,
+                self._pool.roots,
+                self._catalog,
+                parents,
+                self._policy,
+                verify=verify,
+                seal=seal,
+                jobs=jobs,
+                progress=progress,
+            )
+            done = [writer.write(snapshot) for snapshot in self._snapshots.values()]
             self._require_unchanged()
             with failures(self.source):
                 status = os.fstat(self._pool.roots.root)
