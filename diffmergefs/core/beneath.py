@@ -91,7 +91,12 @@ def passing(root: Root | None, folder: str = "") -> Iterator[int]:
     It requires permission to search the directory, not to read it. With `root` None, `folder` is
     any path and symlinks are followed. Raises like `open_directory`.
     """
-    with closing_fd(_pass(root, folder)) as fd:
+    if root is None:
+        fd = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    else:
+        with _walked(root, folder) as (parent, name):
+            fd = os.open(name, _PASS_DIRECTORY, dir_fd=parent)
+    with closing_fd(fd):
         yield fd
 
 
@@ -102,13 +107,6 @@ def closing_fd(fd: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def _pass(root: Root | None, folder: str) -> int:
-    if root is None:
-        return os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    with _walked(root, folder) as (parent, name):
-        return os.open(name, _PASS_DIRECTORY, dir_fd=parent)
 
 
 @contextmanager

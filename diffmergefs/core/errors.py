@@ -35,6 +35,8 @@ class DiffMergeError(Exception):
     exit_code: ClassVar[int] = 3
     errno: ClassVar[int] = errno.EIO
     check: str = ""
+    #: Whether the cause may go away without a change to any file, so that a retry can help.
+    is_passing: bool = False
     _USUAL_REMEDY: ClassVar[str] = "see docs/exit-codes.md for what its exit code means"
 
     @property
@@ -42,11 +44,6 @@ class DiffMergeError(Exception):
         """The next step: the end of the message, or what usually helps if the message has none."""
         _, _, step = str(self).partition("; ")
         return step or self._USUAL_REMEDY
-
-    @property
-    def is_passing(self) -> bool:
-        """Whether the cause may go away without a change to any file, so that a retry can help."""
-        return False
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -93,11 +90,7 @@ class UntrustedExtentsError(DiffMergeError):
     def __init__(self, message: str, check: str) -> None:
         super().__init__(message)
         self.check = check
-
-    @property
-    def is_passing(self) -> bool:
-        """Only a failed read of the extent map may pass."""
-        return self.check == "map"
+        self.is_passing = check == "map"
 
 
 class DenseDiffError(DiffMergeError):
@@ -194,12 +187,8 @@ class WriterError(DiffMergeError):
     exit_code = 18
     errno = errno.EBUSY
     check = "writers"
+    is_passing = True
     _USUAL_REMEDY = "wait until its VMM has closed it"
-
-    @property
-    def is_passing(self) -> bool:
-        """Another look may find the file at rest."""
-        return True
 
 
 class PinError(DiffMergeError):

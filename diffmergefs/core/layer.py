@@ -11,8 +11,9 @@ from typing import ClassVar, NamedTuple
 
 from diffmergefs.core import background, beneath, foreign, sparse
 from diffmergefs.core.buffers import BLOCK, ZEROS
-from diffmergefs.core.errors import FileAccessError, LayerChangedError, SizeMismatchError
+from diffmergefs.core.errors import LayerChangedError, SizeMismatchError
 from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import FileKey, Fingerprint, copied_bits
 
 log = logging.getLogger(__name__)
@@ -92,12 +93,10 @@ class Layer:
         """
         sparse.require_linux()
         name = path if name is None else name
-        try:
+        with failures(name):
             if root is None:
                 foreign.require_own_neighbours(path)
             layer = cls(name, beneath.open_regular(root, path))
-        except OSError as error:
-            raise FileAccessError(f"{name}: {error.strerror}") from error
         if layer.walked.starts and layer.walked.starts[0] == 0:
             foreign.require_own_file(layer.fd, name)
         return layer

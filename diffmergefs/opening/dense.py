@@ -63,8 +63,7 @@ def sample_check(layer: Layer) -> ContentCheck:
 
     def find(parents: MergedView | None) -> Result:
         assert parents is not None
-        below = ((s.start, s.stop) for s in parents.segments() if s.layer is not None)
-        return sample(parents.read, ExtentList(below), layer)
+        return sample(parents.read, parents.data_extents(), layer)
 
     return ContentCheck("dense", find)
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from diffmergefs.core.errors import (
     BrokenChainError,
     DiffMergeError,
-    FileAccessError,
     UntrustedExtentsError,
 )
+from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView, require_equal_size
 from diffmergefs.opening.content import ContentCheck, Parents, Verdicts
@@ -128,10 +128,8 @@ def _require_pins(
 ) -> None:
     hashes = Hashes(Remembered(policy.state_dir), anew=policy.anew)
     for parent, link in zip(layers, links[1:], strict=False):
-        try:
+        with failures(parent.path):
             require_pin(parent, link, hashes)
-        except OSError as error:
-            raise FileAccessError(f"{parent.path}: {error.strerror}") from error
 
 
 def open_snapshot(

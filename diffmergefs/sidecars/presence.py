@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diffmergefs.core import beneath
-from diffmergefs.core.errors import FileAccessError, PresenceError
+from diffmergefs.core.errors import PresenceError
 from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.failures import described, failures
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer, Record
 from diffmergefs.sidecars.bmap import ABSENT
@@ -153,7 +154,7 @@ def find(
         except OSError as error:
             if error.errno in ABSENT:
                 continue
-            raise FileAccessError(f"{called}: {error.strerror}") from error
+            raise described(error, called) from error
         return _read(fd, called)
     return None
 
@@ -165,10 +166,8 @@ def _read(fd: int, name: str) -> StoredPresence:
             raise PresenceError(
                 f"{name}: {key.size} bytes, a presence file has at most {MAX_BYTES}"
             )
-        try:
+        with failures(name):
             data = file.read(key.size + 1)
-        except OSError as error:
-            raise FileAccessError(f"{name}: {error.strerror}") from error
         if len(data) != key.size or FileKey.of(os.fstat(fd)) != key:
             raise PresenceError(f"{name}: changed while it was read; try again")
     presence = parse(data, name)
@@ -213,12 +212,10 @@ def compare_once(
 
     Raises like `compare`, but FileAccessError instead of OSError.
     """
-    try:
+    with failures(layer.path):
         identity, since_ns = Identity.of_open(layer.fd), time.time_ns()
         if not anew and memory.recall(KIND, identity) == found.digest:
             layer.check_unchanged()
             return
         compare(layer, found)
         memory.remember(KIND, identity, found.digest, since_ns)
-    except OSError as error:
-        raise FileAccessError(f"{layer.path}: {error.strerror}") from error

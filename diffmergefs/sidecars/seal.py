@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from diffmergefs.core import beneath
 from diffmergefs.core.buffers import BLOCK, ZEROS, page_aligned
-from diffmergefs.core.errors import FileAccessError, SealError
+from diffmergefs.core.errors import SealError
 from diffmergefs.core.extents import Extent
+from diffmergefs.core.failures import described, failures
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer, Record
 from diffmergefs.core.progress import Progress, ignore_progress
@@ -58,7 +59,7 @@ def read(path: str, root: beneath.Root | None = None, name: str | None = None) -
     except OSError as error:
         if error.errno in ABSENT:
             raise FileNotFoundError(error.errno, error.strerror, name) from error
-        raise FileAccessError(f"{name}: {error.strerror}") from error
+        raise described(error, name) from error
     # Imported only if there is a seal: it takes 30 ms, because the XML parser imports HTTP.
     from diffmergefs.sidecars.bmapreader import parse
 
@@ -102,14 +103,12 @@ def compare_once(layer: Layer, seal: StoredSeal, memory: Remembered, *, anew: bo
 
     Raises like `compare`, but FileAccessError instead of OSError.
     """
-    try:
+    with failures(layer.path):
         identity = Identity.of_open(layer.fd)
         if not anew and memory.recall(KIND, identity) == seal.digest:
             layer.check_unchanged()
         else:
             compare_and_remember(layer, seal, memory)
-    except OSError as error:
-        raise FileAccessError(f"{layer.path}: {error.strerror}") from error
 
 
 def compare_and_remember(
@@ -142,9 +141,19 @@ def compare(layer: Layer, seal: StoredSeal, progress: Progress = ignore_progress
     """
     require_fit(layer, seal)
     buffer = page_aligned(BLOCK)
+
+    def require_zeros(start: int, stop: int, what: str) -> None:
+        for part in _parts(layer, start, stop, buffer):
+            if part != ZEROS[: len(part)]:
+                raise SealError(
+                    f"{seal.path}: a stale seal: bytes [{start}, {stop}) of {layer.path} are {what}"
+                    f" must be zeros, but are not; {_WAY_OUT}"
+                )
+            progress(len(part))
+
     for start, stop, recorded in seal.map.ranges():
         if recorded is None:
-            _require_zeros(layer, start, stop, buffer, progress, seal, "without a checksum, so")
+            require_zeros(start, stop, "without a checksum, so")
             continue
         found = sha256(layer, start, stop, buffer, progress)
         if found != recorded:
@@ -153,7 +162,7 @@ def compare(layer: Layer, seal: StoredSeal, progress: Progress = ignore_progress
                 f" is {found.hex()}, it records {recorded.hex()}; {_WAY_OUT}"
             )
     for start, stop in _outside(layer, seal):
-        _require_zeros(layer, start, stop, buffer, progress, seal, "a hole by its seal, and")
+        require_zeros(start, stop, "a hole by its seal, and")
     layer.check_unchanged()
 
 
@@ -183,24 +192,6 @@ def _parts(layer: Layer, start: int, stop: int, buffer: memoryview) -> Iterator[
         part = buffer[: min(len(buffer), stop - offset)]
         layer.read_into(part, offset)
         yield part
-
-
-def _require_zeros(
-    layer: Layer,
-    start: int,
-    stop: int,
-    buffer: memoryview,
-    progress: Progress,
-    seal: StoredSeal,
-    what: str,
-) -> None:
-    for part in _parts(layer, start, stop, buffer):
-        if part != ZEROS[: len(part)]:
-            raise SealError(
-                f"{seal.path}: a stale seal: bytes [{start}, {stop}) of {layer.path} are {what}"
-                f" must be zeros, but are not; {_WAY_OUT}"
-            )
-        progress(len(part))
 
 
 def _outside(layer: Layer, seal: StoredSeal) -> Iterator[Extent]:

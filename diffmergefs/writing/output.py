@@ -49,10 +49,7 @@ class _Output:
                 self._dirfd = self._hold(os.open(self._directory or ".", _DIRECTORY))
                 self._refuse_unfit()
                 self._remove_leftovers()
-                try:
-                    self._fd = self._create()
-                except OSError as error:
-                    raise self._described(error) from error
+                self._fd = self._made()
         except BaseException:
             self._abandon()
             raise
@@ -74,13 +71,16 @@ class _Output:
         self._held.callback(os.close, fd)
         return fd
 
-    def _described(self, error: OSError) -> Exception:
-        if error.errno not in NO_SPACE:
-            return error
-        return NoSpaceError(
-            f"{self.path}: {error.strerror}: cannot create it, {free_bytes(self._dirfd)} bytes are"
-            " free on its filesystem; make room or choose another output"
-        )
+    def _made(self) -> int:
+        try:
+            return self._create()
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            raise NoSpaceError(
+                f"{self.path}: {error.strerror}: cannot create it, {free_bytes(self._dirfd)} bytes"
+                " are free on its filesystem; make room or choose another output"
+            ) from error
 
     def _create(self) -> int:
         # Until it is locked, another process may take it for a leftover and remove it: then create
