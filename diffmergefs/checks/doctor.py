@@ -11,6 +11,7 @@ from functools import partial
 from diffmergefs.checks.diagnosis import Finding, examine_layer, wrong
 from diffmergefs.checks.probe import examine_filesystem
 from diffmergefs.core.errors import DiffMergeError, FileAccessError, ForeignFormatError
+from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.content import Parents, Verdicts
 from diffmergefs.opening.images import require_known_base
@@ -35,12 +36,10 @@ def examine_path(path: str, policy: TrustPolicy | None = None) -> Iterator[Findi
     in a format that is declined.
     """
     policy = replace(policy or TrustPolicy(), no_seal=True)
-    try:
+    with failures(path):
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
         os.stat(path)
         on_filesystem = list(examine_filesystem(folder, policy.page_size))
-    except OSError as error:
-        raise FileAccessError(f"{path}: {error.strerror}") from error
     found = _snapshots_of(path, policy)
     yield from on_filesystem
     if found is not None:

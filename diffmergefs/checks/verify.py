@@ -258,7 +258,7 @@ def _check_seal(
     memory: Remembered,
     progress: Progress,
 ) -> None:
-    seal.compare_and_remember(layer, stored, memory, progress)
+    seal.compare_once(layer, stored, memory, progress, anew=True)
     item.sealed = "verified"
 
 

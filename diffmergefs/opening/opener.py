@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 from diffmergefs.core import beneath, sparse
 from diffmergefs.core.beneath import AllowedRoots, Root
-from diffmergefs.core.errors import FileAccessError, LayerChangedError
+from diffmergefs.core.errors import LayerChangedError
+from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.singleflight import SingleFlight
@@ -128,10 +129,8 @@ class LayerPool:
         name = os.path.join(self._where, file.path)
         is_diff = any(suffix == PRESENCE_SUFFIX for suffix, _ in content[1])
         layer = self._opener.open(file.path, self.roots, name, is_diff=is_diff)
-        try:
+        with failures(name):
             require_spare_descriptors(layer.fd, name)
-        except OSError as error:
-            raise FileAccessError(f"{name}: {error.strerror}") from error
         in_force = frozenset((record.suffix, record.key) for record in layer.records)
         if (layer.key, in_force) != content:
             raise LayerChangedError(f"{name}: changed since its directory was read; try again")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from diffmergefs.core.beneath import closing_fd
 from diffmergefs.core.errors import FileAccessError
 from diffmergefs.core.extents import MAX_LAYERS, PAGE, Extent, is_aligned
 from diffmergefs.core.failures import failures
@@ -260,12 +261,10 @@ class WorkingSets:
                 raise PermissionError(0, "is not writable")
 
     def _read(self, path: str) -> bytes:
-        folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        opened = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with closing_fd(opened) as folder:
             verified.require_own(self.directory, os.fstat(folder))
             fd = os.open(os.path.basename(path), _READ, dir_fd=folder)
-        finally:
-            os.close(folder)
         with open(fd, "rb") as file:
             verified.require_own(path, os.fstat(fd))
             text = file.read(_MAX_BYTES + 1)

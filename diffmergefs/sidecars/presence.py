@@ -11,7 +11,6 @@ import functools
 import hashlib
 import os
 import struct
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from diffmergefs.core.failures import described, failures
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer, Record
 from diffmergefs.sidecars.bmap import ABSENT
-from diffmergefs.sidecars.verified import Identity, Remembered
+from diffmergefs.sidecars.verified import Remembered
 
 PRESENCE_SUFFIX = ".presence"
 MAX_BYTES = 64 << 20  # 2 TiB in pages of 4096
@@ -212,10 +211,4 @@ def compare_once(
 
     Raises like `compare`, but FileAccessError instead of OSError.
     """
-    with failures(layer.path):
-        identity, since_ns = Identity.of_open(layer.fd), time.time_ns()
-        if not anew and memory.recall(KIND, identity) == found.digest:
-            layer.check_unchanged()
-            return
-        compare(layer, found)
-        memory.remember(KIND, identity, found.digest, since_ns)
+    memory.compare_once(KIND, layer, found.digest, lambda: compare(layer, found), anew=anew)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ from diffmergefs.core import beneath
 from diffmergefs.core.buffers import BLOCK, ZEROS, page_aligned
 from diffmergefs.core.errors import SealError
 from diffmergefs.core.extents import Extent
-from diffmergefs.core.failures import described, failures
+from diffmergefs.core.failures import described
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer, Record
 from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.sidecars import bmap
 from diffmergefs.sidecars.bmap import ABSENT, SEAL_SUFFIX, BlockMap
-from diffmergefs.sidecars.verified import Identity, Remembered
+from diffmergefs.sidecars.verified import Remembered
 
 KIND = "seal"
 
@@ -98,29 +98,20 @@ def adopt(layer: Layer, seal: StoredSeal, *, is_checked: bool) -> None:
     layer.adopt(extents, Record(SEAL_SUFFIX, seal.path, seal.key, seal.map.block, unchecked))
 
 
-def compare_once(layer: Layer, seal: StoredSeal, memory: Remembered, *, anew: bool = False) -> None:
-    """`compare_and_remember`, unless `memory` has an earlier success and `anew` is false.
-
-    Raises like `compare`, but FileAccessError instead of OSError.
-    """
-    with failures(layer.path):
-        identity = Identity.of_open(layer.fd)
-        if not anew and memory.recall(KIND, identity) == seal.digest:
-            layer.check_unchanged()
-        else:
-            compare_and_remember(layer, seal, memory)
-
-
-def compare_and_remember(
+def compare_once(
     layer: Layer,
     seal: StoredSeal,
     memory: Remembered,
     progress: Progress = ignore_progress,
+    *,
+    anew: bool = False,
 ) -> None:
-    """`compare`, and remember its success for later runs."""
-    identity, since_ns = Identity.of_open(layer.fd), time.time_ns()
-    compare(layer, seal, progress)
-    memory.remember(KIND, identity, seal.digest, since_ns)
+    """`compare`, unless `memory` has an earlier success and `anew` is false.
+
+    Raises like `compare`, but FileAccessError instead of OSError.
+    """
+    check = functools.partial(compare, layer, seal, progress)
+    memory.compare_once(KIND, layer, seal.digest, check, anew=anew)
 
 
 def require_fit(layer: Layer, seal: StoredSeal) -> None:

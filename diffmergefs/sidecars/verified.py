@@ -8,12 +8,14 @@ import pwd
 import sqlite3
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import NamedTuple
 
 from diffmergefs.core.errors import one_line
+from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import FileVersion
+from diffmergefs.core.layer import Layer
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,28 @@ class Remembered:
                 self._directory = default_directory()
             except KeyError:
                 self._warn(f"user {os.geteuid()} has no home directory; --state-dir names another")
+
+    def compare_once(
+        self,
+        kind: str,
+        layer: Layer,
+        digest: str,
+        compare: Callable[[], None],
+        *,
+        anew: bool,
+    ) -> None:
+        """Compare the layer with the sidecar of this sha256, unless `anew` is false and it passed.
+
+        `compare` raises if it does not pass; an OSError becomes a FileAccessError. Otherwise the
+        success is remembered.
+        """
+        with failures(layer.path):
+            identity, since_ns = Identity.of_open(layer.fd), time.time_ns()
+            if not anew and self.recall(kind, identity) == digest:
+                layer.check_unchanged()
+                return
+            compare()
+            self.remember(kind, identity, digest, since_ns)
 
     def recall(self, kind: str, identity: Identity) -> str | None:
         """The value remembered for the file with exactly this identity, or None."""
