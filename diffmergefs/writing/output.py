@@ -27,6 +27,7 @@ _NAMED = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_RDWR | os.O_CLOEXEC
 _NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})
 # O_NONBLOCK: a FIFO of such a name must not block the open.
 _LEFTOVER = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_EXISTS = "exists; choose another output, or replace it with --force"
 
 
 class _Output:
@@ -35,6 +36,9 @@ class _Output:
 
     _suffix: ClassVar[str]
     _is_kind: Callable[[int], bool]  # of a file's mode
+    _refuse_unfit: Callable[[], None]
+    _make: Callable[[str], int]  # under this name; answers a descriptor
+    _remove: Callable[[str], None]  # what has this name
 
     def __init__(self, path: str, location: str, inputs: Iterable[os.stat_result] = ()) -> None:
         self.path = path
@@ -44,32 +48,20 @@ class _Output:
         self._held = ExitStack()
 
     def __enter__(self) -> Self:
-        try:
-            with failures(self.path):
-                self._dirfd = self._hold(os.open(self._directory or ".", _DIRECTORY))
-                self._refuse_unfit()
-                self._remove_leftovers()
-                self._fd = self._made()
-        except BaseException:
-            self._abandon()
-            raise
+        with ExitStack() as stack, failures(self.path):
+            stack.callback(self._abandon)
+            self._dirfd = self._hold(os.open(self._directory or ".", _DIRECTORY))
+            self._refuse_unfit()
+            self._remove_leftovers()
+            self._fd = self._made()
+            stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._abandon()
 
-    def _refuse_unfit(self) -> None:
-        raise NotImplementedError
-
-    def _make(self, name: str) -> int:
-        raise NotImplementedError
-
-    def _remove(self, name: str) -> None:
-        raise NotImplementedError
-
     def _hold(self, fd: int) -> int:
-        self._held.callback(os.close, fd)
-        return fd
+        return self._held.enter_context(closing_fd(fd))
 
     def _made(self) -> int:
         try:
@@ -119,6 +111,9 @@ class _Output:
     def _is_own(self, status: os.stat_result) -> bool:
         is_input = (status.st_dev, status.st_ino) in self._inputs
         return self._is_kind(status.st_mode) and status.st_uid == os.geteuid() and not is_input
+
+    def _refused(self, reason: str) -> OutputRefusedError:
+        return OutputRefusedError(f"{self.path}: {reason}; choose another output")
 
     def _status(self) -> os.stat_result | None:
         try:
@@ -191,7 +186,7 @@ class OutputFile(_Output):
                 try:
                     self._link(self._name)
                 except FileExistsError:
-                    raise self._exists() from None
+                    raise OutputRefusedError(f"{self.path}: {_EXISTS}") from None
             os.fsync(self._dirfd)
 
     def _create(self) -> int:
@@ -212,8 +207,7 @@ class OutputFile(_Output):
 
     def _replace(self) -> None:
         self._refuse_unfit()
-        temporary = self._temporary
-        if temporary is None:
+        if (temporary := self._temporary) is None:
             temporary = self._choose_temporary()
             self._link(temporary)
         os.replace(temporary, self._name, src_dir_fd=self._dirfd, dst_dir_fd=self._dirfd)
@@ -228,24 +222,14 @@ class OutputFile(_Output):
     def _refuse_unfit(self) -> None:
         if self._name in ("", ".", ".."):
             raise OutputRefusedError(f"{self.path}: is a directory; name a file in it")
-        status = self._status()
-        if status is None:
+        if (status := self._status()) is None:
             return
         if not stat.S_ISREG(status.st_mode):
-            raise OutputRefusedError(
-                f"{self.path}: exists and is no regular file; choose another output"
-            )
+            raise self._refused("exists and is no regular file")
         if (status.st_dev, status.st_ino) in self._inputs:
-            raise OutputRefusedError(
-                f"{self.path}: is a layer of the image itself; choose another output"
-            )
+            raise self._refused("is a layer of the image itself")
         if not self._force:
-            raise self._exists()
-
-    def _exists(self) -> OutputRefusedError:
-        return OutputRefusedError(
-            f"{self.path}: exists; choose another output, or replace it with --force"
-        )
+            raise OutputRefusedError(f"{self.path}: {_EXISTS}")
 
 
 class OutputDirectory(_Output):
@@ -295,7 +279,7 @@ class OutputDirectory(_Output):
         if not self._name:
             raise OutputRefusedError(f"{self.path!r}: names no new directory")
         if self._status() is not None:
-            raise OutputRefusedError(f"{self.path}: exists; choose another output")
+            raise self._refused("exists")
 
 
 def sync_directory(path: str) -> None:
