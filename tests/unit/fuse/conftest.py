@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-_WITH_PYFUSE3 = {"test_operations.py", "test_readloop.py", "test_slow_layers.py"}
+_WITH_PYFUSE3 = {"test_operations.py", "test_readloop.py", "test_replies.py", "test_slow_layers.py"}
 
 collect_ignore = [] if find_spec("pyfuse3") else sorted(_WITH_PYFUSE3)
 

@@ -18,7 +18,6 @@ from diffmergefs.fuse.served import Store
 from diffmergefs.opening.images import open_image
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import read_catalog
-from diffmergefs.stores.snapshot import load_document
 from tests.support.commands import mistake, succeed
 from tests.support.stores import (
     OLD_NS,
@@ -130,21 +129,6 @@ def test_hostile_documents(store: Path, text: str | bytes, reason: str) -> None:
     assert (state["tag"], state["state"]) == ("base", "broken")
 
 
-def test_a_document_at_its_limits_is_taken_and_can_be_written_again(store: Path) -> None:
-    deep: object = 7
-    for _ in range(61):
-        deep = [deep]
-    odd = {"x": deep, "n": int("9" * 1000), "f": 1e308, "é": "😀"}
-    fields = {"memory": "memory.bin", "volumes": odd}
-    text = json.dumps(fields)
-    write_document(store, "base", text + " " * ((1 << 20) - len(text)))
-    document = read_catalog(str(store)).chain("base")[0].document
-    assert document == fields
-    assert json.loads(json.dumps(document)) == fields
-    write_document(store, "base", text + " " * ((1 << 20) - len(text) + 1))
-    assert "too large" in problem(store)
-
-
 def test_a_key_that_stands_twice_at_the_end_of_many_is_found_at_once(store: Path) -> None:
     # Comparing each with each would take long.
     keys = ",".join(f'"{n:x}":1' for n in range(16_000))
@@ -152,32 +136,6 @@ def test_a_key_that_stands_twice_at_the_end_of_many_is_found_at_once(store: Path
     assert len(text) < 1 << 20
     write_document(store, "base", text)
     assert "'longlong" in problem(store) and "appears twice" in problem(store)
-
-
-def test_a_document_that_changes_while_it_is_read_is_refused(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, fstat, seen = store / "base" / "snapshot.json", os.fstat, []
-
-    def status(fd: int) -> os.stat_result:
-        if os.readlink(f"/proc/self/fd/{fd}") == str(path):
-            seen.append(fd)
-            if len(seen) == 3:  # beneath's check, before and after the read
-                write_document(store, "base", "{}")
-        return fstat(fd)
-
-    root = os.open(store, os.O_PATH)
-    monkeypatch.setattr(os, "fstat", status)
-    try:
-        with pytest.raises(BrokenChainError, match="changed while it was read"):
-            load_document(root, "base/snapshot.json")
-    finally:
-        os.close(root)
-
-
-def test_a_sparse_document_of_a_terabyte_is_refused_by_its_first_mebibyte(store: Path) -> None:
-    os.truncate(store / "base" / "snapshot.json", 1 << 40)
-    assert "too large for a snapshot.json" in problem(store)
 
 
 def test_names_that_the_locale_cannot_write_are_refused(store: Path) -> None:

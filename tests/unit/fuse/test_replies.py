@@ -1,0 +1,94 @@
+"""Replies to the kernel: the errno of a failure, and attributes field by field."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+from pyfuse3 import FUSEError
+
+from diffmergefs.core.errors import DiffMergeError, WriterError
+from diffmergefs.fuse.nodes import Attributes
+from diffmergefs.fuse.replies import answering, entry_of, statvfs_of
+from diffmergefs.fuse.status import Metrics
+
+
+class Adapter:
+    """Handlers, of which one returns its argument and the other raises it."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+
+    @answering
+    async def give(self, value: object) -> object:
+        return value
+
+    @answering
+    async def fail(self, error: Exception) -> None:
+        raise error
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> object:
+    """What a coroutine returns that never waits."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("it waits")
+
+
+def test_an_answer_passes_and_is_counted() -> None:
+    adapter = Adapter()
+    assert run(adapter.give("it")) == "it"
+    assert dict(adapter.metrics.requests) == {"give": 1}
+    assert not adapter.metrics.errors
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "level"),
+    [
+        (FUSEError(errno.ESTALE), errno.ESTALE, None),
+        (WriterError("a layer is being written"), errno.EBUSY, logging.DEBUG),
+        (DiffMergeError("a layer"), DiffMergeError.errno, logging.DEBUG),
+        (FileNotFoundError(errno.ENOENT, "No such file"), errno.ENOENT, logging.DEBUG),
+        (OSError(errno.EIO, "Input/output error"), errno.EIO, logging.WARNING),
+        (OSError("without a number"), errno.EIO, logging.DEBUG),
+        (ZeroDivisionError("a bug"), errno.EIO, logging.ERROR),
+    ],
+    ids=repr,
+)
+def test_a_failure_is_an_errno_for_the_client_and_is_counted(
+    error: Exception, number: int, level: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    adapter = Adapter()
+    with pytest.raises(FUSEError) as caught:
+        run(adapter.fail(error))
+    assert caught.value.errno == number
+    assert dict(adapter.metrics.errors) == {("fail", number): 1}
+    assert [record.levelno for record in caplog.records] == ([] if level is None else [level])
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_an_entry_has_the_attributes_and_only_constant_ones_are_cached_for_long(
+    constant: bool,
+) -> None:
+    known = Attributes(0o100440, 11, 12, 5000, 16, 2, 1_234_567_891, constant)
+    entry = entry_of(3, 77, known)
+    assert (entry.st_ino, entry.generation) == (77, 3)
+    assert (entry.st_mode, entry.st_uid, entry.st_gid) == (0o100440, 11, 12)
+    assert (entry.st_size, entry.st_blocks, entry.st_nlink) == (5000, 16, 2)
+    assert {entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns} == {1_234_567_891}
+    assert entry.entry_timeout < 1
+    assert (entry.attr_timeout > 86400) == constant
+
+
+@pytest.mark.parametrize(("size", "blocks"), [(0, 0), (1, 1), (4096, 1), (4097, 2)])
+def test_a_filesystem_is_full_and_its_size_is_rounded_up(size: int, blocks: int) -> None:
+    answer = statvfs_of(size, 9)
+    assert answer.f_blocks * answer.f_frsize == blocks * 4096
+    assert answer.f_files == 9
+    assert not (answer.f_bfree or answer.f_bavail or answer.f_ffree or answer.f_favail)
