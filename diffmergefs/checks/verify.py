@@ -39,9 +39,9 @@ from diffmergefs.stores.snapshot import Snapshot
 class _Item:
     # A layer that is being verified; `link` if it is a snapshot's.
     path: str | None
-    layer: Layer | None
     has_parent: bool
     link: Snapshot | None = None
+    layer: Layer | None = None
     pin: str | None = None
     sealed: str | None = None
     stored_seal: seal.StoredSeal | None = None
@@ -161,7 +161,7 @@ def open_image(path: str, policy: TrustPolicy) -> Verification:
 
 def _opened(link: Snapshot, pool: LayerPool, root: str, faults: Faults) -> _Item:
     path = link.memory and os.path.join(root, link.memory.path)
-    item = _Item(path, None, link.parent is not None, link)
+    item = _Item(path, link.parent is not None, link)
     if (pinned := is_pinned(link)) is not None:
         item.pin = "unknown" if pinned else "unpinned"
     with faults.noted(item.path):
@@ -192,7 +192,7 @@ def open_layers(base: str, diffs: Sequence[str], policy: TrustPolicy) -> Verific
     An order that looks wrong is logged as a warning.
     """
     faults = Faults()
-    items = [_Item(path, None, number > 0) for number, path in enumerate((base, *diffs))]
+    items = [_Item(path, number > 0) for number, path in enumerate((base, *diffs))]
     opener = Opener(replace(policy, no_seal=True, verify="full"))
     with faults.noted():
         require_mergeable(base, diffs)

@@ -24,7 +24,7 @@ _NAMES = {
 }
 _WITH_MAP = {"ext2", "ext3", "ext4", "xfs", "btrfs"}
 _IN_MEMORY = {"tmpfs", "devtmpfs", "rootfs"}
-_YOURS_TO_JUDGE = {"f2fs", "bcachefs", "ocfs2", "gfs2", "virtiofs", "fuse", "fuseblk"}
+_USER_MUST_JUDGE = {"f2fs", "bcachefs", "ocfs2", "gfs2", "virtiofs", "fuse", "fuseblk"}
 _REASONS = {
     "zfs": "it stores blocks of zeros as holes",
     "squashfs": "it reports holes in its own blocks and stores blocks of zeros as holes",
@@ -71,7 +71,7 @@ def _judged(fd: int, mount: Mount | None, kind: str, name: str) -> str | None:
     if kind == "overlay":
         return _below_overlay(fd, mount) if mount else _passed_through(fd)
     family = kind.partition(".")[0]
-    if family in _YOURS_TO_JUDGE:
+    if family in _USER_MUST_JUDGE:
         return "whether they are exact depends on how it is set up, which only you can judge"
     return _REASONS.get(family, "it is not known to report holes exactly")
 

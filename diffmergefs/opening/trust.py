@@ -15,7 +15,7 @@ from diffmergefs.stores.catalog import StoreOptions
 
 #: The checks of law 4 that a user may override by their names.
 CHECKS = ("filesystem", "grain", "alignment", "unwritten", "map", "copy-up")
-#: Stands for all of them.
+#: The name that stands for all of these checks.
 ALL = "all"
 
 
@@ -27,7 +27,7 @@ class Trust:
     are overridden: names of `CHECKS`, or 'all'. `dense` accepts a diff without a hole.
     `allow_writers` accepts layers that someone has open for writing. `strict` refuses a diff whose
     holes look filled, for which there is otherwise only a hint. Raises ValueError for a page size
-    or a check that does not exist.
+    that is not a power of two, and for an unknown check.
     """
 
     page_size: int = PAGE
@@ -38,7 +38,7 @@ class Trust:
 
     def __post_init__(self) -> None:
         if self.page_size < 1 or self.page_size & (self.page_size - 1):
-            raise ValueError(f"a page of {self.page_size} bytes, which is no power of two")
+            raise ValueError(f"a page of {self.page_size} bytes, which is not a power of two")
         object.__setattr__(self, "trust_grain", checks_named(self.trust_grain))
 
     def overrides(self, check: str) -> bool:
@@ -96,7 +96,9 @@ def checks_named(names: Collection[str]) -> frozenset[str]:
         raise ValueError(f"trust_grain is {names!r}, not a set of names of checks")
     for name in names:
         if name not in (*CHECKS, ALL):
-            raise ValueError(f"{name!r} is no check; they are {', '.join(CHECKS)}, or {ALL}")
+            raise ValueError(
+                f"{name!r} is not a check; the checks are {', '.join(CHECKS)}, or {ALL}"
+            )
     return frozenset(CHECKS if ALL in names else names)
 
 

@@ -53,7 +53,7 @@ def test_no_other_check_is_overridden(layers: list[str], tmp_path: Path) -> None
 def test_an_unknown_name_is_bad_usage(verb: str, names: str, tmp_path: Path) -> None:
     done = diffmergefs(verb, f"--trust-grain={names}", tmp_path)
     assert done.returncode == 2
-    assert "is no check; they are filesystem, grain, " in done.stderr
+    assert "is not a check; the checks are filesystem, grain, " in done.stderr
 
 
 def test_what_follows_it_without_a_name_is_an_operand(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_the_helper_of_mount_takes_it_too(
     assert helper.main([*fake, "rw,trust_grain=filesystem,trust_grain=copy-up"]) == 0
     assert helper.main([*fake, "rw,trust_grain"]) == 0
     assert helper.main([*fake, "rw,trust_grain=nothing"]) == 1
-    assert "'nothing' is no check" in capsys.readouterr().err
+    assert "'nothing' is not a check" in capsys.readouterr().err
 
 
 def test_a_mount_goes_by_its_mount_options(layers: list[str], mountpoint: Path) -> None:
