@@ -53,7 +53,7 @@ def sequential(images: Images, record: Record) -> None:
     with ExitStack() as stack:
         peers = _peers(stack, images, record)
         views = _views(stack, images, record)
-        _warm_layers(images)
+        warm_layers(images)
         tried = {server.name: _speeds(server, images.scale) for server in peers}
         record.facts["MiB/s by read_ahead_kb"] = tried
         best = {name: max(sizes, key=lambda kib: sizes[kib]) for name, sizes in tried.items()}
@@ -76,7 +76,7 @@ def sequential(images: Images, record: Record) -> None:
         if images.scale.holds_memory:
             # What each of them shows stays in the page cache until it is its turn again.
             stack.enter_context(little_free((len(runs) + 1) * images.scale.image))
-        alternate(record, runs, images.scale.rounds, lambda: _warm_layers(images))
+        alternate(record, runs, images.scale.rounds, lambda: warm_layers(images))
 
 
 def random_two_cpus(images: Images, record: Record) -> None:
@@ -119,7 +119,7 @@ def _profile(running: Sequence[Server], images: Images, record: Record) -> None:
     # Of touches that come after those that count, since sampling slows them down.
     count = min(images.scale.touches * _PROFILED_ROUNDS, images.scale.image // PAGE)
     for server in running:
-        _warm_layers(images)
+        warm_layers(images)
         command = client_command("touch", server.file, count, 17, 1, 0, 1)
         pids = [process.pid for process in server.processes]
         profile.note(record, server.name, partial(profile.touches, command, count, 0, pids))
@@ -322,13 +322,14 @@ def _speed(images: Images, seconds: float) -> float:
     return images.scale.image / MIB / seconds
 
 
-def _warm_layers(images: Images) -> None:
+def warm_layers(images: Images) -> None:
+    """Have all layers of the images in the page cache."""
     layers = {layer for depth in images.scale.depths for layer in images.chain(depth).layers}
     warm(*layers, *images.heavy.layers, images.flat, images.overlay)
 
 
 def _ready_for(touches: int, images: Images) -> None:
-    _warm_layers(images)
+    warm_layers(images)
     # Each touch takes a page of memory: had the machine's host to give it first, that would be a
     # third of its time, and of all the others' in some rounds.
     touch_free(4 * touches * PAGE)

@@ -171,7 +171,7 @@ def test_a_case_that_fails_is_recorded_with_its_reason() -> None:
 
 
 def test_a_case_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_CASE_SECONDS", 1)
+    monkeypatch.setattr(measure, "CASE_SECONDS", 1)
 
     def forever() -> measure.Figures:
         while True:
@@ -598,7 +598,7 @@ def test_where_perf_is_not_to_be_had_only_the_profiles_are_missing(
         raise NotMeasured("perf ended with status 255: no permission")
 
     monkeypatch.setattr(profile, "touches", refused)
-    monkeypatch.setattr(read_cases, "_warm_layers", lambda images: None)
+    monkeypatch.setattr(read_cases, "warm_layers", lambda images: None)
     record = Record("random-one-cpu", "tiny")
     server = Server("diffmergefs", tmp_path / "image", tmp_path)
     read_cases._profile([server], images.Images(tmp_path, TINY), record)
