@@ -143,7 +143,7 @@ class MergedView:
             layer.check_unchanged()
 
     def data_extents(self) -> ExtentList:
-        """The ranges that any layer supplies."""
+        """The ranges that some layer supplies, adjacent ones joined. Touches no file."""
         return ExtentList((s.start, s.stop) for s in self.segments() if s.layer is not None)
 
     def visible_bytes(self) -> list[int]:

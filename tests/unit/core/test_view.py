@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import os
 import tempfile
 from collections.abc import Sequence
@@ -66,6 +67,12 @@ def test_every_window_of_every_chain_reads_as_the_diffs_laid_one_after_another(
         for number in range(len(chain)):
             shown = sum(s.stop - s.start for s in view.segments() if s.layer == number)
             assert visible[number] == shown
+        held, found = bytearray(size), bytearray(size)
+        for start, content in itertools.chain.from_iterable(chain):
+            held[start : start + len(content)] = b"\1" * len(content)
+        for start, stop in view.data_extents():
+            found[start:stop] = b"\1" * (stop - start)
+        assert found == held
 
 
 # Pages that each layer holds, then what a read of [offset, length) must ask: (layer, offset,
