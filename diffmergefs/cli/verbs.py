@@ -1,21 +1,18 @@
-"""The verbs, each imported when it is used, and `completion`, which prints a script for them."""
+"""The verbs, each imported when it is used."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
 import click
-from click.shell_completion import get_completion_class
 
 from diffmergefs.cli.options import with_values
 
-#: The shells that `completion` supports.
-SHELLS = ["bash", "zsh", "fish"]
 #: Each verb's module in this package, and the name of its command there.
 TABLE = {
     "apply": ("write", "apply"),
     "compare": ("difference", "compare"),
-    "completion": ("verbs", "completion"),
+    "completion": ("completion", "completion"),
     "demo": ("demo", "demo"),
     "doctor": ("doctor", "doctor"),
     "flatten": ("write", "flatten"),
@@ -62,26 +59,3 @@ def load(name: str) -> click.Command | None:
     module, attribute = TABLE[name]
     command: click.Command = getattr(import_module(f"diffmergefs.cli.{module}"), attribute)
     return command
-
-
-@click.command()
-@click.argument("shell", type=click.Choice(SHELLS))
-def completion(shell: str) -> None:
-    """Print a script that makes SHELL (bash, zsh or fish) complete verbs, options and files.
-
-    \b
-    Examples:
-      eval "$(diffmergefs completion bash)"
-      diffmergefs completion zsh > _diffmergefs
-      diffmergefs completion fish > diffmergefs.fish
-    """
-    print(script(shell), end="")
-
-
-def script(shell: str) -> str:
-    """The completion script for one of `SHELLS`. It calls `diffmergefs` for each completion."""
-    kind = get_completion_class(shell)
-    assert kind is not None
-    made = kind(click.Group(), {}, "diffmergefs", "_DIFFMERGEFS_COMPLETE")
-    # click's source() would run bash and print a warning about its version.
-    return made.source_template % made.source_vars()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.cli.verbs import SHELLS
+from diffmergefs.cli.completion import SHELLS
 from tests.support.commands import diffmergefs, succeed
 
 _SECONDS = 40

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from diffmergefs.cli.verbs import SHELLS, script
+from diffmergefs.cli.completion import SHELLS, script
 from tests.support.places import DOCS, REPOSITORY
 
 TOOL = runpy.run_path(str(REPOSITORY / "docs/build/manpages.py"))
