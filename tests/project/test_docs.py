@@ -603,7 +603,7 @@ def test_the_contract_has_each_check_of_a_diff() -> None:
         for call in ast.walk(source)
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
         for argument in call.args[:2]
-        if call.func.id in ("problem", "_problem", "Problem") and isinstance(argument, ast.Constant)
+        if call.func.id in ("problem", "problem_of") and isinstance(argument, ast.Constant)
     }
     title = "Which diffs are trusted"
     assert {row[0].strip("`") for row in rows(DOCS / "contract.md", title)} == checks | {"dense"}

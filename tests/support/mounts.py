@@ -90,7 +90,8 @@ def mounted(
         text = mount.log()
         assert not problem, f"{problem}\nlog of {' '.join(command)}:\n{text}"
         complaints = complaints_in(text, expect_log)
-        assert not complaints, "unexpected in the log:\n" + "\n".join(complaints)
+        listed = "\n".join(complaints)
+        assert not complaints, f"unexpected in the log:\n{listed}\nthe whole log:\n{text}"
 
 
 def complaints_in(log: str, expected: tuple[str, ...] = ()) -> list[str]:
