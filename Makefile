@@ -58,8 +58,9 @@ test: $(VENV)/.stamp-test lint | test-packages
 # mended here.
 LOWEST_TESTS := $(addprefix tests/,mount/test_read.py mount/test_lifecycle.py mount/test_helper.py \
 	vm/test_restore.py cli/test_completion.py project/test_wheel.py) \
-	$(addprefix tests/unit/,fuse/test_operations.py fuse/test_readloop.py fuse/test_metrics.py \
-	writing/test_flatten.py sidecars/test_bmap.py pictures/test_extents_picture.py)
+	$(addprefix tests/unit/,fuse/test_operations.py fuse/test_readloop.py fuse/test_status.py \
+	writing/test_flatten.py sidecars/test_bmap.py sidecars/test_bmapreader.py \
+	pictures/test_extents_picture.py)
 
 test-lowest: $(LOWEST)/.stamp | test-packages
 	@$(LOWEST)/bin/python -m pytest -o filterwarnings=default --disable-warnings $(LOWEST_TESTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -55,6 +56,14 @@ def test_all_lanes_run_in_an_environment_of_their_own(fake_make: Path) -> None:
         found = dict(line.split("=", 1) for line in lane.splitlines()[1:])
         assert {name: found.get(name) for name in kept} == kept
         assert found.keys() <= kept.keys() | {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}
+
+
+def test_the_files_that_the_lowest_versions_are_tested_with_exist() -> None:
+    command = ["make", "--dry-run", "test-lowest"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    found = re.findall(r"\btests/\S+\.py", done.stdout)
+    assert len(found) > 10, done
+    assert [name for name in found if not (REPOSITORY / name).exists()] == []
 
 
 def test_a_lane_that_fails_fails_the_run(fake_make: Path) -> None:
