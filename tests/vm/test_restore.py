@@ -22,6 +22,9 @@ pytestmark = pytest.mark.timeout(240)
 
 _MIB = 1 << 20
 _SHOWN_SECONDS = 30
+# A guest that wiped pages may look like that: one healthy diff in some hundred (see the contract).
+# Here the bytes count; test_filled has the hints.
+_HINT = ("looks as if holes were filled",)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VmChain]:
 def mount(chain: VmChain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The store of the chain, mounted with `--open-rw`; its last image is there."""
     point = tmp_path_factory.mktemp("mount")
-    with mounts.mounted(chain.store, point, "--open-rw"):
+    with mounts.mounted(chain.store, point, "--open-rw", expect_log=_HINT):
         # Files that changed a moment ago are not shown yet.
         deadline = time.monotonic() + _SHOWN_SECONDS
         while not shown(point, chain.snapshots[-1].layer).exists():
@@ -92,13 +95,14 @@ def test_a_restore_is_recorded_and_then_prefetched(
     last, sets = chain.snapshots[-1], tmp_path_factory.mktemp("sets")
     options = ["--open-rw", f"--working-set-dir={sets}"]
     point = tmp_path_factory.mktemp("mount")
-    with mounts.mounted(chain.store, point, "--record", *options) as recording:
+    recorded = mounts.mounted(chain.store, point, "--record", *options, expect_log=_HINT)
+    with recorded as recording:
         assert_restores(chain, last, shown(point, last.layer), shown(point, last.state))
         until(lambda: "recorded the first touch" in recording.log(), "it was not recorded")
     (path,) = sets.iterdir()
     found = record.decode(path.read_bytes())
     assert 100 * PAGE < found.touched_bytes <= qemu.RAM_SIZE // 4
-    with mounts.mounted(chain.store, point, *options) as prefetching:
+    with mounts.mounted(chain.store, point, *options, expect_log=_HINT) as prefetching:
         assert_restores(chain, last, shown(point, last.layer), shown(point, last.state))
         assert f"prefetched {found.touched_bytes} bytes" in prefetching.log()
         image = shown(point, last.layer).read_bytes()
