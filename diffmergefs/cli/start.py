@@ -22,8 +22,8 @@ from diffmergefs.core.errors import (
     MountTimeoutError,
 )
 from diffmergefs.fuse.access import view_access
+from diffmergefs.fuse.handles import ObservedMount, Observer
 from diffmergefs.fuse.nodes import OpenImage
-from diffmergefs.fuse.observer import ObservedMount, Observer
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain
@@ -34,8 +34,8 @@ from diffmergefs.prefetch.prefetcher import Prefetcher
 from diffmergefs.prefetch.push import GuardedNotify, Notify
 from diffmergefs.prefetch.record import WorkingSets
 from diffmergefs.prefetch.recorder import Recorder
-from diffmergefs.system import daemon
 from diffmergefs.system import mountpoint as mountpoints
+from diffmergefs.system import daemon
 from diffmergefs.system.mounttable import Mount
 from diffmergefs.system.sdnotify import Notifier
 from diffmergefs.system.tuning import Tuning

@@ -15,13 +15,11 @@ import trio
 from pyfuse3 import FUSEError
 
 from diffmergefs.core import background
-from diffmergefs.core.buffers import Buffers
 from diffmergefs.fuse.dropbehind import DropBehind
-from diffmergefs.fuse.handles import Handle, Handles
+from diffmergefs.fuse.handles import Handle, Handles, Observer
 from diffmergefs.fuse.nodes import Attributes, Document, MemoryFile, Node, Passed, StatusFile
-from diffmergefs.fuse.observer import Observer
 from diffmergefs.fuse.opener import ImageOpener
-from diffmergefs.fuse.replies import answering, entry_of, fuse_error, statvfs_of
+from diffmergefs.fuse.replies import Buffers, answering, entry_of, fuse_error, statvfs_of
 from diffmergefs.fuse.status import Metrics, Status, rendered, status_of
 from diffmergefs.fuse.threads import Lanes
 from diffmergefs.fuse.tree import Tree

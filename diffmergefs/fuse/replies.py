@@ -1,4 +1,4 @@
-"""Replies to the kernel: attributes and errors in the form that pyfuse3 expects."""
+"""Replies to the kernel: attributes, errors and buffers in the form that pyfuse3 expects."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import pyfuse3
 from pyfuse3 import FUSEError
 
+from diffmergefs.core.buffers import BLOCK, page_aligned
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.fuse.nodes import Attributes
 from diffmergefs.fuse.status import Metrics
@@ -24,6 +25,8 @@ T = TypeVar("T")
 # changed ones would drop its cached pages under live mappings.
 CHANGING_SECONDS = 0.5
 CONSTANT_SECONDS = 365 * 86400
+
+_IDLE_BUFFERS = 8  # the most that are kept for reuse
 
 
 def answering(
@@ -91,3 +94,32 @@ def statvfs_of(size: int, files: int) -> pyfuse3.StatvfsData:
     answer.f_ffree = answer.f_favail = 0
     answer.f_namemax = 255
     return answer
+
+
+class Buffers:
+    """A pool of buffers of any size; those of up to 1 MiB are reused. For one thread.
+
+    A reused buffer still has its old contents. Reuse saves the page faults of a fresh buffer.
+    """
+
+    def __init__(self) -> None:
+        self._shared = page_aligned(BLOCK)
+        self._idle: list[memoryview] = []
+
+    def shared(self, size: int) -> memoryview:
+        """`size` bytes of the one shared buffer, valid until the next call."""
+        return self._shared[:size] if size <= BLOCK else page_aligned(size)
+
+    def take(self, size: int) -> memoryview:
+        """A buffer of `size` bytes that nobody else uses until `give_back`."""
+        if size > BLOCK:
+            return page_aligned(size)
+        # Pages that were never written take no memory, so a large buffer costs nothing.
+        whole = self._idle.pop() if self._idle else page_aligned(BLOCK)
+        return whole[:size]
+
+    def give_back(self, buffer: memoryview) -> None:
+        """Return a buffer that was taken. The pool keeps some of them and frees the rest."""
+        whole = memoryview(buffer.obj)
+        if len(whole) == BLOCK and len(self._idle) < _IDLE_BUFFERS:
+            self._idle.append(whole)

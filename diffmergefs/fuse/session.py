@@ -17,8 +17,8 @@ from diffmergefs.core.background import closing_in_threads
 from diffmergefs.core.errors import DiffMergeError, MountAbortedError, MountFailedError, counted
 from diffmergefs.fuse import threads
 from diffmergefs.fuse.dropbehind import DropBehind
+from diffmergefs.fuse.handles import ObservedMount, Observer
 from diffmergefs.fuse.lifecycle import STOP_SECONDS, Lifecycle, deferred_signals
-from diffmergefs.fuse.observer import ObservedMount, Observer
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.readloop import ReadLoop, read_loop
 from diffmergefs.fuse.served import Store

@@ -20,8 +20,8 @@ from diffmergefs.core.errors import DiffMergeError, LayerChangedError
 from diffmergefs.core.extents import Extent, ExtentList
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.view import MergedView
+from diffmergefs.fuse.handles import Observer
 from diffmergefs.fuse.nodes import OpenImage
-from diffmergefs.fuse.observer import Observer
 from diffmergefs.prefetch.connection import Connection
 from diffmergefs.prefetch.push import Method, Push
 from diffmergefs.prefetch.record import Identity, WorkingSets, identity_of_view

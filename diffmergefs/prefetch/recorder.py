@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.fuse.handles import Observer
 from diffmergefs.fuse.nodes import OpenImage
-from diffmergefs.fuse.observer import Observer
 from diffmergefs.prefetch.record import MAX_RANGES, WorkingSet, WorkingSets, identity_of_view, now
 from diffmergefs.prefetch.touches import Touches, first_touches, limited
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from collections.abc import Iterable, Sequence
@@ -94,3 +95,8 @@ def _signed_page(layer: int, page: int) -> str:
 def _check_within(size: int, offset: int, data: bytes) -> None:
     if offset < 0 or offset + len(data) > size:
         raise ValueError(f"bytes {offset}..{offset + len(data)} are outside of {size} bytes")
+
+
+def offset_in_page(buffer: memoryview) -> int:
+    """How far after the start of a page the buffer begins in memory."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % mmap.PAGESIZE

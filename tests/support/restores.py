@@ -10,8 +10,8 @@ from pathlib import Path
 from diffmergefs import open_chain
 from diffmergefs.core.extents import Extent
 from diffmergefs.fuse.access import Access
+from diffmergefs.fuse.handles import Observer
 from diffmergefs.fuse.nodes import OpenImage
-from diffmergefs.fuse.observer import Observer
 from diffmergefs.prefetch.record import WorkingSet, WorkingSets, identity_of_view, now
 from tests.support.images import PAGE, overlay_oracle, write_layer
 from tests.support.stores import age, pages

@@ -1,4 +1,4 @@
-"""Replies to the kernel: the errno of a failure, and attributes field by field."""
+"""Replies to the kernel: the errno of a failure, attributes field by field, and buffers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from pyfuse3 import FUSEError
 
+from diffmergefs.core.buffers import BLOCK
 from diffmergefs.core.errors import DiffMergeError, WriterError
 from diffmergefs.fuse.nodes import Attributes
-from diffmergefs.fuse.replies import answering, entry_of, statvfs_of
+from diffmergefs.fuse.replies import Buffers, answering, entry_of, statvfs_of
 from diffmergefs.fuse.status import Metrics
-
+from tests.support.images import PAGE, offset_in_page
 
 class Adapter:
     """Handlers, of which one returns its argument and the other raises it."""
@@ -92,3 +93,38 @@ def test_a_filesystem_is_full_and_its_size_is_rounded_up(size: int, blocks: int)
     assert answer.f_blocks * answer.f_frsize == blocks * 4096
     assert answer.f_files == 9
     assert not (answer.f_bfree or answer.f_bavail or answer.f_ffree or answer.f_favail)
+
+
+@pytest.mark.parametrize("size", [1, 4096, BLOCK, BLOCK + 1])
+def test_replies_begin_on_a_page(size: int) -> None:
+    buffers = Buffers()
+    shared, taken = buffers.shared(size), buffers.take(size)
+    assert (len(shared), len(taken)) == (size, size)
+    assert (offset_in_page(shared), offset_in_page(taken)) == (0, 0)
+    taken[:] = b"x" * size
+    assert not any(shared)
+
+
+def test_each_buffer_has_one_user_at_a_time_and_is_reused() -> None:
+    buffers = Buffers()
+    one, two = buffers.take(PAGE), buffers.take(BLOCK)
+    assert (len(one), len(two)) == (PAGE, BLOCK)
+    assert one.obj is not two.obj
+    shared = buffers.shared(PAGE).obj
+    assert shared is buffers.shared(7).obj
+    assert shared is not one.obj and shared is not two.obj
+    buffers.give_back(one)
+    assert buffers.take(10).obj is one.obj
+    # Buffers larger than the kernel's requests are not kept.
+    large = buffers.take(BLOCK + 1)
+    assert len(large) == BLOCK + 1 == len(buffers.shared(BLOCK + 1))
+    buffers.give_back(large)
+    assert buffers.take(1).obj is not large.obj
+
+
+def test_only_a_few_idle_buffers_are_kept() -> None:
+    buffers = Buffers()
+    taken = [buffers.take(1) for _ in range(64)]
+    for buffer in taken:
+        buffers.give_back(buffer)
+    assert len(buffers._idle) == 8
