@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from diffmergefs.core.buffers import BLOCK
+from diffmergefs.core.errors import failures
 from diffmergefs.core.extents import split
-from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.progress import Progress
+from diffmergefs.core.sparse import BLOCK
 from diffmergefs.core.view import MergedView
+from diffmergefs.core.workers import Progress
 
 
 class MapEntry(NamedTuple):

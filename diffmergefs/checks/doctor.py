@@ -10,8 +10,7 @@ from functools import partial
 
 from diffmergefs.checks.diagnosis import Finding, examine_layer, wrong
 from diffmergefs.checks.probe import examine_filesystem
-from diffmergefs.core.errors import DiffMergeError, FileAccessError, ForeignFormatError
-from diffmergefs.core.failures import failures
+from diffmergefs.core.errors import DiffMergeError, FileAccessError, ForeignFormatError, failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.content import Parents, Verdicts
 from diffmergefs.opening.images import require_known_base

@@ -13,11 +13,10 @@ from typing import BinaryIO
 from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.core import sparse
 from diffmergefs.core.beneath import closing_fd
-from diffmergefs.core.buffers import BLOCK
-from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.core.errors import DiffMergeError, Target
 from diffmergefs.core.extents import PAGE, ExtentList
-from diffmergefs.core.failures import Target
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.sparse import BLOCK
 from diffmergefs.opening.filesystems import untrusted_filesystem
 from diffmergefs.opening.trust import grain
 from diffmergefs.opening.writers import Writers, writers

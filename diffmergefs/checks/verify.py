@@ -13,9 +13,8 @@ from diffmergefs.checks.verdict import Fault, Faults, LayerVerdict, Verdict
 from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import BrokenChainError, PinError
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView, require_equal_size
-from diffmergefs.core.workers import in_threads
+from diffmergefs.core.workers import Progress, ignore_progress, in_threads
 from diffmergefs.opening.content import Parents, Verdicts
 from diffmergefs.opening.filled import Hint, hints
 from diffmergefs.opening.images import (

@@ -16,8 +16,8 @@ from diffmergefs.cli.inputs import ImageArguments, image_options
 from diffmergefs.cli.output import printable, progress
 from diffmergefs.cli.picture import draw_map, picture_options, require_matplotlib
 from diffmergefs.cli.terminal import TerminalMap
-from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView
+from diffmergefs.core.workers import Progress, ignore_progress
 from diffmergefs.opening.images import Image
 from diffmergefs.pictures.legend import Subject, short_names
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from diffmergefs.core.progress import Progress, ignore_progress
+from diffmergefs.core.workers import Progress, ignore_progress
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn

@@ -14,8 +14,7 @@ from diffmergefs.analysis.info import run_lengths
 from diffmergefs.analysis.zeros import MapEntry
 from diffmergefs.cli.options import PATH, F, all_of
 from diffmergefs.cli.output import print_diagnostic, printable, progress
-from diffmergefs.core.errors import MissingExtraError
-from diffmergefs.core.failures import failures
+from diffmergefs.core.errors import MissingExtraError, failures
 from diffmergefs.core.identity import limit_read_bits
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView

@@ -9,12 +9,11 @@ import threading
 import weakref
 from typing import ClassVar, NamedTuple
 
-from diffmergefs.core import background, beneath, foreign, sparse
-from diffmergefs.core.buffers import BLOCK, ZEROS
-from diffmergefs.core.errors import LayerChangedError, SizeMismatchError
+from diffmergefs.core import beneath, foreign, sparse, workers
+from diffmergefs.core.errors import LayerChangedError, SizeMismatchError, failures
 from diffmergefs.core.extents import ExtentList
-from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import FileKey, Fingerprint, copied_bits
+from diffmergefs.core.sparse import BLOCK, ZEROS
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class Layer:
         except OSError:
             os.close(fd)
             raise
-        self._close = weakref.finalize(self, background.close, fd, self.status.st_dev)
+        self._close = weakref.finalize(self, workers.close, fd, self.status.st_dev)
         self._close.atexit = False  # the end of the process closes it
         self._recheck = threading.Lock()
         self.size = self.status.st_size

@@ -7,10 +7,10 @@ import functools
 import weakref
 from collections.abc import Iterator, Sequence
 
-from diffmergefs.core.buffers import BLOCK, ZEROS
 from diffmergefs.core.errors import BrokenChainError, SizeMismatchError
 from diffmergefs.core.extents import MAX_LAYERS, ExtentList, Segment, SegmentMap
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.sparse import BLOCK, ZEROS
 
 #: The layer number of bytes that no layer supplies.
 HOLE = -1

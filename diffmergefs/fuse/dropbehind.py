@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 
-from diffmergefs.core import background
+from diffmergefs.core import workers
 from diffmergefs.core.view import MergedView
 
 _BATCH = 8 << 20
@@ -43,7 +43,7 @@ class DropBehind:
         with self._guard:
             if self._thread is None:
                 # At the first read: before, the process may still fork to the background.
-                self._thread = background.started(self._run, "drop-behind")
+                self._thread = workers.started(self._run, "drop-behind")
             if self._thread is None:
                 return  # the pages stay; the kernel can still reclaim them
             was_idle = not self._served

@@ -14,7 +14,7 @@ import pyfuse3
 import trio
 from pyfuse3 import FUSEError
 
-from diffmergefs.core import background
+from diffmergefs.core import workers
 from diffmergefs.fuse.dropbehind import DropBehind
 from diffmergefs.fuse.handles import Handle, Handles, Observer
 from diffmergefs.fuse.nodes import Attributes, Document, MemoryFile, Node, Passed, StatusFile
@@ -232,7 +232,7 @@ class Operations(pyfuse3.Operations):
     async def release(self, fh: int) -> None:
         handle = self._by_number.pop(fh, None)
         if handle is not None and handle.fd is not None:
-            background.close(handle.fd, handle.device)
+            workers.close(handle.fd, handle.device)
         if (work := self.observer.closed(fh)) is not None:
             await self.opener.lanes.run("observer", work)
 

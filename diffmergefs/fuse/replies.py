@@ -11,8 +11,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 import pyfuse3
 from pyfuse3 import FUSEError
 
-from diffmergefs.core.buffers import BLOCK, page_aligned
 from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.core.sparse import BLOCK, page_aligned
 from diffmergefs.fuse.nodes import Attributes
 from diffmergefs.fuse.status import Metrics
 

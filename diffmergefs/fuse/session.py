@@ -13,8 +13,8 @@ import pyfuse3
 import trio
 
 from diffmergefs.checks.host import obstacles
-from diffmergefs.core.background import closing_in_threads
 from diffmergefs.core.errors import DiffMergeError, MountAbortedError, MountFailedError, counted
+from diffmergefs.core.workers import closing_in_threads
 from diffmergefs.fuse import threads
 from diffmergefs.fuse.dropbehind import DropBehind
 from diffmergefs.fuse.handles import ObservedMount, Observer

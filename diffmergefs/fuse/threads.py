@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 import trio
 
-from diffmergefs.core import background
+from diffmergefs.core import workers
 from diffmergefs.core.singleflight import SingleFlight
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ def reserved(count: int = RESERVED) -> Iterator[None]:
     """
     queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
     work_off = functools.partial(_work_off, queue)
-    threads = [background.started(work_off, f"reserve-{n}") for n in range(count)]
+    threads = [workers.started(work_off, f"reserve-{n}") for n in range(count)]
     _Reserve.queue = queue if any(threads) else None
     try:
         yield

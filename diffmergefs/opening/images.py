@@ -12,8 +12,8 @@ from diffmergefs.core.errors import (
     BrokenChainError,
     DiffMergeError,
     UntrustedExtentsError,
+    failures,
 )
-from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView, require_equal_size
 from diffmergefs.opening.content import ContentCheck, Parents, Verdicts

@@ -11,8 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from diffmergefs.core import beneath, sparse
 from diffmergefs.core.beneath import AllowedRoots, Root
-from diffmergefs.core.errors import LayerChangedError
-from diffmergefs.core.failures import failures
+from diffmergefs.core.errors import LayerChangedError, failures
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.singleflight import SingleFlight

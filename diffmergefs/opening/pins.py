@@ -6,12 +6,12 @@ import hashlib
 import time
 
 from diffmergefs.core import sparse
-from diffmergefs.core.buffers import BLOCK, ZEROS, page_aligned
 from diffmergefs.core.errors import PinError
 from diffmergefs.core.identity import FileVersion
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.singleflight import SingleFlight
+from diffmergefs.core.sparse import BLOCK, ZEROS, page_aligned
+from diffmergefs.core.workers import Progress, ignore_progress
 from diffmergefs.sidecars.verified import Identity, Remembered
 from diffmergefs.stores.snapshot import Snapshot
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from diffmergefs.core import background
+from diffmergefs.core import workers
 from diffmergefs.core.errors import DiffMergeError, LayerChangedError
 from diffmergefs.core.extents import Extent, ExtentList
 from diffmergefs.core.identity import FileKey
@@ -172,7 +172,7 @@ class Prefetcher(Observer):
         push.steps = self._steps(push)
         if self._worker is None and not self._ending:
             # If storage hangs, the process must still be able to end.
-            self._worker = background.started(self._work, "prefetch")
+            self._worker = workers.started(self._work, "prefetch")
         with self._changed:
             if self._ending or self._worker is None:
                 return

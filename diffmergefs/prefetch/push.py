@@ -8,8 +8,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Generator, Sequence
 from typing import Protocol, cast
 
-from diffmergefs.core.buffers import page_aligned
 from diffmergefs.core.extents import Extent, ExtentList
+from diffmergefs.core.sparse import page_aligned
 from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.prefetch.touches import PIECE
 

@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diffmergefs.core import beneath
-from diffmergefs.core.errors import PresenceError
+from diffmergefs.core.errors import PresenceError, described, failures
 from diffmergefs.core.extents import ExtentList
-from diffmergefs.core.failures import described, failures
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer, Record
 from diffmergefs.sidecars.bmap import ABSENT

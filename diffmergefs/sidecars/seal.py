@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diffmergefs.core import beneath
-from diffmergefs.core.buffers import BLOCK, ZEROS, page_aligned
-from diffmergefs.core.errors import SealError
+from diffmergefs.core.errors import SealError, described
 from diffmergefs.core.extents import Extent
-from diffmergefs.core.failures import described
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer, Record
-from diffmergefs.core.progress import Progress, ignore_progress
+from diffmergefs.core.sparse import BLOCK, ZEROS, page_aligned
+from diffmergefs.core.workers import Progress, ignore_progress
 from diffmergefs.sidecars import bmap
 from diffmergefs.sidecars.bmap import ABSENT, SEAL_SUFFIX, BlockMap
 from diffmergefs.sidecars.verified import Remembered

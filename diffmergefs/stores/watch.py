@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from diffmergefs.core import background
+from diffmergefs.core import workers
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.identity import FileKey, FileVersion
 from diffmergefs.stores.catalog import Catalog
@@ -206,7 +206,7 @@ class HashQueue:
             self._waiting[file.key] = file
             if self._thread is None or not self._thread.is_alive():
                 # If no thread can be started, the next look asks again.
-                self._thread = background.started(self._hash_all, "hashes")
+                self._thread = workers.started(self._hash_all, "hashes")
         return None
 
     def forget_all_but(self, keys: Collection[FileKey]) -> None:

@@ -9,11 +9,10 @@ from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
 
 from diffmergefs.core import beneath, foreign, sparse
-from diffmergefs.core.errors import DenseDiffError, OutputRefusedError
-from diffmergefs.core.failures import Target, failures
+from diffmergefs.core.errors import DenseDiffError, OutputRefusedError, Target, failures
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import require_equal_size
+from diffmergefs.core.workers import Progress, ignore_progress
 from diffmergefs.opening.filled import require_exact_over
 from diffmergefs.opening.opener import Opener
 from diffmergefs.opening.trust import TrustPolicy, override_lines, require_trust

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from diffmergefs.core import beneath
 from diffmergefs.core.beneath import Root
-from diffmergefs.core.failures import failures
+from diffmergefs.core.errors import failures
 from diffmergefs.core.identity import copied_bits
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView

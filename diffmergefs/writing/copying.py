@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from itertools import repeat
 from operator import length_hint
 
-from diffmergefs.core.buffers import BLOCK, page_aligned
-from diffmergefs.core.errors import NoSpaceError
-from diffmergefs.core.failures import Target, described, failures, free_bytes
+from diffmergefs.core.errors import NoSpaceError, Target, described, failures, free_bytes
 from diffmergefs.core.identity import limit_read_bits
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.progress import Progress
+from diffmergefs.core.sparse import BLOCK, page_aligned
+from diffmergefs.core.workers import Progress
 
 # The bytes per call: small enough to report progress and handle signals soon.
 _KERNEL_CHUNK = 16 * BLOCK

@@ -9,13 +9,12 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from diffmergefs.analysis.compare import check_unchanged
-from diffmergefs.core.buffers import BLOCK, ZEROS
-from diffmergefs.core.errors import UntrustedExtentsError
+from diffmergefs.core.errors import UntrustedExtentsError, block_size, failures
 from diffmergefs.core.extents import ExtentList, Segment, is_aligned
-from diffmergefs.core.failures import block_size, failures
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.progress import Progress, ignore_progress
+from diffmergefs.core.sparse import BLOCK, ZEROS
 from diffmergefs.core.view import MergedView
+from diffmergefs.core.workers import Progress, ignore_progress
 from diffmergefs.opening.trust import TrustPolicy, problems
 from diffmergefs.writing.copying import (
     clone_ranges,

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from diffmergefs.analysis.compare import bytes_to_compare, require_equal
 from diffmergefs.core import beneath
 from diffmergefs.core.beneath import Root
-from diffmergefs.core.errors import LayerChangedError
-from diffmergefs.core.failures import failures
+from diffmergefs.core.errors import LayerChangedError, failures
 from diffmergefs.core.identity import FileKey, copied_bits
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.progress import Progress
 from diffmergefs.core.view import MergedView
+from diffmergefs.core.workers import Progress
 from diffmergefs.opening.pins import content_hash
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX

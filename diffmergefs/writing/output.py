@@ -15,8 +15,14 @@ from contextlib import ExitStack
 from typing import ClassVar, Self
 
 from diffmergefs.core.beneath import closing_fd
-from diffmergefs.core.errors import NoSpaceError, OutputRefusedError
-from diffmergefs.core.failures import NO_SPACE, Target, failures, free_bytes
+from diffmergefs.core.errors import (
+    NO_SPACE,
+    NoSpaceError,
+    OutputRefusedError,
+    Target,
+    failures,
+    free_bytes,
+)
 
 log = logging.getLogger(__name__)
 

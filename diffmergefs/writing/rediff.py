@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from diffmergefs.analysis.compare import count_pages, require_equal, windows
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView
+from diffmergefs.core.workers import Progress, ignore_progress
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.newdiff import NewDiff, WrittenDiff
 

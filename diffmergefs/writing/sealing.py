@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from diffmergefs.core.buffers import BLOCK, page_aligned
-from diffmergefs.core.errors import DenseDiffError, SealError
+from diffmergefs.core.errors import DenseDiffError, SealError, failures
 from diffmergefs.core.extents import PAGE, ExtentList
-from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.progress import Progress, ignore_progress
+from diffmergefs.core.sparse import BLOCK, page_aligned
 from diffmergefs.core.view import MergedView, require_equal_size
+from diffmergefs.core.workers import Progress, ignore_progress
 from diffmergefs.opening.content import Parents, Verdicts
 from diffmergefs.opening.filled import Hint, hints, require_exact
 from diffmergefs.opening.images import require_distinct, warn_of_order

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from diffmergefs.analysis.compare import require_equal
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.progress import Progress, ignore_progress
 from diffmergefs.core.view import MergedView
+from diffmergefs.core.workers import Progress, ignore_progress
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.newdiff import NewDiff, WrittenDiff
 

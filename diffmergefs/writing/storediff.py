@@ -13,10 +13,10 @@ from diffmergefs.core.errors import (
     DiffMergeError,
     LayerChangedError,
     OutputRefusedError,
+    failures,
 )
-from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import copied_bits
-from diffmergefs.core.progress import Progress, ignore_progress
+from diffmergefs.core.workers import Progress, ignore_progress
 from diffmergefs.opening.images import open_snapshot
 from diffmergefs.opening.opener import opened_store
 from diffmergefs.opening.pins import Hashes, require_pin

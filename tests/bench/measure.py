@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from diffmergefs.core import sparse
-from diffmergefs.core.buffers import page_aligned
+from diffmergefs.core.sparse import page_aligned
 
 SCHEMA = 1
 MIB = 1 << 20

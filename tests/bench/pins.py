@@ -17,8 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from diffmergefs.core.buffers import BLOCK
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.sparse import BLOCK
 from diffmergefs.opening.pins import Hashes, content_hash, require_pin
 from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.stores.snapshot import Snapshot

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import struct
 import subprocess
@@ -16,9 +17,9 @@ from diffmergefs.core import sparse
 from diffmergefs.core.errors import UnsupportedPlatformError
 from diffmergefs.core.extents import ExtentList
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.sparse import BLOCK, page_aligned
 from tests.support.descriptors import opened
-from tests.support.images import PAGE, signed, write_layer
-
+from tests.support.images import PAGE, offset_in_page, signed, write_layer
 
 def test_a_walk_stops_at_the_size_it_was_given(tmp_path: Path) -> None:
     path = write_layer(tmp_path / "file", 8 * PAGE, [(PAGE, bytes(PAGE)), (4 * PAGE, bytes(PAGE))])
@@ -119,3 +120,12 @@ def test_read_into_fills_by_many_short_reads_and_stops_at_the_end(
         assert sparse.read_into(fd, memoryview(buffer), PAGE - 30) == 30
         assert sparse.read_into(fd, memoryview(buffer), PAGE) == 0
         assert os.lseek(fd, 0, os.SEEK_CUR) == 0
+
+
+@pytest.mark.parametrize("size", [1, mmap.PAGESIZE - 1, 1 << 18, 3 * BLOCK + 5])
+def test_a_page_aligned_buffer_is_zeros_from_the_start_of_a_page(size: int) -> None:
+    buffer = page_aligned(size)
+    assert len(buffer) == size and not any(buffer)
+    assert offset_in_page(buffer) == 0
+    buffer[-1] = 7
+    assert buffer[-1] == 7

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from pyfuse3 import FUSEError
 
-from diffmergefs.core.buffers import BLOCK
 from diffmergefs.core.errors import DiffMergeError, WriterError
+from diffmergefs.core.sparse import BLOCK
 from diffmergefs.fuse.nodes import Attributes
 from diffmergefs.fuse.replies import Buffers, answering, entry_of, statvfs_of
 from diffmergefs.fuse.status import Metrics

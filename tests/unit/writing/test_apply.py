@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis import given, settings
 
-from diffmergefs.core.buffers import BLOCK, page_aligned
 from diffmergefs.core.errors import (
     DenseDiffError,
     FileAccessError,
@@ -24,6 +23,7 @@ from diffmergefs.core.errors import (
     SizeMismatchError,
     UntrustedExtentsError,
 )
+from diffmergefs.core.sparse import BLOCK, page_aligned
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing import copying
 from diffmergefs.writing.apply import apply_diff

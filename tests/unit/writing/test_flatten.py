@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis import given, settings
 
 from diffmergefs.core import sparse
-from diffmergefs.core.buffers import BLOCK
 from diffmergefs.core.errors import (
     DiffMergeError,
     FileAccessError,
@@ -29,6 +28,7 @@ from diffmergefs.core.errors import (
     VerificationError,
 )
 from diffmergefs.core.layer import Layer
+from diffmergefs.core.sparse import BLOCK
 from diffmergefs.core.view import MergedView
 from diffmergefs.writing import copying
 from diffmergefs.writing.flatten import flatten
