@@ -14,13 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffmergefs.checks.diagnosis import Finding
-from diffmergefs.core import interpreter
-from diffmergefs.system.mountpoint import (
-    FUSE_CONF,
-    FUSE_DEVICE,
-    ROOTS_PATH,
-    others_may_be_let_in,
-)
+from diffmergefs.system import children
+from diffmergefs.system.mountpoint import FUSE_CONF, FUSE_DEVICE, ROOTS_PATH, others_may_be_let_in
 from diffmergefs.system.tuning import CONNECTIONS
 
 _FUSE_NUMBER = os.makedev(10, 229)
@@ -191,7 +186,7 @@ def _library() -> Finding:
 
 def _import_error() -> str | None:
     try:
-        with interpreter.start_code("import pyfuse3, trio", stderr=subprocess.PIPE) as child:
+        with children.start_code("import pyfuse3, trio", stderr=subprocess.PIPE) as child:
             try:
                 _, text = child.communicate(timeout=_IMPORT_SECONDS)
             except subprocess.TimeoutExpired as error:

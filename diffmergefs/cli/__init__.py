@@ -21,8 +21,8 @@ from diffmergefs.cli.verbs import Verbs
 from diffmergefs.core import __version__
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.opening.opener import raise_descriptor_limit
+from diffmergefs.system.daemon import ADDRESS, JOURNAL
 from diffmergefs.system.mountpoint import ROOTS_PATH
-from diffmergefs.system.sdnotify import ADDRESS, JOURNAL
 
 USAGE = 2
 BUG = 70

@@ -28,7 +28,7 @@ from diffmergefs.cli.output import print_diagnostic, print_json, printable, prog
 from diffmergefs.cli.temporarymount import temporary_mount
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.system.asking import ask
+from diffmergefs.system.children import ask
 
 _WRONG = 1
 _CONTENT = bytes(range(256)) * 16

@@ -29,9 +29,8 @@ from diffmergefs.cli.options import (
 from diffmergefs.cli.output import print_diagnostic
 from diffmergefs.cli.start import Request, serve_in_background, serve_in_front
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.system.daemon import handed_over, named_in
+from diffmergefs.system.daemon import JOURNAL, Notifier, handed_over, is_journal, named_in
 from diffmergefs.system.mountpoint import require_answer
-from diffmergefs.system.sdnotify import JOURNAL, Notifier, is_journal
 from diffmergefs.system.tuning import MAX_BACKGROUND, READAHEAD_KIB, Tuning
 
 

@@ -18,7 +18,7 @@ from diffmergefs.cli.output import print_table, table
 from diffmergefs.core import STATUS_FOLDER
 from diffmergefs.core.errors import FileAccessError, MountFailedError, counted
 from diffmergefs.fuse.status import STATUS_FILE, Status
-from diffmergefs.system import asking
+from diffmergefs.system import children
 from diffmergefs.system import mountpoint as mountpoints
 
 
@@ -85,7 +85,7 @@ def read_status(mountpoint: str) -> Status:
     known = mountpoints.mount_at(mountpoint)
     file = os.path.join(known.path, STATUS_FOLDER, STATUS_FILE)
     try:
-        return Status.from_json(asking.ask(Path(file).read_bytes))
+        return Status.from_json(children.ask(Path(file).read_bytes))
     except TimeoutError as error:
         raise mountpoints.no_answer(mountpoint, known) from error
     except OSError as error:

@@ -34,10 +34,10 @@ from diffmergefs.prefetch.prefetcher import Prefetcher
 from diffmergefs.prefetch.push import GuardedNotify, Notify
 from diffmergefs.prefetch.record import WorkingSets
 from diffmergefs.prefetch.recorder import Recorder
-from diffmergefs.system import mountpoint as mountpoints
 from diffmergefs.system import daemon
-from diffmergefs.system.mounttable import Mount
-from diffmergefs.system.sdnotify import Notifier
+from diffmergefs.system import mountpoint as mountpoints
+from diffmergefs.system.daemon import Notifier
+from diffmergefs.system.mounttable import FILESYSTEM_TYPE, Mount, mount_entry, resolved
 from diffmergefs.system.tuning import Tuning
 
 log = logging.getLogger("diffmergefs")
@@ -252,7 +252,7 @@ def serve_in_background(
 
 
 def _mounted_at(request: Request) -> Mount | None:
-    return mountpoints.mount_entry(mountpoints.resolved(request.mountpoint))
+    return mount_entry(resolved(request.mountpoint))
 
 
 def _remove_leftover(request: Request, before: Mount | None) -> None:
@@ -260,5 +260,5 @@ def _remove_leftover(request: Request, before: Mount | None) -> None:
     known = _mounted_at(request)
     if known is None or known == before:
         return
-    if known.kind == mountpoints.FILESYSTEM_TYPE and known.source == request.name:
+    if known.kind == FILESYSTEM_TYPE and known.source == request.name:
         mountpoints.detach(known.path)

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from diffmergefs.core import interpreter
 from diffmergefs.core.errors import MountFailedError, MountTimeoutError
+from diffmergefs.system import children
 from diffmergefs.system import mountpoint as mountpoints
-from diffmergefs.system.sdnotify import ADDRESS
+from diffmergefs.system.daemon import ADDRESS
+from diffmergefs.system.mounttable import FILESYSTEM_TYPE, mount_entry
 
 _READY_SECONDS = 60.0
 _END_SECONDS = 5.0
@@ -37,7 +38,7 @@ def temporary_mount(mountpoint: Path, *arguments: str, before: str = "") -> Iter
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready,
     ):
         ready.bind("")  # the kernel finds a free abstract name
-        child = interpreter.start_code(
+        child = children.start_code(
             before + _SERVE,
             *("mount", "-f", *arguments, "--", str(mountpoint)),
             stdout=output,
@@ -83,6 +84,6 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _detach(mountpoint: Path) -> None:
-    known = mountpoints.mount_entry(str(mountpoint))
-    if known is not None and known.kind == mountpoints.FILESYSTEM_TYPE:
+    known = mount_entry(str(mountpoint))
+    if known is not None and known.kind == FILESYSTEM_TYPE:
         mountpoints.detach(known.path)

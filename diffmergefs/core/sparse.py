@@ -1,4 +1,4 @@
-"""Reading sparse files, and what a filesystem reports about one: SEEK_DATA and FIEMAP, only here."""
+"""Reading sparse files, and what a filesystem reports about them: SEEK_DATA, FIEMAP, only here."""
 
 from __future__ import annotations
 

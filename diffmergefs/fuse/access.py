@@ -16,6 +16,7 @@ from diffmergefs.core import beneath
 from diffmergefs.core.identity import file_bits
 from diffmergefs.core.layer import Layer
 from diffmergefs.stores.snapshot import Snapshot
+from diffmergefs.system.mounttable import mount_number
 
 _READ = 0o444
 _SEARCH = 0o1
@@ -155,16 +156,12 @@ def lineage(fd: int) -> list[Access]:
         while True:
             found.append(Access.of(here))
             above = os.open("..", _PASS, dir_fd=here)
-            is_root = os.path.sameopenfile(here, above) and _mount_of(here) == _mount_of(above)
+            # A directory that is mounted on one of its own has itself above it, and is no root.
+            mounts = [mount_number(f"/proc/self/fdinfo/{each}") for each in (here, above)]
+            is_root = os.path.sameopenfile(here, above) and mounts[0] == mounts[1]
             os.close(here)
             here = above
             if is_root:
                 return found
     finally:
         os.close(here)
-
-
-def _mount_of(fd: int) -> bytes:
-    # A directory may be mounted on one of its own: then it has itself above it, but is no root.
-    with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
-        return next(line for line in lines if line.startswith(b"mnt_id:"))

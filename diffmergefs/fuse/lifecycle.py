@@ -13,9 +13,9 @@ import trio
 from diffmergefs.core.errors import counted
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.threads import in_thread
+from diffmergefs.system.daemon import Notifier
 from diffmergefs.system.mountpoint import OwnMount
 from diffmergefs.system.mounttable import in_other_namespaces
-from diffmergefs.system.sdnotify import Notifier
 
 log = logging.getLogger(__name__)
 

@@ -37,8 +37,7 @@ from diffmergefs.stores.catalog import Catalog, read_catalog
 from diffmergefs.stores.reader import open_source
 from diffmergefs.stores.snapshot import Snapshot, StoredFile
 from diffmergefs.stores.watch import HashQueue, Watch
-from diffmergefs.system.mountpoint import FILESYSTEM_TYPE
-from diffmergefs.system.mounttable import mount_of
+from diffmergefs.system.mounttable import FILESYSTEM_TYPE, mount_of
 
 log = logging.getLogger(__name__)
 

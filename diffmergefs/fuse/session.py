@@ -28,11 +28,10 @@ from diffmergefs.opening.opener import raise_descriptor_limit
 from diffmergefs.sidecars import (
     bmapreader,  # noqa: F401  (a daemon outlives an upgrade of the package, and meets new seals)
 )
-from diffmergefs.system import mountpoint as mountpoints
 from diffmergefs.system import tuning
+from diffmergefs.system.daemon import Notifier
 from diffmergefs.system.mountpoint import FUSE_CONF, OwnMount, others_may_be_let_in
-from diffmergefs.system.mounttable import Mount
-from diffmergefs.system.sdnotify import Notifier
+from diffmergefs.system.mounttable import Mount, mount_entry
 from diffmergefs.system.tuning import Tuning
 
 log = logging.getLogger(__name__)
@@ -138,7 +137,7 @@ class Session:
 
     def _mount_entry(self) -> Mount | None:
         try:
-            return mountpoints.mount_entry(self.mountpoint)
+            return mount_entry(self.mountpoint)
         except OSError as error:
             log.warning("cannot read the mount table: %s", error)
             return None

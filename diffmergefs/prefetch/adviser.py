@@ -11,11 +11,11 @@ if __name__ != "__main__":  # the child runs this file with the standard library
     import contextlib
     import subprocess
 
-    from diffmergefs.core import interpreter
     from diffmergefs.core.errors import FileAccessError
     from diffmergefs.core.extents import Extent
     from diffmergefs.fuse.nodes import OpenImage
     from diffmergefs.prefetch.push import Push
+    from diffmergefs.system import children
 
 #: The exit status of the child if another file stands at the path.
 ANOTHER = 3
@@ -46,7 +46,7 @@ class Adviser:
         if path is None:
             raise FileAccessError(f"{push.image.name}: the mount no longer has it")
         numbers = (str(self._device), str(push.inode))
-        child = interpreter.start(
+        child = children.start(
             __file__, path, *numbers, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
         )
         self._children.add(child.pid)

@@ -13,8 +13,7 @@ if __name__ != "__main__":  # the guard runs this file with the standard library
     import logging
     import subprocess
 
-    from diffmergefs.core import interpreter
-    from diffmergefs.system import tuning
+    from diffmergefs.system import children, tuning
 
     log = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ class Connection:
             self._abort = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
         self._armed, armed = os.pipe2(os.O_CLOEXEC)
         try:
-            self._guard = interpreter.start(
+            self._guard = children.start(
                 __file__, str(os.getpid()), stdin=armed, stdout=self._abort
             )
         finally:

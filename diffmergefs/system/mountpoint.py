@@ -13,12 +13,19 @@ from contextlib import suppress
 from pathlib import Path
 
 from diffmergefs.core.errors import BusyError, DiffMergeError, MountpointError, MountTimeoutError
-from diffmergefs.system import asking, tuning
-from diffmergefs.system.holders import holders, summary
-from diffmergefs.system.mounttable import FILESYSTEM_TYPE as FILESYSTEM_TYPE
-from diffmergefs.system.mounttable import Mount, MountTable, in_other_namespaces, mount_over, mounts
-from diffmergefs.system.mounttable import mount_entry as mount_entry
-from diffmergefs.system.mounttable import resolved as resolved
+from diffmergefs.system import children, tuning
+from diffmergefs.system.mounttable import (
+    FILESYSTEM_TYPE,
+    Mount,
+    MountTable,
+    holders,
+    in_other_namespaces,
+    mount_entry,
+    mount_over,
+    mounts,
+    resolved,
+    summary,
+)
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +96,7 @@ def _require_stale(mountpoint: str, known: Mount) -> None:
     is_ours = known.kind == FILESYSTEM_TYPE
     hint = ""
     try:
-        if not asking.is_connected(known.path):
+        if not children.is_connected(known.path):
             if not is_ours:
                 raise MountpointError(
                     f"{mountpoint}: a stale mount of type {known.kind}; unmount it first"
@@ -112,7 +119,7 @@ def require_answer(path: str) -> None:
     if known is None or known.kind != FILESYSTEM_TYPE:
         return
     try:
-        asking.is_connected(known.path)
+        children.is_connected(known.path)
     except TimeoutError as error:
         raise no_answer(path, known) from error
 
@@ -121,8 +128,9 @@ def no_answer(path: str, known: Mount) -> MountTimeoutError:
     """The error for a mount whose daemon hangs."""
     where = "" if path == known.path else f", in the mount on {known.path}"
     return MountTimeoutError(
-        f"{path}{where}: the daemon has not answered for {asking.SECONDS:g} s; if the daemon"
-        f" hangs, and not its storage, detach it with `diffmergefs umount --lazy {known.path}`"
+        f"{path}{where}: the daemon has not answered for {children.ANSWER_SECONDS:g} s;"
+        " if the daemon hangs, and not its storage, detach it with"
+        f" `diffmergefs umount --lazy {known.path}`"
     )
 
 

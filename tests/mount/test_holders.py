@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.system.holders import Holder, holders
-from diffmergefs.system.mountpoint import mount_entry
+from diffmergefs.system.mounttable import Holder, holders, mount_entry
 from tests.support.commands import diffmergefs, one_line
 from tests.support.mounts import mounted
 from tests.support.namespaces import Namespace, private_mounts

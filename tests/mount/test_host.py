@@ -15,7 +15,7 @@ import pytest
 from diffmergefs.checks import host
 from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.cli import doctor
-from diffmergefs.system import asking
+from diffmergefs.system import children
 from tests.support import mounttable, skips
 from tests.support.commands import succeed
 
@@ -100,7 +100,7 @@ def test_the_act_is_seen_by_nobody_and_leaves_nothing(
 
     def looking(question: Callable[[], bytes]) -> bytes:
         seen.append([entry.path for entry in mounttable.entries()])
-        return asking.ask(question)
+        return children.ask(question)
 
     monkeypatch.setattr(doctor, "ask", looking)
     monkeypatch.setenv("TMPDIR", str(tmp_path))

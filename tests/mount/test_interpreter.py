@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import skips
-from tests.support.subjects.interpreter import plant
+from tests.support.subjects.children import plant
 
 SCRIPT = "import sys\nfrom diffmergefs.cli import main\nsys.exit(main())\n"
 

@@ -13,7 +13,7 @@ from tests.support.images import PAGE, signed
 from tests.support.live import held, until
 from tests.support.mounts import mounted
 from tests.support.stores import write_chain
-from tests.support.subjects.sdnotify import Manager, manager
+from tests.support.subjects.daemon import Manager, manager
 
 __all__ = ["manager"]
 

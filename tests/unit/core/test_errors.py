@@ -22,6 +22,7 @@ from diffmergefs.core.errors import (
 )
 from tests.support.images import PAGE
 
+
 def test_errors_are_one_line_whatever_names_they_hold() -> None:
     text = str(BrokenChainError("a\nb\r\x00\x85\u2028\u2029é\udc80 c"))
     assert text == "a\\nb\\r\\x00\\x85\\u2028\\u2029é\udc80 c"

@@ -21,6 +21,7 @@ from diffmergefs.core.sparse import BLOCK, page_aligned
 from tests.support.descriptors import opened
 from tests.support.images import PAGE, offset_in_page, signed, write_layer
 
+
 def test_a_walk_stops_at_the_size_it_was_given(tmp_path: Path) -> None:
     path = write_layer(tmp_path / "file", 8 * PAGE, [(PAGE, bytes(PAGE)), (4 * PAGE, bytes(PAGE))])
     with opened(path) as fd:

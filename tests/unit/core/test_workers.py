@@ -20,6 +20,7 @@ from diffmergefs.core.workers import close, closing_in_threads, in_order, in_thr
 from tests.support.images import PAGE, write_layer
 from tests.support.live import until
 
+
 def children() -> set[int]:
     """The children of this process that have not been waited for."""
     found = set()

@@ -17,6 +17,7 @@ from diffmergefs.fuse.replies import Buffers, answering, entry_of, statvfs_of
 from diffmergefs.fuse.status import Metrics
 from tests.support.images import PAGE, offset_in_page
 
+
 class Adapter:
     """Handlers, of which one returns its argument and the other raises it."""
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.core.errors import MountpointError
-from diffmergefs.system.mountpoint import check_mountpoint, resolved
+from diffmergefs.system.mountpoint import check_mountpoint
+from diffmergefs.system.mounttable import resolved
 from tests.support.subjects.mountpoint import REFUSED, root
 
 __all__ = ["root"]

@@ -1,4 +1,9 @@
-"""Asking a filesystem whose server may hang, in a child process, so that the caller cannot hang."""
+"""Child processes: to ask a filesystem whose server may hang, and to run Python of our own.
+
+Only this module starts an interpreter. A new one imports modules from its current directory and
+from where its environment points. If root runs it, someone else may control both (law 9). So each
+one starts in /, with an explicit module path.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +11,22 @@ import errno
 import os
 import select
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from typing import IO, NoReturn
 
 from diffmergefs.system.daemon import close_all_but
 
 #: How long a mount of ours may take to answer what needs no storage.
-SECONDS = 5.0
+ANSWER_SECONDS = 5.0
 _ERRNO_BYTES = 4
 
+_Stream = int | IO[bytes]
 
-def ask(question: Callable[[], bytes], seconds: float = SECONDS) -> bytes:
+
+def ask(question: Callable[[], bytes], seconds: float = ANSWER_SECONDS) -> bytes:
     """The result of `question()`, or the OSError that it raises, from a child process.
 
     Raises TimeoutError if there is no answer within `seconds`. A process that waits for a server
@@ -89,3 +98,49 @@ def is_connected(path: str) -> bool:
     except OSError as error:
         return error.errno not in (errno.ENOTCONN, errno.ECONNABORTED)
     return True
+
+
+def start(program: str, *arguments: str, stdin: int, stdout: int) -> subprocess.Popen[bytes]:
+    """Run a Python file with this interpreter; its stderr is discarded. Raises OSError.
+
+    The program can import only the standard library, whatever the environment and the current
+    directory contain. It runs in its own session, so no signal of a terminal reaches it.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", program, *arguments],
+        stdin=stdin,
+        stdout=stdout,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        env={},
+        start_new_session=True,
+    )
+
+
+def start_code(
+    code: str,
+    *arguments: str,
+    stdout: _Stream = subprocess.DEVNULL,
+    stderr: _Stream = subprocess.DEVNULL,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Run Python code with this interpreter, in /; stdin is /dev/null. Raises OSError.
+
+    It can import exactly what the absolute entries of this process's `sys.path` offer. Its
+    environment is ours or `env`; as root it ignores Python's variables there.
+    """
+    known = [entry for entry in sys.path if os.path.isabs(entry)]
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-I" if os.geteuid() == 0 else "-P",
+            "-c",
+            f"import sys; sys.path[:] = {known!a}; {code}",
+            *arguments,
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        cwd="/",
+        env=env,
+    )
