@@ -16,8 +16,8 @@ from diffmergefs.cli.options import (
 )
 from diffmergefs.cli.output import print_diagnostic, print_json, printable
 from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.prefetch.push import pieces
 from diffmergefs.prefetch.record import Identity, WorkingSet, WorkingSets, identity_of_files
-from diffmergefs.prefetch.touches import pieces
 from diffmergefs.stores.lookup import find_image
 
 

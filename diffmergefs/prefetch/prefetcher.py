@@ -23,9 +23,8 @@ from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.handles import Observer
 from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.prefetch.connection import Connection
-from diffmergefs.prefetch.push import Method, Push
+from diffmergefs.prefetch.push import Method, Push, pieces
 from diffmergefs.prefetch.record import Identity, WorkingSets, identity_of_view
-from diffmergefs.prefetch.touches import pieces
 
 log = logging.getLogger(__name__)
 

@@ -1,19 +1,52 @@
-"""A push of one image's working set, and the methods that put it into the page cache."""
+"""A push of one image's working set: its pieces, and how they get into the page cache."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Protocol, cast
 
-from diffmergefs.core.extents import Extent, ExtentList
+from diffmergefs.core.extents import PAGE, Extent, ExtentList
 from diffmergefs.core.sparse import page_aligned
 from diffmergefs.fuse.nodes import OpenImage
-from diffmergefs.prefetch.touches import PIECE
 
 log = logging.getLogger(__name__)
+
+#: The most that is pushed at once.
+PIECE = 256 << 10
+#: A record and a push hold at most one part in this many of the image.
+SHARE = 4
+
+
+def limited(ranges: Iterable[Extent], size: int) -> list[Extent]:
+    """The first of the ranges, up to a quarter of the image's size in total."""
+    room = size // SHARE // PAGE * PAGE
+    found = []
+    for start, stop in ranges:
+        stop = min(stop, start + room)
+        if start < stop:
+            found.append(Extent(start, stop))
+            room -= stop - start
+    return found
+
+
+def pieces(ranges: Iterable[Extent], size: int) -> list[Extent]:
+    """The pieces to push, in order: whole pages, at most 256 KiB each and a quarter of the image.
+
+    `ranges` must be disjoint, and consist of whole pages, except at the end of the image. They are
+    cut at the borders of blocks of 256 KiB. The blocks come in the order of their first touch, and
+    adjacent ranges in a block are joined, because a call costs more than a page.
+    """
+    blocks: dict[int, list[Extent]] = {}
+    for start, stop in limited(ranges, size):
+        while start < stop:
+            block = start // PIECE
+            end = min(stop, (block + 1) * PIECE)
+            blocks.setdefault(block, []).append(Extent(start, end))
+            start = end
+    return [piece for parts in blocks.values() for piece in ExtentList(sorted(parts))]
 
 
 class Push:

@@ -1,19 +1,93 @@
-"""Recording: the first touches of each image, saved at its last close."""
+"""Recording: the first touches of each image among its requests, saved at its last close."""
 
 from __future__ import annotations
 
 import functools
+import heapq
+import itertools
 import logging
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.core.extents import PAGE, Extent
 from diffmergefs.fuse.handles import Observer
 from diffmergefs.fuse.nodes import OpenImage
+from diffmergefs.prefetch.push import limited
 from diffmergefs.prefetch.record import MAX_RANGES, WorkingSet, WorkingSets, identity_of_view, now
-from diffmergefs.prefetch.touches import Touches, first_touches, limited
 
 log = logging.getLogger(__name__)
+
+_FEWEST_JUMPS = 16
+_JUMPS_OF = 8  # if a guest runs, at least one request in this many is a jump
+_WINDOW = 8 << 20
+_WINDOW_OF = 16
+
+
+class Touches:
+    """The requests of one open file, as runs of pages in the order of arrival.
+
+    A restored guest touches its memory in random places. A reader that copies or hashes a file goes
+    through it in order: parallel requests may overtake each other, but all are near the furthest so
+    far. A request that is not near it is a jump. Takes 16 bytes per run.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._window = min(_WINDOW, size // _WINDOW_OF)
+        self._starts, self._stops = array("Q"), array("Q")
+        self._requests = self._jumps = self._furthest = 0
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[Extent]:
+        return map(Extent, self._starts, self._stops)
+
+    def add(self, offset: int, length: int) -> int:
+        """Add a request, and return how many runs that added: 0 if it continues the last run."""
+        start = offset // PAGE * PAGE
+        stop = min(-(-(offset + length) // PAGE) * PAGE, self._size)
+        if start >= stop:
+            return 0
+        self._requests += 1
+        self._jumps += abs(start - self._furthest) > self._window
+        self._furthest = max(self._furthest, stop)
+        if self._stops and self._stops[-1] == start:
+            self._stops[-1] = stop
+            return 0
+        self._starts.append(start)
+        self._stops.append(stop)
+        return 1
+
+    @property
+    def is_restore(self) -> bool:
+        """Whether the requests look like a running guest, not like a sequential or short reader."""
+        return self._jumps >= max(_FEWEST_JUMPS, self._requests / _JUMPS_OF)
+
+
+def first_touches(runs: Iterable[Extent]) -> list[Extent]:
+    """Each byte of the runs once, at its first place: disjoint ranges in the order of the runs."""
+    # A sweep over the borders by address: the earliest of the runs that are open has the bytes.
+    numbered = list(enumerate(runs))
+    borders = sorted({border for _, run in numbered for border in run})
+    waiting = sorted((run.start, number, run.stop) for number, run in numbered)[::-1]
+    opened: list[tuple[int, int]] = []
+    found: list[tuple[int, int, int]] = []
+    for start, stop in itertools.pairwise(borders):
+        while waiting and waiting[-1][0] <= start:
+            _, number, end = waiting.pop()
+            heapq.heappush(opened, (number, end))
+        while opened and opened[0][1] <= start:
+            heapq.heappop(opened)
+        if opened:
+            number = opened[0][0]
+            if found and found[-1][0] == number and found[-1][2] == start:
+                found[-1] = (number, found[-1][1], stop)
+            else:
+                found.append((number, start, stop))
+    return [Extent(start, stop) for _, start, stop in sorted(found)]
 
 
 @dataclass(eq=False)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from diffmergefs.prefetch.push import pieces
 from diffmergefs.prefetch.record import WorkingSet, WorkingSets, identity_of_files, now
-from diffmergefs.prefetch.touches import pieces
 from tests.support.commands import diffmergefs, mistake, one_line, succeed
 from tests.support.images import PAGE
 from tests.support.restores import SIZE, ranges_of, scattered

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from diffmergefs.prefetch.push import pieces
 from diffmergefs.prefetch.record import WorkingSet, WorkingSets, identity_of_files
-from diffmergefs.prefetch.touches import pieces
 from diffmergefs.system.tuning import CONNECTIONS
 from tests.support import mounttable
 from tests.support.commands import diffmergefs, mistake

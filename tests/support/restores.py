@@ -7,6 +7,8 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
+from hypothesis import strategies as st
+
 from diffmergefs import open_chain
 from diffmergefs.core.extents import Extent
 from diffmergefs.fuse.access import Access
@@ -15,6 +17,12 @@ from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.prefetch.record import WorkingSet, WorkingSets, identity_of_view, now
 from tests.support.images import PAGE, overlay_oracle, write_layer
 from tests.support.stores import age, pages
+
+#: Runs of pages, in any order, which may overlap.
+RUNS = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(1, 12)).map(lambda r: Extent(r[0], r[0] + r[1])),
+    max_size=30,
+)
 
 #: The pages of an image.
 PAGES = 512

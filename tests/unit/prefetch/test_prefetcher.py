@@ -18,9 +18,8 @@ from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.prefetch import connection
 from diffmergefs.prefetch import prefetcher as module
 from diffmergefs.prefetch.prefetcher import Prefetcher
-from diffmergefs.prefetch.push import GuardedNotify, Notify, Push
+from diffmergefs.prefetch.push import PIECE, GuardedNotify, Notify, Push, pieces
 from diffmergefs.prefetch.record import WorkingSets, identity_of_view
-from diffmergefs.prefetch.touches import PIECE, pieces
 from tests.support.calls import first
 from tests.support.images import PAGE
 from tests.support.live import until

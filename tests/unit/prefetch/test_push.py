@@ -1,18 +1,23 @@
-"""A push: which of its ranges were requested, and how its pages get to the kernel."""
+"""A push: its pieces, which of its ranges were requested, and how its pages get to the kernel."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffmergefs.core.extents import Extent, ExtentList
 from diffmergefs.fuse.access import Access
 from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.opening.images import open_chain
-from diffmergefs.prefetch.push import GuardedNotify, Notify, Push
+from diffmergefs.prefetch.push import PIECE, GuardedNotify, Notify, Push, limited, pieces
+from diffmergefs.prefetch.recorder import first_touches
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
+from tests.support.restores import RUNS
 
 LAYERS = [[(0, signed(0, 0, 4 * PAGE))], [(PAGE, signed(1, PAGE, PAGE))]]
 ORACLE = overlay_oracle(4 * PAGE, LAYERS)
@@ -90,3 +95,41 @@ def test_the_guard_is_started_once_and_decides_on_the_method(push: Push, fails: 
         assert list(method.populate(push, WANTED)) == expected
     assert len(starts) == 1
     assert method.is_own(7) and not method.is_own(8)
+
+
+def test_no_more_than_a_quarter_is_kept() -> None:
+    ranges = [Extent(8 * PAGE, 11 * PAGE), Extent(0, 2 * PAGE), Extent(3 * PAGE, 4 * PAGE)]
+    assert limited(ranges, 64 * PAGE) == ranges
+    assert limited(ranges, 19 * PAGE) == [(8 * PAGE, 11 * PAGE), (0, PAGE)]
+    assert limited(ranges, 3 * PAGE) == []
+
+
+def test_pieces_are_joined_within_blocks_in_the_order_of_their_first_touch() -> None:
+    ranges = [
+        Extent(PIECE + 3 * PAGE, PIECE + 4 * PAGE),
+        Extent(PAGE, 2 * PAGE),
+        Extent(PIECE, PIECE + 3 * PAGE),
+        Extent(3 * PIECE - PAGE, 5 * PIECE + PAGE),
+    ]
+    assert pieces(ranges, 512 << 20) == [
+        (PIECE, PIECE + 4 * PAGE),
+        (PAGE, 2 * PAGE),
+        (3 * PIECE - PAGE, 3 * PIECE),
+        (3 * PIECE, 4 * PIECE),
+        (4 * PIECE, 5 * PIECE),
+        (5 * PIECE, 5 * PIECE + PAGE),
+    ]
+
+
+@given(RUNS, st.integers(0, 5000))
+def test_pieces_hold_just_the_quarter_touched_first(runs: list[Extent], more: int) -> None:
+    size = 64 * 50 * PAGE + more
+    scaled = [Extent(start * 50 * PAGE, min(stop * 50 * PAGE, size)) for start, stop in runs]
+    ranges = first_touches(scaled)
+    found = pieces(ranges, size)
+    assert all(0 < stop - start <= PIECE and start % PAGE == 0 for start, stop in found)
+    assert all(a.stop <= b.start for a, b in itertools.pairwise(sorted(found)))
+    kept = limited(ranges, size)
+    wanted = {page for start, stop in kept for page in range(start, stop, PAGE)}
+    assert {page for start, stop in found for page in range(start, stop, PAGE)} == wanted
+    assert len(wanted) * PAGE <= size // 4

@@ -1,22 +1,35 @@
-"""What a recording mount writes down, and what leaves no record."""
+"""Who counts as a restore, each byte at its first touch, and what is saved of it."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import os
+import random
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given
 
 from diffmergefs.core.errors import LayerChangedError
+from diffmergefs.core.extents import Extent
 from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.prefetch import recorder as recorders
 from diffmergefs.prefetch.record import WorkingSet, WorkingSets, identity_of_view
-from diffmergefs.prefetch.recorder import Recorder
+from diffmergefs.prefetch.recorder import Recorder, Touches, first_touches
 from tests.support.images import PAGE
-from tests.support.restores import PAGES, SIZE, Client, ranges_of, scattered, shown, write_pair
+from tests.support.restores import (
+    PAGES,
+    RUNS,
+    SIZE,
+    Client,
+    ranges_of,
+    scattered,
+    shown,
+    write_pair,
+)
 
 
 @pytest.fixture
@@ -216,3 +229,112 @@ def test_a_closed_image_is_let_go(recorder: Recorder, tmp_path: Path) -> None:
     del image
     gc.collect()
     assert gone() is None
+
+
+MIB = 1 << 20
+LARGE = 512 * MIB
+
+
+def touched(requests: Sequence[tuple[int, int]], size: int = LARGE) -> Touches:
+    touches = Touches(size)
+    for offset, length in requests:
+        touches.add(offset, length)
+    return touches
+
+
+def in_order(size: int = LARGE, length: int = 128 << 10) -> list[tuple[int, int]]:
+    return [(offset, length) for offset in range(0, size, length)]
+
+
+def random_pages(count: int, size: int = LARGE, seed: int = 1) -> list[tuple[int, int]]:
+    dice = random.Random(seed)
+    return [(dice.randrange(size // PAGE) * PAGE, PAGE) for _ in range(count)]
+
+
+def overtaking(requests: Sequence[tuple[int, int]], by: int) -> list[tuple[int, int]]:
+    """Each group of so many in a random order, as several workers of a copier make them."""
+    dice = random.Random(7)
+    groups = [list(requests[n : n + by]) for n in range(0, len(requests), by)]
+    for group in groups:
+        dice.shuffle(group)
+    return [request for group in groups for request in group]
+
+
+@pytest.mark.parametrize("length", [PAGE, 128 << 10, MIB])
+def test_a_reader_in_order_is_no_restore(length: int) -> None:
+    touches = touched(in_order(length=length))
+    assert not touches.is_restore
+    assert list(touches) == [(0, LARGE)]
+
+
+def test_a_copier_whose_requests_overtake_each_other_is_no_restore() -> None:
+    assert not touched(overtaking(in_order(length=MIB), by=8)).is_restore
+
+
+def test_a_glance_is_no_restore() -> None:
+    assert not touched([]).is_restore
+    assert not touched([(0, PAGE)]).is_restore
+    assert not touched([(0, PAGE), (LARGE - PAGE, PAGE), (LARGE // 2, PAGE)]).is_restore
+
+
+def test_a_reader_in_order_who_looks_back_now_and_then_is_no_restore() -> None:
+    requests = in_order(length=MIB)
+    for n in range(500, 0, -25):
+        requests.insert(n, (0, PAGE))
+    assert not touched(requests).is_restore
+
+
+@pytest.mark.parametrize("size", [4 * MIB, 16 * MIB, LARGE, 64 << 30])
+def test_a_guest_here_and_there_is_a_restore(size: int) -> None:
+    assert touched(random_pages(200, size), size).is_restore
+
+
+def test_a_guest_that_the_kernel_reads_ahead_for_is_a_restore() -> None:
+    requests = [(offset // MIB * MIB, 128 << 10) for offset, _ in random_pages(150)]
+    assert touched(requests).is_restore
+
+
+def test_a_guest_that_then_runs_through_a_quarter_of_its_memory_is_a_restore() -> None:
+    assert touched(random_pages(300) + in_order(LARGE // 4)).is_restore
+
+
+def test_requests_are_runs_of_whole_pages_within_the_image() -> None:
+    touches = touched([(10, 20), (PAGE, 1), (5 * PAGE, PAGE), (PAGE - 1, 2)], 5 * PAGE + 100)
+    assert list(touches) == [(0, 2 * PAGE), (5 * PAGE, 5 * PAGE + 100), (0, 2 * PAGE)]
+    assert len(touches) == 3
+
+
+def test_adding_says_how_many_runs_it_made() -> None:
+    touches = Touches(8 * PAGE)
+    added = [touches.add(offset * PAGE, PAGE) for offset in (0, 1, 2, 5, 3)]
+    assert added == [1, 0, 0, 1, 1]
+    assert touches.add(8 * PAGE, PAGE) == 0 and touches.add(0, 0) == 0
+    assert len(touches) == 3
+
+
+# Named by what a later run does to an earlier one.
+OVERLAPS = {
+    "same": ([(2, 4), (2, 4)], [(2, 4)]),
+    "inside": ([(0, 9), (3, 5)], [(0, 9)]),
+    "head": ([(4, 8), (2, 6)], [(4, 8), (2, 4)]),
+    "tail": ([(4, 8), (6, 9)], [(4, 8), (8, 9)]),
+    "both": ([(4, 6), (2, 8)], [(4, 6), (2, 4), (6, 8)]),
+    "swallow many": ([(1, 2), (5, 6), (0, 8)], [(1, 2), (5, 6), (0, 1), (2, 5), (6, 8)]),
+    "adjacent": ([(4, 6), (2, 4)], [(4, 6), (2, 4)]),
+    "none": ([], []),
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_a_byte_counts_where_it_came_first(name: str) -> None:
+    runs, expected = OVERLAPS[name]
+    assert first_touches([Extent(*run) for run in runs]) == expected
+
+
+@given(RUNS)
+def test_first_touches_are_those_of_a_byte_by_byte_walk(runs: list[Extent]) -> None:
+    order: dict[int, None] = {}
+    for start, stop in runs:
+        order.update(dict.fromkeys(range(start, stop)))
+    found = [n for start, stop in first_touches(runs) for n in range(start, stop)]
+    assert found == list(order)
