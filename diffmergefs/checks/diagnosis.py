@@ -9,8 +9,7 @@ from typing import Literal
 from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import DiffMergeError, FileAccessError
 from diffmergefs.core.layer import Layer
-from diffmergefs.opening.content import Parents, Verdicts
-from diffmergefs.opening.dense import is_complete, sampled
+from diffmergefs.opening.content import Parents, Verdicts, is_complete, sampled
 from diffmergefs.opening.filled import copied_up, hint_of_filled
 from diffmergefs.opening.trust import TrustPolicy, problems
 from diffmergefs.opening.writers import Writers, writers

@@ -252,7 +252,7 @@ def mount(
         **same,  # the options that are named like the fields of a Request
     )
     level = logging.DEBUG if verbose else logging.INFO
-    notifier = Notifier.from_environment(os.environ)
+    notifier = Notifier(os.environ)
     stream = os.environ.pop(JOURNAL, None)
     handed = handed_over(os.environ)
     if foreground:

@@ -101,14 +101,17 @@ class Passthrough:
 
     def _passed(self, fd: int, path: str) -> Passed | None:
         # `fd` is the directory of `path`.
-        if self._store.seen.is_hidden(path):
+        catalog = self._store.seen.catalog
+        if path in catalog.hidden:
             return None
         try:
             status = os.stat(os.path.basename(path), dir_fd=fd, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
             return None
         kind = stat.S_IFMT(status.st_mode)
-        if kind not in _PASSED or (kind == stat.S_IFREG and self._store.seen.is_layer(status)):
+        # A layer may have another name too: a link, or a new one since the look.
+        is_layer = kind == stat.S_IFREG and (status.st_dev, status.st_ino) in catalog.layer_files
+        if kind not in _PASSED or is_layer:
             return None
         return Passed(path, status.st_dev, status.st_ino, kind)
 
@@ -152,7 +155,7 @@ class Passthrough:
 
     def is_device_state(self, node: Passed) -> bool:
         """Whether the file belongs to exactly the memory image beside it."""
-        return self._store.seen.is_device_state(node.path)
+        return node.path in self._store.seen.device_state
 
     def link_target(self, node: Passed) -> str:
         """The target of a symlink, as it is stored."""
@@ -174,15 +177,13 @@ class Passthrough:
     @contextmanager
     def _pinned(self, folder: int, name: str, node: Passed | Document) -> Iterator[int]:
         # The node's own file, opened with O_PATH by its name in the directory `folder`.
-        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-        try:
+        opened = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        with beneath.closing_fd(opened) as fd:
             status = os.fstat(fd)
             require_same(status, node.device, node.inode, name)
             if isinstance(node, Passed):
                 self._store.seen.require_seen(node.path, status)
             yield fd
-        finally:
-            os.close(fd)
 
     # Rewritten documents
 
@@ -253,11 +254,9 @@ def mirrored_folder(fd: int) -> Attributes:
 
 def _listed(fd: int) -> list[str]:
     # `fd` may be open with O_PATH only.
-    folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
-    try:
+    opened = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+    with beneath.closing_fd(opened) as folder:
         return os.listdir(folder)
-    finally:
-        os.close(folder)
 
 
 def _mirror(status: os.stat_result, bits: int) -> Attributes:

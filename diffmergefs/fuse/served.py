@@ -147,14 +147,11 @@ class Store:
             return
         if here is not None and os.path.samestat(here, there):
             return
-        fd = open_source(self.root)
-        try:
+        with beneath.closing_fd(open_source(self.root)) as fd:
             if (mount := mount_of(fd)) and mount.kind == FILESYSTEM_TYPE:
                 raise FileAccessError(f"{self.root}: a diffmergefs was mounted over it")
             # In one step for all threads that use the number.
             os.dup2(fd, self.fd, inheritable=False)
-        finally:
-            os.close(fd)
         log.warning("%s: another directory is at this path now, and is served instead", self.root)
 
     def _forget(self, catalog: Catalog) -> None:

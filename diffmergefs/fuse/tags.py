@@ -96,11 +96,6 @@ class TagState:
         return False
 
 
-def keys_of(links: Sequence[Snapshot]) -> Keys:
-    """The keys of a chain."""
-    return [(s.layer.key, s.layer.records, s.parent_hash, s.doubt) for s in links]
-
-
 @dataclass(frozen=True)
 class Look:
     """The result of one look at a store. It never changes, except for the states of its tags.
@@ -113,18 +108,6 @@ class Look:
     tags: Mapping[str, TagState] = field(default_factory=dict)
     device_state: Mapping[str, FileVersion | None] = field(default_factory=dict)
     named: frozenset[Access] = frozenset()
-
-    def is_hidden(self, path: str) -> bool:
-        """Whether the file `path` beneath the root is never passed through."""
-        return path in self.catalog.hidden
-
-    def is_layer(self, status: os.stat_result) -> bool:
-        """Whether this is a layer's file, by whatever name: a link, or renamed since the look."""
-        return (status.st_dev, status.st_ino) in self.catalog.layer_files
-
-    def is_device_state(self, path: str) -> bool:
-        """Whether the file `path` beneath the root belongs to exactly the memory beside it."""
-        return path in self.device_state
 
     def require_seen(self, path: str, status: os.stat_result) -> None:
         """Raise OSError (EBUSY) for device state that may belong to another memory than the served.
@@ -157,7 +140,7 @@ def states_after(
         known, links = before.get(tag), chains.get(tag, [])
         if known is None or known.logged != text:
             log.log(logging.INFO if links else logging.WARNING, "%s: %s", one_line(tag), text)
-        keys = keys_of(links)
+        keys = [(s.layer.key, s.layer.records, s.parent_hash, s.doubt) for s in links]
         state = known if known is not None and known.keys == keys else TagState(tag, keys)
         state.links, state.logged = links, text
         states[tag] = state

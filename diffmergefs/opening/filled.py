@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from diffmergefs.core import sparse
 from diffmergefs.core.errors import UntrustedExtentsError
-from diffmergefs.core.extents import MIB, PAGE, Extent
+from diffmergefs.core.extents import MIB, PAGE, Extent, is_aligned
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.content import (
@@ -250,18 +250,14 @@ def _is_plain(pages: Pages) -> bool:
 def has_fit(layer: Layer, page: int) -> bool:
     """Whether an extent begins and ends on four pages, or with the file."""
     # If any extent does, usually one of the first does.
-    unit, size = 4 * page, layer.size
-    borders = zip(layer.extents.starts, layer.extents.stops, strict=True)
-    return any(not start % unit and (not stop % unit or stop == size) for start, stop in borders)
+    return any(is_aligned(*extent, 4 * page, layer.size) for extent in layer.extents)
 
 
 def _fits(layer: Layer, page: int) -> tuple[list[Extent], list[Extent]]:
     # The extents that begin and end on four pages, or with the file; and the others.
-    unit = 4 * page
     sorted_out: tuple[list[Extent], list[Extent]] = [], []
-    for start, stop in zip(layer.extents.starts, layer.extents.stops, strict=True):
-        is_other = start % unit or (stop % unit and stop != layer.size)
-        sorted_out[bool(is_other)].append(Extent(start, stop))
+    for extent in layer.extents:
+        sorted_out[not is_aligned(*extent, 4 * page, layer.size)].append(extent)
     return sorted_out
 
 

@@ -16,8 +16,7 @@ from diffmergefs.core.errors import (
 )
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView, require_equal_size
-from diffmergefs.opening.content import ContentCheck, Parents, Verdicts
-from diffmergefs.opening.dense import require_meant, sample_check
+from diffmergefs.opening.content import ContentCheck, Parents, Verdicts, require_meant, sample_check
 from diffmergefs.opening.filled import Hint, hints, hole_checks, require_exact
 from diffmergefs.opening.opener import LayerPool, Opener, opened_store
 from diffmergefs.opening.pins import Hashes, require_pin

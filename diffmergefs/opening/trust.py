@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from diffmergefs.core.errors import UntrustedExtentsError
-from diffmergefs.core.extents import PAGE
+from diffmergefs.core.extents import PAGE, is_aligned
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.filesystems import untrusted_filesystem
 from diffmergefs.stores.catalog import StoreOptions
@@ -247,7 +247,7 @@ def _coarseness(layer: Layer, made: str, unit: int, page: int) -> Iterator[Probl
 def _misalignment(layer: Layer, page: int) -> Iterator[Problem]:
     # Only the first extent that does not fit is named.
     for start, stop in zip(layer.extents.starts, layer.extents.stops, strict=True):
-        if start % page or (stop % page and stop != layer.size):
+        if not is_aligned(start, stop, page, layer.size):
             text = f"the data extent [{start}, {stop}) does not begin and end on a page of {page}"
             yield problem_of(layer, "alignment", f"{text} bytes")
             return

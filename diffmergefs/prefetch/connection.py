@@ -28,8 +28,8 @@ class Connection:
 
     def __init__(self, device: str) -> None:
         self._path = os.path.join(tuning.connection(device), "abort")
-        self._abort = self._armed = -1
-        self._is_armed = False
+        self._abort = -1
+        self._armed = b""  # what the guard has reported
         self._guard: subprocess.Popen[bytes] | None = None
 
     def guard(self) -> None:
@@ -43,26 +43,20 @@ class Connection:
         if self._abort < 0:
             # Keep it open: the number may belong to another mount when this one is gone.
             self._abort = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
-        self._armed, armed = os.pipe2(os.O_CLOEXEC)
-        try:
-            self._guard = children.start(
-                __file__, str(os.getpid()), stdin=armed, stdout=self._abort
-            )
-        finally:
-            os.close(armed)
-            if self._guard is None:
-                self._armed = _closed(self._armed)
+        self._guard = children.start(
+            __file__, str(os.getpid()), stdin=self._abort, stdout=subprocess.PIPE
+        )
 
     def wait_for_guard(self) -> None:
         """Wait until the guard is armed, about ten milliseconds after its start.
 
         Call it in a worker thread, after `guard`. Raises OSError if the guard has ended instead.
         """
-        if self._armed >= 0:
-            answer = os.read(self._armed, 1)
-            self._armed = _closed(self._armed)
-            self._is_armed = bool(answer)
-        if not self._is_armed:
+        guard = self._guard
+        if not self._armed and guard is not None and guard.stdout is not None:
+            with contextlib.suppress(ValueError):  # `close` was faster
+                self._armed = guard.stdout.read(1)
+        if not self._armed:
             raise ChildProcessError(errno.ECHILD, "the guard cannot run", __file__)
 
     def abort(self) -> None:
@@ -76,25 +70,21 @@ class Connection:
     def close(self) -> None:
         """Leave the connection as it is, and end the guard."""
         if self._guard is not None:
-            self._guard.kill()
-            self._guard.wait()
+            with self._guard as guard:
+                guard.kill()
             self._guard = None
-        self._abort, self._armed = _closed(self._abort), _closed(self._armed)
-
-
-def _closed(fd: int) -> int:
-    if fd >= 0:
-        os.close(fd)
-    return -1
+        if self._abort >= 0:
+            os.close(self._abort)
+            self._abort = -1
 
 
 def watch(daemon: int) -> None:
-    """The guard: report on stdin, wait for the death of the parent `daemon`, write to stdout.
+    """The guard: report to stdout, wait for the death of the parent `daemon`, write to stdin.
 
-    The daemon starts it from its main thread. stdout is fusectl's `abort` file of the mount, and
-    stdin a pipe to the daemon. A daemon that is killed in the middle of a push may leave a thread
-    in the kernel that waits for a page of a request. Nobody will answer that request, and the
-    thread keeps the connection open, so all readers would wait forever.
+    The daemon starts it from its main thread. stdin is fusectl's `abort` file of the mount, open
+    for writing, and stdout a pipe to the daemon. A daemon that is killed in the middle of a push
+    may leave a thread in the kernel that waits for a page of a request. Nobody will answer that
+    request, and the thread keeps the connection open, so all readers would wait forever.
     """
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -102,10 +92,10 @@ def watch(daemon: int) -> None:
     # It comes when the thread that started this process ends, even if other threads hang.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(_DEATH))
     with contextlib.suppress(BrokenPipeError):
-        os.write(0, b"1")
+        os.write(1, b"1")
     if os.getppid() == daemon:
         signal.sigwait({_DEATH})
-    os.write(1, b"1")
+    os.write(0, b"1")
 
 
 if __name__ == "__main__":

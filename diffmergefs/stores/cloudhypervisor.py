@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from diffmergefs.core.beneath import Root
-from diffmergefs.core.errors import BrokenChainError, FileAccessError
+from diffmergefs.core.errors import BrokenChainError, failures
 from diffmergefs.stores.document import describe, describe_undocumented
 from diffmergefs.stores.reader import FolderReader, Source, has_file
 from diffmergefs.stores.snapshot import (
@@ -187,10 +187,8 @@ def _explicit_table(path: str) -> Table | None:
     if not _is_image(path):
         return None
     real = os.path.realpath(path)
-    try:
+    with failures(path):
         size = os.stat(real).st_size
-    except OSError as error:
-        raise FileAccessError(f"{path}: {error.strerror}") from error
     return read_table(None, real, size)
 
 

@@ -173,22 +173,19 @@ JOURNAL = "JOURNAL_STREAM"
 
 
 class Notifier:
-    """Sends a service's state to the socket at `address`: a path, or `@` and an abstract name.
+    """Sends a service's state to the socket that `environment` names: a path, or `@` and a name.
 
-    Without an address nothing is sent. Everyone may read a service's state, and root does not know
+    The name is removed from `environment`, so that no child uses it. Without one nothing is sent.
+    Everyone may read a service's state, and root does not know
     who owns the socket that its caller named. So never send paths or tags.
     """
 
-    def __init__(self, address: str | None = None) -> None:
+    def __init__(self, environment: MutableMapping[str, str] | None = None) -> None:
+        address = environment.pop(ADDRESS, None) if environment else None
         if address and address[0] not in "/@":
             log.warning("%s=%s: neither a path nor an abstract name; ignored", ADDRESS, address)
             address = None
         self._address = address or None
-
-    @classmethod
-    def from_environment(cls, environment: MutableMapping[str, str]) -> Notifier:
-        """A notifier for the address in `environment`, removed there so that no child uses it."""
-        return cls(environment.pop(ADDRESS, None))
 
     def __bool__(self) -> bool:
         """Whether there is an address to notify."""

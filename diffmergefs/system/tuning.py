@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from diffmergefs.core.beneath import closing_fd
+
 log = logging.getLogger(__name__)
 
 #: fusectl: a directory for each FUSE mount, writable for the user who mounted it.
@@ -103,8 +105,5 @@ def _read(path: str) -> int:
 
 def _write(path: str, value: int) -> None:
     # One write, without O_TRUNC or O_CREAT: this is a kernel attribute, not a regular file.
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
+    with closing_fd(os.open(path, os.O_WRONLY | os.O_CLOEXEC)) as fd:
         os.write(fd, b"%d" % value)
-    finally:
-        os.close(fd)

@@ -18,7 +18,7 @@ from diffmergefs.fuse.nodes import ROOT_INODE
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.tree import Tree
-from diffmergefs.opening import content, dense
+from diffmergefs.opening import content
 from diffmergefs.opening.content import Pages
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
@@ -181,13 +181,13 @@ def test_a_mount_samples_each_link_once_and_within_the_processors_limit(
     store.look()
     operations = Operations(Tree("/somewhere", store))
     seen: list[tuple[str, int]] = []
-    real = dense.sample
+    real = content.sample
 
     def counted(parents: content.Read, below: ExtentList, layer: Layer) -> Pages:
         seen.append((layer.path, operations.opener.hashing.busy))
         return real(parents, below, layer)
 
-    monkeypatch.setattr(dense, "sample", counted)
+    monkeypatch.setattr(content, "sample", counted)
 
     async def look_up(tag: str) -> None:
         folder = await operations.lookup(ROOT_INODE, tag.encode(), None)  # type: ignore[arg-type]

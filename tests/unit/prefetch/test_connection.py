@@ -120,7 +120,7 @@ def test_a_guard_whose_daemon_is_gone_before_it_looks_aborts_at_once(abort: Path
     with abort.open("wb") as file:
         command = [sys.executable, "-I", "-S", module.__file__, "1"]
         read, write = os.pipe()
-        subprocess.run(command, stdin=write, stdout=file, check=True, timeout=20)
+        subprocess.run(command, stdin=file, stdout=write, check=True, timeout=20)
         os.close(write)
         assert os.read(read, 2) == b"1"
         os.close(read)

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.system import daemon
-from diffmergefs.system.daemon import Notifier, is_journal
+from diffmergefs.system.daemon import ADDRESS, Notifier, is_journal
 from tests.support.live import until
 from tests.support.subjects.daemon import Manager, manager
+
+__all__ = ["manager"]
 
 
 def test_start_tells_how_a_child_went() -> None:
@@ -86,11 +88,8 @@ def test_a_child_that_ends_with_systemexit_has_its_status() -> None:
         assert daemon.start(ends(code), 30).status == daemon._FAILED
 
 
-__all__ = ["manager"]
-
-
 def test_one_datagram_a_call(manager: Manager) -> None:
-    notifier = Notifier(manager.address)
+    notifier = Notifier({ADDRESS: manager.address})
     assert notifier
     notifier.notify("READY=1", "STATUS=up")
     notifier.notify("STOPPING=1")
@@ -99,7 +98,7 @@ def test_one_datagram_a_call(manager: Manager) -> None:
 
 def test_the_environment_gives_the_address_away(manager: Manager) -> None:
     environment = {"NOTIFY_SOCKET": manager.address, "OTHER": "x"}
-    Notifier.from_environment(environment).notify("READY=1")
+    Notifier(environment).notify("READY=1")
     assert environment == {"OTHER": "x"}
     assert manager.heard() == ["READY=1"]
 
@@ -108,7 +107,7 @@ def test_the_environment_gives_the_address_away(manager: Manager) -> None:
 def test_without_an_address_nobody_is_notified(
     environment: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    notifier = Notifier.from_environment(dict(environment))
+    notifier = Notifier(dict(environment))
     assert not notifier
     notifier.notify("READY=1")
     assert not caplog.records
@@ -118,20 +117,20 @@ def test_without_an_address_nobody_is_notified(
 def test_what_is_no_address_is_said_and_not_told(
     address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert not Notifier(address)
+    assert not Notifier({ADDRESS: address})
     assert f"NOTIFY_SOCKET={address}: neither a path" in caplog.text
 
 
 def test_what_cannot_be_sent_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    Notifier(f"{tmp_path}/nobody").notify("READY=1")
-    Notifier(f"{tmp_path}/{'x' * 200}").notify("READY=1")
+    Notifier({ADDRESS: f"{tmp_path}/nobody"}).notify("READY=1")
+    Notifier({ADDRESS: f"{tmp_path}/{'x' * 200}"}).notify("READY=1")
     assert caplog.text.count("cannot be notified") == 2
 
 
 def test_a_manager_that_does_not_listen_holds_nobody_up(
     manager: Manager, caplog: pytest.LogCaptureFixture
 ) -> None:
-    notifier = Notifier(manager.address)
+    notifier = Notifier({ADDRESS: manager.address})
     full = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text()) + 2
     for number in range(full):
         notifier.notify(f"STATUS={number}")
