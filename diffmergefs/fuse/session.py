@@ -40,7 +40,8 @@ LOOK_SECONDS = 0.6
 SLOW_SECONDS = 5.0  # how long a scan may take before the log says so
 # How many requests may be under way at once. Further ones wait in the kernel, fast ones too.
 _MAX_REQUESTS = 10_000
-_REFUSED_OPTIONS = {
+#: The mount options that `session_options` refuses.
+REFUSED_OPTIONS = {
     *("rw", "suid", "dev", "exec"),
     *("max_read", "fsname", "subtype", "fd", "rootmode", "user_id", "group_id"),
 }
@@ -54,7 +55,7 @@ def session_options(
     Raises MountFailedError for an option that would break the session.
     """
     for option in extra:
-        if option.split("=", 1)[0] in _REFUSED_OPTIONS:
+        if option.split("=", 1)[0] in REFUSED_OPTIONS:
             raise MountFailedError(f"-o {option}: cannot be used with a read-only FUSE view")
     name = source.replace("\\", "\\\\").replace(",", "\\,")
     options = {f"fsname={name}", "subtype=diffmergefs", "default_permissions"}

@@ -112,11 +112,11 @@ def _random(images: Images, record: Record, server_cpu: int, profiled: Sequence[
 
         runs = [*_contestants([*peers, *views], run), Contestant("flattened, warm", flattened)]
         alternate(record, runs, images.scale.rounds, lambda: _ready_for(touches, images))
-        _profile([server for server in peers if server.name in profiled], images, record)
+        note_profiles([server for server in peers if server.name in profiled], images, record)
 
 
-def _profile(running: Sequence[Server], images: Images, record: Record) -> None:
-    # Of touches that come after those that count, since sampling slows them down.
+def note_profiles(running: Sequence[Server], images: Images, record: Record) -> None:
+    """Profile touches that come after those that count, since sampling slows them down."""
     count = min(images.scale.touches * _PROFILED_ROUNDS, images.scale.image // PAGE)
     for server in running:
         warm_layers(images)

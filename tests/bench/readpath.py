@@ -31,17 +31,20 @@ from unittest import mock
 import pyfuse3
 import trio
 
+from diffmergefs.core import sparse
 from diffmergefs.fuse.access import Access
 from diffmergefs.fuse.nodes import ROOT_INODE, OpenImage
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain
 from tests.support.mounts import mounted
+from tests.support.randomchains import open_view
 
 PAGE = 4096
 SIZE = 256 << 20
 DIRTY = 13_000
 ROUNDS = 7
+_EXT4_MAGIC = 0xEF53
 CTX: Any = SimpleNamespace(pid=1)
 
 
@@ -94,14 +97,14 @@ async def in_the_handler(base: Path, diffs: list[Path], reads: int) -> None:
 
 async def of_a_slow_store(base: Path, diffs: list[Path]) -> None:
     """Eight clients of layers whose every read takes 5 ms, as on a network: they wait together."""
-    view = open_chain(base, diffs).view
+    # As if they were not on a tmpfs, which is never slow.
+    with mock.patch.object(sparse, "filesystem_magic", return_value=_EXT4_MAGIC):
+        view = open_view([base, *diffs])
     operations = Operations(
         Tree("/nowhere", explicit=OpenImage.of(view, "base", Access(0, 0, 0o400)))
     )
     inode = (await operations.lookup(ROOT_INODE, b"base", CTX)).st_ino
     fh = (await operations.open(inode, os.O_RDONLY, CTX)).fh
-    for layer in view.layers:
-        layer._nowait = os.RWF_NOWAIT  # as if they were not on a tmpfs, which is never slow
     preadv = os.preadv
 
     def slow(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:

@@ -91,32 +91,6 @@ def on_terminal(arguments: Sequence[str], **environment: str) -> tuple[str, str]
 # In the terminal
 
 
-def test_a_row_a_layer_and_in_each_column_its_share(layers: list[Path]) -> None:
-    """64 columns of 4 pages: 1 of them is ▁, 3 are ▆, and only all is █."""
-    with unchanged(layers):
-        text = shown(*named(layers))
-    rows, legend = text.split("\n#", 1)
-    assert rows.splitlines() == [
-        "base: 1 MiB, 3 layers",
-        "0x00000000 to 0x00100000, 4 pages a column (16 KiB)",
-        "",
-        "               0x00000000      0x00040000      0x00080000      0x000c0000",
-        "               │               │               │               │",
-        "0 base         ▆▁ " + 22 * "█" + "▆" + 6 * "█" + "  " + 14 * "█",
-        "1 one          ▁▆" + 23 * " " + "▁" + 37 * " " + "▁",
-        "2 two            █" + 29 * " " + "██",
-        "- zero by hole " + 48 * " " + 15 * "█" + "▆",
-    ]
-    assert [line.split() for line in legend.splitlines()][:5] == [
-        ["LAYER", "BYTES", "SHARE"],
-        ["0", str(layers[0]), str(175 * PAGE), "68.36", "%"],
-        ["1", str(layers[1]), str(6 * PAGE), "2.34", "%"],
-        ["2", str(layers[2]), str(12 * PAGE), "4.69", "%"],
-        ["-", "zero", "by", "hole", str(63 * PAGE), "24.61", "%"],
-    ]
-    assert "▁ a page or less, █ all of a column" in legend.splitlines()[-1]
-
-
 def test_written_zeros_are_told_by_a_scan(layers: list[Path]) -> None:
     with unchanged(layers):
         text = shown("--zeros", *named(layers))
@@ -127,26 +101,8 @@ def test_written_zeros_are_told_by_a_scan(layers: list[Path]) -> None:
     assert ["2", str(layers[2]), str(8 * PAGE), "3.12", "%"] in rows
 
 
-@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "", "LC_CTYPE": "", "LANG": "C"}])
-def test_without_utf8_it_is_ascii(chain: list[str], locale: dict[str, str]) -> None:
-    text = shown(*chain, **locale)
-    assert text.isascii()
-    assert "1 one          .*" + 23 * " " + "." + 37 * " " + ".\n" in text
-    assert ". a page or less, @ all of a column" in text
-
-
-def test_an_encoding_that_is_not_utf8_is_ascii_too(chain: list[str]) -> None:
-    assert shown(*chain, PYTHONIOENCODING="latin-1").isascii()
-
-
-@pytest.mark.parametrize("width", [20, 80, 120, 400])
-def test_it_is_as_wide_as_the_terminal(chain: list[str], width: int) -> None:
-    title, rows, *_ = shown(*chain, COLUMNS=str(width)).split("\n\n")
-    longest = max(map(len, rows.splitlines()))
-    assert longest <= max(width, 24)
-    assert width > 300 or longest > width * 3 // 5
-    # One page a column is the finest that there is.
-    assert ("1 page a column" in title) == (width == 400)
+def test_in_the_c_locale_it_is_ascii(chain: list[str]) -> None:
+    assert shown(*chain, LC_ALL="", LC_CTYPE="", LANG="C").isascii()
 
 
 def test_a_pipe_gets_no_colours_and_a_terminal_does_unless_told(chain: list[str]) -> None:
@@ -169,21 +125,6 @@ def test_a_range_is_shown_alone_and_to_the_byte(chain: list[str]) -> None:
     assert ["0", chain[0].partition("=")[2], str(4 * PAGE - 1), "57.14", "%"] in rows
     assert "0x00000000 to 0x00001000" in shown("--range=:4096", *chain)
     assert "0x000ff000 to 0x00100000" in shown("--range=1020k:", *chain)
-
-
-def test_many_layers_are_grouped_and_a_line_says_so(tmp_path: Path) -> None:
-    paths = [write_layer(tmp_path / "base.mem", SIZE, [(0, signed(0, 0, 64 * PAGE))])]
-    for n in range(1, 30):
-        extents = [(n * PAGE, signed(n, n * PAGE, PAGE))]
-        paths.append(write_layer(tmp_path / f"{n}.mem", SIZE, extents))
-    text = shown(*named(paths))
-    assert "30 layers are drawn as 12: the base, and the diffs in groups of neighbours." in text
-    assert "--json names the layer of each range" in text
-    # A row, and a line of the legend.
-    assert sum(" 1-3 " in line for line in text.splitlines()) == 2
-    assert f"  1-3  {paths[1]} .. {paths[3]}" in text
-    assert text.count(f" {3 * PAGE}  ") == 7 and text.count(f" {2 * PAGE}  ") == 4
-    assert "drawn as" not in shown(*named(paths[:12]))
 
 
 def test_an_image_is_named_by_its_tags(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from diffmergefs.writing.sealing import seal_layer
 from tests.support import loopfs
 from tests.support.calls import first
 from tests.support.commands import as_user, diffmergefs
+from tests.support.fiemap import around_map
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.layers import poke, written
 from tests.support.live import error_of, until
@@ -292,23 +293,18 @@ def test_a_store_during_the_comparison_is_seen(
     """By the fingerprint, which was taken before: whatever the two answers are."""
     path = written(real_fs)
     os.utime(path, ns=(10**9, 10**9))
-    walk, fiemap = sparse.data_extents, sparse._fiemap
+    walk = sparse.data_extents
 
-    def stored(fd: int, size: int) -> Any:
-        if moment == "before the map":
+    def store_at(this: str) -> None:
+        if moment == this:
             poke(path, 0, b"new")
-        found = fiemap(fd, size)
-        if moment == "between the two":
-            poke(path, 0, b"new")
-        return found
 
     def then(fd: int, size: int) -> Any:
         found = list(walk(fd, size))
-        if moment == "after the data":
-            poke(path, 0, b"new")
+        store_at("after the data")
         return iter(found)
 
-    monkeypatch.setattr(sparse, "_fiemap", stored)
+    around_map(monkeypatch, lambda: store_at("before the map"), lambda: store_at("between the two"))
     monkeypatch.setattr(sparse, "data_extents", then)
     layer = Layer.open(str(path))
     with pytest.raises(LayerChangedError, match="mtime"):

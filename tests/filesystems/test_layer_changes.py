@@ -269,10 +269,11 @@ def test_a_layer_that_several_threads_find_changed_counts_once(real_fs: Path) ->
 
     path = written(real_fs)
     layer, before = Watched(str(path), os.open(path, os.O_RDONLY)), Layer.taints
+    os.utime(path)
 
     def find() -> None:
         with pytest.raises(LayerChangedError):
-            layer._taint("on purpose")
+            layer.is_unchanged()
 
     threads = [threading.Thread(target=find, name="finder") for _ in range(2)]
     for thread in threads:

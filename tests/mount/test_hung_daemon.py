@@ -12,11 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import click
 import pytest
 
-from diffmergefs.cli import options
-from diffmergefs.cli.verbs import TABLE, load
 from diffmergefs.system.mounttable import mount_entry, mount_over, resolved
 from tests.support import mounttable
 from tests.support.commands import diffmergefs, diffmergefs_as_nobody, one_line
@@ -43,19 +40,6 @@ def hung(store: Path, mountpoint: Path, *options: str) -> Iterator[Mount]:
             os.kill(mount.pid, signal.SIGCONT)
             if not mounttable.at(str(mountpoint)):
                 mount.process.wait(60)
-
-
-def verbs() -> list[click.Command]:
-    found = [load(name) for name in TABLE]
-    return [command for command in found if command is not None]
-
-
-def test_no_argument_is_asked_for_its_attributes_while_it_is_parsed() -> None:
-    """As click's own types of paths and files do."""
-    types = [param.type for command in verbs() for param in command.params]
-    paths = [known for known in types if isinstance(known, click.Path | click.File)]
-    assert len(paths) > 40
-    assert {type(known) for known in paths} == {type(options.PATH), type(options.MOUNTPOINT)}
 
 
 @pytest.mark.parametrize("options", [(), ("--lazy",)])

@@ -601,7 +601,7 @@ def test_where_perf_is_not_to_be_had_only_the_profiles_are_missing(
     monkeypatch.setattr(read_cases, "warm_layers", lambda images: None)
     record = Record("random-one-cpu", "tiny")
     server = Server("diffmergefs", tmp_path / "image", tmp_path)
-    read_cases._profile([server], images.Images(tmp_path, TINY), record)
+    read_cases.note_profiles([server], images.Images(tmp_path, TINY), record)
     assert record.missing == {"profile of diffmergefs": "perf ended with status 255: no permission"}
     assert profile.PROFILE not in record.facts
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
-from diffmergefs.writing.flatten import _Merge, flatten
+from diffmergefs.writing.flatten import flatten
 from diffmergefs.writing.output import OutputFile
 
 #: What a run goes through, in this order.
@@ -112,10 +112,10 @@ class Victim:
 
     def _instrument(self, unnamed: bool, kill_itself: str | None) -> None:
         for owner, name, phase in (
-            (_Merge, "run", "copying"),
+            (os, "ftruncate", "copying"),
             (OutputFile, "finish", "syncing"),
             (OutputFile, "publish", "naming"),
-            (OutputFile, "_abandon", "closing"),
+            (OutputFile, "__exit__", "closing"),
         ):
             self._mark_before(owner, name, PHASES.index(phase))
         if not unnamed:
@@ -123,7 +123,7 @@ class Victim:
         if kill_itself:
             self._kill_after(kill_itself)
 
-    def _mark_before(self, owner: type, name: str, phase: int) -> None:
+    def _mark_before(self, owner: object, name: str, phase: int) -> None:
         real = getattr(owner, name)
 
         def marked(*args: Any, **named: Any) -> Any:

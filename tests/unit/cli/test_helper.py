@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.cli.helper import main
-from diffmergefs.cli.mount import split_options
 from tests.support import mounttable
 from tests.support.subjects.helper import USAGE, store
 
@@ -61,11 +60,6 @@ def test_a_base_may_be_named_as_an_option_too(
     assert main([source, str(mountpoint), "-f", "-o", "base=/b,diff=/c"]) == 0
     assert main([source, str(mountpoint), "-f", "-o", "base=/b,base=/d"]) == USAGE
     assert "-o base=/d: SOURCE is already the base" in capfd.readouterr().err
-
-
-def test_a_comma_of_a_value_is_escaped() -> None:
-    given = ["a,log=/x\\,y\\\\,ro", "b,,c=\\040\\"]
-    assert split_options(given) == ["a", "log=/x,y\\", "b", "c=\\040\\"]
 
 
 def test_usage_and_bugs_have_mounts_statuses(

@@ -13,6 +13,7 @@ from diffmergefs.core.extents import Extent
 from diffmergefs.opening import trust
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy, require_trust
+from tests.support.fiemap import without_map
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.subjects.trust import SIZE, diff, refusal, require_overridable
 
@@ -24,7 +25,7 @@ def test_unaligned_extents_are_refused(
     extent: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparse, "data_extents", lambda *_: iter([Extent(*extent)]))
-    monkeypatch.setattr(sparse, "_fiemap", lambda *_: None)
+    without_map(monkeypatch)
     layer = diff(tmp_path, *range(1, 12))
     require_overridable(layer, "alignment")
     assert f"[{extent[0]}, {extent[1]})" in str(refusal(layer))

@@ -13,18 +13,15 @@ from hypothesis import strategies as st
 from diffmergefs.core.errors import (
     LayerChangedError,
     OutputRefusedError,
-    UntrustedExtentsError,
     VerificationError,
 )
-from diffmergefs.core.extents import ExtentList
 from diffmergefs.writing.squash import count_data, squash
 from tests.support.asked import asked
-from tests.support.images import PAGE, overlay_oracle, write_layer
+from tests.support.images import PAGE, overlay_oracle
 from tests.support.inputs import unchanged
 from tests.support.layers import poke
 from tests.support.newdiffs import assert_sealed, data_of, harm_writes
 from tests.support.randomchains import Extents, chains, open_view, write_chain
-from tests.support.stores import pages
 from tests.support.subjects.squash import CHAIN, SIZE, joined, layers
 
 __all__ = ["asked", "layers"]
@@ -118,17 +115,6 @@ def test_an_output_is_replaced_only_with_force_and_its_seal_goes(
     assert os.listdir(out.parent) == ["diff"]
     squash(open_view(layers), out, force=True, seal=True)
     assert_sealed(out, joined(*CHAIN[1:]))
-
-
-def test_extents_that_do_not_fit_the_output_are_refused(tmp_path: Path, out: Path) -> None:
-    # Vouched for where they lie, in units smaller than the output's blocks.
-    base = write_layer(tmp_path / "base", SIZE, pages(0, range(64)))
-    diff = write_layer(tmp_path / "diff", SIZE, [])
-    view = open_view([base, diff])
-    view.layers[1].extents = ExtentList([(512, 1024)])
-    with pytest.raises(UntrustedExtentsError, match="512 bytes in 1 extents were written, but"):
-        squash(view, out)
-    assert os.listdir(out.parent) == []
 
 
 def test_a_layer_that_changes_meanwhile_leaves_nothing(tmp_path: Path, out: Path) -> None:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
-import stat
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from diffmergefs.checks.verify import open_image as open_to_verify
 from diffmergefs.core.errors import (
     BrokenChainError,
     DenseDiffError,
-    DiffMergeError,
     FileAccessError,
     LayerChangedError,
     OutputRefusedError,
@@ -26,75 +17,14 @@ from diffmergefs.core.errors import (
 )
 from diffmergefs.opening.images import open_image
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.sidecars import seal
 from diffmergefs.writing.newstore import NewSnapshot
-from diffmergefs.writing.sealing import seal_layer
 from diffmergefs.writing.storediff import StoreRediff
-from tests.support.images import PAGE, overlay_oracle, signed, write_layer
-from tests.support.inputs import unchanged
-from tests.support.newdiffs import assert_sealed, data_of, harm_writes
-from tests.support.stores import (
-    BASE_PAGES,
-    SIZE,
-    age,
-    pages,
-    write_chain,
-    write_document,
-    write_numbered,
-    write_tag,
-)
-from tests.support.swaps import Swapped
-from tests.support.users import NOBODY
+from tests.support.images import PAGE, overlay_oracle, write_layer
+from tests.support.newdiffs import data_of, harm_writes
+from tests.support.stores import SIZE, age, pages, write_chain, write_numbered, write_tag
+from tests.support.subjects.newstore import IMAGES, convert, document, image, sha256, store
 
-#: What each tag's image is: layers laid one after another.
-IMAGES = {
-    "base": [pages(0, BASE_PAGES)],
-    "work": [pages(0, BASE_PAGES), pages(1, [1])],
-    "leaf": [pages(0, BASE_PAGES), pages(1, [1]), pages(2, [2]), [(5 * PAGE, bytes(PAGE))]],
-}
-IMAGES["tip"] = [*IMAGES["leaf"], pages(3, [3])]
-IMAGES["other"] = [[(0, signed(9, 0, SIZE)), *pages(0, [0, 1])]]
-
-
-def image(tag: str) -> bytes:
-    return overlay_oracle(SIZE, IMAGES[tag])
-
-
-def dense(store: Path, tag: str) -> None:
-    """Merge the tag's image into its own file, as forkd does."""
-    path = store / tag / "memory.bin"
-    write_layer(path, SIZE, [(0, image(tag))])
-    age(path)
-
-
-@pytest.fixture
-def store(public_path: Path) -> Iterator[Path]:
-    """base <- work <- leaf (dense) <- tip, and base <- other (dense, nearly all of it another)."""
-    store = write_chain(public_path / "store", ["base", "work", "leaf"])
-    dense(store, "leaf")
-    write_tag(store, "tip", "leaf", layer=3, volumes=["/v"], note={"a": [1]})
-    write_tag(store, "other", "base")
-    dense(store, "other")
-    with unchanged(path for path in store.rglob("*") if path.is_file()):
-        yield store
-
-
-def convert(store: Path, output: Path, **options: Any) -> dict[str, NewSnapshot]:
-    names = ("skip_broken", "policy")
-    given = {name: options.pop(name) for name in names if name in options}
-    with StoreRediff(store, **given) as opened:
-        made = opened.write(output, **options)
-    assert made.data_before == sum(s.data_before for s in made.snapshots)
-    assert made.data_bytes == sum(s.data_bytes for s in made.snapshots)
-    return {snapshot.tag: snapshot for snapshot in made.snapshots}
-
-
-def document(store: Path, tag: str) -> dict[str, Any]:
-    return dict(json.loads((store / tag / "snapshot.json").read_text()))
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+__all__ = ["store"]
 
 
 @pytest.mark.parametrize("verify", [False, True])
@@ -123,155 +53,6 @@ def test_dense_links_become_true_diffs_and_every_image_is_the_same(
             assert view.read(0, SIZE) == image(tag), tag
             assert all(layer.path.startswith(f"{new}/") for layer in view.layers)
     assert sorted(os.listdir(public_path)) == ["new", "store"]
-
-
-def test_documents_point_into_the_new_store_and_pins_are_those_of_the_new_files(
-    store: Path, public_path: Path
-) -> None:
-    new = public_path / "new"
-    convert(store, new)
-    for tag, parent in [("work", "base"), ("leaf", "work"), ("tip", "leaf"), ("other", "base")]:
-        found = document(new, tag)
-        assert found["parent_tag"] == parent
-        assert found["parent_content_hash"] == sha256(new / parent / "memory.bin")
-        assert found["memory"] == str(new / tag / "memory.bin")
-        assert found["vmstate"] == str(new / tag / "vmstate")
-        with open_to_verify(str(new / tag), TrustPolicy()) as verification:
-            assert verification.verify().sound
-    assert "parent_content_hash" not in document(new, "base")
-    # The pin of what lies over a link that became small is new; other fields are passed on.
-    assert sha256(new / "leaf/memory.bin") != sha256(store / "leaf/memory.bin")
-    assert document(new, "tip")["volumes"] == ["/v"]
-    assert document(new, "tip")["note"] == {"a": [1]}
-
-
-def test_what_stands_beside_memory_goes_along(store: Path, public_path: Path) -> None:
-    leaf = store / "leaf"
-    (leaf / "sub/inner").mkdir(parents=True)
-    (leaf / "sub/inner/file").write_text("deep")
-    (leaf / "link").symlink_to("sub/inner/file")
-    (leaf / "dangling").symlink_to("/nowhere")
-    (leaf / "empty").touch()
-    write_layer(leaf / "rootfs.img", 4 * PAGE, [(PAGE, b"x" * PAGE)])
-    (leaf / "rootfs.img.bmap").write_text("its own")
-    (leaf / ".compact-staging-1").write_text("staging")
-    (leaf / "x.tmp").write_text("staging")
-    os.mkfifo(leaf / "fifo")
-    (leaf / "vmstate").chmod(0o640)
-    (leaf / "sub").chmod(0o711)
-    os.chown(leaf / "rootfs.img", NOBODY, NOBODY)
-    os.chown(leaf, NOBODY, NOBODY, follow_symlinks=False)
-    age(leaf / "rootfs.img")
-    new = public_path / "new"
-    convert(store, new)
-    names = {"memory.bin", "vmstate", "snapshot.json", "sub", "link", "dangling", "empty"}
-    assert set(os.listdir(new / "leaf")) == names | {"rootfs.img", "rootfs.img.bmap"}
-    assert (new / "leaf/sub/inner/file").read_text() == "deep"
-    assert os.readlink(new / "leaf/link") == "sub/inner/file"
-    assert os.readlink(new / "leaf/dangling") == "/nowhere"
-    assert (new / "leaf/empty").stat().st_size == 0
-    assert (new / "leaf/rootfs.img.bmap").read_text() == "its own"
-    assert (new / "leaf/vmstate").read_bytes() == b"state of leaf"
-    for name in ("vmstate", "sub", "rootfs.img", "memory.bin", "snapshot.json", "", "link"):
-        old, made = (os.lstat(root / "leaf" / name) for root in (store, new))
-        assert (made.st_mode, made.st_uid, made.st_gid) == (old.st_mode, old.st_uid, old.st_gid)
-    status = (new / "leaf/rootfs.img").stat()
-    assert status.st_mtime_ns == (leaf / "rootfs.img").stat().st_mtime_ns
-    assert data_of(new / "leaf/rootfs.img") == [(PAGE, 2 * PAGE)]
-
-
-def test_a_files_mode_does_not_grow(store: Path, public_path: Path) -> None:
-    for tag, mode in [("base", 0o640), ("work", 0o600), ("leaf", 0o644)]:
-        (store / tag / "memory.bin").chmod(mode)
-    store.chmod(0o750)
-    new = public_path / "new"
-    convert(store, new)
-    for tag, mode in [("base", 0o640), ("work", 0o600), ("leaf", 0o644)]:
-        assert stat.S_IMODE((new / tag / "memory.bin").stat().st_mode) == mode
-    assert stat.S_IMODE(new.stat().st_mode) == 0o750
-
-
-def test_files_that_lie_elsewhere_come_into_the_tags_directory(
-    store: Path, public_path: Path
-) -> None:
-    (store / "files").mkdir()
-    (store / "leaf/memory.bin").rename(store / "files/leaf.mem")
-    (store / "leaf/vmstate").rename(store / "files/leaf.state")
-    outside = public_path / "outside"
-    outside.mkdir()
-    (store / "other/memory.bin").rename(outside / "other.mem")
-    write_document(
-        store,
-        "leaf",
-        json.dumps(
-            {
-                "memory": str(store / "files/leaf.mem"),
-                "vmstate": str(store / "files/leaf.state"),
-                "parent_tag": "work",
-            }
-        ),
-    )
-    write_document(
-        store,
-        "other",
-        json.dumps({"memory": str(outside / "other.mem"), "parent_tag": "base"}),
-    )
-    new = public_path / "new"
-    policy = TrustPolicy(allow_outside=(str(outside),))
-    found = convert(store, new, policy=policy)
-    assert found["leaf"].done == "rediffed"
-    assert set(os.listdir(new)) == {"base", "work", "leaf", "tip", "other"}
-    assert set(os.listdir(new / "leaf")) == {"leaf.mem", "leaf.state", "snapshot.json"}
-    assert document(new, "leaf")["memory"] == str(new / "leaf/leaf.mem")
-    assert document(new, "other")["memory"] == str(new / "other/other.mem")
-    for tag in IMAGES:
-        with open_image(new / tag).view as view:
-            assert view.read(0, SIZE) == image(tag), tag
-    for path in (*(store / "files").iterdir(), *outside.iterdir()):
-        path.rename(store / path.stem / {".state": "vmstate"}.get(path.suffix, "memory.bin"))
-    write_tag(store, "leaf", "work", layer=2)
-    dense(store, "leaf")
-    write_tag(store, "other", "base")
-    dense(store, "other")
-
-
-def test_a_base_without_a_document_stays_one(public_path: Path) -> None:
-    store = write_chain(public_path / "store", ["base", "work"])
-    (store / "base/snapshot.json").unlink()
-    write_layer(store / "base/memory.bin", SIZE, pages(0, range(16)))
-    convert(store, public_path / "new")
-    assert sorted(os.listdir(public_path / "new/base")) == ["memory.bin", "vmstate"]
-    hashed = sha256(public_path / "new/base/memory.bin")
-    assert document(public_path / "new", "work")["parent_content_hash"] == hashed
-
-
-@pytest.mark.parametrize("all_of_them", [False, True])
-def test_seals_are_made_anew(store: Path, public_path: Path, all_of_them: bool) -> None:
-    for tag in ("work", "leaf"):
-        seal_layer(store / tag / "memory.bin", policy=TrustPolicy(dense=True))
-    new = public_path / "new"
-    convert(store, new, seal=all_of_them)
-    sealed = set(IMAGES) if all_of_them else {"work", "leaf"}
-    for tag in IMAGES:
-        found = seal.find(str(new / tag / "memory.bin"))
-        assert (found is not None) is (tag in sealed)
-        if found is not None:
-            assert_sealed(new / tag / "memory.bin", data_of(new / tag / "memory.bin"))
-    with open_image(new / "tip", TrustPolicy(verify="full")).view as view:
-        assert view.read(0, SIZE) == image("tip")
-
-
-def test_memory_and_seals_keep_their_owners(store: Path, public_path: Path) -> None:
-    for tag, mode in (("base", 0o640), ("work", 0o600), ("leaf", 0o754)):
-        os.chown(store / tag / "memory.bin", NOBODY, NOBODY)
-        (store / tag / "memory.bin").chmod(mode)
-    new = public_path / "new"
-    convert(store, new, seal=True)
-    for tag, mode in (("base", 0o640), ("work", 0o600), ("leaf", 0o754)):
-        memory, beside = (os.stat(new / tag / f"memory.bin{end}") for end in ("", ".bmap"))
-        assert (memory.st_uid, memory.st_gid) == (beside.st_uid, beside.st_gid) == (NOBODY, NOBODY)
-        assert stat.S_IMODE(memory.st_mode) == mode
-        assert stat.S_IMODE(beside.st_mode) == mode & 0o666
 
 
 # Refusals
@@ -386,33 +167,3 @@ def test_a_failure_in_the_middle_leaves_nothing(
     ):
         opened.write(public_path / "new", verify=True)
     assert sorted(os.listdir(public_path)) == ["store"]
-
-
-@pytest.mark.slow
-def test_no_moment_of_an_exchange_copies_private_files_into_a_public_directory(
-    public_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = write_chain(public_path / "store", ["secret"])
-    bait = write_tag(public_path, "bait")
-    for folder in (store / "secret", bait):
-        (folder / "sub").mkdir()
-        (folder / "sub" / "note").write_bytes(os.fsencode(folder.name))
-        (folder / "vmstate").write_bytes(os.fsencode(folder.name))
-        age(folder / "vmstate")
-    (store / "secret").chmod(0o700)
-    swapped = Swapped(monkeypatch, store / "secret", bait)
-    new = public_path / "new"
-    seen = set()
-
-    def copied(at: tuple[int, ...]) -> None:
-        with swapped.during(at), suppress(DiffMergeError):
-            convert(store, new)
-        if new.exists():
-            found = {(new / "secret" / name).read_bytes() for name in ("vmstate", "sub/note")}
-            seen.update(found)
-            assert b"secret" not in found or stat.S_IMODE((new / "secret").stat().st_mode) == 0o700
-            shutil.rmtree(new)
-
-    for at in swapped.moments(lambda: copied(()), apart=3):
-        copied(at)
-    assert b"secret" in seen
