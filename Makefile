@@ -17,10 +17,14 @@ TEST_PACKAGES := xfsprogs btrfs-progs rsync e2fsprogs squashfs-tools erofs-utils
 # The peers that only the benchmark wants; QEMU's comes with TEST_PACKAGES.
 BENCH_PACKAGES := nbdkit libnbd-bin
 PROFILE_PACKAGES := linux-perf
+# What .ci/debian/control builds with, and what tries the package.
+DEB_PACKAGES := dpkg-dev debhelper dh-python pybuild-plugin-pyproject python3 python3-click \
+	python3-hatchling python3-markdown-it
+TEST_DEB_PACKAGES := debootstrap lintian
 
 .DELETE_ON_ERROR:
-.PHONY: help demo check test test-lowest soak bench bench-quick lint clean \
-	run-packages test-packages bench-packages install-mount-helper uninstall-mount-helper
+.PHONY: help demo check test test-lowest test-packages soak bench bench-quick deb lint clean \
+	system-run-packages system-test-packages system-bench-packages system-deb-packages
 
 help:
 	@echo 'make demo   show the filesystem at work on a chain it makes itself'
@@ -29,6 +33,8 @@ help:
 	@echo 'make test   lint, type-check and test (as root: many tests mount file systems)'
 	@echo '            one file: make test PYTEST_ARGS=tests/project/test_support.py'
 	@echo 'make test-lowest  mount, flatten and restore with the lowest versions of what it needs'
+	@echo 'make deb    build/diffmergefs_VERSION_all.deb, a package for Debian 12 and newer'
+	@echo 'make test-packages  try that package in fresh roots of Debian 12 and 13 (as root; downloads)'
 	@echo 'make soak   the fault tests and the fuzzing at their full counts (half an hour);'
 	@echo '            writes what it saw to docs/reliability.md'
 	@echo 'make bench  measure against peers, as root on a quiet machine (an hour); writes'
@@ -36,9 +42,6 @@ help:
 	@echo 'make bench-quick  the same with small sizes, into build/bench-quick (some 3 minutes)'
 	@echo 'make lint   lint and type-check only'
 	@echo 'make clean  remove the virtual environment and the caches'
-	@echo 'make install-mount-helper    (root) let mount(8) and fstab mount the type fuse.diffmergefs;'
-	@echo '            FROM=/opt/diffmergefs/bin names the installation, if it is not .venv'
-	@echo 'make uninstall-mount-helper  take that back'
 
 demo: $(VENV)/.stamp-run
 	@$(BIN)/diffmergefs demo
@@ -51,7 +54,7 @@ check: $(CHECK)/.stamp
 	@$(CHECK)/bin/python -m pytest -m 'not fuse and not slow' tests/unit $(PYTEST_ARGS)
 
 # pytest comes last, so that its summary is the end of the output.
-test: $(VENV)/.stamp-test lint | test-packages
+test: $(VENV)/.stamp-test lint | system-test-packages
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Each package with a lower bound in pyproject.toml is used. Old versions warn of much that cannot be
@@ -62,21 +65,29 @@ LOWEST_TESTS := $(addprefix tests/,mount/test_read.py mount/test_lifecycle.py mo
 	writing/test_flatten.py sidecars/test_bmap.py sidecars/test_bmapreader.py \
 	pictures/test_extents_picture.py)
 
-test-lowest: $(LOWEST)/.stamp | test-packages
+test-lowest: $(LOWEST)/.stamp | system-test-packages
 	@$(LOWEST)/bin/python -m pytest -o filterwarnings=default --disable-warnings $(LOWEST_TESTS)
+
+# Apart from `make test`: it takes minutes, and needs a mirror of Debian.
+test-packages: $(VENV)/.stamp-test | system-deb-packages
+	@.ci/system-packages $(TEST_DEB_PACKAGES)
+	@$(BIN)/python -m pytest tests/packages $(PYTEST_ARGS)
 
 # Without the traceback that pytest prints of a test which takes long, and without the debug lines
 # of a hundred thousand inputs.
-soak: $(VENV)/.stamp-test | test-packages
+soak: $(VENV)/.stamp-test | system-test-packages
 	@$(BIN)/python -m pytest --soak --soak-report docs/reliability.md \
 		-o faulthandler_timeout=0 -o log_level=INFO tests/faults tests/fuzz \
 		$(PYTEST_ARGS)
 
-bench: $(VENV)/.stamp-bench | bench-packages
+bench: $(VENV)/.stamp-bench | system-bench-packages
 	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
 
-bench-quick: $(VENV)/.stamp-bench | bench-packages
+bench-quick: $(VENV)/.stamp-bench | system-bench-packages
 	@$(BIN)/python -m tests.bench --scale quick $(BENCH_ARGS)
+
+deb: | system-deb-packages
+	@.ci/deb build
 
 lint: $(VENV)/.stamp-test
 	@$(BIN)/ruff check
@@ -86,40 +97,24 @@ lint: $(VENV)/.stamp-test
 clean:
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# mount(8) looks for a type's helper in /sbin only, which a wheel cannot install to. The script there
-# names its interpreter by its absolute path, so it needs no PATH and no activated environment.
-HELPER := mount.fuse.diffmergefs
-FROM ?= $(abspath $(BIN))
-SBIN ?= $(DESTDIR)/sbin
-
-install-mount-helper: | $(if $(filter $(abspath $(BIN)),$(FROM)),$(VENV)/.stamp-run)
-	@test -x '$(FROM)/$(HELPER)' || { echo '$(FROM)/$(HELPER): not there; name the directory that' \
-		'the package was installed to with: make $@ FROM=DIRECTORY' >&2; exit 1; }
-	@test -L '$(SBIN)/$(HELPER)' || test ! -e '$(SBIN)/$(HELPER)' || \
-		{ echo '$(SBIN)/$(HELPER): is there, and no link of ours' >&2; exit 1; }
-	@test "$$(stat -c %u '$(FROM)/$(HELPER)')" = 0 || \
-		echo '$(FROM)/$(HELPER): belongs to a user who will run as root in each mount' >&2
-	ln -sfn '$(FROM)/$(HELPER)' '$(SBIN)/$(HELPER)'
-
-uninstall-mount-helper:
-	@test -L '$(SBIN)/$(HELPER)' || { echo '$(SBIN)/$(HELPER): no link of ours' >&2; exit 1; }
-	rm '$(SBIN)/$(HELPER)'
-
 # The packages are looked for in every run, which takes milliseconds; order-only,
 # so that the virtual environment is not made anew for it.
-run-packages:
+system-run-packages:
 	@.ci/system-packages $(RUN_PACKAGES)
 
-test-packages: run-packages
+system-test-packages: system-run-packages
 	@.ci/system-packages $(TEST_PACKAGES)
+
+system-deb-packages:
+	@.ci/system-packages $(DEB_PACKAGES)
 
 # A peer that cannot be had is told of in the results; the others are measured. perf comes apart:
 # without it there is no profile, but the peers are there.
-bench-packages: test-packages
+system-bench-packages: system-test-packages
 	-@.ci/system-packages $(BENCH_PACKAGES)
 	-@.ci/system-packages $(PROFILE_PACKAGES)
 
-$(VENV)/.stamp-run: pyproject.toml | run-packages
+$(VENV)/.stamp-run: pyproject.toml | system-run-packages
 	@.ci/venv $(PYTHON) $(VENV) --editable .
 	@touch $@
 
@@ -131,7 +126,7 @@ $(CHECK)/.stamp: pyproject.toml .ci/check-venv .ci/venv
 	@.ci/check-venv $(PYTHON) $(CHECK)
 	@touch $@
 
-$(LOWEST)/.stamp: pyproject.toml .ci/lowest .ci/lowest-venv | run-packages
+$(LOWEST)/.stamp: pyproject.toml .ci/lowest .ci/lowest-venv | system-run-packages
 	@.ci/lowest-venv $(PYTHON) $(LOWEST)
 	@touch $@
 

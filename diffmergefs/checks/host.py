@@ -15,6 +15,7 @@ from pathlib import Path
 
 from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.system import children
+from diffmergefs.system.installation import install_command
 from diffmergefs.system.mountpoint import FUSE_CONF, FUSE_DEVICE, ROOTS_PATH, others_may_be_let_in
 from diffmergefs.system.tuning import CONNECTIONS
 
@@ -180,7 +181,7 @@ def _library() -> Finding:
         "pyfuse3",
         f"pyfuse3 cannot be imported: {said}",
         _NO_MOUNT,
-        "install libfuse3 and pyfuse3 (Debian: apt-get install libfuse3-3; pip install pyfuse3)",
+        f"install libfuse3, and pyfuse3 with: {install_command('pyfuse3')}",
     )
 
 

@@ -19,9 +19,10 @@ import click
 from diffmergefs.cli.output import print_diagnostic
 from diffmergefs.cli.verbs import Verbs
 from diffmergefs.core import __version__
-from diffmergefs.core.errors import DiffMergeError, FileAccessError
+from diffmergefs.core.errors import DiffMergeError, FileAccessError, MissingExtraError
 from diffmergefs.opening.opener import raise_descriptor_limit
 from diffmergefs.system.daemon import ADDRESS, JOURNAL
+from diffmergefs.system.installation import install_command, missing_package
 from diffmergefs.system.mountpoint import ROOTS_PATH
 
 USAGE = 2
@@ -139,7 +140,10 @@ def _run(arguments: list[str] | None, command: click.Command, name: str) -> int:
     except OSError as error:
         print_diagnostic(f"{error.filename or 'output'}: {error.strerror or error}")
         return FileAccessError.exit_code
-    except Exception:
+    except Exception as error:
+        if package := missing_package(error):
+            print_diagnostic(f"the Python package {package} is missing: {install_command(package)}")
+            return MissingExtraError.exit_code
         with suppress(OSError):
             traceback.print_exc()
         print_diagnostic("this is a bug in diffmergefs; please report it with the lines above")

@@ -78,9 +78,8 @@ def map_(
 
     The terminal has a row for each layer. Each column shows how much of that part of the image
     comes from the layer, on a logarithmic scale that makes a single page visible. -o draws a
-    picture and needs matplotlib (pip install 'diffmergefs[plot]'). --json prints the ranges, like
-    `qemu-img map --output=json`; depth 0 is the newest layer. Only metadata is read, except with
-    --zeros.
+    picture and needs matplotlib. --json prints the ranges, like `qemu-img map --output=json`; depth
+    0 is the newest layer. Only metadata is read, except with --zeros.
 
     \b
     Examples:

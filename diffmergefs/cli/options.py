@@ -43,7 +43,7 @@ class _Path(click.Path):
 #: A path that a verb opens. It is refused if it lies in a diffmergefs mount whose daemon hangs.
 PATH = _Path(must_answer=True)
 #: The same as an absolute path: a mount in the background has / as its working directory.
-_DIRECTORY = _Path(must_answer=True, absolute=True)
+DIRECTORY = _Path(must_answer=True, absolute=True)
 #: A path that a verb opens only after its own checks: a mountpoint.
 MOUNTPOINT = _Path(must_answer=False)
 
@@ -130,14 +130,14 @@ page_size_option = click.option(
 )
 state_dir_option = click.option(
     "--state-dir",
-    type=_DIRECTORY,
+    type=DIRECTORY,
     metavar="DIR",
     help="Keep the state (results of verification, working sets) in DIR instead of the user's"
     " state directory.",
 )
 working_set_dir_option = click.option(
     "--working-set-dir",
-    type=_DIRECTORY,
+    type=DIRECTORY,
     metavar="DIR",
     help="Keep working sets in DIR instead of the state directory.",
 )
@@ -183,7 +183,7 @@ store_options = all_of(
     click.option(
         "--allow-outside",
         multiple=True,
-        type=_DIRECTORY,
+        type=DIRECTORY,
         metavar="DIR",
         help="Accept files in DIR, outside the directory of snapshots, if a snapshot records their"
         " path. Symlinks inside DIR are not followed. Can be repeated.",

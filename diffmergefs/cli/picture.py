@@ -19,6 +19,7 @@ from diffmergefs.core.identity import limit_read_bits
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.pictures.legend import Subject, short_names
+from diffmergefs.system.installation import install_command
 from diffmergefs.writing.output import OutputFile
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def require_matplotlib() -> None:
         import numpy  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(
-            f"pictures need matplotlib ({error}): pip install 'diffmergefs[plot]'"
+            f"pictures need matplotlib ({error}): {install_command('matplotlib')}"
         ) from error
     finally:
         os.fchdir(here)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from diffmergefs.cli import logs
 from diffmergefs.cli.logqueue import QueuedHandler
@@ -17,6 +18,7 @@ from diffmergefs.core import STATUS_FOLDER
 from diffmergefs.core.errors import (
     DiffMergeError,
     FileAccessError,
+    MissingExtraError,
     MountAbortedError,
     MountFailedError,
     MountTimeoutError,
@@ -37,6 +39,7 @@ from diffmergefs.prefetch.recorder import Recorder
 from diffmergefs.system import daemon
 from diffmergefs.system import mountpoint as mountpoints
 from diffmergefs.system.daemon import Notifier
+from diffmergefs.system.installation import install_command, missing_package
 from diffmergefs.system.mounttable import FILESYSTEM_TYPE, Mount, mount_entry, resolved
 from diffmergefs.system.tuning import Tuning
 
@@ -101,8 +104,14 @@ def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | Non
         from diffmergefs.fuse import session as mounts
     except ImportError as error:
         raise MountFailedError(
-            f"cannot use pyfuse3 ({error}); install libfuse3-dev and pyfuse3"
+            f"cannot use pyfuse3 ({error}): {install_command(missing_package(error) or 'pyfuse3')}"
         ) from error
+    # Otherwise who reads the metrics would be the first to notice: the import is slow and waits.
+    if find_spec("prometheus_client") is None:
+        raise MissingExtraError(
+            "the metrics of a mount need the Python package prometheus_client:"
+            f" {install_command('prometheus_client')}"
+        )
     real = mountpoints.check_mountpoint(
         request.mountpoint, request.source, request.layers, request.policy.allow_outside
     )

@@ -17,6 +17,7 @@ TABLE = {
     "doctor": ("doctor", "doctor"),
     "flatten": ("write", "flatten"),
     "info": ("look", "info"),
+    "install-extras": ("extras", "install_extras"),
     "list": ("look", "list_"),
     "map": ("map", "map_"),
     "mount": ("mount", "mount"),

@@ -206,7 +206,7 @@ class PinError(DiffMergeError):
 
 
 class MissingExtraError(DiffMergeError):
-    """An optional dependency is not installed; the message has the command that installs it."""
+    """A Python package is not installed; the message has the command that installs it."""
 
     exit_code = 20
     errno = errno.ENOSYS

@@ -388,3 +388,38 @@ def test_a_terminal_gets_a_progress_bar(verb: str, store: Path) -> None:
     assert done.returncode == 0 and done.stdout
     assert text in shown and "Traceback" not in shown
     assert "\x1b[2K" in shown.rpartition(text)[2]  # and is wiped away in the end
+
+
+# A Python in which this package cannot be imported.
+_WITHOUT = """
+import sys
+sys.modules[sys.argv[1]] = None
+from diffmergefs import cli
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "verb", "error"),
+    [
+        ("rich", "list", errors.MissingExtraError),
+        ("pyfuse3", "mount", errors.MountFailedError),
+        ("trio", "mount", errors.MountFailedError),
+        ("prometheus_client", "mount", errors.MissingExtraError),
+    ],
+)
+def test_a_missing_package_is_one_line_with_the_command_that_installs_it(
+    package: str, verb: str, error: type[DiffMergeError], store: Path, mountpoint: Path
+) -> None:
+    arguments = [verb, str(store)]
+    if verb == "mount":
+        arguments = [verb, "-f", str(store), str(mountpoint)]
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT, package, *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        timeout=60,
+    )
+    line = one_line(done, error.exit_code)
+    assert f"{sys.executable} -m pip install {package}" in line

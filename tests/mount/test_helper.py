@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.cli.helper import NAME, main
+from diffmergefs.core.errors import OutputRefusedError
 from tests.support.images import overlay_oracle
 from tests.support.namespaces import Namespace, private_mounts
-from tests.support.places import REPOSITORY
 from tests.support.stores import BASE_PAGES, SIZE, pages
 from tests.support.subjects.helper import FAILED, USAGE, store
 from tests.support.users import NOBODY
@@ -23,18 +22,20 @@ __all__ = ["store"]
 
 HELPER = Path(sys.executable).parent / NAME
 SBIN = Path(os.path.realpath("/sbin")) / NAME
+LINK = Path("/usr/local/bin/diffmergefs")
 LEAF = overlay_oracle(SIZE, [pages(0, BASE_PAGES), pages(1, [1])])
 
 
 @pytest.fixture
 def namespace(public_path: Path) -> Iterator[Namespace]:
-    """A mount namespace whose /sbin can be written to, with no trace outside of it."""
+    """A mount namespace in which root can install, with no trace outside of it."""
     before = os.path.lexists(SBIN)
-    for name in ("dev", "sbin"):
+    for name in ("dev", "sbin", "local"):
         (public_path / name).mkdir()
     with private_mounts(public_path / "dev") as found:
-        found.replace_sbin(public_path / "sbin")
-        found.run(["rm", "-f", SBIN], check=True)
+        found.make_writable("/sbin", public_path / "sbin")
+        found.make_writable("/usr/local", public_path / "local")
+        found.run(["rm", "-f", SBIN, LINK], check=True)
         try:
             yield found
         finally:
@@ -42,21 +43,9 @@ def namespace(public_path: Path) -> Iterator[Namespace]:
     assert os.path.lexists(SBIN) == before
 
 
-def make(namespace: Namespace, target: str, *settings: str) -> subprocess.CompletedProcess[str]:
-    command: list[str | Path] = [
-        "make",
-        "--no-print-directory",
-        "-C",
-        REPOSITORY,
-        target,
-        f"FROM={HELPER.parent}",
-    ]
-    return namespace.run([*command, *settings])
-
-
 @pytest.fixture
 def installed(namespace: Namespace) -> Namespace:
-    """As `make install-mount-helper` leaves it."""
+    """As `install-extras` leaves it."""
     namespace.run(["ln", "-sT", HELPER, SBIN], check=True)
     return namespace
 
@@ -227,44 +216,34 @@ def test_fake_and_verbose_and_without_mtab(
     umount(installed, mountpoint)
 
 
-# By itself
+# install-extras, as root
 
 
-# make install-mount-helper
+def install_extras(namespace: Namespace, *options: str) -> subprocess.CompletedProcess[str]:
+    return namespace.run([HELPER.parent / "diffmergefs", "install-extras", *options])
 
 
 def test_the_link_leads_to_a_script_with_an_absolute_interpreter(namespace: Namespace) -> None:
-    assert make(namespace, "install-mount-helper").returncode == 0
+    for _ in range(2):  # again, as after an upgrade
+        done = install_extras(namespace)
+        assert done.returncode == 0, done
+        assert f"{SBIN.name} -> {HELPER}" in done.stdout
     assert namespace.run(["readlink", SBIN]).stdout == f"{HELPER}\n"
     assert str(Path(sys.executable).parent) in HELPER.read_text().split("\n\n")[0]
     done = namespace.run(["/usr/bin/env", "-i", SBIN, "--help"])
     assert done.returncode == 0 and done.stdout.startswith("Usage: mount.fuse.diffmergefs")
-    assert make(namespace, "install-mount-helper").returncode == 0  # again, as after an upgrade
-    assert make(namespace, "uninstall-mount-helper").returncode == 0
+    done = namespace.run(["/usr/bin/env", "-i", LINK, "--version"])
+    assert done.returncode == 0 and done.stdout.startswith("diffmergefs")
+    assert install_extras(namespace, "--uninstall").returncode == 0
     assert namespace.run(["ls", SBIN]).returncode != 0
-    done = make(namespace, "uninstall-mount-helper")
-    assert done.returncode != 0 and "no link of ours" in done.stderr
+    assert namespace.run(["ls", LINK]).returncode != 0
 
 
-def test_a_package_installs_below_its_own_root(namespace: Namespace, public_path: Path) -> None:
-    (public_path / "root/sbin").mkdir(parents=True)
-    done = make(namespace, "install-mount-helper", f"DESTDIR={public_path}/root")
-    assert done.returncode == 0, done
-    assert (public_path / "root/sbin" / NAME).readlink() == HELPER
-    assert namespace.run(["ls", SBIN]).returncode != 0
-
-
-def test_what_is_not_ours_is_not_replaced(namespace: Namespace, public_path: Path) -> None:
-    (public_path / "root/sbin").mkdir(parents=True)
-    other = public_path / "root/sbin" / NAME
-    shutil.copy("/bin/true", other)
-    for target in ("install-mount-helper", "uninstall-mount-helper"):
-        done = make(namespace, target, f"DESTDIR={public_path}/root")
-        assert done.returncode != 0 and "no link of ours" in done.stderr
-    assert other.read_bytes() == Path("/bin/true").read_bytes()
-
-
-def test_an_installation_without_the_helper_is_named(namespace: Namespace) -> None:
-    done = make(namespace, "install-mount-helper", "FROM=/nowhere")
-    assert done.returncode != 0
-    assert f"/nowhere/{NAME}: not there" in done.stderr
+def test_a_helper_that_is_not_ours_is_not_replaced(namespace: Namespace) -> None:
+    namespace.run(["cp", "/bin/true", SBIN], check=True)
+    done = install_extras(namespace)
+    assert done.returncode == OutputRefusedError.exit_code
+    assert "exists, and is not a link to diffmergefs" in done.stderr
+    assert namespace.run(["ls", LINK]).returncode != 0
+    assert install_extras(namespace, "--uninstall").returncode == 0
+    assert namespace.run(["cmp", "/bin/true", SBIN]).returncode == 0

@@ -128,7 +128,7 @@ def test_a_unit_made_of_fstab_is_not_stopped_under_vms(
     """systemd's umount is refused; after one by hand it leaves the daemon to the VMs."""
     namespace = Namespace(manager.pid)
     (public_path / "sbin").mkdir()
-    namespace.replace_sbin(public_path / "sbin")
+    namespace.make_writable("/sbin", public_path / "sbin")
     helper = Path(sys.executable).parent / "mount.fuse.diffmergefs"
     sbin = os.path.realpath("/sbin")
     namespace.run(["ln", "-sfT", helper, f"{sbin}/{helper.name}"], check=True)

@@ -64,12 +64,17 @@ NOT_RUN = {
     ("CONTRIBUTING.md", "make demo"): "make test runs this very test",
     ("CONTRIBUTING.md", "PYTEST_ARGS"): "make test runs this very test",
     ("README.md", "make demo"): "sets up the machine; the verb `demo` is run by its own page",
-    ("README.md", "apt-get install"): "installs packages, needs root and a network",
+    ("README.md", "make deb"): "tests/packages does it, in roots of Debian",
     ("README.md", "pip install"): "installs, needs a network",
     ("README.md", "/snapshot/load"): "needs a Firecracker process that listens on its socket",
     ("README.md", "qemu-system-x86_64"): "needs a guest; tests/vm restores one in this way",
+    ("diffmergefs-install-extras.md", "sudo"): "mount/test_helper.py does it, where it may",
     ("diffmergefs-mount.md", "systemctl enable"): "needs systemd; mount/test_service.py has one",
-    ("mount.fuse.diffmergefs.md", "make install-mount-helper"): "mount/test_helper.py does it",
+    ("install.md", "make deb"): "tests/packages does it, in roots of Debian",
+    ("install.md", "apt-get install"): "installs packages, needs root and a network",
+    ("install.md", "pip install"): "installs, needs a network",
+    ("install.md", "rm -r /opt"): "mount/test_helper.py does it, where it may",
+    ("mount.fuse.diffmergefs.md", "install-extras"): "mount/test_helper.py does it, where it may",
     ("mount.fuse.diffmergefs.md", "mount -t fuse.diffmergefs"): "mount/test_helper.py does it",
 }
 
@@ -382,7 +387,7 @@ def test_the_packages_to_install_are_those_of_the_makefile() -> None:
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     needed = re.search(r"^RUN_PACKAGES := (.*)$", makefile, re.MULTILINE)
     assert needed is not None
-    shown = set(the_block(README, "apt-get install").text.split())
+    shown = set(the_block(DOCS / "install.md", "apt-get install").text.split())
     # libc6-dev comes with gcc.
     assert set(needed[1].split()) - {"libc6-dev"} <= shown
     assert {"python3-dev", "python3-venv"} <= shown
@@ -425,7 +430,8 @@ def test_the_qemu_call_maps_a_file_of_the_mount_privately(public_path: Path) -> 
 
 
 def test_the_command_of_the_systemd_unit_is_one() -> None:
-    unit = configparser.ConfigParser(interpolation=None)
+    # Not strict: a unit may have several lines EnvironmentFile=.
+    unit = configparser.ConfigParser(interpolation=None, strict=False)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
     unit.read(DOCS / "diffmergefs@.service")
     program, verb, *arguments = shlex.split(unit["Service"]["ExecStart"])
@@ -450,7 +456,7 @@ def section(page: Path, title: str) -> str:
 def test_each_verb_has_a_page_and_each_page_a_verb() -> None:
     assert {page.name for page in DOCS.glob("diffmergefs*.md")} == set(MAN_PAGES)
     commands = section(DOCS / "diffmergefs.md", "COMMANDS")
-    listed = re.findall(r"\[`(\w+)`\]\(diffmergefs-\1\.md\)", commands)
+    listed = re.findall(r"\[`([\w-]+)`\]\(diffmergefs-\1\.md\)", commands)
     assert sorted(listed) == sorted(VERBS)
 
 

@@ -114,6 +114,35 @@ def test_pages_unit_and_programs_are_installed(prefix: Path) -> None:
     }
 
 
+def test_all_that_is_for_users_is_linked(prefix: Path, tmp_path: Path) -> None:
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    done = subprocess.run(
+        [prefix / "bin/diffmergefs", "install-extras", f"--prefix={tmp_path}"],
+        env=os.environ | {"PYTHONPATH": str(prefix / f"lib/python{version}/site-packages")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done
+    wanted = {str(path.relative_to(prefix)) for path in prefix.rglob("*") if path.is_file()}
+    wanted = {name for name in wanted if not name.startswith(("lib/", "share/doc/"))}
+    links = {path for path in tmp_path.rglob("*") if path.is_symlink()}
+    assert all(path.resolve() == prefix / path.relative_to(tmp_path) for path in links)
+    # The mount helper is linked elsewhere, and for all users only.
+    found = {str(path.relative_to(tmp_path)) for path in links}
+    assert found == wanted - {"bin/mount.fuse.diffmergefs"}
+    manual = subprocess.run(
+        ["man", f"--manpath={tmp_path}/share/man", "--where", "diffmergefs-mount"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    # man may name the link or where it leads to.
+    assert Path(manual.stdout.strip()).resolve() == page(prefix, "diffmergefs-mount.1")
+
+
 def test_an_editable_installation_makes_nothing() -> None:
     made = runpy.run_path(str(REPOSITORY / "docs/build/wheel.py"))["Made"]
     hook = made(str(REPOSITORY), {}, None, None, "", "wheel")

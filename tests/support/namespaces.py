@@ -37,14 +37,17 @@ class Namespace:
         done = self.run(["mount", "--bind", source, target])
         assert done.returncode == 0, done
 
-    def replace_sbin(self, folder: Path) -> None:
-        """Let /sbin be written to, in this namespace only; `folder` is an existing directory."""
-        sbin = os.path.realpath("/sbin")
+    def make_writable(self, target: str, folder: Path) -> None:
+        """Let the directory `target` be written to, in this namespace only.
+
+        What is written goes to `folder`, an existing directory, and is lost with the namespace.
+        """
+        real = os.path.realpath(target)
         upper, work = folder / "upper", folder / "work"
-        layers = f"lowerdir={sbin},upperdir={upper},workdir={work}"
+        layers = f"lowerdir={real},upperdir={upper},workdir={work}"
         self.run(["mount", "-t", "tmpfs", "none", folder], check=True)
         self.run(["mkdir", upper, work], check=True)
-        self.run(["mount", "-t", "overlay", "-o", layers, "overlay", sbin], check=True)
+        self.run(["mount", "-t", "overlay", "-o", layers, "overlay", real], check=True)
 
     def diffmergefs(
         self, uid: int, gid: int, *arguments: str | Path, environment: Mapping[str, str] = {}
