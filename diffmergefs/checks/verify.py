@@ -28,7 +28,7 @@ from diffmergefs.opening.pins import Hashes, is_pinned, require_pin
 from diffmergefs.opening.trust import Problem, TrustPolicy, override_lines, require_trust
 from diffmergefs.opening.writers import require_no_writers
 from diffmergefs.sidecars import seal
-from diffmergefs.sidecars.bmap import SEAL_SUFFIX
+from diffmergefs.sidecars.bmap import SEAL_SUFFIX, BlockMap
 from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.stores.lookup import find_image, require_mergeable
 from diffmergefs.stores.snapshot import Snapshot
@@ -43,7 +43,7 @@ class _Item:
     layer: Layer | None = None
     pin: str | None = None
     sealed: str | None = None
-    stored_seal: seal.StoredSeal | None = None
+    stored_seal: seal.Stored[BlockMap] | None = None
 
     def verdict(self) -> LayerVerdict:
         size = None if self.layer is None else self.layer.size
@@ -253,7 +253,7 @@ def _seal_checks(items: Sequence[_Item], memory: Remembered) -> Iterator[_Check]
 def _check_seal(
     item: _Item,
     layer: Layer,
-    stored: seal.StoredSeal,
+    stored: seal.Stored[BlockMap],
     memory: Remembered,
     progress: Progress,
 ) -> None:

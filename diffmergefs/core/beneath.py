@@ -10,9 +10,9 @@ from pathlib import PurePath
 
 from diffmergefs.core.errors import NO_PROC, FileAccessError, UnsupportedPlatformError
 
-_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_PASS_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_OPEN_REGULAR = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_PASS_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+_OPEN_REGULAR = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 
 
 class AllowedRoots:
@@ -73,9 +73,9 @@ def open_handle(root: Root | None, path: str) -> int:
     open it through /proc/self/fd, and nobody can exchange the file in between.
     """
     if root is None:
-        return os.open(path, os.O_PATH | os.O_CLOEXEC)
+        return os.open(path, os.O_PATH)
     with _walked(root, path) as (parent, name):
-        return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        return os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent)
 
 
 def stat_beneath(root: Root, relative: str) -> os.stat_result:
@@ -92,7 +92,7 @@ def passing(root: Root | None, folder: str = "") -> Iterator[int]:
     any path and symlinks are followed. Raises like `open_directory`.
     """
     if root is None:
-        fd = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY)
     else:
         with _walked(root, folder) as (parent, name):
             fd = os.open(name, _PASS_DIRECTORY, dir_fd=parent)
@@ -128,7 +128,7 @@ def _start(root: Root, path: str) -> tuple[int, list[str]]:
     if isinstance(root, AllowedRoots):
         if top := root.allowed(path):
             names = _components(path[len(top) :].lstrip("/"))
-            return os.open(top, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), names
+            return os.open(top, os.O_PATH | os.O_DIRECTORY), names
         root = root.root
     names = _components(path)
     return os.open(".", _PASS_DIRECTORY, dir_fd=root), names

@@ -25,6 +25,11 @@ def one_line(text: str) -> str:
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in _CONTROLS else c for c in text)
 
 
+def os_error(number: int, path: str | None = None) -> OSError:
+    """The OSError of this errno, with its usual text."""
+    return OSError(number, os.strerror(number), path)
+
+
 def counted(number: int, what: str) -> str:
     """`1 diff`, `2 diffs`."""
     return f"{number} {what}{'' if number == 1 else 's'}"

@@ -54,16 +54,19 @@ class SingleFlight(Generic[T]):
         try:
             if not future.set_running_or_notify_cancel():
                 return
-            result = work()
+            try:
+                result = work()
+            finally:
+                # Before the outcome is set: a caller that has it and asks again must start new
+                # work.
+                with self._guard:
+                    del self._running[key]
         except Exception as error:
-            self._end(key)
             future.set_exception(error)
         except BaseException:
-            self._end(key)
             future.set_exception(CancelledError())
             raise
         else:
-            self._end(key)
             future.set_result(result)
         finally:
             del future
@@ -73,8 +76,3 @@ class SingleFlight(Generic[T]):
         with self._guard:
             if future.cancel() and self._running.get(key) is future:
                 del self._running[key]
-
-    def _end(self, key: Hashable) -> None:
-        # Before the outcome is set: a caller that has it and asks again must start new work.
-        with self._guard:
-            del self._running[key]

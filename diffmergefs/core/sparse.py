@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from diffmergefs.core.errors import UnsupportedPlatformError
+from diffmergefs.core.errors import UnsupportedPlatformError, os_error
 from diffmergefs.core.extents import ExtentList
 
 #: How many bytes are read, copied or compared at a time. Also the most that the kernel requests
@@ -227,7 +227,7 @@ def filesystem_magic(fd: int) -> int:
         number = ctypes.get_errno()
         if number == errno.ENOSYS:
             return FUSE_MAGIC
-        raise OSError(number, os.strerror(number))
+        raise os_error(number)
     word = ctypes.c_long.from_buffer(buffer).value
     return word & 0xFFFFFFFF
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from diffmergefs.core import beneath
+from diffmergefs.core.errors import os_error
 from diffmergefs.core.identity import file_bits
 from diffmergefs.core.layer import Layer
 from diffmergefs.stores.snapshot import Snapshot
@@ -21,7 +22,7 @@ from diffmergefs.system.mounttable import mount_number
 _READ = 0o444
 _SEARCH = 0o1
 LISTING = 0o5
-_PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 class Access(NamedTuple):
@@ -89,7 +90,7 @@ def _directories_to(
 def require_same(status: os.stat_result, device: int, inode: int, path: str) -> None:
     """Raise OSError (ESTALE) unless `status`, taken at `path`, is that of this file."""
     if (status.st_dev, status.st_ino) != (device, inode):
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        raise os_error(errno.ESTALE, path)
 
 
 def reachable(folders: Iterable[Access], uid: int, gid: int, need: int = _SEARCH) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from diffmergefs.core import sparse
+from diffmergefs.core.errors import os_error
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.nodes import Node, OpenImage, Passed, lane_of
@@ -47,7 +48,7 @@ class Contents:
             return known
         size = sum(map(len, parts)) + _OVERHEAD * len(parts)
         if self._taken and self._taken + size > self._limit:
-            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+            raise os_error(errno.ENFILE)
         content = self._newest[of] = Content(parts)
         self._taken += size
         weakref.finalize(content, self._give_back, size)

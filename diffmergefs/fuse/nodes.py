@@ -13,6 +13,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+from diffmergefs.core.errors import os_error
 from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.access import Access
 
@@ -66,7 +67,7 @@ class OpenImage:
             text = json.dumps([{"path": path, "data_bytes": size} for path, size in facts])
         value = text.encode("ascii")
         if len(value) > LONGEST_XATTR:
-            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG), os.fsdecode(name))
+            raise os_error(errno.E2BIG, os.fsdecode(name))
         return value
 
 
@@ -213,7 +214,7 @@ class Inodes:
             return node
         if image is not None:
             return MemoryFile(image)
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), f"inode {number}")
+        raise os_error(errno.ESTALE, f"inode {number}")
 
     def look_up(self, number: int) -> None:
         """Count one lookup by the kernel, which it takes back with `forget`."""

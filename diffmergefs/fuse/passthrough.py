@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 
 from diffmergefs.core import beneath
+from diffmergefs.core.errors import os_error
 from diffmergefs.core.identity import file_bits
 from diffmergefs.fuse.access import folder_bits, lineage, reachable, require_same
 from diffmergefs.fuse.nodes import Attributes, Document, Passed, TagFolder
@@ -80,7 +81,7 @@ class Passthrough:
     def _snapshot(self, tag: str) -> Snapshot:
         links = self._store.chain(tag)
         if links is None:
-            raise missing(tag)
+            raise os_error(errno.ENOENT, tag)
         return links[-1]
 
     def _entry(self, fd: int, folder: str, name: str) -> Passed | None:
@@ -177,8 +178,7 @@ class Passthrough:
     @contextmanager
     def _pinned(self, folder: int, name: str, node: Passed | Document) -> Iterator[int]:
         # The node's own file, opened with O_PATH by its name in the directory `folder`.
-        opened = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-        with beneath.closing_fd(opened) as fd:
+        with beneath.closing_fd(os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder)) as fd:
             status = os.fstat(fd)
             require_same(status, node.device, node.inode, name)
             if isinstance(node, Passed):
@@ -195,7 +195,7 @@ class Passthrough:
         read = snapshot.document_status
         is_same = read is not None and (read.st_dev, read.st_ino) == (node.device, node.inode)
         if not is_same or hashlib.sha256(content).digest() != node.digest:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), node.tag)
+            raise os_error(errno.ESTALE, node.tag)
         return content
 
     def _document(self, fd: int, snapshot: Snapshot) -> Document | None:
@@ -217,7 +217,7 @@ class Passthrough:
         path = os.path.join(snapshot.folder or "", DOCUMENT)
         read = snapshot.document_status
         if read is None:
-            raise missing(path)
+            raise os_error(errno.ENOENT, path)
         require_same(read, node.device, node.inode, path)
         # If the file that was read has gone, nothing tells whether other users could reach it.
         found = _mirror(read, read.st_mode & 0o700)
@@ -242,11 +242,6 @@ def rewritten(snapshot: Snapshot, mountpoint: str) -> bytes:
     return json.dumps(document, indent=2).encode() + b"\n"
 
 
-def missing(name: str) -> FileNotFoundError:
-    """The error for a name that does not exist in the mount."""
-    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-
-
 def mirrored_folder(fd: int) -> Attributes:
     """The attributes that the mount shows for the directory `fd`."""
     return _mirror(os.fstat(fd), folder_bits(fd))
@@ -254,8 +249,7 @@ def mirrored_folder(fd: int) -> Attributes:
 
 def _listed(fd: int) -> list[str]:
     # `fd` may be open with O_PATH only.
-    opened = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
-    with beneath.closing_fd(opened) as folder:
+    with beneath.closing_fd(os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd)) as folder:
         return os.listdir(folder)
 
 

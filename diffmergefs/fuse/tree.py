@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from diffmergefs.core import STATUS_FOLDER, beneath
-from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.core.errors import DiffMergeError, os_error
 from diffmergefs.fuse.access import LISTING, reachable, view_access
 from diffmergefs.fuse.nodes import (
     Attributes,
@@ -28,7 +28,7 @@ from diffmergefs.fuse.nodes import (
     StatusFolder,
     TagFolder,
 )
-from diffmergefs.fuse.passthrough import Passthrough, mirrored_folder, missing
+from diffmergefs.fuse.passthrough import Passthrough, mirrored_folder
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.status import METRICS_FILE, STATUS_FILE
 
@@ -85,7 +85,7 @@ class Tree:
                 return self.passthrough.names(folder)
             case StatusFolder():
                 return METRICS_FILE, STATUS_FILE
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        raise os_error(errno.ENOTDIR)
 
     def entries(self, folder: Node, names: Sequence[bytes]) -> list[tuple[Node, Attributes] | None]:
         """The entries of these names with their attributes; None for one that cannot be shown.
@@ -121,9 +121,9 @@ class Tree:
             case StatusFolder():
                 found = StatusFile(name) if name in (METRICS_FILE, STATUS_FILE) else None
             case _:
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+                raise os_error(errno.ENOTDIR)
         if found is None:
-            raise missing(name)
+            raise os_error(errno.ENOENT, name)
         return found
 
     def _root_child(self, name: str) -> Node | None:
@@ -164,7 +164,7 @@ class Tree:
         """
         now = view_access(image.view.layers)
         if now[:2] != image.access[:2] or image.access.mode & ~now.mode:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), image.name)
+            raise os_error(errno.ESTALE, image.name)
 
     def totals(self) -> tuple[int, int]:
         """The sum of the logical sizes of all served images, and their number."""
@@ -224,7 +224,7 @@ class Tree:
             with self.passthrough.directory("") as fd:
                 found = mirrored_folder(fd)
             if found.nlink == 0:
-                raise missing(self.store.root)
+                raise os_error(errno.ENOENT, self.store.root)
             # A tag's name may reveal directories between the root and its own.
             listing = reachable(self.store.seen.named, found.uid, found.gid, LISTING)
             return found._replace(mode=found.mode & ~(0o444 & ~listing))

@@ -39,7 +39,7 @@ _REASONS = {
     "hugetlbfs": "it stores huge pages only",
 }
 SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-_REOPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_REOPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 
 
 def untrusted_filesystem(fd: int) -> str | None:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from diffmergefs.core import beneath, sparse
 from diffmergefs.core.beneath import AllowedRoots, Root
-from diffmergefs.core.errors import LayerChangedError, failures
+from diffmergefs.core.errors import LayerChangedError, failures, os_error
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.singleflight import SingleFlight
@@ -45,7 +45,7 @@ def require_spare_descriptors(fd: int, path: str) -> None:
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and fd >= soft - min(_SPARE, soft // 4):
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        raise os_error(errno.EMFILE, path)
 
 
 class Opener:

@@ -42,7 +42,7 @@ class Connection:
             return
         if self._abort < 0:
             # Keep it open: the number may belong to another mount when this one is gone.
-            self._abort = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
+            self._abort = os.open(self._path, os.O_WRONLY)
         self._guard = children.start(
             __file__, str(os.getpid()), stdin=self._abort, stdout=subprocess.PIPE
         )

@@ -24,7 +24,7 @@ VERSION = 1
 MAX_RANGES = 1 << 18
 _MAX_BYTES = 32 << 20
 _DIRECTORY = "working-sets"
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 
 
 class LayerFile(NamedTuple):
@@ -260,8 +260,7 @@ class WorkingSets:
                 raise PermissionError(0, "is not writable")
 
     def _read(self, path: str) -> bytes:
-        opened = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        with closing_fd(opened) as folder:
+        with closing_fd(os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)) as folder:
             verified.require_own(self.directory, os.fstat(folder))
             fd = os.open(os.path.basename(path), _READ, dir_fd=folder)
         with open(fd, "rb") as file:

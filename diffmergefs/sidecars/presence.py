@@ -8,18 +8,14 @@ CRC-64 of all that, little-endian.
 from __future__ import annotations
 
 import functools
-import hashlib
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diffmergefs.core import beneath
-from diffmergefs.core.errors import PresenceError, described, failures
+from diffmergefs.core.errors import PresenceError
 from diffmergefs.core.extents import ExtentList
-from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer, Record
-from diffmergefs.sidecars.bmap import ABSENT
+from diffmergefs.sidecars.seal import Format, Stored
 from diffmergefs.sidecars.verified import Remembered
 
 PRESENCE_SUFFIX = ".presence"
@@ -125,56 +121,15 @@ def _runs(bitmap: memoryview, pages: int) -> Iterator[tuple[int, int]]:
             word &= -1 << stop
 
 
-@dataclass(frozen=True)
-class StoredPresence:
-    """A presence file as it was read: its path for messages, identity, bitmap and sha256."""
-
-    path: str
-    key: FileKey
-    bits: Presence
-    digest: str
+_PRESENCE = Format(
+    PRESENCE_SUFFIX, PresenceError, MAX_BYTES, f"a presence file has at most {MAX_BYTES}", parse
+)
+find = _PRESENCE.find
 
 
-def find(
-    path: str, root: beneath.Root | None = None, name: str | None = None
-) -> StoredPresence | None:
-    """The presence file beside the diff `path`, which messages call `name`; None if it has none.
-
-    Without a `root` the diff may be a symlink: the presence file is then beside the link or, if
-    there is none, beside the link's target. Raises PresenceError for an unusable file, and
-    FileAccessError.
-    """
-    places = [path] if root is not None else dict.fromkeys((path, os.path.realpath(path)))
-    for place in places:
-        called = (place if root is None or name is None else name) + PRESENCE_SUFFIX
-        try:
-            fd = beneath.open_regular(root, place + PRESENCE_SUFFIX)
-        except OSError as error:
-            if error.errno in ABSENT:
-                continue
-            raise described(error, called) from error
-        return _read(fd, called)
-    return None
-
-
-def _read(fd: int, name: str) -> StoredPresence:
-    with open(fd, "rb") as file:
-        key = FileKey.of(os.fstat(fd))
-        if key.size > MAX_BYTES:
-            raise PresenceError(
-                f"{name}: {key.size} bytes, a presence file has at most {MAX_BYTES}"
-            )
-        with failures(name):
-            data = file.read(key.size + 1)
-        if len(data) != key.size or FileKey.of(os.fstat(fd)) != key:
-            raise PresenceError(f"{name}: changed while it was read; try again")
-    presence = parse(data, name)
-    return StoredPresence(name, key, presence, hashlib.sha256(data).hexdigest())
-
-
-def adopt(layer: Layer, found: StoredPresence) -> None:
+def adopt(layer: Layer, found: Stored[Presence]) -> None:
     """Put the bitmap's extents in force. Raises PresenceError if it is for another size."""
-    bits = found.bits
+    bits = found.content
     expected = -(-layer.size // bits.page)
     if bits.pages != expected:
         raise PresenceError(
@@ -186,7 +141,7 @@ def adopt(layer: Layer, found: StoredPresence) -> None:
     layer.adopt(extents, Record(PRESENCE_SUFFIX, found.path, found.key, bits.page))
 
 
-def compare(layer: Layer, found: StoredPresence) -> None:
+def compare(layer: Layer, found: Stored[Presence]) -> None:
     """Raise PresenceError unless all bytes of the layer outside its present pages are zeros.
 
     Nothing else binds a presence file to its diff: data in a page that is not marked as present
@@ -204,7 +159,7 @@ def compare(layer: Layer, found: StoredPresence) -> None:
 
 
 def compare_once(
-    layer: Layer, found: StoredPresence, memory: Remembered, *, anew: bool = False
+    layer: Layer, found: Stored[Presence], memory: Remembered, *, anew: bool = False
 ) -> None:
     """`compare`, unless `memory` has an earlier success and `anew` is false.
 

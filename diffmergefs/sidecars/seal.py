@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from diffmergefs.core import beneath
-from diffmergefs.core.errors import SealError, described
+from diffmergefs.core.beneath import Root
+from diffmergefs.core.errors import DiffMergeError, SealError, described
 from diffmergefs.core.extents import Extent
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer, Record
@@ -22,6 +23,8 @@ from diffmergefs.sidecars.verified import Remembered
 
 KIND = "seal"
 
+T = TypeVar("T")
+
 _WAY_OUT = (
     "restore the file from which it was made, or take the diff again; with --no-seal the"
     " filesystem's holes apply (wrong bytes if a copy has damaged them)"
@@ -29,63 +32,90 @@ _WAY_OUT = (
 
 
 @dataclass(frozen=True)
-class StoredSeal:
-    """A seal as it was read: its path for messages, identity, map and sha256."""
+class Stored(Generic[T]):
+    """A sidecar as it was read: its path for messages, identity, content and sha256."""
 
     path: str
     key: FileKey
-    map: BlockMap
+    content: T
     digest: str
 
 
-def read(path: str, root: beneath.Root | None = None, name: str | None = None) -> StoredSeal:
-    """The seal in the regular file `path`, beneath `root` if given; messages call it `name`.
+@dataclass(frozen=True)
+class Format(Generic[T]):
+    """A kind of sidecar: the suffix of its name, its error, its largest size, and its parser.
 
-    Raises FileNotFoundError, SealError if it is not a bmap 2.0, and FileAccessError.
+    `too_large` is the end of the message about a larger file.
     """
-    name = path if name is None else name
-    try:
-        with open(beneath.open_regular(root, path), "rb") as file:
-            key = FileKey.of(os.fstat(file.fileno()))
-            if key.size > bmap.MAX_BYTES:
-                raise SealError(
-                    f"{name}: {key.size} bytes, a seal has at most {bmap.MAX_BYTES}; restore the"
-                    " one that was made with the layer, or ignore it with --no-seal"
-                )
-            data = file.read(key.size + 1)
-            if len(data) != key.size or FileKey.of(os.fstat(file.fileno())) != key:
-                raise SealError(f"{name}: changed while it was read; try again")
-    except OSError as error:
-        if error.errno in ABSENT:
-            raise FileNotFoundError(error.errno, error.strerror, name) from error
-        raise described(error, name) from error
+
+    suffix: str
+    error: type[DiffMergeError]
+    max_bytes: int
+    too_large: str
+    parse: Callable[[bytes, str], T]
+
+    def find(
+        self, path: str, root: Root | None = None, name: str | None = None
+    ) -> Stored[T] | None:
+        """The sidecar beside the layer `path`, which messages call `name`, or None if it has none.
+
+        Without a `root` the layer may be a symlink: the sidecar is then beside the link or, if
+        there is none, beside the link's target. Raises like `read`.
+        """
+        places = [path] if root is not None else dict.fromkeys((path, os.path.realpath(path)))
+        for place in places:
+            called = place if root is None or name is None else name
+            with contextlib.suppress(FileNotFoundError):
+                return self.read(place + self.suffix, root, called + self.suffix)
+        return None
+
+    def read(self, path: str, root: Root | None = None, name: str | None = None) -> Stored[T]:
+        """The sidecar in the regular file `path`, beneath `root` if given; messages call it `name`.
+
+        Raises FileNotFoundError, FileAccessError, and the format's error if the file is too large,
+        changes while it is read, or is malformed.
+        """
+        name = path if name is None else name
+        try:
+            with open(beneath.open_regular(root, path), "rb") as file:
+                key = FileKey.of(os.fstat(file.fileno()))
+                if key.size > self.max_bytes:
+                    raise self.error(f"{name}: {key.size} bytes, {self.too_large}")
+                data = file.read(key.size + 1)
+                if len(data) != key.size or FileKey.of(os.fstat(file.fileno())) != key:
+                    raise self.error(f"{name}: changed while it was read; try again")
+        except OSError as error:
+            if error.errno in ABSENT:
+                raise FileNotFoundError(error.errno, error.strerror, name) from error
+            raise described(error, name) from error
+        return Stored(name, key, self.parse(data, name), hashlib.sha256(data).hexdigest())
+
+
+def _parse(data: bytes, name: str) -> BlockMap:
     # Imported only if there is a seal: it takes 30 ms, because the XML parser imports HTTP.
     from diffmergefs.sidecars.bmapreader import parse
 
-    return StoredSeal(name, key, parse(data, name), hashlib.sha256(data).hexdigest())
+    return parse(data, name)
 
 
-def find(path: str, root: beneath.Root | None = None, name: str | None = None) -> StoredSeal | None:
-    """The seal beside the layer `path`, which messages call `name`, or None if it has none.
-
-    Without a `root` the layer may be a symlink: the seal is then beside the link or, if there is
-    none, beside the link's target. Raises like `read`.
-    """
-    places = [path] if root is not None else dict.fromkeys((path, os.path.realpath(path)))
-    for place in places:
-        called = place if root is None or name is None else name
-        with contextlib.suppress(FileNotFoundError):
-            return read(place + SEAL_SUFFIX, root, called + SEAL_SUFFIX)
-    return None
+_SEAL = Format(
+    SEAL_SUFFIX,
+    SealError,
+    bmap.MAX_BYTES,
+    f"a seal has at most {bmap.MAX_BYTES}; restore the one that was made with the layer, or ignore"
+    " it with --no-seal",
+    _parse,
+)
+find, read = _SEAL.find, _SEAL.read
 
 
-def adopt(layer: Layer, seal: StoredSeal, *, is_checked: bool) -> None:
+def adopt(layer: Layer, seal: Stored[BlockMap], *, is_checked: bool) -> None:
     """Put the seal's extents in force. `is_checked` says that it was or will be compared.
 
     Raises SealError if it is for a file of another size, or contradicts the layer's presence file.
     """
     require_fit(layer, seal)
-    extents = seal.map.extents()
+    extents = seal.content.extents()
     for record in layer.records:
         if extents != layer.extents:
             raise SealError(
@@ -93,13 +123,13 @@ def adopt(layer: Layer, seal: StoredSeal, *, is_checked: bool) -> None:
                 " them belongs to another file; remove the seal if it was made without the other,"
                 " or ignore it with --no-seal"
             )
-    unchecked = 0 if is_checked else len(seal.map.bare)
-    layer.adopt(extents, Record(SEAL_SUFFIX, seal.path, seal.key, seal.map.block, unchecked))
+    unchecked = 0 if is_checked else len(seal.content.bare)
+    layer.adopt(extents, Record(SEAL_SUFFIX, seal.path, seal.key, seal.content.block, unchecked))
 
 
 def compare_once(
     layer: Layer,
-    seal: StoredSeal,
+    seal: Stored[BlockMap],
     memory: Remembered,
     progress: Progress = ignore_progress,
     *,
@@ -109,20 +139,19 @@ def compare_once(
 
     Raises like `compare`, but FileAccessError instead of OSError.
     """
-    check = functools.partial(compare, layer, seal, progress)
-    memory.compare_once(KIND, layer, seal.digest, check, anew=anew)
+    memory.compare_once(KIND, layer, seal.digest, lambda: compare(layer, seal, progress), anew=anew)
 
 
-def require_fit(layer: Layer, seal: StoredSeal) -> None:
+def require_fit(layer: Layer, seal: Stored[BlockMap]) -> None:
     """Raise SealError unless the seal is for a file of the layer's size."""
-    if seal.map.size != layer.size:
+    if seal.content.size != layer.size:
         raise SealError(
-            f"{seal.path}: a seal for {seal.map.size} bytes, but {layer.path} has {layer.size};"
+            f"{seal.path}: a seal for {seal.content.size} bytes, but {layer.path} has {layer.size};"
             f" {_WAY_OUT}"
         )
 
 
-def compare(layer: Layer, seal: StoredSeal, progress: Progress = ignore_progress) -> None:
+def compare(layer: Layer, seal: Stored[BlockMap], progress: Progress = ignore_progress) -> None:
     """Raise SealError for the first range of the layer's file that differs from the seal.
 
     Each range must have its checksum, or be zeros if the seal has none, and all data outside the
@@ -141,7 +170,7 @@ def compare(layer: Layer, seal: StoredSeal, progress: Progress = ignore_progress
                 )
             progress(len(part))
 
-    for start, stop, recorded in seal.map.ranges():
+    for start, stop, recorded in seal.content.ranges():
         if recorded is None:
             require_zeros(start, stop, "without a checksum, so")
             continue
@@ -156,9 +185,9 @@ def compare(layer: Layer, seal: StoredSeal, progress: Progress = ignore_progress
     layer.check_unchanged()
 
 
-def compared_bytes(layer: Layer, seal: StoredSeal) -> int:
+def compared_bytes(layer: Layer, seal: Stored[BlockMap]) -> int:
     """How many bytes `compare` reads if it finds no difference."""
-    ranges = sum(seal.map.stops) - sum(seal.map.starts)
+    ranges = sum(seal.content.stops) - sum(seal.content.starts)
     return ranges + sum(stop - start for start, stop in _outside(layer, seal))
 
 
@@ -184,6 +213,6 @@ def _parts(layer: Layer, start: int, stop: int, buffer: memoryview) -> Iterator[
         yield part
 
 
-def _outside(layer: Layer, seal: StoredSeal) -> Iterator[Extent]:
+def _outside(layer: Layer, seal: Stored[BlockMap]) -> Iterator[Extent]:
     # Data for the filesystem, but a hole for the seal. The filesystem's own holes read as zeros.
-    return layer.walked.outside(seal.map.extents())
+    return layer.walked.outside(seal.content.extents())

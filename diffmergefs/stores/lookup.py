@@ -83,7 +83,7 @@ def layout_of(folder: str) -> str | None:
     Raises ForeignFormatError if it is in a format that is declined.
     """
     try:
-        parent = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        parent = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
         return None
     name = os.path.basename(folder)

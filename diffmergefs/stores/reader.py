@@ -166,8 +166,7 @@ def open_source(path: str, at: int | None = None) -> int:
     Raises FileAccessError, and ForeignFormatError for a file of a format that is declined.
     """
     try:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        return os.open(path if at is None else ".", flags, dir_fd=at)
+        return os.open(path if at is None else ".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=at)
     except OSError as error:
         require_own_path(path)
         raise FileAccessError(f"{path}: {error.strerror}") from error

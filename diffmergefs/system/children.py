@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import IO, NoReturn
 
+from diffmergefs.core.errors import os_error
 from diffmergefs.system.daemon import close_all_but
 
 #: How long a mount of ours may take to answer what needs no storage.
@@ -49,7 +50,7 @@ def ask(question: Callable[[], bytes], seconds: float = ANSWER_SECONDS) -> bytes
     if len(answer) < _ERRNO_BYTES:
         raise OSError(errno.EIO, "the child process died before it answered")
     if number := int.from_bytes(answer[:_ERRNO_BYTES]):
-        raise OSError(number, os.strerror(number))
+        raise os_error(number)
     return answer[_ERRNO_BYTES:]
 
 

@@ -12,7 +12,13 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from diffmergefs.core.errors import BusyError, DiffMergeError, MountpointError, MountTimeoutError
+from diffmergefs.core.errors import (
+    BusyError,
+    DiffMergeError,
+    MountpointError,
+    MountTimeoutError,
+    os_error,
+)
 from diffmergefs.system import children, tuning
 from diffmergefs.system.mounttable import (
     FILESYSTEM_TYPE,
@@ -228,7 +234,7 @@ def _unmount(path: str, flags: int, options: list[str]) -> None:
     number = ctypes.get_errno()
     helper = shutil.which("fusermount3", path=ROOTS_PATH if os.geteuid() == 0 else None)
     if number != errno.EPERM or helper is None:
-        raise OSError(number, os.strerror(number))
+        raise os_error(number)
     done = subprocess.run([helper, "-u", *options, "--", path], capture_output=True, text=True)
     if done.returncode != 0:
         busy = "busy" in done.stderr

@@ -74,9 +74,8 @@ def mount_of(fd: int) -> Mount | None:
         listed = mounts()
     except (OSError, UnsupportedPlatformError):
         return None
-    for mount in listed:
-        if mount.number == number:
-            return mount
+    if mount := next((mount for mount in listed if mount.number == number), None):
+        return mount
     same = f"{os.major(device)}:{os.minor(device)}"
     beside = next((mount for mount in listed if mount.device == same), None)
     return replace(beside, path="", root="") if beside else None

@@ -105,5 +105,5 @@ def _read(path: str) -> int:
 
 def _write(path: str, value: int) -> None:
     # One write, without O_TRUNC or O_CREAT: this is a kernel attribute, not a regular file.
-    with closing_fd(os.open(path, os.O_WRONLY | os.O_CLOEXEC)) as fd:
+    with closing_fd(os.open(path, os.O_WRONLY)) as fd:
         os.write(fd, b"%d" % value)

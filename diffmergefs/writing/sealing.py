@@ -83,7 +83,7 @@ def seal_layer(
         document = bmap.dump(made)
         where = _seal_path(layer.path)
         outcome = "rewritten" if os.path.lexists(where) else "written"
-        if existing is not None and bmap.dump(existing.map) == document:
+        if existing is not None and bmap.dump(existing.content) == document:
             outcome = "unchanged"
         else:
             _publish(where, document, layer, force=force or existing is not None)
@@ -151,7 +151,7 @@ def _require_exact(
     return hints(parents, layer, policy, verdicts)
 
 
-def _existing_seal(layer: Layer) -> seal.StoredSeal | None:
+def _existing_seal(layer: Layer) -> seal.Stored[BlockMap] | None:
     # The existing seal, if it records what is found now. Any other may be worth more than a new
     # one.
     remedy = "; replace it with --force only if you know that the layer's holes are right now"
@@ -162,10 +162,11 @@ def _existing_seal(layer: Layer) -> seal.StoredSeal | None:
         seal.compare(layer, found)
     except SealError as error:
         raise SealError(f"{error}{remedy}") from error
-    if found.map.extents() != layer.extents:
+    extents = found.content.extents()
+    if extents != layer.extents:
         raise SealError(
-            f"{found.path}: a seal whose checksums are right, but with {len(found.map.extents())}"
-            f" extents of {found.map.extents().data_bytes} bytes, while the filesystem reports"
+            f"{found.path}: a seal whose checksums are right, but with {len(extents)}"
+            f" extents of {extents.data_bytes} bytes, while the filesystem reports"
             f" {len(layer.extents)} of {layer.extents.data_bytes}: a copy may have damaged them, so"
             f" the seal is kept, and stays in force{remedy}"
         )

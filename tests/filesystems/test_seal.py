@@ -100,7 +100,7 @@ def test_bmaptools_map_of_a_preallocated_diff_is_dense(
         file.write(signed(1, 2 * PAGE, PAGE))
     assert diff.read_bytes()  # its pages are cached: now all of it is data
     bmaptool("create", "--output", f"{diff}.bmap", diff)
-    (extent,) = seal.read(f"{diff}.bmap").map.extents()
+    (extent,) = seal.read(f"{diff}.bmap").content.extents()
     assert extent == (0, SIZE)
     with pytest.raises(DenseDiffError):
         open_chain(base, [diff])

@@ -25,7 +25,7 @@ def assert_sealed(path: Path, extents: Sequence[tuple[int, int]]) -> None:
     """The file has a seal with these extents, and its checksums are right."""
     found = seal.find(str(path))
     assert found is not None
-    assert [(start, stop) for start, stop in found.map.extents()] == list(extents)
+    assert [(start, stop) for start, stop in found.content.extents()] == list(extents)
     seal.compare(Layer.open(str(path)), found)
 
 

@@ -21,4 +21,4 @@ def diff(tmp_path: Path) -> Path:
 
 def recorded(layer: Path) -> list[tuple[int, int]]:
     found = seal.find(str(layer))
-    return [] if found is None else list(found.map.extents())
+    return [] if found is None else list(found.content.extents())

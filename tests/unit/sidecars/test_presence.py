@@ -25,6 +25,7 @@ from diffmergefs.opening.images import Image
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.sidecars import presence
 from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
+from diffmergefs.sidecars.seal import Stored
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_chain, write_numbered
 from tests.support.superserve import crc64
@@ -153,7 +154,7 @@ def test_it_is_compared_once_and_remembered(
     compared: list[str] = []
     real = presence.compare
 
-    def counted(layer: Layer, found: presence.StoredPresence) -> None:
+    def counted(layer: Layer, found: Stored[presence.Presence]) -> None:
         compared.append(found.path)
         real(layer, found)
 

@@ -157,7 +157,7 @@ def test_a_seal_in_another_form_is_rewritten(diff: Path) -> None:
     assert result.block == 512
     assert seal_layer(diff).outcome == "rewritten"
     found = seal.find(str(diff))
-    assert found is not None and found.map.block == PAGE
+    assert found is not None and found.content.block == PAGE
 
 
 @pytest.mark.parametrize("harm", ["fill", "dig", "write", "nonsense", "truncate"])
