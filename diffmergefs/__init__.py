@@ -23,11 +23,10 @@ from diffmergefs.core.view import MergedView
 from diffmergefs.opening.images import Image, open_chain, open_image, open_side
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.apply import apply_diff
+from diffmergefs.writing.diffs import RediffResult, SquashResult, rediff, squash
 from diffmergefs.writing.flatten import FlattenResult, flatten
 from diffmergefs.writing.newdiff import WrittenDiff
-from diffmergefs.writing.rediff import RediffResult, rediff
 from diffmergefs.writing.sealing import SealResult, seal_layer
-from diffmergefs.writing.squash import SquashResult, squash
 
 __all__ = [
     "Comparison",

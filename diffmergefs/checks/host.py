@@ -26,7 +26,8 @@ _OLDEST = (4, 14)
 _IMPORT_SECONDS = 60
 _CAP_SYS_ADMIN = 21
 
-_NO_MOUNT = "nothing can be mounted here; flatten, info, verify and seal still work"
+#: What a user can still do.
+NO_MOUNT = "nothing can be mounted here; flatten, info, verify and seal still work"
 
 
 def examine_host() -> Iterator[Finding]:
@@ -87,12 +88,12 @@ def _device() -> Finding:
         os.close(fd)
     except FileNotFoundError:
         remedy = "load the module (modprobe fuse), or give the container --device /dev/fuse"
-        return _warning("device", f"no {FUSE_DEVICE}", _NO_MOUNT, remedy)
+        return _warning("device", f"no {FUSE_DEVICE}", NO_MOUNT, remedy)
     except OSError as error:
         return _warning(
             "device",
             f"{FUSE_DEVICE}: {error.strerror}",
-            _NO_MOUNT,
+            NO_MOUNT,
             "set its mode to 0666, the default of distributions; in a container, allow the device"
             " (--device /dev/fuse)",
         )
@@ -100,7 +101,7 @@ def _device() -> Finding:
         return _warning(
             "device",
             f"{FUSE_DEVICE} is another device",
-            _NO_MOUNT,
+            NO_MOUNT,
             f"create it again: mknod -m 666 {FUSE_DEVICE} c 10 229",
         )
     return _fine("device", f"{FUSE_DEVICE} can be opened")
@@ -113,7 +114,7 @@ def _helper() -> Finding:
     if path is None and is_root:
         return _fine("helper", f"no {_HELPER}; root mounts without it")
     if path is None:
-        return _warning("helper", f"no {_HELPER} in $PATH", _NO_MOUNT, install)
+        return _warning("helper", f"no {_HELPER} in $PATH", NO_MOUNT, install)
     status = os.stat(path)
     if not is_root and not (status.st_mode & stat.S_ISUID and status.st_uid == 0):
         return _warning(
@@ -133,7 +134,7 @@ def _right() -> Finding:
     return _warning(
         "right",
         "root without CAP_SYS_ADMIN, the right to mount",
-        _NO_MOUNT,
+        NO_MOUNT,
         "give it that right: in a container, --cap-add SYS_ADMIN (and --device /dev/fuse)",
     )
 
@@ -180,7 +181,7 @@ def _library() -> Finding:
     return _warning(
         "pyfuse3",
         f"pyfuse3 cannot be imported: {said}",
-        _NO_MOUNT,
+        NO_MOUNT,
         f"install libfuse3, and pyfuse3 with: {install_command('pyfuse3')}",
     )
 

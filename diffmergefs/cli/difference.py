@@ -32,9 +32,9 @@ from diffmergefs.core.extents import ExtentList
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.images import open_side
 from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.writing.diffs import RediffResult
+from diffmergefs.writing.diffs import rediff as rediff_views
 from diffmergefs.writing.newstore import NewStore
-from diffmergefs.writing.rediff import RediffResult
-from diffmergefs.writing.rediff import rediff as rediff_views
 from diffmergefs.writing.storediff import StoreRediff
 
 

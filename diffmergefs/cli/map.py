@@ -10,8 +10,8 @@ from contextlib import contextmanager, nullcontext
 
 import click
 
-from diffmergefs.analysis import zeros
-from diffmergefs.analysis.zeros import MapEntry
+from diffmergefs.analysis import info
+from diffmergefs.analysis.info import MapEntry
 from diffmergefs.cli.inputs import ImageArguments, image_options
 from diffmergefs.cli.output import printable, progress
 from diffmergefs.cli.picture import draw_map, picture_options, require_matplotlib
@@ -19,7 +19,7 @@ from diffmergefs.cli.terminal import TerminalMap
 from diffmergefs.core.view import MergedView
 from diffmergefs.core.workers import Progress, ignore_progress
 from diffmergefs.opening.images import Image
-from diffmergefs.pictures.legend import Subject, short_names
+from diffmergefs.pictures.maps import Subject, short_names
 
 _NUMBER = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([kmgt])(?:i?b)?)?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
@@ -128,13 +128,13 @@ def _within(window: tuple[int, int | None] | None, size: int) -> tuple[int, int]
 def _entries(view: MergedView, subject: Subject, *, bar: bool) -> Iterator[Iterable[MapEntry]]:
     # Without a progress bar if the output would run into it.
     start, stop = subject.start, subject.stop
-    found = zeros.entries(view, start, stop)
+    found = info.entries(view, start, stop)
     what, total = "map", stop - start
     if subject.scanned:
         what, total = "zeros", sum(p.stop - p.start for p in found if p.layer is not None)
     with progress(what, total) if bar else nullcontext(ignore_progress) as advance:
         if subject.scanned:
-            yield zeros.scanned_entries(view, start, stop, subject.page, advance)
+            yield info.scanned_entries(view, start, stop, subject.page, advance)
         else:
             yield _reported(found, advance)
 

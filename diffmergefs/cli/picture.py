@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffmergefs.analysis.info import run_lengths
-from diffmergefs.analysis.zeros import MapEntry
+from diffmergefs.analysis.info import MapEntry, run_lengths
 from diffmergefs.cli.options import PATH, F, all_of
 from diffmergefs.cli.output import print_diagnostic, printable, progress
 from diffmergefs.core.errors import MissingExtraError, failures
 from diffmergefs.core.identity import limit_read_bits
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
-from diffmergefs.pictures.legend import Subject, short_names
+from diffmergefs.pictures.maps import Subject, short_names
 from diffmergefs.system.installation import install_command
 from diffmergefs.writing.output import OutputFile
 
@@ -88,7 +87,7 @@ def draw_map(
 
     Requires `require_matplotlib`, like all functions here.
     """
-    from diffmergefs.pictures.map_picture import MapPicture
+    from diffmergefs.pictures.pictures import MapPicture
 
     def make() -> Canvas:
         with found as entries:
@@ -99,7 +98,7 @@ def draw_map(
 
 def draw_extents(view: MergedView, title: str, page: int, output: str, *, force: bool) -> None:
     """Write the histograms of the layers' extents to `output`."""
-    from diffmergefs.pictures.extents_picture import ExtentsPicture
+    from diffmergefs.pictures.pictures import ExtentsPicture
 
     def make() -> Canvas:
         names = [printable(name) for name in short_names([layer.path for layer in view.layers])]

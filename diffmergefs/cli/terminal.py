@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console
 from rich.text import Text
 
-from diffmergefs.analysis.zeros import MapEntry
+from diffmergefs.analysis.info import MapEntry
 from diffmergefs.cli.output import print_table
 from diffmergefs.core.errors import counted
-from diffmergefs.pictures import cells
-from diffmergefs.pictures.legend import (
+from diffmergefs.pictures import maps
+from diffmergefs.pictures.maps import (
     HOLE,
     ZEROS,
     Kinds,
@@ -45,9 +45,9 @@ class TerminalMap:
         self._labels = _labels(kinds, subject, self._console.width // 4)
         self._indent = max(map(len, self._labels.values())) + 1
         columns = max(self._console.width - self._indent, _LEAST)
-        self._grid = cells.row_grid(subject.start, subject.stop, subject.page, columns)
+        self._grid = maps.row_grid(subject.start, subject.stop, subject.page, columns)
         found = ((e.start, e.stop, kinds.of(e.layer, e.zero)) for e in entries)
-        self._rows = cells.bytes_by_kind(found, self._grid, len(kinds))
+        self._rows = maps.bytes_by_kind(found, self._grid, len(kinds))
 
     def print(self, paths: list[str]) -> None:
         """Print the rows on stdout, and below them the total of each.
@@ -105,14 +105,14 @@ def _row_name(kinds: Kinds, kind: int, subject: Subject) -> str:
     return kinds.name(kind, subject.names) if len(layers) < 2 else counted(len(layers), "layer")
 
 
-def _title(subject: Subject, grid: cells.Grid) -> Iterator[str]:
+def _title(subject: Subject, grid: maps.Grid) -> Iterator[str]:
     yield f"{subject.title}: {size_text(subject.size)}, {counted(len(subject.names), 'layer')}"
     pages = counted(grid.cell // subject.page, "page")
     first, last = (address(at, subject.stop) for at in (subject.start, subject.stop))
     yield f"{first} to {last}, {pages} a column ({size_text(grid.cell)})"
 
 
-def _ruler(subject: Subject, grid: cells.Grid, mark: str) -> tuple[str, str]:
+def _ruler(subject: Subject, grid: maps.Grid, mark: str) -> tuple[str, str]:
     # Addresses that are multiples of a power of two, as many as fit, and always that of the start.
     width = len(address(0, subject.stop)) + 2
     step = 1 << (width * grid.cell - 1).bit_length()
@@ -130,9 +130,9 @@ def _ruler(subject: Subject, grid: cells.Grid, mark: str) -> tuple[str, str]:
     return addresses, ticks
 
 
-def _bar(row: array[int], grid: cells.Grid, page: int, ramp: str) -> Iterator[str]:
+def _bar(row: array[int], grid: maps.Grid, page: int, ramp: str) -> Iterator[str]:
     for number, nbytes in enumerate(row):
-        yield ramp[cells.level(nbytes, grid.bytes_in(number), page, _STEPS)]
+        yield ramp[maps.level(nbytes, grid.bytes_in(number), page, _STEPS)]
 
 
 def _style(kind: int) -> str:
@@ -152,7 +152,7 @@ def _print_legend(kinds: Kinds, subject: Subject, paths: list[str], totals: dict
     )
 
 
-def _scale(subject: Subject, grid: cells.Grid, ramp: str) -> str:
+def _scale(subject: Subject, grid: maps.Grid, ramp: str) -> str:
     if grid.cell == subject.page:
         return f"{ramp[1]} a part of a page, {ramp[-1]} all of it"
     return (

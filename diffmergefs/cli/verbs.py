@@ -13,8 +13,8 @@ TABLE = {
     "apply": ("write", "apply"),
     "compare": ("difference", "compare"),
     "completion": ("completion", "completion"),
-    "demo": ("demo", "demo"),
-    "doctor": ("doctor", "doctor"),
+    "demo": ("trial", "demo"),
+    "doctor": ("trial", "doctor"),
     "flatten": ("write", "flatten"),
     "info": ("look", "info"),
     "install-extras": ("extras", "install_extras"),
@@ -23,11 +23,11 @@ TABLE = {
     "mount": ("mount", "mount"),
     "prefetch": ("prefetch", "prefetch"),
     "rediff": ("difference", "rediff"),
-    "seal": ("seal", "seal"),
+    "seal": ("integrity", "seal"),
     "squash": ("write", "squash"),
     "status": ("mounted", "status"),
     "umount": ("mounted", "umount"),
-    "verify": ("verify", "verify"),
+    "verify": ("integrity", "verify"),
 }
 
 

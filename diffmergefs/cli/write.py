@@ -25,11 +25,10 @@ from diffmergefs.cli.output import (
 from diffmergefs.core.errors import counted
 from diffmergefs.opening.images import Image
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.writing.apply import apply_diff
-from diffmergefs.writing.dependants import REASONS
+from diffmergefs.writing.apply import REASONS, apply_diff
+from diffmergefs.writing.diffs import SquashResult, count_data
+from diffmergefs.writing.diffs import squash as squash_view
 from diffmergefs.writing.flatten import flatten as flatten_view
-from diffmergefs.writing.squash import SquashResult, count_data
-from diffmergefs.writing.squash import squash as squash_view
 
 _NAMED = 8  # how many tags of a chain a message names
 

@@ -28,10 +28,10 @@ from diffmergefs.stores.snapshot import (
     read_with_status,
 )
 from diffmergefs.writing.companions import Excluded, copy_file, copy_folder, set_owner_and_mode
+from diffmergefs.writing.diffs import rediff
 from diffmergefs.writing.flatten import flatten
 from diffmergefs.writing.newdiff import NewDiff
 from diffmergefs.writing.output import OutputDirectory, sync_directory
-from diffmergefs.writing.rediff import rediff
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffmergefs.opening.images import open_side
-from diffmergefs.writing.rediff import rediff
+from diffmergefs.writing.diffs import rediff
 
 MIB = 1 << 20
 ROUNDS = 5

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from diffmergefs.core import errors
-from diffmergefs.pictures import map_picture  # noqa: F401  (another user may not import it later)
+from diffmergefs.pictures import pictures  # noqa: F401  (another user may not import it later)
 from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, one_line
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.inputs import unchanged

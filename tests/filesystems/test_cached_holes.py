@@ -27,8 +27,8 @@ from diffmergefs.opening.content import Parents, Verdicts
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy, problems, require_trust
 from diffmergefs.sidecars.verified import Remembered
+from diffmergefs.writing.diffs import rediff
 from diffmergefs.writing.flatten import flatten
-from diffmergefs.writing.rediff import rediff
 from diffmergefs.writing.sealing import seal_layer
 from tests.support import loopfs
 from tests.support.calls import first

@@ -15,13 +15,13 @@ from diffmergefs.core.view import MergedView
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.apply import apply_diff
-from diffmergefs.writing.rediff import rediff
+from diffmergefs.writing.diffs import rediff
 from diffmergefs.writing.sealing import seal_layer
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.newdiffs import data_of
 from tests.support.randomchains import open_view
 from tests.support.stores import pages
-from tests.support.subjects.rediff import CHANGED, CHILD, MIB, PARENT, SIZE, sides
+from tests.support.subjects.diffs import CHANGED, CHILD, MIB, PARENT, SIZE, sides
 
 __all__ = ["sides"]
 

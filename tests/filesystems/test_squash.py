@@ -12,13 +12,13 @@ import pytest
 from diffmergefs.core.errors import UntrustedExtentsError
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.writing.diffs import squash
 from diffmergefs.writing.sealing import seal_layer
-from diffmergefs.writing.squash import squash
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.newdiffs import data_of
 from tests.support.randomchains import open_view, write_chain
 from tests.support.stores import pages
-from tests.support.subjects.squash import CHAIN, SIZE, joined, layers
+from tests.support.subjects.diffs import CHAIN, SIZE, joined, layers
 
 __all__ = ["layers"]
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from diffmergefs import apply_diff, seal_layer
-from diffmergefs.writing.dependants import REASONS
+from diffmergefs.writing.apply import REASONS
 from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake
 from tests.support.images import PAGE, overlay_oracle, write_layer
 from tests.support.inputs import unchanged
 from tests.support.mounts import mounted
 from tests.support.stores import SIZE, pages, write_chain, write_document, write_tag
-from tests.support.subjects.dependants import BASE, MERGED, base_at, diff, reasons, refusal
+from tests.support.subjects.apply import BASE, MERGED, base_at, diff, reasons, refusal
 
 __all__ = ["diff"]
 

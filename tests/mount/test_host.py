@@ -14,7 +14,7 @@ import pytest
 
 from diffmergefs.checks import host
 from diffmergefs.checks.diagnosis import Finding
-from diffmergefs.cli import doctor
+from diffmergefs.cli import trial
 from diffmergefs.system import children
 from tests.support import mounttable, skips
 from tests.support.commands import succeed
@@ -102,10 +102,10 @@ def test_the_act_is_seen_by_nobody_and_leaves_nothing(
         seen.append([entry.path for entry in mounttable.entries()])
         return children.ask(question)
 
-    monkeypatch.setattr(doctor, "ask", looking)
+    monkeypatch.setattr(trial, "ask", looking)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    assert doctor.try_mount().severity == "fine"
+    assert trial.try_mount().severity == "fine"
     assert not [path for path in seen[0] if path.startswith(str(tmp_path))]
     assert os.listdir(tmp_path) == []
 
@@ -123,8 +123,8 @@ def test_a_view_that_is_not_what_it_should_be_is_wrong(
             raise TimeoutError("no answer")
         return b"x"
 
-    monkeypatch.setattr(doctor, "ask", answer)
-    assert doctor.try_mount().severity == "wrong"
+    monkeypatch.setattr(trial, "ask", answer)
+    assert trial.try_mount().severity == "wrong"
 
 
 @pytest.mark.usefixtures("root")

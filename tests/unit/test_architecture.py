@@ -40,10 +40,7 @@ SEES_FUSE = {
     for name in ["lifecycle", "opener", "operations", "readloop", "replies", "session", "threads"]
 }
 # cli.picture only tries whether matplotlib is installed.
-DRAWS = {
-    *(f"pictures.{name}" for name in ("canvas", "extents_picture", "map_picture", "raster")),
-    "cli.picture",
-}
+DRAWS = {"pictures.canvas", "pictures.pictures", "cli.picture"}
 PRINTERS = {"print", "sys.stdout.write", "sys.stderr.write", "traceback.print_exc"}
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from diffmergefs.analysis.zeros import MapEntry
-from diffmergefs.pictures.legend import Subject
+from diffmergefs.analysis.info import MapEntry
+from diffmergefs.pictures.maps import Subject
 from tests.support.images import PAGE
 
 

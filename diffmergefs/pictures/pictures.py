@@ -1,18 +1,21 @@
-"""A map of an image as a picture: its cells along a curve, and a legend."""
+"""The pictures: the map of an image, and the extents of its layers."""
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffmergefs.analysis.zeros import MapEntry
+from diffmergefs.analysis.info import MapEntry
 from diffmergefs.core.errors import counted
-from diffmergefs.pictures import cells, raster
+from diffmergefs.pictures import canvas, maps
 from diffmergefs.pictures.canvas import FAINT, LINE, Canvas, fitting, own_style
-from diffmergefs.pictures.legend import (
+from diffmergefs.pictures.maps import (
+    BASE,
     HOLE,
     ZEROS,
     Kinds,
@@ -32,7 +35,7 @@ class MapPicture(Canvas):
     """The map of one subject.
 
     The square has `2**order` cells a side, numbered from the start of the range along a Hilbert
-    curve (`raster.hilbert`) or row by row; `pixel` has the place of each. A cell has the colour of
+    curve (`canvas.hilbert`) or row by row; `pixel` has the place of each. A cell has the colour of
     the newest layer in it, stronger for a larger share; written zeros rank above all layers, and
     holes last. Cells beyond the end are hatched. Nothing is drawn over a cell.
     """
@@ -45,18 +48,18 @@ class MapPicture(Canvas):
         self.subject = subject
         self._along = layout == "hilbert"
         self.kinds = Kinds(len(subject.names))
-        self.order, self.grid = cells.square_grid(subject.start, subject.stop, subject.page)
-        self._placing = raster.Placing(self.order, parted=self._along)
-        self._square = raster.hilbert(self.order) if self._along else raster.linear(self.order)
+        self.order, self.grid = maps.square_grid(subject.start, subject.stop, subject.page)
+        self._placing = canvas.Placing(self.order, parted=self._along)
+        self._square = canvas.hilbert(self.order) if self._along else canvas.linear(self.order)
         self._left = LEFT if self._along else LEFT + _ADDRESSES
         kinds = ((e.start, e.stop, self.kinds.of(e.layer, e.zero)) for e in entries)
-        self.found = cells.tops(kinds, self.grid, len(self.kinds))
+        self.found = maps.tops(kinds, self.grid, len(self.kinds))
         width, height = self._placing.size
         legend = self._left + width + 40
         super().__init__(legend + _LEGEND + LEFT, TOP + height + 36, subject.title)
         self._write_title()
-        drawn = raster.cell_colours(self.found, self.grid, subject.page)
-        self._palette = raster.palette(self.kinds)
+        drawn = canvas.cell_colours(self.found, self.grid, subject.page)
+        self._palette = canvas.palette(self.kinds)
         self.paint(self._left, TOP, self._placing.image(self._square, drawn), self._palette)
         if self._along:
             self._write_parts()
@@ -118,11 +121,11 @@ class MapPicture(Canvas):
     # The legend
 
     def _write_legend(self, x: int) -> None:
-        y = TOP + raster.STRIP + 4
+        y = TOP + canvas.STRIP + 4
         self.text(x, y, "layer", 15, color=FAINT)
         self.text(x + _LEGEND - 95, y, "bytes", 15, color=FAINT, ha="right")
         self.text(x + _LEGEND, y, "share", 15, color=FAINT, ha="right")
-        colours = raster.colours(self.kinds)
+        colours = canvas.colours(self.kinds)
         whole = self.subject.stop - self.subject.start
         for kind in [*self.kinds.layers, *[ZEROS] * self.subject.scanned, HOLE]:
             y += 32
@@ -165,12 +168,12 @@ class MapPicture(Canvas):
         if self.grid.cell == self.subject.page:
             return y
         self.text(x, y, "share of the cell, logarithmic", 14, color=FAINT)
-        newest = raster.colour_number(len(self.kinds) - 1, 1)
-        shades = self._palette[newest : newest + raster.STRENGTHS] / 255
+        newest = canvas.colour_number(len(self.kinds) - 1, 1)
+        shades = self._palette[newest : newest + canvas.STRENGTHS] / 255
         for step, colour in enumerate(shades):
             self.box(x + step * 12, y + 10, 12, 19, facecolor=tuple(colour), linewidth=0)
         self.text(x, y + 48, "1 page", 13)
-        self.text(x + raster.STRENGTHS * 12, y + 48, "all", 13, ha="right")
+        self.text(x + canvas.STRENGTHS * 12, y + 48, "all", 13, ha="right")
         return y + 84
 
     def _notes(self) -> Iterator[str]:
@@ -187,3 +190,84 @@ def _arrow(parts: NDArray[np.int64], row: int, column: int) -> str:
     # To where the next part of the curve is.
     ((y, x),) = np.argwhere(parts == parts[row, column] + 1)
     return {(0, 1): "→", (0, -1): "←", (1, 0): "↓", (-1, 0): "↑"}[int(y) - row, int(x) - column]
+
+
+_TOP = 104
+_NAMES = 320
+_COUNTS = 300
+_ROW = 84
+_BAR = 56
+_BIN = 72
+
+
+class ExtentsPicture(Canvas):
+    """Two histograms side by side, with a row per layer (or per group, for more than 12 layers).
+
+    Left is the number of data extents, right how many have which length. `lengths` are the
+    `run_lengths` of each layer, base first, for pages of `page` bytes, and `names` the layers'
+    names. Bars are logarithmic, with their numbers; a single extent has a visible bar.
+    """
+
+    @own_style()
+    def __init__(
+        self, title: str, names: Sequence[str], lengths: Sequence[Sequence[int]], page: int
+    ) -> None:
+        self._kinds = Kinds(len(names))
+        self._page = page
+        self.counts = [
+            [sum(column) for column in zip_longest(*lengths[group.start : group.stop], fillvalue=0)]
+            for group in self._kinds.groups
+        ]
+        self._bins = max(1, *map(len, self.counts))
+        self._right = LEFT + _NAMES + _COUNTS + 60
+        self._bottom = _TOP + _ROW * len(self.counts)
+        width = max(self._right + self._bins * _BIN + LEFT, 1000)
+        super().__init__(width, self._bottom + 100, title)
+        self.text(LEFT, 42, f"{fitting(title, 700, 24)}: data extents", 24, fontweight="bold")
+        layers = counted(len(names), "layer")
+        self.text(LEFT, 72, f"{layers}, bars logarithmic", 17, color=FAINT)
+        self.text(LEFT + _NAMES, _TOP - 6, "extents", 15, color=FAINT)
+        self.text(self._right, _TOP - 6, "extents by length", 15, color=FAINT)
+        colours = canvas.colours(self._kinds)
+        for row, kind in enumerate(self._kinds.layers):
+            self._draw_row(row, kind, colours[kind], names)
+        self._draw_axis()
+        for line, text in enumerate(textwrap.wrap(self._kinds.note(), 90)):
+            self.text(LEFT, self._bottom + 70 + 20 * line, text, 14, color=FAINT)
+
+    def _draw_row(self, row: int, kind: int, colour: str, names: Sequence[str]) -> None:
+        foot = _TOP + (row + 1) * _ROW
+        looks = {"facecolor": colour, "edgecolor": LINE, "linewidth": 1}
+        label = self._kinds.label(kind)
+        self.text(LEFT, foot - 20, label, 16)
+        indent = 10 * max(len(self._kinds.label(kind)) for kind in self._kinds.layers) + 12
+        name = self._kinds.name(kind, names)
+        self.text(LEFT + indent, foot - 20, fitting(name, _NAMES - indent - 20, 16), 16)
+        counts = self.counts[kind - BASE]
+        total = sum(counts)
+        width = (_COUNTS - 70) * _share(total, max(map(sum, self.counts)))
+        if total:
+            self.box(LEFT + _NAMES, foot - 41, width, 30, **looks)
+        self.text(LEFT + _NAMES + width + 8, foot - 20, f"{total:,}", 15, mono=True)
+        most = max(max(counts, default=0) for counts in self.counts)
+        for power, count in enumerate(counts):
+            if count:
+                height = _BAR * _share(count, most)
+                x = self._right + power * _BIN
+                self.box(x + 4, foot - height, _BIN - 8, height, **looks)
+                middle = x + _BIN / 2
+                self.text(middle, foot - height - 4, f"{count:,}", 12, ha="center")
+        self.box(self._right, foot, self._bins * _BIN, 0, edgecolor=LINE, linewidth=1)
+
+    def _draw_axis(self) -> None:
+        for power in range(self._bins):
+            x = self._right + (power + 0.5) * _BIN
+            label = size_text(self._page << power)
+            self.text(x, self._bottom + 20, label, 13, ha="center", color=FAINT)
+        label = "each column: from this length up to the next one's"
+        self.text(self._right, self._bottom + 42, label, 13, color=FAINT)
+
+
+def _share(count: int, most: int) -> float:
+    # From just above 0 for one extent to 1 for the most.
+    return math.log2(1 + count) / math.log2(1 + most) if count else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffmergefs.pictures.raster import hilbert, linear
+from diffmergefs.pictures.canvas import hilbert, linear
 
 
 def place(order: int, number: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""`rediff`: the true sparse diff between two complete images."""
+"""`rediff` and `squash`: new diffs, made from complete images or from other diffs."""
 
 from __future__ import annotations
 
@@ -79,3 +79,64 @@ def rediff(
 
         written = diff.publish(seal=seal, check=check)
     return RediffResult(page, changed, compared, written)
+
+
+@dataclass(frozen=True)
+class SquashResult:
+    """What `squash` wrote: the diffs `first` to `last` of a chain (0 is the base) as one.
+
+    `shadowed_bytes` of their data were hidden by newer ones among them, and were left out.
+    """
+
+    first: int
+    last: int
+    shadowed_bytes: int
+    written: WrittenDiff
+
+
+def squash(
+    view: MergedView,
+    output: str | os.PathLike[str],
+    *,
+    first: int = 1,
+    last: int | None = None,
+    force: bool = False,
+    verify: bool = False,
+    seal: bool = False,
+    policy: TrustPolicy | None = None,
+    progress: Progress = ignore_progress,
+) -> SquashResult:
+    """Write the diffs `first` to `last` of the view's chain, both included, as one diff.
+
+    These are layer numbers, by default all diffs; 0 is the base, which is not read. In their place
+    the new diff gives the same image, byte for byte; `verify` compares that before the file gets
+    its name. The new diff has data where one of them has, including zeros, and holes elsewhere,
+    which is proven (see `newdiff.NewDiff`, also for `force`, `seal`, the mode and what is raised).
+    `progress` is given `count_data` bytes in all. Raises ValueError for numbers that are not those
+    of diffs, or not in this order.
+    """
+    last = len(view.layers) - 1 if last is None else last
+    if not 1 <= first <= last < len(view.layers):
+        raise ValueError(
+            f"diffs {first} to {last} of a chain of {len(view.layers)} layers, of which 0 is the"
+            " base"
+        )
+    diffs = MergedView(view.layers[first : last + 1])
+    extents = diffs.data_extents()
+
+    def check(layer: Layer) -> None:
+        if verify:
+            chain = [*view.layers[:first], layer, *view.layers[last + 1 :]]
+            require_equal(MergedView(chain), view, layer.path)
+
+    # The output may replace no layer of the whole chain, not even one that is not squashed.
+    with NewDiff(output, diffs, view.layers, policy=policy, force=force) as diff:
+        diff.put(extents, progress)
+        written = diff.publish(seal=seal, check=check)
+    held = sum(layer.extents.data_bytes for layer in diffs.layers)
+    return SquashResult(first, last, held - written.data_bytes, written)
+
+
+def count_data(view: MergedView, first: int, last: int) -> int:
+    """How many bytes of data the diffs `first` to `last` have when merged."""
+    return MergedView(view.layers[first : last + 1]).data_extents().data_bytes

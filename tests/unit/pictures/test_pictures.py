@@ -1,23 +1,32 @@
-"""The picture of a map: its pixels by address, its words, its size, and what grey leaves of it."""
+"""The pictures of a map and of extents."""
 
 from __future__ import annotations
 
 import base64
 import io
+import os
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffmergefs.analysis.zeros import MapEntry
-from diffmergefs.pictures import raster
-from diffmergefs.pictures.legend import BASE, HOLE, ZEROS, Kinds
-from diffmergefs.pictures.map_picture import MapPicture
-from tests.support.images import PAGE
+from diffmergefs.analysis.info import MapEntry, run_lengths
+from diffmergefs.core import errors
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.pictures import canvas
+from diffmergefs.pictures.canvas import Canvas
+from diffmergefs.pictures.maps import BASE, HOLE, ZEROS, Kinds
+from diffmergefs.pictures.pictures import LEFT, TOP, ExtentsPicture, MapPicture
+from tests.support import sample_map
+from tests.support.commands import diffmergefs, mistake
+from tests.support.images import PAGE, signed, write_layer
+from tests.support.inputs import unchanged
+from tests.support.places import DOCS
 from tests.support.subjects.maps import subject, tiled
-from tests.unit.pictures.test_raster import place
+from tests.unit.pictures.test_canvas import place
 
 SVG = "{http://www.w3.org/2000/svg}"
 HREF = "{http://www.w3.org/1999/xlink}href"
@@ -29,7 +38,7 @@ def png_pixels(picture: MapPicture) -> Pixels:
     return np.asarray(Image.open(io.BytesIO(picture.png())).convert("RGB"))
 
 
-def svg_root(picture: MapPicture) -> ET.Element:
+def svg_root(picture: Canvas) -> ET.Element:
     return ET.fromstring(picture.svg())
 
 
@@ -44,7 +53,7 @@ def embedded(root: ET.Element) -> tuple[int, int, Pixels]:
     return int(image.attrib["x"]), int(image.attrib["y"]), pixels
 
 
-def words(picture: MapPicture) -> list[str]:
+def words(picture: Canvas) -> list[str]:
     return ["".join(text.itertext()) for text in svg_root(picture).iter(f"{SVG}text")]
 
 
@@ -85,7 +94,7 @@ def test_each_cell_has_the_colour_of_its_address(layout: str) -> None:
     height, width, _ = image.shape
     placed = np.full_like(shown, 255)
     placed[y : y + height, x : x + width] = image
-    colours = raster.colours(picture.kinds)
+    colours = canvas.colours(picture.kinds)
     for number, content in enumerate(CONTENT):
         kind = kind_of(content)
         for pixels in (shown, placed):
@@ -103,7 +112,7 @@ def test_small_images_have_few_cells(pages: int, order: int, layout: str) -> Non
     picture = MapPicture(tiled([1] * pages), subject(pages), layout)
     shown = png_pixels(picture)
     assert picture.order == order
-    newest = rgb(raster.colours(picture.kinds)[BASE + 1])
+    newest = rgb(canvas.colours(picture.kinds)[BASE + 1])
     for number in range(pages):
         assert is_plain(cell(shown, picture, number, layout), newest)
 
@@ -134,12 +143,12 @@ def test_many_pages_a_cell_show_the_newest_layer_and_its_share(crowded: MapPictu
     assert (crowded.order, crowded.grid.cell) == (10, 3 * PAGE)
     shown = png_pixels(crowded)
     found = [tuple(int(v) for v in cell(shown, crowded, n)[0, 0]) for n in range(9)]
-    palette = raster.palette(crowded.kinds)
+    palette = canvas.palette(crowded.kinds)
 
     def shade(layer: int, strength: int) -> tuple[int, ...]:
-        return tuple(int(v) for v in palette[raster.colour_number(BASE + layer, strength)])
+        return tuple(int(v) for v in palette[canvas.colour_number(BASE + layer, strength)])
 
-    full, weakest = raster.STRENGTHS, 1
+    full, weakest = canvas.STRENGTHS, 1
     middle = 1 + int(15 * np.log(2) / np.log(3))
     assert found == [
         shade(2, full),
@@ -227,7 +236,7 @@ def test_a_range_is_called_one() -> None:
     assert "beyond the range" in found
     assert found[found.index("layer1") + 1 :][:2] == [f"{4 * PAGE - 5:,}", "80.00 %"]
     # The first cell holds less than a page of the range, and all of that.
-    colours = raster.colours(picture.kinds)
+    colours = canvas.colours(picture.kinds)
     assert is_plain(cell(png_pixels(picture), picture, 0), rgb(colours[BASE + 1]))
     assert is_plain(cell(png_pixels(picture), picture, 4), (255, 255, 255))
 
@@ -246,7 +255,7 @@ def test_a_map_adds_little_to_the_pixels_of_an_svg() -> None:
     # Beside the pixels; the canvas keeps those under two.
     picture = MapPicture(tiled(range(40)), subject(40, layers=40))
     assert len(picture.svg()) < 100_000
-    assert len(raster.palette(Kinds(1000))) <= 256
+    assert len(canvas.palette(Kinds(1000))) <= 256
 
 
 def test_text_is_text_and_names_are_not_read_as_formulas() -> None:
@@ -286,7 +295,7 @@ def parts(colour: str) -> list[float]:
 @pytest.mark.parametrize(("layers", "least"), [(2, 60), (5, 6), (12, 3.5)])
 def test_colours_are_told_apart_in_grey(layers: int, least: float) -> None:
     """Lighter is older, so that even without a hue the order is seen."""
-    found = [lightness(colour) for colour in raster.colours(Kinds(layers))]
+    found = [lightness(colour) for colour in canvas.colours(Kinds(layers))]
     assert found == sorted(found, reverse=True)
     steps = [a - b for a, b in zip(found[BASE:], found[BASE + 1 :], strict=False)]
     assert min(steps) >= least
@@ -314,15 +323,114 @@ def seen_by(colour: str, kind: str) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("kind", ["protanopia", "deuteranopia"])
 def test_colours_are_told_apart_with_fewer_cones(kind: str) -> None:
-    found = [seen_by(colour, kind) for colour in raster.colours(Kinds(5))]
+    found = [seen_by(colour, kind) for colour in canvas.colours(Kinds(5))]
     pairs = [(a, b) for n, a in enumerate(found) for b in found[:n]]
     assert min(float(np.linalg.norm(a - b)) for a, b in pairs) > 0.08
 
 
 def test_the_weakest_of_a_layer_is_no_hole() -> None:
     kinds = Kinds(12)
-    palette = raster.palette(kinds).astype(int)
+    palette = canvas.palette(kinds).astype(int)
     for kind in [ZEROS, *kinds.layers]:
-        weakest = palette[raster.colour_number(kind, 1)]
+        weakest = palette[canvas.colour_number(kind, 1)]
         assert np.abs(weakest - 255).max() >= 20
     assert len({tuple(colour) for colour in palette[4:]}) == len(palette) - 4
+
+
+def test_lengths_are_counted_by_powers_of_two() -> None:
+    lengths = [1, 1, 2, 3, 4, 7, 8, 1000]
+    starts = [4096 * n for n in range(len(lengths))]
+    pages = [(s * PAGE, (s + n) * PAGE) for s, n in zip(starts, lengths, strict=True)]
+    assert run_lengths(ExtentList(pages), PAGE) == [2, 2, 2, 1, 0, 0, 0, 0, 0, 1]
+    assert run_lengths(ExtentList(), PAGE) == []
+    assert run_lengths(ExtentList([(0, 512), (1024, 2048)]), PAGE) == [2]
+    assert run_lengths(ExtentList([(0, 3 * PAGE - 1)]), PAGE) == [0, 1]
+
+
+def histogram(layers: int = 3) -> ExtentsPicture:
+    lengths = [[0, 0, 0, 1], [1300, 20], *([n + 1] for n in range(layers - 2))]
+    return ExtentsPicture("an image", [f"layer{n}" for n in range(layers)], lengths, PAGE)
+
+
+def test_a_histogram_has_each_layer_s_extents_and_how_many_are_how_long() -> None:
+    found = words(histogram())
+    assert found[0] == "an image: data extents"
+    rows = found[found.index("0") :]
+    assert rows[: 3 + 4 + 5] == [
+        *("0", "layer0", "1", "1"),
+        *("1", "layer1", "1,320", "1,300", "20"),
+        *("2", "layer2", "1"),
+    ]
+    assert {"4 KiB", "8 KiB", "16 KiB", "32 KiB"} <= set(found)
+    assert "64 KiB" not in found
+
+
+def test_a_bar_is_there_for_a_single_extent() -> None:
+    """Beside one of 1,300: in the layer's colour, and shorter."""
+    pixels = np.asarray(Image.open(io.BytesIO(histogram().png())).convert("RGB")).astype(int)
+    areas = []
+    for kind in range(BASE, BASE + 3):
+        colour = bytes.fromhex(canvas.colours(Kinds(3))[kind][1:])
+        areas.append(int((pixels == np.array(list(colour))).all(axis=2).sum()))
+    assert areas[1] > 4 * areas[0] and min(areas) > 500
+
+
+def test_the_histogram_groups_many_layers_too() -> None:
+    found = words(histogram(30))
+    assert any("30 layers are drawn as 12" in word for word in found)
+    # The second group: layers 4 to 6, with 3, 4 and 5 extents.
+    assert found[found.index("4-6") + 1 :][:2] == ["layer4 .. layer6", "12"]
+
+
+def test_layers_without_extents_have_no_bars() -> None:
+    picture = ExtentsPicture("empty", ["base", "diff"], [[], []], PAGE)
+    assert words(picture).count("0") == 3  # the base's number, and two counts
+    assert picture.png().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["png", "svg"])
+def test_info_draws_it(tmp_path: Path, form: str) -> None:
+    base = write_layer(tmp_path / "base", 64 * PAGE, [(0, signed(0, 0, 16 * PAGE))])
+    pages = [(n * PAGE, signed(1, n * PAGE, PAGE)) for n in range(0, 64, 2)]
+    diff = write_layer(tmp_path / "diff", 64 * PAGE, pages)
+    output = tmp_path / f"extents.{form}"
+    arguments: list[str | Path] = ["info", "--base", base, "--diff", diff]
+    with unchanged([base, diff]):
+        done = diffmergefs(*arguments, "--plot", output)
+    assert (done.returncode, done.stderr) == (0, f"diffmergefs: {output}: written\n")
+    if form == "png":
+        assert output.read_bytes().startswith(b"\x89PNG")
+        return
+    assert done.stdout == diffmergefs(*arguments).stdout
+    text = output.read_text()
+    assert ">32<" in text and ">64 KiB<" in text
+    line = mistake(errors.OutputRefusedError.exit_code, *arguments, "--plot", output)
+    assert "--force" in line
+    assert diffmergefs(*arguments, "--plot", output, "--force").returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [["--force"], ["--plot", "a.gif"]])
+def test_a_wrong_use_of_plot_ends_with_2(tmp_path: Path, arguments: list[str]) -> None:
+    base = write_layer(tmp_path / "base", 4 * PAGE, [])
+    done = diffmergefs("info", "--base", base, *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert os.listdir(tmp_path) == ["base"]
+
+
+@pytest.mark.slow
+def test_the_picture_in_readme_is_what_is_drawn_today(tmp_path: Path) -> None:
+    """Its cells, that is: letters differ a little from one version of the fonts to the next."""
+    assert sample_map.draw(tmp_path / "map.png") == 0
+    kept = DOCS / "map.png"
+    assert kept.stat().st_size < 100_000
+    width, height = canvas.Placing(7, parted=True).size
+    box = (LEFT, TOP, LEFT + width, TOP + height)
+    ours, theirs = (
+        np.asarray(Image.open(path).convert("RGB").crop(box))
+        for path in (tmp_path / "map.png", kept)
+    )
+    cells = np.ones(ours.shape[:2], bool)
+    for row in range(4):  # the addresses above the parts
+        cells[row * (256 + canvas.GAP + canvas.STRIP) :][: canvas.STRIP] = False
+    assert (ours == theirs)[cells].all()

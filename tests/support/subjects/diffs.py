@@ -1,4 +1,4 @@
-"""The parent and the child of the tests of rediff."""
+"""The images and chains of the tests of rediff and squash."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from diffmergefs.core.extents import ExtentList
 from diffmergefs.core.view import MergedView
 from tests.support.images import PAGE, write_layer
 from tests.support.inputs import unchanged
-from tests.support.randomchains import open_view
+from tests.support.randomchains import Extents, open_view, write_chain
 from tests.support.stores import age, pages
 
 MIB = 1 << 20
@@ -32,3 +33,28 @@ def sides(tmp_path: Path) -> Iterator[tuple[MergedView, MergedView]]:
     age(*files)
     with unchanged(files), open_view(files[:1]) as parent, open_view(files[1:]) as child:
         yield parent, child
+
+
+ZEROS = [(4 * PAGE, bytes(PAGE))]
+
+CHAIN: list[Extents] = [
+    pages(0, range(32)),
+    [*pages(1, [2, 20]), *ZEROS],
+    [*pages(2, [20, 40]), (41 * PAGE, bytes(PAGE))],
+    pages(3, [2, 63]),
+]
+
+
+def joined(*layers: Extents) -> list[tuple[int, int]]:
+    """Where any of the layers has data."""
+    starts = sorted({(at, at + len(data)) for extents in layers for at, data in extents})
+    return [(start, stop) for start, stop in ExtentList(starts)]
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> Iterator[list[Path]]:
+    """The files of CHAIN, which must not change."""
+    (tmp_path / "in").mkdir()
+    paths = write_chain(tmp_path / "in", SIZE, CHAIN)
+    with unchanged(paths):
+        yield paths
