@@ -14,9 +14,8 @@ from diffmergefs.cli.inputs import with_remarks
 from diffmergefs.cli.options import (
     PATH,
     F,
-    force_option,
     json_option,
-    seal_option,
+    output_options,
     store_options,
     trust_options,
 )
@@ -27,12 +26,12 @@ from diffmergefs.cli.output import (
     printable,
     progress,
 )
+from diffmergefs.cli.write import report_diff
 from diffmergefs.core.errors import counted
 from diffmergefs.core.extents import ExtentList
 from diffmergefs.core.view import MergedView
 from diffmergefs.opening.images import open_side
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.writing.diffs import RediffResult
 from diffmergefs.writing.diffs import rediff as rediff_views
 from diffmergefs.writing.newstore import NewStore
 from diffmergefs.writing.storediff import StoreRediff
@@ -158,7 +157,10 @@ def _print_comparison(found: Comparison, with_map: bool) -> None:
 @click.command()
 @click.argument("parent", required=False, type=PATH)
 @click.argument("child", required=False, type=PATH)
-@click.option("-o", "--output", required=True, type=PATH, help="The new diff, or the new store.")
+@output_options(
+    "The new diff, or the new store.",
+    verify="Merge PARENT and the diff and compare before publishing it.",
+)
 @click.option(
     "--store",
     type=PATH,
@@ -169,11 +171,6 @@ def _print_comparison(found: Comparison, with_map: bool) -> None:
 @_side_diffs("parent")
 @_side_diffs("child")
 @_plain_option
-@force_option
-@click.option(
-    "--verify", is_flag=True, help="Merge PARENT and the diff and compare before publishing it."
-)
-@seal_option
 @_jobs_option
 @json_option
 @trust_options
@@ -188,11 +185,10 @@ def rediff(
     child_diffs: tuple[str, ...],
     plain: bool,
     force: bool,
-    verify: bool,
-    seal: bool,
     jobs: int,
     as_json: bool,
     policy: TrustPolicy,
+    **how: bool,
 ) -> None:
     """Write the sparse diff between two complete images. Merged with PARENT, it gives CHILD.
 
@@ -219,7 +215,7 @@ def rediff(
         with progress("open", unit=""):
             opened = StoreRediff(store, skip_broken=skip_broken, policy=policy)
         with opened, progress("rediff", opened.total_bytes) as advance:
-            made = opened.write(output, verify=verify, seal=seal, jobs=jobs, progress=advance)
+            made = opened.write(output, jobs=jobs, progress=advance, **how)
         _report_store(made, as_json)
         return
     if parent is None or child is None:
@@ -232,38 +228,19 @@ def rediff(
         progress("rediff", bytes_to_compare(before, after)) as advance,
     ):
         result = rediff_views(
-            before,
-            after,
-            output,
-            force=force,
-            verify=verify,
-            seal=seal,
-            jobs=jobs,
-            policy=policy,
-            progress=advance,
+            before, after, output, force=force, jobs=jobs, policy=policy, progress=advance, **how
         )
-    _report(output, result, verify, seal, as_json)
-
-
-def _report(output: str, result: RediffResult, verify: bool, seal: bool, as_json: bool) -> None:
     written = result.written
-    print_diagnostic(*written.overridden)
-    if written.dense:
-        print_diagnostic(
-            f"{output}: every page differs, so it has no hole and is taken with --dense only"
-        )
-    if as_json:
-        facts = {"output": output, **asdict(written), "page_size": result.page_size}
-        facts |= {"changed_pages": result.changed_pages, "compared_bytes": result.compared_bytes}
-        print_json(facts | {"ratio": result.ratio})
-        return
-    pages = -(-written.size // result.page_size)
-    click.echo(
-        f"{printable(output)}: {result.changed_pages} of {pages} pages changed;"
-        f" {written.data_bytes} bytes written of {written.size} ({result.ratio:.2%}),"
-        f" {result.compared_bytes} compared"
-        f"{', verified' if verify else ''}{', sealed' if seal else ''}"
-    )
+    facts = {
+        "page_size": result.page_size,
+        "changed_pages": result.changed_pages,
+        "compared_bytes": result.compared_bytes,
+        "ratio": result.ratio,
+    }
+    text = f"{result.changed_pages} of {-(-written.size // result.page_size)} pages changed;"
+    text += f" {written.data_bytes} bytes written of {written.size} ({result.ratio:.2%}),"
+    text += f" {result.compared_bytes} compared"
+    report_diff(output, written, facts, text, as_json, how)
 
 
 def _report_store(made: NewStore, as_json: bool) -> None:

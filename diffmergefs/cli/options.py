@@ -115,11 +115,17 @@ def _complete_checks(
     return [before + comma + name for name in CHECKS if name.startswith(begun)]
 
 
+def output_options(what: str, *, verify: str) -> Callable[[F], F]:
+    """-o for `what` the verb writes, and --force, --verify (with this help) and --seal."""
+    return all_of(
+        click.option("-o", "--output", required=True, type=PATH, help=what),
+        click.option("--force", is_flag=True, help="Replace the output atomically if it exists."),
+        click.option("--verify", is_flag=True, help=verify),
+        click.option("--seal", is_flag=True, help="Also seal the output (see `seal`)."),
+    )
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-force_option = click.option(
-    "--force", is_flag=True, help="Replace the output atomically if it exists."
-)
-seal_option = click.option("--seal", is_flag=True, help="Also seal the output (see `seal`).")
 page_size_option = click.option(
     "--page-size",
     type=int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import click
@@ -9,9 +10,8 @@ import click
 from diffmergefs.cli.inputs import ImageArguments, image_options
 from diffmergefs.cli.options import (
     PATH,
-    force_option,
     json_option,
-    seal_option,
+    output_options,
     strict_option,
     trust_options,
 )
@@ -26,9 +26,10 @@ from diffmergefs.core.errors import counted
 from diffmergefs.opening.images import Image
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.apply import REASONS, apply_diff
-from diffmergefs.writing.diffs import SquashResult, count_data
+from diffmergefs.writing.diffs import count_data
 from diffmergefs.writing.diffs import squash as squash_view
 from diffmergefs.writing.flatten import flatten as flatten_view
+from diffmergefs.writing.newdiff import WrittenDiff
 
 _NAMED = 8  # how many tags of a chain a message names
 
@@ -36,19 +37,9 @@ _NAMED = 8  # how many tags of a chain a message names
 @click.command()
 @image_options
 @strict_option
-@click.option("-o", "--output", required=True, type=PATH, help="The new image file.")
-@force_option
-@click.option("--verify", is_flag=True, help="Read it back and compare before publishing it.")
-@seal_option
+@output_options("The new image file.", verify="Read it back and compare before publishing it.")
 @json_option
-def flatten(
-    source: ImageArguments,
-    output: str,
-    force: bool,
-    verify: bool,
-    seal: bool,
-    as_json: bool,
-) -> None:
+def flatten(source: ImageArguments, output: str, as_json: bool, **how: bool) -> None:
     """Write IMAGE to a new standalone sparse file, which appears complete or not at all.
 
     If the filesystem can reflink, blocks are shared with the layers; otherwise they are copied.
@@ -60,9 +51,7 @@ def flatten(
     """
     with source.open().view as view:
         with progress("flatten", sum(view.visible_bytes())) as advance:
-            result = flatten_view(
-                view, output, force=force, verify=verify, seal=seal, progress=advance
-            )
+            result = flatten_view(view, output, progress=advance, **how)
         paths = [layer.path for layer in view.layers]
     rows = list(zip(paths, result.copied, result.shared, strict=True))
     if as_json:
@@ -72,29 +61,23 @@ def flatten(
     print_table(("LAYER", ">COPIED", ">SHARED"), rows)
     click.echo(
         f"{printable(output)}: {result.size} bytes, {sum(result.copied)} copied,"
-        f" {sum(result.shared)} shared, {result.holes} holes"
-        f"{', verified' if verify else ''}{', sealed' if seal else ''}"
+        f" {sum(result.shared)} shared, {result.holes} holes{_done(how)}"
     )
 
 
 @click.command()
 @image_options
-@click.option("-o", "--output", required=True, type=PATH, help="The new diff.")
+@output_options("The new diff.", verify="Compare the chain that uses it before publishing it.")
 @click.option("--from", "from_tag", metavar="TAG", help="The oldest diff (default: the first).")
 @click.option("--to", "to_tag", metavar="TAG", help="The newest diff (default: IMAGE's own).")
-@force_option
-@click.option("--verify", is_flag=True, help="Compare the chain that uses it before publishing it.")
-@seal_option
 @json_option
 def squash(
     source: ImageArguments,
     output: str,
     from_tag: str | None,
     to_tag: str | None,
-    force: bool,
-    verify: bool,
-    seal: bool,
     as_json: bool,
+    **how: bool,
 ) -> None:
     """Merge diffs of IMAGE's chain into one that can replace them. The base is not read.
 
@@ -128,14 +111,16 @@ def squash(
                 output,
                 first=first,
                 last=last,
-                force=force,
-                verify=verify,
-                seal=seal,
                 policy=source.policy,
                 progress=advance,
+                **how,
             )
         paths = [layer.path for layer in view.layers[first : last + 1]]
-    _report(output, result, paths, verify, seal, as_json)
+    facts = {"shadowed_bytes": result.shadowed_bytes, "layers": paths}
+    text = f"{counted(len(paths), 'diff')} as one; {result.written.data_bytes} bytes of data in"
+    text += f" {counted(result.written.extents, 'extent')}, {result.written.copied} copied,"
+    text += f" {result.written.shared} shared, {result.shadowed_bytes} shadowed"
+    report_diff(output, result.written, facts, text, as_json, how)
 
 
 def _position(found: Image, tag: str, option: str) -> int:
@@ -155,23 +140,29 @@ def _named(found: Image) -> str:
     return ", ".join(tags)
 
 
-def _report(
-    output: str, result: SquashResult, paths: list[str], verify: bool, seal: bool, as_json: bool
+def report_diff(
+    output: str,
+    written: WrittenDiff,
+    facts: Mapping[str, object],
+    text: str,
+    as_json: bool,
+    how: Mapping[str, bool],
 ) -> None:
-    written = result.written
+    """Print that a diff was written to `output`, with the verb's own `facts` or `text`.
+
+    `how` has the values of `output_options`.
+    """
     print_diagnostic(*written.overridden)
     if written.dense:
         print_diagnostic(f"{output}: the diff has no holes and needs --dense")
     if as_json:
-        shadowed = {"shadowed_bytes": result.shadowed_bytes}
-        print_json({"output": output, **asdict(written), **shadowed, "layers": paths})
-        return
-    click.echo(
-        f"{printable(output)}: {counted(len(paths), 'diff')} as one; {written.data_bytes} bytes of"
-        f" data in {counted(written.extents, 'extent')}, {written.copied} copied,"
-        f" {written.shared} shared, {result.shadowed_bytes} shadowed"
-        f"{', verified' if verify else ''}{', sealed' if seal else ''}"
-    )
+        print_json({"output": output, **asdict(written), **facts})
+    else:
+        click.echo(f"{printable(output)}: {text}{_done(how)}")
+
+
+def _done(how: Mapping[str, bool]) -> str:
+    return f"{', verified' if how['verify'] else ''}{', sealed' if how['seal'] else ''}"
 
 
 def _reasons(

@@ -224,7 +224,7 @@ def test_all_but_the_mount_works_without_pyfuse3_and_trio(tmp_path: Path) -> Non
 
 TESTS = Path(__file__).parents[1]
 #: Modules without a unit test of their name. This may only fall.
-WITHOUT_A_UNIT_TEST = 8
+WITHOUT_A_UNIT_TEST = 5
 #: What a test asks for that needs root, loop devices or FUSE.
 NEED_MORE = {"filesystem", "real_fs", "overlay_fs", "loopfs", "mounted", "diffmergefs_as_nobody"}
 NEED_MORE |= {"run_as", "require_root", "require_mounts", "require_loop", "require_fuse"}
