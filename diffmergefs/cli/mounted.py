@@ -53,7 +53,7 @@ def status(mountpoint: str, as_json: bool, watch: bool, interval: float) -> None
     """Print the statistics of the mount on MOUNTPOINT: requests, bytes by layer, latencies, errors.
 
     MOUNTPOINT/.diffmergefs/status.json has the same facts, and MOUNTPOINT/.diffmergefs/metrics has
-    them as OpenMetrics text for Prometheus. Only the mount's owner can read these files, and no
+    them as text for Prometheus. Only the mount's owner can read these files, and no
     listing of MOUNTPOINT contains them.
 
     \b

@@ -1,4 +1,4 @@
-"""The counters of a mount, and its status as JSON and as OpenMetrics text."""
+"""The counters of a mount, and its status as JSON and as text for Prometheus."""
 
 from __future__ import annotations
 
@@ -195,13 +195,13 @@ def _buckets(counts: Sequence[int]) -> tuple[Bucket, ...]:
 
 
 def exposition(status: Status) -> bytes:
-    """The status in the OpenMetrics text format, by prometheus_client.
+    """The status in Prometheus' text format 0.0.4, by prometheus_client.
 
-    Raises ImportError if that package is missing.
+    node_exporter's textfile collector reads this format, and refuses OpenMetrics. Raises
+    ImportError if that package is missing.
     """
     # Imported here because it takes 14 MiB of a daemon's memory, and few mounts are scraped.
-    from prometheus_client import CollectorRegistry
-    from prometheus_client.openmetrics.exposition import generate_latest
+    from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.registry import Collector
 
     class Snapshot(Collector):
@@ -210,8 +210,7 @@ def exposition(status: Status) -> bytes:
 
     registry = CollectorRegistry()
     registry.register(Snapshot())
-    text: bytes = generate_latest(registry)  # type: ignore[no-untyped-call]  # it is not annotated
-    return text
+    return generate_latest(registry)
 
 
 def _families(status: Status) -> Iterator[Metric]:

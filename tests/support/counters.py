@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TypedDict
 
 from prometheus_client.metrics_core import Metric
-from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from prometheus_client.parser import text_string_to_metric_families
 
 
 class Beside(TypedDict):
@@ -22,6 +22,5 @@ NOTHING = Beside(pushed_bytes=0, hit_bytes=0, images=0, files=0)
 
 
 def metric_families(text: str) -> Iterator[Metric]:
-    """What a strict parser reads in an OpenMetrics text."""
-    # prometheus_client annotates only part of its functions.
-    yield from text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
+    """What a parser reads in a text for Prometheus."""
+    yield from text_string_to_metric_families(text)
