@@ -27,7 +27,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +50,8 @@ from tests.unit.test_architecture import LEVEL
 
 README = REPOSITORY / "README.md"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
+# test_recipes.py runs these section by section.
+SECTIONED = {"recipes.md", "troubleshooting.md"}
 VERBS = {name: command for name in TABLE if (command := load(name))}
 MAN_PAGES = {f"diffmergefs-{verb}.md": command for verb, command in VERBS.items()}
 MAN_PAGES["diffmergefs.md"] = cli.cli
@@ -63,6 +65,8 @@ PANDAS_PAGES = range(200, 264)
 NOT_RUN = {
     ("CONTRIBUTING.md", "make demo"): "make test runs this very test",
     ("CONTRIBUTING.md", "PYTEST_ARGS"): "make test runs this very test",
+    ("recipes.md", "docker run"): "needs Docker",
+    ("recipes.md", "mountPropagation"): "needs Kubernetes",
     ("README.md", "make demo"): "sets up the machine; the verb `demo` is run by its own page",
     ("README.md", "make deb"): "tests/packages does it, in roots of Debian",
     ("README.md", "pip install"): "installs, needs a network",
@@ -134,8 +138,9 @@ def steps(block: Block) -> Iterator[tuple[str, list[str]]]:
 class Sandbox:
     """A directory in which examples are run; see the top of this file."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, own: Iterable[str] = ()) -> None:
         self.root = root
+        self._own = "|".join(("srv", "mnt", *own))
         self.work = root / "work"
         self._bin = root / "bin"
         self._foreground: list[subprocess.Popen[bytes]] = []
@@ -161,8 +166,8 @@ class Sandbox:
         command.chmod(0o755)
 
     def inside(self, text: str) -> str:
-        """The text with /srv and /mnt replaced by the sandbox's own."""
-        return re.sub(r"(?<![\w./-])(?=/(?:srv|mnt)/)", str(self.root), text)
+        """The text with /srv, /mnt and the like replaced by the sandbox's own."""
+        return re.sub(rf"(?<![\w./-])(?=/(?:{self._own})\b)", str(self.root), text)
 
     def run(self, command: str) -> tuple[int, str]:
         """Run a command of an example: its exit status and output, without the sandbox's name."""
@@ -238,10 +243,10 @@ class Sandbox:
 
 
 @contextmanager
-def sandbox(root: Path) -> Iterator[Sandbox]:
+def sandbox(root: Path, own: Iterable[str] = ()) -> Iterator[Sandbox]:
     skips.require_mounts()
     skips.require_fuse()
-    box = Sandbox(root)
+    box = Sandbox(root, own)
     try:
         yield box
     finally:
@@ -297,7 +302,9 @@ def test_a_block_is_taken_apart_into_commands_and_their_outputs() -> None:
 # (a) The examples
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in SECTIONED], ids=lambda page: page.name
+)
 def test_the_examples_of_a_page_do_what_they_show(page: Path, public_path: Path) -> None:
     with sandbox(public_path) as box:
         for block in blocks_in(page):
