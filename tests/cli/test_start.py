@@ -127,14 +127,6 @@ def test_a_verb_loads_only_what_it_needs(call: list[str], store: Path) -> None:
     assert done.stdout.splitlines()[-1] == ""
 
 
-def test_a_mount_loads_beforehand_what_reads_seals() -> None:
-    """Its daemon may meet the first seal when the package was upgraded, or is gone."""
-    name = "diffmergefs.sidecars.bmapreader"
-    code = f"import sys, diffmergefs.fuse.session; print({name!r} in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
-
-
 def test_help_and_version_of_the_whole() -> None:
     text = succeed("--help")
     assert all(f"\n  {verb} " in text for verb in VERBS)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import trio
 
 from diffmergefs.core.errors import BrokenChainError
-from diffmergefs.fuse import session
 from diffmergefs.fuse.served import Store
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores import catalog
@@ -152,44 +148,6 @@ def test_a_base_outside_that_refuses_lstat_breaks_its_own_sandbox(
     with pytest.raises(BrokenChainError, match="Permission denied"):
         found.chain("vm-2")
     assert "vm-2/mem.diff" in found.hidden
-
-
-# A slow look
-
-
-def test_a_slow_look_is_logged(
-    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(logging.getLogger("diffmergefs"), "propagate", True)
-    caplog.set_level(logging.INFO)
-    served = Store(str(store), TrustPolicy())
-    go_on, real = threading.Event(), served.look
-
-    def slow() -> set[str]:
-        assert go_on.wait(60)
-        return real()
-
-    monkeypatch.setattr(served, "look", slow)
-    monkeypatch.setattr(session, "SLOW_SECONDS", 0.01)
-
-    def said(words: str) -> bool:
-        return any(words in record.getMessage() for record in caplog.records)
-
-    async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(session.watch_source, served)
-            await trio.to_thread.run_sync(
-                until, lambda: said("scanning it takes longer than"), "it is not said"
-            )
-            assert not said("scanning it took")
-            go_on.set()
-            await trio.to_thread.run_sync(
-                until, lambda: said("scanning it took"), "it does not end"
-            )
-            nursery.cancel_scope.cancel()
-
-    trio.run(main)
-    assert any(f"{store}: scanning it takes" in r.getMessage() for r in caplog.records)
 
 
 # A VMM that overwrites its snapshot

@@ -6,7 +6,10 @@ from importlib.util import find_spec
 
 import pytest
 
-_WITH_PYFUSE3 = {"test_operations.py", "test_readloop.py", "test_replies.py", "test_slow_layers.py"}
+_WITH_PYFUSE3 = {
+    f"test_{name}.py"
+    for name in ("lifecycle", "operations", "readloop", "replies", "session", "slow_layers")
+}
 
 collect_ignore = [] if find_spec("pyfuse3") else sorted(_WITH_PYFUSE3)
 
