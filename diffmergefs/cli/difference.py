@@ -33,8 +33,7 @@ from diffmergefs.core.view import MergedView
 from diffmergefs.opening.images import open_side
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.diffs import rediff as rediff_views
-from diffmergefs.writing.newstore import NewStore
-from diffmergefs.writing.storediff import StoreRediff
+from diffmergefs.writing.storediff import NewStore, StoreRediff
 
 
 def _side_diffs(side: str) -> Callable[[F], F]:

@@ -1,14 +1,17 @@
-"""Writing a new forkd store, tag by tag, parents first."""
+"""Writing a new forkd store, tag by tag, parents first, with the files beside each memory file."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Collection
+import stat
+from collections.abc import Collection, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from diffmergefs.analysis.compare import bytes_to_compare, require_equal
+from diffmergefs.analysis.compare import bytes_to_compare
 from diffmergefs.core import beneath
 from diffmergefs.core.beneath import Root
 from diffmergefs.core.errors import LayerChangedError, failures
@@ -24,13 +27,13 @@ from diffmergefs.stores.snapshot import (
     DOCUMENT,
     MAX_DOCUMENT,
     Snapshot,
+    is_left_out,
     parse_document,
     read_with_status,
+    status_of,
 )
-from diffmergefs.writing.companions import Excluded, copy_file, copy_folder, set_owner_and_mode
-from diffmergefs.writing.diffs import rediff
+from diffmergefs.writing.diffs import rediff, squash
 from diffmergefs.writing.flatten import flatten
-from diffmergefs.writing.newdiff import NewDiff
 from diffmergefs.writing.output import OutputDirectory, sync_directory
 
 
@@ -50,30 +53,6 @@ class NewSnapshot:
     size: int
     data_before: int
     data_bytes: int
-
-
-@dataclass(frozen=True)
-class NewStore:
-    """The `snapshots`, parents first, in the new directory `output`.
-
-    `left_out` has the reason for each broken tag of the old store. `overridden` has a line for each
-    failed check that the policy overrode.
-    """
-
-    output: str
-    snapshots: tuple[NewSnapshot, ...]
-    left_out: dict[str, str]
-    overridden: tuple[str, ...]
-
-    @property
-    def data_before(self) -> int:
-        """The data in these snapshots' memory files in the old store."""
-        return sum(snapshot.data_before for snapshot in self.snapshots)
-
-    @property
-    def data_bytes(self) -> int:
-        """The data in the memory files of the new store."""
-        return sum(snapshot.data_bytes for snapshot in self.snapshots)
 
 
 @dataclass(frozen=True)
@@ -140,7 +119,7 @@ class StoreWriter:
         with failures(old.tag), beneath.passing(self.root, old.tag) as source:
             status = os.fstat(source)
             mode = copied_bits(f"/proc/self/fd/{source}", status.st_mode)
-            self._copy_companions(source, old.record, folder)
+            self._copy_other_files(source, old.record, folder)
             if old.record.document is not None:
                 self._write_document(source, old.record, folder)
             if os.path.dirname(old.record.layer.path) == old.tag:
@@ -153,49 +132,28 @@ class StoreWriter:
     def _write_memory(self, old: OpenSnapshot, path: str) -> NewSnapshot:
         own = MergedView([old.layer])
         seal = self.seal or bool(old.layer.records)
+        how: dict[str, Any] = {"verify": self.verify, "seal": seal, "progress": self.progress}
+        before = data = old.layer.extents.data_bytes
         if old.record.parent is None:
-            flatten(own, path, verify=self.verify, seal=seal, progress=self.progress)
-            done, data = "base", old.layer.extents.data_bytes
+            flatten(own, path, **how)
+            done = "base"
         elif old.dense:
-            result = rediff(
-                MergedView(old.layers[:-1]),
-                own,
-                path,
-                verify=self.verify,
-                seal=seal,
-                jobs=self.jobs,
-                policy=self.policy,
-                progress=self.progress,
-            )
+            parent = MergedView(old.layers[:-1])
+            result = rediff(parent, own, path, jobs=self.jobs, policy=self.policy, **how)
             done = "dense" if result.written.dense else "rediffed"
             data = result.written.data_bytes
         else:
-            data = self._copy_diff(own, path, seal)
+            whole, last = MergedView(old.layers), len(old.layers) - 1
+            squash(whole, path, first=last, policy=self.policy, **how)
             done = "diff"
         with failures(path):
             mode = old.layer.mode
         set_owner_and_mode(path, old.layer.status, mode)
         if seal:
             set_owner_and_mode(path + SEAL_SUFFIX, old.layer.status, mode & 0o666)
-        return NewSnapshot(
-            tag=old.tag,
-            parent=old.record.parent,
-            done=done,
-            size=old.layer.size,
-            data_before=old.layer.extents.data_bytes,
-            data_bytes=data,
-        )
+        return NewSnapshot(old.tag, old.record.parent, done, old.layer.size, before, data)
 
-    def _copy_diff(self, own: MergedView, path: str, seal: bool) -> int:
-        def check(layer: Layer) -> None:
-            if self.verify:
-                require_equal(MergedView([layer]), own, path)
-
-        with NewDiff(path, own, policy=self.policy) as diff:
-            diff.put(own.layers[0].extents, self.progress)
-            return diff.publish(seal=seal, check=check).data_bytes
-
-    def _copy_companions(self, source: int, snapshot: Snapshot, folder: str) -> None:
+    def _copy_other_files(self, source: int, snapshot: Snapshot, folder: str) -> None:
         hidden = self.catalog.hidden | {f"{snapshot.tag}/{DOCUMENT}"}
         copy_folder(source, snapshot.tag, folder, Excluded(hidden, self.catalog.layer_files))
         for name, path in snapshot.files.items():
@@ -235,3 +193,103 @@ def _checked_mode(folder: int, path: str, status: os.stat_result) -> int:
         if os.path.samestat(os.fstat(handle), status):
             return copied_bits(f"/proc/self/fd/{handle}", status.st_mode)
     raise LayerChangedError(f"{path}: was replaced meanwhile; try again")
+
+
+class Excluded(NamedTuple):
+    """Files not to copy: by path, as in messages, and by device and inode."""
+
+    paths: Collection[str]
+    inodes: Collection[tuple[int, int]]
+
+    def has(self, status: os.stat_result) -> bool:
+        """Whether the file of `status` is excluded, whatever its name."""
+        return (status.st_dev, status.st_ino) in self.inodes
+
+
+def copy_folder(fd: int, folder: str, target: str, excluded: Excluded) -> None:
+    """Copy the contents of the directory `fd`, open or with O_PATH, into the directory `target`.
+
+    Messages and `excluded` use `folder` as its path. Copies are files (sparse, reflinked where
+    possible, with their mtimes), directories, and symlinks (never followed), with their modes, and
+    for root with their owners. Everything but `target` itself is synced. Not copied: `excluded`
+    files, staging names, FIFOs, sockets, devices, and extended attributes such as ACLs. Raises
+    DiffMergeError, also if a subdirectory is replaced meanwhile.
+    """
+    waiting = [("", target, os.fstat(fd))]
+    finished: list[tuple[str, os.stat_result, int]] = []
+    while waiting:
+        source, into, known = waiting.pop()
+        with failures(os.path.join(folder, source)), beneath.passing(fd, source) as here:
+            if not os.path.samestat(os.fstat(here), known):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            mode = copied_bits(f"/proc/self/fd/{here}", known.st_mode)
+            if source:
+                finished.append((into, known, mode))
+            for name, status in list(_entries(here)):
+                path, place = os.path.join(source, name), os.path.join(into, name)
+                label = os.path.join(folder, path)
+                if is_left_out(name) or label in excluded.paths:
+                    continue
+                if stat.S_ISDIR(status.st_mode):
+                    with failures(place):
+                        os.mkdir(place, 0o700)
+                    waiting.append((path, place, status))
+                elif stat.S_ISLNK(status.st_mode):
+                    _copy_symlink(here, name, place, status, label)
+                elif stat.S_ISREG(status.st_mode) and not excluded.has(status):
+                    copy_file(here, name, place, label)
+    # Innermost first: a directory's final mode may forbid its owner to write in it.
+    for place, status, mode in reversed(finished):
+        set_owner_and_mode(place, status, mode)
+        with failures(place):
+            sync_directory(place)
+
+
+def copy_file(root: Root, path: str, target: str, label: str | None = None) -> None:
+    """Copy the regular file `path`, beneath `root`, to `target`, as `copy_folder` does.
+
+    Messages use `label` as its path, by default `path`.
+    """
+    with failures(label or path), beneath.closing_fd(beneath.open_regular(root, path)) as fd:
+        status = os.fstat(fd)
+        mode = copied_bits(fd, status.st_mode)
+    if status.st_size == 0:
+        with failures(target):
+            os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    else:
+        with closing(Layer.open(path, root, label)) as layer:
+            with failures(label or path):
+                status, mode = layer.status, layer.mode
+            flatten(MergedView([layer]), target)
+    set_owner_and_mode(target, status, mode)
+    with failures(target):
+        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def set_owner_and_mode(path: str, status: os.stat_result, mode: int) -> None:
+    """Set the mode of the file or directory `path`, and as root its owner to that of `status`.
+
+    A symlink keeps its mode. Raises FileAccessError.
+    """
+    with failures(path):
+        if os.geteuid() == 0:
+            os.chown(path, status.st_uid, status.st_gid, follow_symlinks=False)
+        if not stat.S_ISLNK(status.st_mode):
+            os.chmod(path, mode)
+
+
+def _entries(folder: int) -> Iterator[tuple[str, os.stat_result]]:
+    with beneath.closing_fd(beneath.open_directory(folder)) as fd, os.scandir(fd) as entries:
+        # Sorted, because the copy of a file removes the seal of its name: copy the seal later.
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if status := status_of(entry):
+                yield entry.name, status
+
+
+def _copy_symlink(folder: int, name: str, target: str, status: os.stat_result, label: str) -> None:
+    with failures(label), beneath.closing_fd(beneath.open_handle(folder, name)) as handle:
+        # The handle is of the symlink itself (readlinkat(2)).
+        leads_to = os.readlink("", dir_fd=handle)
+    with failures(target):
+        os.symlink(leads_to, target)
+    set_owner_and_mode(target, status, 0)

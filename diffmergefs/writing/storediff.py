@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from diffmergefs.core.errors import (
     BrokenChainError,
@@ -24,9 +25,32 @@ from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.stores.catalog import Catalog, read_catalog
 from diffmergefs.stores.snapshot import DOCUMENT
-from diffmergefs.writing.companions import set_owner_and_mode
-from diffmergefs.writing.newstore import NewStore, OpenSnapshot, StoreWriter
+from diffmergefs.writing.newstore import NewSnapshot, OpenSnapshot, StoreWriter, set_owner_and_mode
 from diffmergefs.writing.output import OutputDirectory
+
+
+@dataclass(frozen=True)
+class NewStore:
+    """The `snapshots`, parents first, in the new directory `output`.
+
+    `left_out` has the reason for each broken tag of the old store. `overridden` has a line for each
+    failed check that the policy overrode.
+    """
+
+    output: str
+    snapshots: tuple[NewSnapshot, ...]
+    left_out: dict[str, str]
+    overridden: tuple[str, ...]
+
+    @property
+    def data_before(self) -> int:
+        """The data in these snapshots' memory files in the old store."""
+        return sum(snapshot.data_before for snapshot in self.snapshots)
+
+    @property
+    def data_bytes(self) -> int:
+        """The data in the memory files of the new store."""
+        return sum(snapshot.data_bytes for snapshot in self.snapshots)
 
 
 class StoreRediff:
@@ -100,7 +124,7 @@ class StoreRediff:
 
         Each dense link becomes the diff between its parent's image and its own: see `rediff`, also
         for `verify` and `jobs`. Bases, diffs and the other files of each tag are copied, or
-        reflinked (`companions.copy_folder`). Each `snapshot.json` is copied with new values:
+        reflinked (`newstore.copy_folder`). Each `snapshot.json` is copied with new values:
         `memory` and `vmstate` point into `output`, and `parent_content_hash` is the sha256 of the
         parent's new memory file, even if none was recorded; a recorded one must be right. A memory
         file gets a seal if it had one, and always with `seal`. The directory gets its name when
