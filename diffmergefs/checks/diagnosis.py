@@ -36,12 +36,13 @@ class Finding:
     remedy: str = ""
 
 
-_HOLES = "a diff's holes tell which pages come from its parent"
+#: Why a diff's holes must be right.
+HOLES = "a diff's holes tell which pages come from its parent"
 _WHY = {
     "chain": "the image would not be the guest's memory",
     "access": "its bytes are unknown",
     "seal": "the seal records which bytes the file had, and where its data was",
-    "filesystem": _HOLES,
+    "filesystem": HOLES,
     "grain": "clean pages beside written ones would hide what the parent has there",
     "blocks": "holes that are reported as data would hide what the parent has there",
     "alignment": "a guest writes whole pages, so these ends are not what it wrote",

@@ -15,12 +15,12 @@ from diffmergefs.core.extents import ExtentList
 from tests.filesystems.wrong_bytes import places
 from tests.support import loopfs
 from tests.support.commands import as_user, diffmergefs
-from tests.support.subjects.probe import CHECKS, examined
+from tests.support.subjects.doctor import CHECKS, probed
 from tests.support.users import NOBODY
 
 
 def test_filesystems_for_snapshots_are_fine(real_fs: Path) -> None:
-    found = examined(real_fs)
+    found = probed(real_fs)
     kind = real_fs.parent.name
     if kind == "tmpfs":
         assert found.pop("readers").severity == "warning"
@@ -32,7 +32,7 @@ def test_filesystems_for_snapshots_are_fine(real_fs: Path) -> None:
 
 
 def test_an_overlay_is_fine_too(overlay_fs: loopfs.Overlay) -> None:
-    found = examined(overlay_fs.merged)
+    found = probed(overlay_fs.merged)
     assert list(found) == CHECKS and found["grain"].severity == found["zeros"].severity == "fine"
     # What the kernel answers of a writer there depends on its version.
     assert found["lease"].severity in ("fine", "warning")
@@ -43,19 +43,19 @@ def test_a_grain_coarser_than_the_page_is_wrong(
     kind: str, grain: int, filesystem: Callable[[str], Path]
 ) -> None:
     folder = filesystem(kind)
-    coarse = examined(folder)["grain"]
+    coarse = probed(folder)["grain"]
     assert coarse.severity == "wrong"
     assert (
         coarse.finding == f"one written page of 4096 bytes, but {grain} bytes of data are reported"
     )
-    assert examined(folder, grain)["grain"].severity == "fine"
+    assert probed(folder, grain)["grain"].severity == "fine"
 
 
 @pytest.mark.parametrize("kind", ["tmpfs_advise", "tmpfs_huge"])
 def test_a_filesystem_that_is_not_on_the_list_is_wrong(
     kind: str, filesystem: Callable[[str], Path]
 ) -> None:
-    found = examined(filesystem(kind))["filesystem"]
+    found = probed(filesystem(kind))["filesystem"]
     assert found.severity == "wrong" and "on tmpfs cannot be trusted: with huge=" in found.finding
 
 
@@ -66,8 +66,8 @@ def test_of_an_overlay_the_directory_counts_in_which_new_files_lie(
     lower = filesystem("ext4")
     (lower / "folder").mkdir()
     with loopfs.overlay(filesystem(upper), lower) as layers:
-        assert examined(layers.merged)["filesystem"].severity == severity
-        assert examined(layers.merged / "folder")["filesystem"].severity == severity
+        assert probed(layers.merged)["filesystem"].severity == severity
+        assert probed(layers.merged / "folder")["filesystem"].severity == severity
 
 
 def store_through_a_mapping(folder: Path) -> int:
@@ -84,7 +84,7 @@ def store_through_a_mapping(folder: Path) -> int:
 
 
 def test_what_stores_through_mappings_make_data_is_said_and_is_no_failure(real_fs: Path) -> None:
-    found = examined(real_fs)["mappings"]
+    found = probed(real_fs)["mappings"]
     stored = store_through_a_mapping(real_fs)
     if real_fs.parent.name == "xfs":
         assert stored > 4096
@@ -101,10 +101,10 @@ def test_readers_that_make_data_of_holes_are_a_warning(
 ) -> None:
     folder = filesystem("tmpfs")
     if kind == "tmpfs":
-        found = examined(folder)["readers"]
+        found = probed(folder)["readers"]
     else:
         with loopfs.overlay(folder) as layers:
-            found = examined(layers.merged)["readers"]
+            found = probed(layers.merged)["readers"]
     assert found.severity == "warning" and "diffmergefs seal" in found.remedy
 
 
@@ -124,7 +124,7 @@ def test_an_overlay_whose_directories_are_out_of_reach_is_judged_by_a_new_file(
     for kind, severity in (("ext4", "fine"), ("tmpfs", "wrong")):
         place = places.in_a_container(places.upper(kind))
         with place.filled(filesystem, lambda _: None) as folder:
-            assert examined(folder)["filesystem"].severity == severity
+            assert probed(folder)["filesystem"].severity == severity
 
 
 def test_a_directory_that_cannot_be_written_is_told_of_by_metadata(public_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Findings of doctor, and the store it examines."""
+"""Findings of doctor on filesystems and layers, and the store it examines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from diffmergefs.checks import doctor
 from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.checks.doctor import examine_path
 from diffmergefs.opening.trust import TrustPolicy
@@ -39,3 +40,14 @@ def store(tmp_path: Path) -> Path:
 
 def memory(store: Path, tag: str) -> Path:
     return store / tag / "memory.bin"
+
+
+CHECKS = ["filesystem", "grain", "zeros", "mappings", "reflink", "lease"]
+
+
+def probed(folder: Path, page: int = 4096) -> dict[str, Finding]:
+    findings = list(doctor.examine_filesystem(str(folder), page))
+    assert {finding.subject for finding in findings} == {str(folder)}
+    for finding in findings:
+        assert bool(finding.why) == bool(finding.remedy) == (finding.severity != "fine")
+    return {finding.check: finding for finding in findings}

@@ -1,30 +1,31 @@
-"""`doctor`: every finding on diffs that copies, writers and filesystems have harmed."""
+"""Findings on a path, and on a filesystem whose answers are replaced."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import mmap
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from diffmergefs.checks import doctor
 from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.checks.doctor import examine_path
 from diffmergefs.core import sparse
 from diffmergefs.core.errors import BrokenChainError, FileAccessError
-from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.extents import Extent, ExtentList
 from tests.support.commands import diffmergefs
 from tests.support.images import PAGE, write_layer
 from tests.support.inputs import unchanged
-from tests.support.stores import (
-    SIZE,
-    opened_beneath,
-    write_document,
-    write_numbered,
-    write_tag,
-)
-from tests.support.subjects.doctor import examined, memory, of, store
+from tests.support.stores import SIZE, opened_beneath, write_document, write_numbered, write_tag
+from tests.support.subjects.doctor import CHECKS, examined, memory, of, probed, store
 
 __all__ = ["store"]
 
@@ -124,3 +125,65 @@ def test_what_cannot_be_examined_raises(tmp_path: Path) -> None:
 def test_a_page_size_that_is_none_is_a_mistake(tmp_path: Path) -> None:
     done = diffmergefs("doctor", "--page-size=3000", tmp_path)
     assert done.returncode == 2 and "not a power of two" in done.stderr
+
+
+def test_a_filesystem_that_reports_all_as_data_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse, "data_extents", lambda _, size: iter([Extent(0, size)]))
+    found = probed(tmp_path)
+    assert f"but {16 << 20} bytes of data" in found["grain"].finding
+    assert [found[check].severity for check in ("grain", "zeros")] == ["wrong", "fine"]
+
+
+def test_a_filesystem_that_makes_holes_of_zeros_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk = sparse.data_extents
+
+    def without_zeros(fd: int, size: int) -> Iterator[tuple[int, int]]:
+        return (
+            (start, stop)
+            for start, stop in walk(fd, size)
+            if any(os.pread(fd, stop - start, start))
+        )
+
+    monkeypatch.setattr(sparse, "data_extents", without_zeros)
+    found = probed(tmp_path)
+    assert [found[check].severity for check in ("grain", "zeros")] == ["fine", "wrong"]
+
+
+def test_a_filesystem_without_mappings_is_tried_out_but_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    assert list(probed(tmp_path)) == [check for check in CHECKS if check != "mappings"]
+
+
+def test_no_leases_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    control = fcntl.fcntl
+
+    def without(fd: int, command: int, *rest: Any) -> Any:
+        if command == fcntl.F_SETLEASE:
+            raise OSError(22, "Invalid argument")
+        return control(fd, command, *rest)
+
+    monkeypatch.setattr(fcntl, "fcntl", without)
+    assert probed(tmp_path)["lease"].severity == "warning"
+
+
+def test_a_filesystem_without_unnamed_files_is_tried_out_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "_O_TMPFILE_WORKS", False)
+    monkeypatch.delattr(os, "O_TMPFILE")
+    assert list(probed(tmp_path)) == CHECKS
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        list(doctor.examine_filesystem(str(tmp_path / "gone")))
