@@ -53,8 +53,8 @@ def _bytes(text: str) -> int | None:
 @picture_options("-o", "--output", description="Draw a picture, FILE.png or FILE.svg.")
 @click.option(
     "--layout",
-    type=click.Choice(["hilbert", "linear"]),
-    help="Draw the picture along a Hilbert curve (the default) or row by row (linear).",
+    type=click.Choice(["linear", "hilbert"]),
+    help="Draw the picture row by row (linear, the default) or along a Hilbert curve.",
 )
 @click.option(
     "--range",
@@ -103,7 +103,7 @@ def map_(
         )
         found_entries = _entries(view, subject, bar=not (as_json and sys.stdout.isatty()))
         if output is not None:
-            draw_map(found_entries, view, subject, layout or "hilbert", output, force=force)
+            draw_map(found_entries, view, subject, layout or "linear", output, force=force)
         elif as_json:
             with found_entries as entries:
                 _print_ranges(entries, found)

@@ -87,7 +87,7 @@ def draw_map(
 
     Requires `require_matplotlib`, like all functions here.
     """
-    from diffmergefs.pictures.pictures import MapPicture
+    from diffmergefs.pictures.map_picture import MapPicture
 
     def make() -> Canvas:
         with found as entries:
@@ -98,7 +98,7 @@ def draw_map(
 
 def draw_extents(view: MergedView, title: str, page: int, output: str, *, force: bool) -> None:
     """Write the histograms of the layers' extents to `output`."""
-    from diffmergefs.pictures.pictures import ExtentsPicture
+    from diffmergefs.pictures.extents_picture import ExtentsPicture
 
     def make() -> Canvas:
         names = [printable(name) for name in short_names([layer.path for layer in view.layers])]

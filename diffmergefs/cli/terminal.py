@@ -16,7 +16,6 @@ from diffmergefs.core.errors import counted
 from diffmergefs.pictures import maps
 from diffmergefs.pictures.maps import (
     HOLE,
-    ZEROS,
     Kinds,
     Subject,
     address,
@@ -48,6 +47,7 @@ class TerminalMap:
         self._grid = maps.row_grid(subject.start, subject.stop, subject.page, columns)
         found = ((e.start, e.stop, kinds.of(e.layer, e.zero)) for e in entries)
         self._rows = maps.bytes_by_kind(found, self._grid, len(kinds))
+        self._totals = [sum(row) for row in self._rows]
 
     def print(self, paths: list[str]) -> None:
         """Print the rows on stdout, and below them the total of each.
@@ -62,8 +62,9 @@ class TerminalMap:
             self._print_rows()
             self._console.print()
         print("\n".join(line.rstrip() for line in capture.get().splitlines()))
-        totals = {kind: sum(self._rows[kind]) for kind in self._labels}
-        _print_legend(self._kinds, self._subject, paths, totals)
+        _print_legend(self._kinds, self._subject, paths, self._totals)
+        if self._subject.scanned and not any(self._totals[kind - 1] for kind in self._kinds.layers):
+            print("There are no written zeros.")
         print(f"\n{_scale(self._subject, self._grid, self._ramp)}")
         if self._kinds.grouped:
             print(f"{self._kinds.note()} --json names the layer of each range.")
@@ -72,7 +73,8 @@ class TerminalMap:
         mark = "│" if self._ramp == _BLOCKS else "|"
         for line in _ruler(self._subject, self._grid, mark):
             self._console.print(" " * self._indent + line, style="dim", soft_wrap=True)
-        for kind, label in self._labels.items():
+        for kind in self._kinds.present(self._totals):
+            label = self._labels[kind]
             bar = "".join(_bar(self._rows[kind], self._grid, self._subject.page, self._ramp))
             text = Text(f"{label:<{self._indent}}").append(bar, _style(kind))
             self._console.print(text, soft_wrap=True)
@@ -91,8 +93,8 @@ def _supports_utf8() -> bool:
 
 
 def _labels(kinds: Kinds, subject: Subject, width: int) -> dict[int, str]:
-    # The labels of the rows, from top to bottom.
-    rows = [*kinds.layers, *[ZEROS] * subject.scanned, HOLE]
+    # The labels of all rows that there may be.
+    rows = range(len(kinds)) if subject.scanned else [HOLE, *kinds.layers]
     numbers = {kind: kinds.label(kind) for kind in rows}
     indent = max(map(len, numbers.values()))
     room = max(width - indent - 1, 5)
@@ -102,7 +104,8 @@ def _labels(kinds: Kinds, subject: Subject, width: int) -> dict[int, str]:
 
 def _row_name(kinds: Kinds, kind: int, subject: Subject) -> str:
     layers = kinds.group(kind)
-    return kinds.name(kind, subject.names) if len(layers) < 2 else counted(len(layers), "layer")
+    is_group = len(layers) > 1 and not kinds.is_zeros(kind)
+    return counted(len(layers), "layer") if is_group else kinds.name(kind, subject.names)
 
 
 def _title(subject: Subject, grid: maps.Grid) -> Iterator[str]:
@@ -136,18 +139,20 @@ def _bar(row: array[int], grid: maps.Grid, page: int, ramp: str) -> Iterator[str
 
 
 def _style(kind: int) -> str:
-    if kind <= ZEROS:
+    if kind == HOLE:
         return "dim"
-    return "" if kind == ZEROS + 1 else _DIFF_STYLES[kind % len(_DIFF_STYLES)]
+    # Written zeros look like their layer.
+    layer = (kind - 1) // 2
+    return _DIFF_STYLES[layer % len(_DIFF_STYLES)] if layer else ""
 
 
-def _print_legend(kinds: Kinds, subject: Subject, paths: list[str], totals: dict[int, int]) -> None:
+def _print_legend(kinds: Kinds, subject: Subject, paths: list[str], totals: list[int]) -> None:
     whole = subject.stop - subject.start
     print_table(
         (">#", "LAYER", ">BYTES", ">SHARE"),
         (
-            (kinds.label(kind), kinds.name(kind, paths), nbytes, percent(nbytes, whole))
-            for kind, nbytes in totals.items()
+            (kinds.label(kind), kinds.name(kind, paths), totals[kind], percent(totals[kind], whole))
+            for kind in kinds.present(totals)
         ),
     )
 

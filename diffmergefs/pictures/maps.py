@@ -140,8 +140,8 @@ def level(part: int, whole: int, unit: int, levels: int) -> int:
     return 1 + min(int((levels - 1) * share), levels - 2)
 
 
+#: The kinds of a hole in all layers, and of the base's data.
 HOLE = 0
-ZEROS = 1
 BASE = 2
 
 MAX_GROUPS = 12
@@ -167,20 +167,22 @@ class Subject:
 
 
 class Kinds:
-    """The kinds of content of a map of `layers` layers, as numbers for `cells`.
+    """The kinds of content of a map of `layers` layers, as numbers.
 
-    0 is a hole in all layers, 1 is written zeros, and from 2 on come the layers, the base first.
-    More than 12 layers are grouped: the base stays alone, and the diffs form 11 groups of
-    neighbours of equal size, or one more in the older ones.
+    0 is a hole in all layers. Each layer has two kinds, its written zeros (odd) and its other data
+    (the next number), from 1 and 2 for the base up to those of the newest layer. More than 12
+    layers are grouped: the base stays alone, and the diffs form 11 groups of neighbours of equal
+    size, or one more in the older ones.
     """
 
     def __init__(self, layers: int) -> None:
         self.groups = _groups(layers)
-        self._of_layer = [kind for kind, group in enumerate(self.groups, BASE) for _ in group]
-        self.layers = range(BASE, BASE + len(self.groups))
+        self._of_layer = [BASE + 2 * n for n, group in enumerate(self.groups) for _ in group]
+        #: The kinds of data, the base's first.
+        self.layers = range(BASE, BASE + 2 * len(self.groups), 2)
 
     def __len__(self) -> int:
-        return BASE + len(self.groups)
+        return 1 + 2 * len(self.groups)
 
     @property
     def grouped(self) -> bool:
@@ -189,16 +191,19 @@ class Kinds:
 
     def of(self, layer: int | None, zero: bool) -> int:
         """The kind of bytes that `layer` supplies (None: a hole); `zero`: all are zeros."""
-        if layer is None:
-            return HOLE
-        return ZEROS if zero else self._of_layer[layer]
+        return HOLE if layer is None else self._of_layer[layer] - zero
+
+    @staticmethod
+    def is_zeros(kind: int) -> bool:
+        """Whether a kind is the written zeros of a layer."""
+        return kind % 2 == 1
 
     def group(self, kind: int) -> range:
-        """The layers that a kind represents."""
-        return self.groups[kind - BASE] if kind >= BASE else range(0)
+        """The layers that a kind represents; none for holes."""
+        return self.groups[(kind - 1) // 2] if kind != HOLE else range(0)
 
     def label(self, kind: int) -> str:
-        """The numbers of a kind's layers, '3' or '4-7'; '-' for holes and zeros."""
+        """The numbers of a kind's layers, '3' or '4-7'; '-' for holes."""
         if not (group := self.group(kind)):
             return "-"
         return str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}"
@@ -206,10 +211,21 @@ class Kinds:
     def name(self, kind: int, names: Sequence[str]) -> str:
         """The name of a kind; `names` are those of the layers."""
         if not (group := self.group(kind)):
-            return ("zero by hole", "written zeros")[kind]
+            return "zero by hole"
+        if self.is_zeros(kind):
+            return "written zeros"
         if len(group) == 1:
             return names[group[0]]
         return f"{names[group[0]]} .. {names[group[-1]]}"
+
+    def present(self, totals: Sequence[int]) -> list[int]:
+        """The kinds to draw, given the bytes of each: all but written zeros that do not occur.
+
+        The layers in order, base first, each followed by its written zeros; then the holes.
+        """
+        pairs = [(kind, kind - 1) for kind in self.layers]
+        zeros = {kind for kind in range(1, len(self), 2) if totals[kind]}
+        return [k for pair in pairs for k in pair if k in self.layers or k in zeros] + [HOLE]
 
     def note(self) -> str:
         """A note that layers are grouped; empty if they are not."""

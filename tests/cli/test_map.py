@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from diffmergefs.core import errors
-from diffmergefs.pictures import pictures  # noqa: F401  (another user may not import it later)
+from diffmergefs.pictures import map_picture  # noqa: F401  (another user may not import it later)
 from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, one_line
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.inputs import unchanged
@@ -94,11 +94,19 @@ def on_terminal(arguments: Sequence[str], **environment: str) -> tuple[str, str]
 def test_written_zeros_are_told_by_a_scan(layers: list[Path]) -> None:
     with unchanged(layers):
         text = shown("--zeros", *named(layers))
-    assert "- written zeros   █\n" in text
+    assert "2 written zeros   █\n" in text
     assert "2 two" + 43 * " " + "██\n" in text
+    assert "0 written zeros" not in text and "1 written zeros" not in text
     rows = [line.split() for line in text.splitlines()]
-    assert ["-", "written", "zeros", str(4 * PAGE), "1.56", "%"] in rows
+    assert ["2", "written", "zeros", str(4 * PAGE), "1.56", "%"] in rows
     assert ["2", str(layers[2]), str(8 * PAGE), "3.12", "%"] in rows
+
+
+def test_a_scan_that_finds_no_written_zeros_says_so(layers: list[Path]) -> None:
+    text = shown("--zeros", *named(layers[:2]))
+    assert "written zeros" not in text.replace("There are no written zeros.\n", "")
+    assert text.count("There are no written zeros.\n") == 1
+    assert "zeros." not in shown(*named(layers[:2]))
 
 
 def test_in_the_c_locale_it_is_ascii(chain: list[str]) -> None:
@@ -270,7 +278,7 @@ def test_json_is_what_qemu_img_says_of_an_equal_chain(tmp_path: Path, seed: int)
 # As a picture
 
 
-MORE = ["--zeros", "--layout=linear", "--range=4K:"]
+MORE = ["--zeros", "--layout=hilbert", "--range=4K:"]
 
 
 @pytest.mark.parametrize(("form", "more"), [("png", []), ("svg", []), ("svg", MORE), ("PNG", MORE)])
@@ -285,7 +293,7 @@ def test_a_picture_is_a_file_of_its_kind(
     content = output.read_bytes()
     if form == "svg":
         assert content.startswith(b"<?xml") and b"<svg" in content
-        assert (b"row by row" in content, b"written zeros" in content) == (bool(more), bool(more))
+        assert (b"Hilbert" in content, b"written zeros" in content) == (bool(more), bool(more))
     else:
         assert Image.open(io.BytesIO(content)).format == "PNG"
     assert sorted(os.listdir(tmp_path)) == sorted(["base", "one", "two", output.name])

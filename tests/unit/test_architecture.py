@@ -40,7 +40,10 @@ SEES_FUSE = {
     for name in ["lifecycle", "opener", "operations", "readloop", "replies", "session", "threads"]
 }
 # cli.picture only tries whether matplotlib is installed.
-DRAWS = {"pictures.canvas", "pictures.pictures", "cli.picture"}
+DRAWS = {
+    *(f"pictures.{name}" for name in ("canvas", "extents_picture", "map_picture", "raster")),
+    "cli.picture",
+}
 PRINTERS = {"print", "sys.stdout.write", "sys.stderr.write", "traceback.print_exc"}
 
 

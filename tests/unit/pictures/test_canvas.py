@@ -1,4 +1,4 @@
-"""The canvas of pictures: where things stand, in pixels, in both formats; and the curves."""
+"""The canvas of pictures: where things stand, in pixels, in both formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffmergefs.pictures.canvas import Canvas, Placing, fitting, hilbert, linear, own_style
+from diffmergefs.pictures.canvas import Canvas, fitting, own_style
+from diffmergefs.pictures.raster import Layout
 
 SVG = "{http://www.w3.org/2000/svg}"
 HREF = "{http://www.w3.org/1999/xlink}href"
@@ -58,11 +59,19 @@ def test_an_image_is_painted_pixel_by_pixel_in_both_formats() -> None:
 @pytest.mark.slow
 def test_an_svg_is_under_two_megabytes_whatever_it_shows() -> None:
     """Noise of 256 colours, the worst that there can be for a compressor."""
-    width, height = Placing(10, parted=True).size
+    width, height = Layout.hilbert(10, 4**10).size
     canvas = Canvas(width, height, "noise")
     noise = np.random.default_rng(1).integers(0, 256, (height, width), dtype=np.uint8)
     canvas.paint(0, 0, noise, np.arange(768, dtype=np.uint8).reshape(256, 3))
     assert 1_000_000 < len(canvas.svg()) < 1_900_000
+
+
+def test_a_line_goes_through_its_points() -> None:
+    canvas = Canvas(30, 20, "a picture")
+    canvas.line([(5, 5), (25, 5)], color="#102030", linewidth=2, antialiased=False)
+    rows, columns = np.nonzero((png_pixels(canvas) == (0x10, 0x20, 0x30)).all(axis=2))
+    assert set(rows.tolist()) == {4, 5}
+    assert 4 <= columns.min() <= 5 and 24 <= columns.max() <= 25
 
 
 def test_text_stays_text_where_it_was_put() -> None:
@@ -109,53 +118,3 @@ def test_a_text_that_is_too_wide_loses_its_middle(letter: str) -> None:
     columns = np.flatnonzero((png_pixels(canvas) < 128).any(axis=(0, 2)))
     assert 150 < columns.max() <= 200
     assert len(fitting(long, 1, 15)) == 5
-
-
-# Curves
-
-
-def place(order: int, number: int) -> tuple[int, int]:
-    """Row and column of a cell by the usual algorithm, digit by digit (base 4) from the last."""
-    row = column = 0
-    side = 1
-    while side < 2**order:
-        right = 1 & (number // 2)
-        down = 1 & (number ^ right)
-        if down == 0:
-            if right == 1:
-                row, column = side - 1 - row, side - 1 - column
-            row, column = column, row
-        column += side * right
-        row += side * down
-        number //= 4
-        side *= 2
-    return row, column
-
-
-@pytest.mark.parametrize("order", range(6))
-def test_a_cell_is_where_the_usual_algorithm_puts_it(order: int) -> None:
-    square = hilbert(order)
-    assert sorted(square.flat) == list(range(4**order))
-    for number in range(4**order):
-        assert square[place(order, number)] == number
-
-
-def test_neighbours_in_the_range_are_neighbours_in_the_square() -> None:
-    square = hilbert(10)
-    where = np.empty((4**10, 2), np.int64)
-    where[square.ravel()] = np.argwhere(np.ones_like(square))
-    assert (np.abs(np.diff(where, axis=0)).sum(axis=1) == 1).all()
-    assert (square[0, 0], square[0, -1]) == (0, 4**10 - 1)
-
-
-@pytest.mark.parametrize("parts", [2, 4, 8])
-def test_a_part_of_the_curve_fills_a_square(parts: int) -> None:
-    square, side = hilbert(6), 64 // parts
-    for row in range(0, 64, side):
-        for column in range(0, 64, side):
-            part = square[row : row + side, column : column + side] // side**2
-            assert (part == part[0, 0]).all()
-
-
-def test_the_other_layout_is_row_by_row() -> None:
-    assert linear(2).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]

@@ -13,7 +13,6 @@ from diffmergefs.pictures.maps import (
     BASE,
     HOLE,
     MAX_GROUPS,
-    ZEROS,
     Grid,
     Kinds,
     address,
@@ -150,7 +149,7 @@ def test_the_scale_is_logarithmic() -> None:
 @pytest.mark.parametrize("layers", [1, 2, 12])
 def test_few_layers_are_kinds_of_their_own(layers: int) -> None:
     kinds = Kinds(layers)
-    assert len(kinds) == layers + 2 and not kinds.grouped and kinds.note() == ""
+    assert len(kinds) == 1 + 2 * layers and not kinds.grouped and kinds.note() == ""
     assert [kinds.of(n, False) for n in range(layers)] == list(kinds.layers)
     assert [kinds.label(kind) for kind in kinds.layers] == [str(n) for n in range(layers)]
 
@@ -171,11 +170,19 @@ def test_many_layers_are_groups_of_neighbours(layers: int) -> None:
 def test_kinds_are_told_by_number_and_name() -> None:
     kinds = Kinds(14)
     names = [f"n{n}" for n in range(14)]
-    assert kinds.of(None, True) == HOLE and kinds.of(3, True) == ZEROS
+    assert kinds.of(None, True) == HOLE and kinds.of(3, True) == kinds.of(3, False) - 1
     assert (kinds.label(HOLE), kinds.name(HOLE, names)) == ("-", "zero by hole")
-    assert (kinds.label(ZEROS), kinds.name(ZEROS, names)) == ("-", "written zeros")
+    zeros = BASE + 1  # of layers 1 and 2
+    assert kinds.is_zeros(zeros) and not kinds.is_zeros(BASE) and not kinds.is_zeros(HOLE)
+    assert (kinds.label(zeros), kinds.name(zeros, names)) == ("1-2", "written zeros")
     assert (kinds.label(BASE), kinds.name(BASE, names)) == ("0", "n0")
-    assert (kinds.label(BASE + 1), kinds.name(BASE + 1, names)) == ("1-2", "n1 .. n2")
+    assert (kinds.label(BASE + 2), kinds.name(BASE + 2, names)) == ("1-2", "n1 .. n2")
+
+
+def test_written_zeros_follow_their_layer_where_there_are_any() -> None:
+    kinds = Kinds(3)
+    assert kinds.present([0] * len(kinds)) == [BASE, BASE + 2, BASE + 4, HOLE]
+    assert kinds.present([9, 0, 0, 4096, 0, 0, 8]) == [BASE, BASE + 2, BASE + 1, BASE + 4, HOLE]
 
 
 @pytest.mark.parametrize(

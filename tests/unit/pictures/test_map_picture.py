@@ -1,32 +1,29 @@
-"""The pictures of a map and of extents."""
+"""The picture of a map."""
 
 from __future__ import annotations
 
 import base64
 import io
-import os
+import itertools
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffmergefs.analysis.info import MapEntry, run_lengths
-from diffmergefs.core import errors
-from diffmergefs.core.extents import ExtentList
-from diffmergefs.pictures import canvas
+from diffmergefs.analysis.info import MapEntry
+from diffmergefs.pictures import maps, raster
 from diffmergefs.pictures.canvas import Canvas
-from diffmergefs.pictures.maps import BASE, HOLE, ZEROS, Kinds
-from diffmergefs.pictures.pictures import LEFT, TOP, ExtentsPicture, MapPicture
+from diffmergefs.pictures.map_picture import ADDRESSES, LEFT, TOP, MapPicture
+from diffmergefs.pictures.maps import BASE, HOLE, Kinds
 from tests.support import sample_map
-from tests.support.commands import diffmergefs, mistake
-from tests.support.images import PAGE, signed, write_layer
-from tests.support.inputs import unchanged
+from tests.support.images import PAGE
 from tests.support.places import DOCS
 from tests.support.subjects.maps import subject, tiled
-from tests.unit.pictures.test_canvas import place
+from tests.unit.pictures.test_raster import place
 
 SVG = "{http://www.w3.org/2000/svg}"
 HREF = "{http://www.w3.org/1999/xlink}href"
@@ -61,13 +58,15 @@ def rgb(colour: str) -> tuple[int, ...]:
     return tuple(bytes.fromhex(colour.removeprefix("#")))
 
 
-def cell(pixels: Pixels, picture: MapPicture, number: int, layout: str = "hilbert") -> Pixels:
+def cell(pixels: Pixels, picture: MapPicture, number: int, layout: str = "linear") -> Pixels:
     """The pixels of the cell with this number."""
-    side = 2**picture.order
-    row, column = divmod(number, side) if layout == "linear" else place(picture.order, number)
+    is_linear = layout == "linear"
+    row, column = (
+        divmod(number, picture.layout.columns) if is_linear else place(picture.order, number)
+    )
     x, y = picture.pixel(row, column)
-    zoom = 1024 // side
-    return pixels[y : y + zoom, x : x + zoom]
+    wide, high = picture.layout.zoom
+    return pixels[y : y + high, x : x + wide]
 
 
 def is_plain(pixels: Pixels, colour: tuple[int, ...]) -> bool:
@@ -76,11 +75,21 @@ def is_plain(pixels: Pixels, colour: tuple[int, ...]) -> bool:
 
 def kind_of(content: int | str | None) -> int:
     if isinstance(content, int):
-        return BASE + content
-    return HOLE if content is None else ZEROS
+        return data_of(content)
+    return HOLE if content is None else zeros_of(2)
 
 
-CONTENT: list[int | str | None] = [(0, 1, None, 2, 0, "zeros", 0)[n * n % 7] for n in range(300)]
+def data_of(layer: int) -> int:
+    return BASE + 2 * layer
+
+
+def zeros_of(layer: int) -> int:
+    return data_of(layer) - 1
+
+
+CONTENT: list[int | str | None] = [
+    (0, 1, None, 2, 0, "zeros", 0)[(n * n + n // 7) % 7] for n in range(300)
+]
 
 
 @pytest.mark.slow
@@ -89,18 +98,20 @@ def test_each_cell_has_the_colour_of_its_address(layout: str) -> None:
     """In both formats, over the whole of the cell: nothing is drawn over it."""
     picture = MapPicture(tiled(CONTENT), subject(300), layout)
     assert picture.order == 5  # 1024 cells: 256 are too few
+    wide, high = picture.layout.zoom
+    assert (wide, high) == ((64, 53) if layout == "linear" else (32, 32))
     shown = png_pixels(picture)
     x, y, image = embedded(svg_root(picture))
     height, width, _ = image.shape
     placed = np.full_like(shown, 255)
     placed[y : y + height, x : x + width] = image
-    colours = canvas.colours(picture.kinds)
+    colours = raster.colours(picture.kinds)
     for number, content in enumerate(CONTENT):
         kind = kind_of(content)
         for pixels in (shown, placed):
             part = cell(pixels, picture, number, layout)
-            assert part.shape == (32, 32, 3) and is_plain(part, rgb(colours[kind])), number
-    for number in range(300, 1024):
+            assert part.shape == (high, wide, 3) and is_plain(part, rgb(colours[kind])), number
+    for number in range(300, picture.layout.numbers.size):
         for pixels in (shown, placed):
             part = cell(pixels, picture, number, layout)
             assert len(np.unique(part.reshape(-1, 3), axis=0)) == 2, "hatched"
@@ -112,7 +123,7 @@ def test_small_images_have_few_cells(pages: int, order: int, layout: str) -> Non
     picture = MapPicture(tiled([1] * pages), subject(pages), layout)
     shown = png_pixels(picture)
     assert picture.order == order
-    newest = rgb(canvas.colours(picture.kinds)[BASE + 1])
+    newest = rgb(raster.colours(picture.kinds)[data_of(1)])
     for number in range(pages):
         assert is_plain(cell(shown, picture, number, layout), newest)
 
@@ -123,6 +134,10 @@ BIG_PAGES = 3 << 20
 @pytest.fixture(scope="module")
 def crowded() -> MapPicture:
     """Three pages a cell; what is in the first cells stands here, and the rest is the base."""
+    return crowd("hilbert")
+
+
+def crowd(layout: str) -> MapPicture:
     cells: list[list[int | None]] = [
         [2, 2, 2],
         [2, 0, 0],
@@ -135,21 +150,21 @@ def crowded() -> MapPicture:
     ]
     content = [layer for pages in cells for layer in pages]
     rest = MapEntry(len(content) * PAGE, BIG_PAGES * PAGE, 0, False)
-    return MapPicture([*tiled(content), rest], subject(BIG_PAGES))
+    return MapPicture([*tiled(content), rest], subject(BIG_PAGES), layout)
 
 
 def test_many_pages_a_cell_show_the_newest_layer_and_its_share(crowded: MapPicture) -> None:
     """Neither the majority nor newness alone: the colour says which, its strength how much."""
     assert (crowded.order, crowded.grid.cell) == (10, 3 * PAGE)
     shown = png_pixels(crowded)
-    found = [tuple(int(v) for v in cell(shown, crowded, n)[0, 0]) for n in range(9)]
-    palette = canvas.palette(crowded.kinds)
+    found = [tuple(int(v) for v in cell(shown, crowded, n, "hilbert")[0, 0]) for n in range(9)]
+    palette = raster.palette(crowded.kinds)
 
     def shade(layer: int, strength: int) -> tuple[int, ...]:
-        return tuple(int(v) for v in palette[canvas.colour_number(BASE + layer, strength)])
+        return tuple(int(v) for v in palette[raster.colour_number(data_of(layer), strength)])
 
-    full, weakest = canvas.STRENGTHS, 1
-    middle = 1 + int(15 * np.log(2) / np.log(3))
+    full, weakest = raster.STRENGTHS, 1
+    middle = 1 + int(9 * np.log(2) / np.log(3))
     assert found == [
         shade(2, full),
         shade(2, weakest),
@@ -166,7 +181,7 @@ def test_many_pages_a_cell_show_the_newest_layer_and_its_share(crowded: MapPictu
 
 def test_the_title_says_how_many_pages_a_cell_has(crowded: MapPicture) -> None:
     assert words(crowded)[0] == "/srv/snapshots/pandas: 3 pages a cell (12 KiB)"
-    assert "1024 x 1024 cells, Hilbert curve · 12 GiB image, 3 layers" in words(crowded)
+    assert "1024 x 1024 cells, along a Hilbert curve · 12 GiB image, 3 layers" in words(crowded)
     assert "share of the cell, logarithmic" in words(crowded)
     one = words(MapPicture(tiled([0] * 4), subject(4)))
     assert one[0] == "/srv/snapshots/pandas: 1 page a cell (4 KiB)"
@@ -195,11 +210,50 @@ def test_the_arrows_lead_along_the_curve(crowded: MapPicture) -> None:
         assert found[f"{n * part:#011x}"] == arrow
 
 
-def test_rows_bear_their_addresses_in_the_other_layout() -> None:
-    found = words(MapPicture(tiled([0] * 300), subject(300), "linear"))
-    rows = [f"{row * 32 * PAGE:#010x}" for row in range(0, 10, 2)]
-    assert [word for word in found if word.startswith("0x")] == rows
-    assert any("row by row" in word for word in found)
+def test_the_curve_has_a_key_that_shows_its_path(crowded: MapPicture) -> None:
+    """Through the centres of 8 x 8 squares, in the order of addresses, from a dot on."""
+    lines = [np.array(line.get_xydata()) for line in crowded.figure.findobj(Line2D)]
+    path = max(lines, key=len)
+    steps = np.diff(path, axis=0)
+    (step,) = set(np.abs(steps).sum(axis=1).round(6))
+    corner = np.array([path[:, 0].min(), path[:, 1].max()])
+    squares = np.rint(np.abs(path - corner) / step).astype(int)
+    assert [(int(y), int(x)) for x, y in squares] == [place(3, number) for number in range(64)]
+    assert [line.tolist() for line in lines if len(line) == 1] == [path[:1].tolist()]
+    assert "this path, from the dot on:" in words(crowded)
+
+
+def test_half_of_the_curve_is_drawn_for_half_a_square() -> None:
+    """The empty half of the square, and of the key, is left out."""
+    picture = MapPicture(tiled([0] * 32), subject(32), "hilbert")
+    assert (picture.layout.rows, picture.layout.columns) == (8, 4)
+    assert picture.layout.size[0] < picture.layout.size[1] / 2 + 50
+    path = max((np.array(n.get_xydata()) for n in picture.figure.findobj(Line2D)), key=len)
+    assert len(path) == 32
+    assert "beyond the end" not in words(picture)
+
+
+def test_rows_bear_their_addresses_and_are_the_default() -> None:
+    picture = MapPicture(tiled([0] * 300), subject(300))
+    rows = [f"{row * 16 * PAGE:#010x}" for row in range(0, 19, 2)]
+    texts = {"".join(t.itertext()): t for t in svg_root(picture).iter(f"{SVG}text")}
+    assert [word for word in texts if word.startswith("0x")] == rows
+    for row, word in zip(range(0, 19, 2), rows, strict=True):
+        assert float(texts[word].attrib["y"]) == picture.pixel(row, 0)[1] + 11
+    assert "16 x 19 cells, row by row · 1.17 MiB image, 3 layers" in texts
+    assert "this path, from the dot on:" not in texts
+
+
+@pytest.mark.parametrize("layout", ["linear", "hilbert"])
+@pytest.mark.parametrize("pages", [1, 3, 32, 200, 257, 33_000])
+@pytest.mark.slow
+def test_most_of_the_sheet_shows_something(pages: int, layout: str) -> None:
+    """The map, or the legend above the end of its text: less than a third is empty."""
+    entries = [MapEntry(0, pages * PAGE, 0, False)]
+    picture = MapPicture(entries, subject(pages), layout)
+    width, height = picture.layout.size
+    assert picture.layout.numbers.size < 2 * picture.grid.cells or layout == "hilbert"
+    assert width * height > picture.width * picture.height * (0.5 if layout == "linear" else 0.4)
 
 
 def test_the_legend_has_bytes_and_percent_for_all() -> None:
@@ -211,16 +265,32 @@ def test_the_legend_has_bytes_and_percent_for_all() -> None:
     for kind, name in ((0, "layer0"), (1, "layer1"), (2, "layer2"), (None, "zero by hole")):
         count = CONTENT.count(kind)
         assert after(name) == [f"{count * PAGE:,}", f"{count / 3:.2f} %"]
-    zeros = CONTENT.count("zeros")
+    assert (zeros := CONTENT.count("zeros")) > 9
     assert after("written zeros") == [f"{zeros * PAGE:,}", f"{zeros / 3:.2f} %"]
-    assert after("beyond the end") == [f"{724 * PAGE:,}", f"{72400 / 1024:.2f} %"]
-    assert "(share of the square)" in found
+    assert found[found.index("written zeros") - 1] == "2"  # the layer's number
+    assert after("beyond the end") == [f"{4 * PAGE:,}", f"{400 / 304:.2f} %"]
+    assert "(share of the map)" in found
+
+
+def test_written_zeros_have_a_colour_for_each_layer_that_wrote_them() -> None:
+    picture = MapPicture(
+        [MapEntry(n * PAGE, (n + 1) * PAGE, n % 3, n < 3) for n in range(6)], subject(6)
+    )
+    shown = png_pixels(picture)
+    found = [tuple(int(v) for v in cell(shown, picture, n)[0, 0]) for n in range(6)]
+    colours = raster.colours(picture.kinds)
+    kinds = [*(zeros_of(n) for n in range(3)), *(data_of(n) for n in range(3))]
+    assert found == [rgb(colours[kind]) for kind in kinds] and len(set(found)) == 6
+    entries = [word for word in words(picture) if word == "written zeros"]
+    assert len(entries) == 3
 
 
 def test_what_is_not_there_has_no_entry() -> None:
     found = words(MapPicture(tiled([0] * 4), subject(4, scanned=False)))
     assert "written zeros" not in found and "beyond the end" not in found
-    assert "zero by hole" in found
+    assert "zero by hole" in found and "There are no written zeros." not in found
+    scanned = words(MapPicture(tiled([0] * 4), subject(4)))
+    assert "written zeros" not in scanned and "There are no written zeros." in scanned
 
 
 @pytest.mark.slow
@@ -233,11 +303,11 @@ def test_a_range_is_called_one() -> None:
     picture = MapPicture(entries, part)
     found = words(picture)
     assert any("range 0x00010005 to 0x00015000" in word for word in found)
-    assert "beyond the range" in found
+    assert "beyond the range" in found or picture.layout.numbers.size == picture.grid.cells
     assert found[found.index("layer1") + 1 :][:2] == [f"{4 * PAGE - 5:,}", "80.00 %"]
     # The first cell holds less than a page of the range, and all of that.
-    colours = canvas.colours(picture.kinds)
-    assert is_plain(cell(png_pixels(picture), picture, 0), rgb(colours[BASE + 1]))
+    colours = raster.colours(picture.kinds)
+    assert is_plain(cell(png_pixels(picture), picture, 0), rgb(colours[data_of(1)]))
     assert is_plain(cell(png_pixels(picture), picture, 4), (255, 255, 255))
 
 
@@ -252,10 +322,10 @@ def test_many_layers_are_grouped_and_a_line_says_so() -> None:
 
 @pytest.mark.slow
 def test_a_map_adds_little_to_the_pixels_of_an_svg() -> None:
-    # Beside the pixels; the canvas keeps those under two.
+    # Beside the pixels; the canvas keeps those under two megabytes.
     picture = MapPicture(tiled(range(40)), subject(40, layers=40))
     assert len(picture.svg()) < 100_000
-    assert len(canvas.palette(Kinds(1000))) <= 256
+    assert len(raster.palette(Kinds(1000))) <= 256
 
 
 def test_text_is_text_and_names_are_not_read_as_formulas() -> None:
@@ -295,12 +365,13 @@ def parts(colour: str) -> list[float]:
 @pytest.mark.parametrize(("layers", "least"), [(2, 60), (5, 6), (12, 3.5)])
 def test_colours_are_told_apart_in_grey(layers: int, least: float) -> None:
     """Lighter is older, so that even without a hue the order is seen."""
-    found = [lightness(colour) for colour in canvas.colours(Kinds(layers))]
-    assert found == sorted(found, reverse=True)
-    steps = [a - b for a, b in zip(found[BASE:], found[BASE + 1 :], strict=False)]
-    assert min(steps) >= least
-    # Holes, written zeros and the base, which are the lightest.
-    assert found[HOLE] - found[ZEROS] >= 4 and found[ZEROS] - found[BASE] >= 6
+    kinds = Kinds(layers)
+    found = [lightness(colour) for colour in raster.colours(kinds)]
+    data, zeros = [found[k] for k in kinds.layers], [found[k - 1] for k in kinds.layers]
+    assert data == sorted(data, reverse=True) and zeros == sorted(zeros, reverse=True)
+    assert min(a - b for a, b in itertools.pairwise(data)) >= least
+    # Holes and the base are the lightest, and so are the base's written zeros.
+    assert found[HOLE] - zeros[0] >= 4 and zeros[0] - data[0] >= 6
 
 
 def seen_by(colour: str, kind: str) -> NDArray[np.float64]:
@@ -323,114 +394,32 @@ def seen_by(colour: str, kind: str) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("kind", ["protanopia", "deuteranopia"])
 def test_colours_are_told_apart_with_fewer_cones(kind: str) -> None:
-    found = [seen_by(colour, kind) for colour in canvas.colours(Kinds(5))]
+    found = [seen_by(colour, kind) for colour in raster.colours(Kinds(5))]
     pairs = [(a, b) for n, a in enumerate(found) for b in found[:n]]
     assert min(float(np.linalg.norm(a - b)) for a, b in pairs) > 0.08
 
 
 def test_the_weakest_of_a_layer_is_no_hole() -> None:
     kinds = Kinds(12)
-    palette = canvas.palette(kinds).astype(int)
-    for kind in [ZEROS, *kinds.layers]:
-        weakest = palette[canvas.colour_number(kind, 1)]
+    palette = raster.palette(kinds).astype(int)
+    for kind in range(1, len(kinds)):
+        weakest = palette[raster.colour_number(kind, 1)]
         assert np.abs(weakest - 255).max() >= 20
-    assert len({tuple(colour) for colour in palette[4:]}) == len(palette) - 4
-
-
-def test_lengths_are_counted_by_powers_of_two() -> None:
-    lengths = [1, 1, 2, 3, 4, 7, 8, 1000]
-    starts = [4096 * n for n in range(len(lengths))]
-    pages = [(s * PAGE, (s + n) * PAGE) for s, n in zip(starts, lengths, strict=True)]
-    assert run_lengths(ExtentList(pages), PAGE) == [2, 2, 2, 1, 0, 0, 0, 0, 0, 1]
-    assert run_lengths(ExtentList(), PAGE) == []
-    assert run_lengths(ExtentList([(0, 512), (1024, 2048)]), PAGE) == [2]
-    assert run_lengths(ExtentList([(0, 3 * PAGE - 1)]), PAGE) == [0, 1]
-
-
-def histogram(layers: int = 3) -> ExtentsPicture:
-    lengths = [[0, 0, 0, 1], [1300, 20], *([n + 1] for n in range(layers - 2))]
-    return ExtentsPicture("an image", [f"layer{n}" for n in range(layers)], lengths, PAGE)
-
-
-def test_a_histogram_has_each_layer_s_extents_and_how_many_are_how_long() -> None:
-    found = words(histogram())
-    assert found[0] == "an image: data extents"
-    rows = found[found.index("0") :]
-    assert rows[: 3 + 4 + 5] == [
-        *("0", "layer0", "1", "1"),
-        *("1", "layer1", "1,320", "1,300", "20"),
-        *("2", "layer2", "1"),
-    ]
-    assert {"4 KiB", "8 KiB", "16 KiB", "32 KiB"} <= set(found)
-    assert "64 KiB" not in found
-
-
-def test_a_bar_is_there_for_a_single_extent() -> None:
-    """Beside one of 1,300: in the layer's colour, and shorter."""
-    pixels = np.asarray(Image.open(io.BytesIO(histogram().png())).convert("RGB")).astype(int)
-    areas = []
-    for kind in range(BASE, BASE + 3):
-        colour = bytes.fromhex(canvas.colours(Kinds(3))[kind][1:])
-        areas.append(int((pixels == np.array(list(colour))).all(axis=2).sum()))
-    assert areas[1] > 4 * areas[0] and min(areas) > 500
-
-
-def test_the_histogram_groups_many_layers_too() -> None:
-    found = words(histogram(30))
-    assert any("30 layers are drawn as 12" in word for word in found)
-    # The second group: layers 4 to 6, with 3, 4 and 5 extents.
-    assert found[found.index("4-6") + 1 :][:2] == ["layer4 .. layer6", "12"]
-
-
-def test_layers_without_extents_have_no_bars() -> None:
-    picture = ExtentsPicture("empty", ["base", "diff"], [[], []], PAGE)
-    assert words(picture).count("0") == 3  # the base's number, and two counts
-    assert picture.png().startswith(b"\x89PNG")
+        shades = palette[raster.colour_number(kind, 1) :][: raster.STRENGTHS]
+        assert len({tuple(colour) for colour in shades}) == raster.STRENGTHS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["png", "svg"])
-def test_info_draws_it(tmp_path: Path, form: str) -> None:
-    base = write_layer(tmp_path / "base", 64 * PAGE, [(0, signed(0, 0, 16 * PAGE))])
-    pages = [(n * PAGE, signed(1, n * PAGE, PAGE)) for n in range(0, 64, 2)]
-    diff = write_layer(tmp_path / "diff", 64 * PAGE, pages)
-    output = tmp_path / f"extents.{form}"
-    arguments: list[str | Path] = ["info", "--base", base, "--diff", diff]
-    with unchanged([base, diff]):
-        done = diffmergefs(*arguments, "--plot", output)
-    assert (done.returncode, done.stderr) == (0, f"diffmergefs: {output}: written\n")
-    if form == "png":
-        assert output.read_bytes().startswith(b"\x89PNG")
-        return
-    assert done.stdout == diffmergefs(*arguments).stdout
-    text = output.read_text()
-    assert ">32<" in text and ">64 KiB<" in text
-    line = mistake(errors.OutputRefusedError.exit_code, *arguments, "--plot", output)
-    assert "--force" in line
-    assert diffmergefs(*arguments, "--plot", output, "--force").returncode == 0
-
-
-@pytest.mark.parametrize("arguments", [["--force"], ["--plot", "a.gif"]])
-def test_a_wrong_use_of_plot_ends_with_2(tmp_path: Path, arguments: list[str]) -> None:
-    base = write_layer(tmp_path / "base", 4 * PAGE, [])
-    done = diffmergefs("info", "--base", base, *arguments, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert os.listdir(tmp_path) == ["base"]
-
-
-@pytest.mark.slow
-def test_the_picture_in_readme_is_what_is_drawn_today(tmp_path: Path) -> None:
+def test_the_picture_in_the_docs_is_what_is_drawn_today(tmp_path: Path) -> None:
     """Its cells, that is: letters differ a little from one version of the fonts to the next."""
     assert sample_map.draw(tmp_path / "map.png") == 0
     kept = DOCS / "map.png"
     assert kept.stat().st_size < 100_000
-    width, height = canvas.Placing(7, parted=True).size
-    box = (LEFT, TOP, LEFT + width, TOP + height)
+    _, grid = maps.square_grid(0, sample_map.PAGES * PAGE, PAGE)
+    left, (width, height) = LEFT + ADDRESSES, raster.Layout.linear(7, grid.cells).size
+    box = (left, TOP, left + width, TOP + height)
     ours, theirs = (
         np.asarray(Image.open(path).convert("RGB").crop(box))
         for path in (tmp_path / "map.png", kept)
     )
-    cells = np.ones(ours.shape[:2], bool)
-    for row in range(4):  # the addresses above the parts
-        cells[row * (256 + canvas.GAP + canvas.STRIP) :][: canvas.STRIP] = False
-    assert (ours == theirs)[cells].all()
+    assert (ours == theirs).all()
