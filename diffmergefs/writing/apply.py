@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager, suppress
 
 from diffmergefs.core import beneath, foreign, sparse
 from diffmergefs.core.errors import (
-    DenseDiffError,
     DiffMergeError,
     OutputRefusedError,
     Target,
@@ -22,15 +21,15 @@ from diffmergefs.core.view import require_equal_size
 from diffmergefs.core.workers import Progress, ignore_progress
 from diffmergefs.opening.filled import require_exact_over
 from diffmergefs.opening.opener import Opener
-from diffmergefs.opening.trust import TrustPolicy, override_lines, require_trust
-from diffmergefs.opening.writers import is_open_elsewhere, require_no_writers
+from diffmergefs.opening.trust import TrustPolicy, override_lines
+from diffmergefs.opening.writers import is_open_elsewhere
 from diffmergefs.sidecars.bmap import SEAL_SUFFIX
 from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
 from diffmergefs.stores.catalog import LAYOUTS, SHALLOW_LAYOUTS, Catalog, StoreOptions, read_catalog
 from diffmergefs.stores.lookup import layout_of, require_mergeable
 from diffmergefs.system.mounttable import FILESYSTEM_TYPE, MountTable, mounts, resolved
 from diffmergefs.writing.copying import copy_range
-from diffmergefs.writing.sealing import remove_seal
+from diffmergefs.writing.sealing import remove_seal, require_trusted
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +39,11 @@ REASONS = ("sealed", "layer", "links", "open", "mounted", "order")
 # Filesystems on which a mere lstat waits for a server.
 _REMOTE = ("fuse", "nfs", "cifs", "smb", "9p", "ceph", "autofs")
 _MOST_COVERED = 0.9
+
+_DENSE = (
+    "a diff without a hole in {} bytes: it would replace the whole base; are the two swapped? DIFF"
+    " comes first, then BASE. If it is a complete image, use --dense"
+)
 
 
 def apply_diff(
@@ -78,7 +82,7 @@ def apply_diff(
     opened = Opener(policy).open(os.fspath(diff), is_diff=True)
     with closing(opened) as layer, _readable(base) as readable:
         _require_fit(layer, readable, base)
-        _require_trusted_diff(layer, policy)
+        _warn(require_trusted(layer, policy, _DENSE))
         with failures(layer.path):
             below = functools.partial(_bytes_of, readable)
             _warn(override_lines(require_exact_over(below, layer, policy)))
@@ -127,20 +131,6 @@ def _require_fit(layer: Layer, readable: int, path: str) -> None:
     require_equal_size(path, status.st_size, layer.path, layer.size)
 
 
-def _require_trusted_diff(layer: Layer, policy: TrustPolicy) -> None:
-    dense = layer.extents.covers(layer.size)
-    overridden = require_no_writers([layer], allowed=policy.allow_writers)
-    problems = require_trust(layer, policy, complete=dense and policy.dense)
-    overridden += override_lines(problems)
-    _warn(overridden)
-    if dense and not policy.dense:
-        raise DenseDiffError(
-            f"{layer.path}: a diff without a hole in {layer.size} bytes: it would replace the whole"
-            " base; are the two swapped? DIFF comes first, then BASE. If it is a complete image,"
-            " use --dense"
-        )
-
-
 def _bytes_of(fd: int, offset: int, length: int) -> bytearray:
     buffer = bytearray(length)
     sparse.read_into(fd, memoryview(buffer), offset)
@@ -162,7 +152,15 @@ def require_free(
     answer. What cannot be determined (another user's file, a filesystem without leases,
     unreadable directories) is no reason. Raises OSError.
     """
-    found = {name: text for name in REASONS if (text := _CHECKS[name](fd, path, diff, diff_path))}
+    answers = (
+        _sealed(path),
+        _layer(fd, path),
+        _links(fd),
+        "someone else has it open" if is_open_elsewhere(fd) else None,
+        _mounted(fd, path),
+        _order(fd, diff, diff_path),
+    )
+    found = {name: text for name, text in zip(REASONS, answers, strict=True) if text}
     if refused := {name: text for name, text in found.items() if name not in force}:
         listed = "; ".join(f"{text} ({name})" for name, text in refused.items())
         raise OutputRefusedError(
@@ -172,7 +170,7 @@ def require_free(
     return [f"--force={name} overrides: {path}: {text}" for name, text in found.items()]
 
 
-def _sealed(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
+def _sealed(path: str) -> str | None:
     for place in dict.fromkeys((path, os.path.realpath(path))):
         for suffix, what in ((SEAL_SUFFIX, "seal"), (PRESENCE_SUFFIX, "presence file")):
             if os.path.lexists(place + suffix):
@@ -180,16 +178,12 @@ def _sealed(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
     return None
 
 
-def _links(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
+def _links(fd: int) -> str | None:
     count = os.fstat(fd).st_nlink
     return f"it has {count} names (hard links), all of which would change" if count > 1 else None
 
 
-def _open(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
-    return "someone else has it open" if is_open_elsewhere(fd) else None
-
-
-def _order(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
+def _order(fd: int, diff: ExtentList, diff_path: str) -> str | None:
     held = ExtentList(sparse.data_extents(fd, os.fstat(fd).st_size))
     covered = held.intersection(diff).data_bytes
     if not covered or covered < held.data_bytes * _MOST_COVERED:
@@ -200,7 +194,7 @@ def _order(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
     )
 
 
-def _layer(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
+def _layer(fd: int, path: str) -> str | None:
     real = os.path.realpath(path)
     folder = os.path.dirname(real)
     store = os.path.dirname(folder)
@@ -221,7 +215,7 @@ def _layout(folder: str, path: str) -> list[str]:
     return []
 
 
-def _mounted(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None:
+def _mounted(fd: int, path: str) -> str | None:
     real, table = os.path.realpath(path), MountTable()
     for entry in table.entries:
         if entry.kind != FILESYSTEM_TYPE or table.is_ours(source := resolved(entry.source)):
@@ -231,16 +225,6 @@ def _mounted(fd: int, path: str, diff: ExtentList, diff_path: str) -> str | None
         if tag := _tag_in(source, LAYOUTS, fd, real):
             return f"the mount on {entry.path} shows it as the layer of '{tag}'"
     return None
-
-
-_CHECKS: dict[str, Callable[[int, str, ExtentList, str], str | None]] = {
-    "sealed": _sealed,
-    "layer": _layer,
-    "links": _links,
-    "open": _open,
-    "mounted": _mounted,
-    "order": _order,
-}
 
 
 def _tag_in(root: str, layouts: Collection[str], fd: int, path: str) -> str | None:

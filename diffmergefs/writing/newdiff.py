@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffmergefs.analysis.compare import check_unchanged
 from diffmergefs.core.errors import UntrustedExtentsError, block_size, failures
@@ -15,7 +15,7 @@ from diffmergefs.core.layer import Layer
 from diffmergefs.core.sparse import BLOCK, ZEROS
 from diffmergefs.core.view import MergedView
 from diffmergefs.core.workers import Progress, ignore_progress
-from diffmergefs.opening.trust import TrustPolicy, problems
+from diffmergefs.opening.trust import TrustPolicy, override_lines, problems, require_none
 from diffmergefs.writing.copying import (
     clone_ranges,
     copy_through_buffer,
@@ -197,14 +197,9 @@ class NewDiff:
             return Layer(self.path, fd)
 
     def _require_trust(self, layer: Layer, *, complete: bool) -> list[str]:
-        overridden = []
-        for problem in problems(layer, self._policy.page_size, complete=complete):
-            if not self._policy.overrides(problem.check):
-                raise UntrustedExtentsError(
-                    f"{self.path}: {problem.text}; {_REMEDY}", problem.check
-                )
-            overridden.append(problem.override)
-        return overridden
+        found = list(problems(layer, self._policy.page_size, complete=complete))
+        require_none((replace(problem, remedy=_REMEDY) for problem in found), self._policy)
+        return override_lines(found)
 
     def _require_extents(self, layer: Layer, extents: ExtentList) -> None:
         if layer.walked != extents:

@@ -27,6 +27,10 @@ from diffmergefs.sidecars.verified import Remembered
 from diffmergefs.writing.output import OutputFile, sync_directory
 
 _MODES = 0o666
+_DENSE = (
+    "no hole in {} bytes: a diff whose holes a copy has filled looks like that; if it is a base or"
+    " another complete image, use --dense"
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def seal_layer(
     opened = opener.open(os.fspath(path), is_diff=True)
     with closing(opened) as layer, failures(os.fspath(path)):
         require_distinct([*parents, layer])
-        overridden = _require_known(layer, policy)
+        overridden = require_trusted(layer, policy, _DENSE)
         below = Parents(parents) if parents else None
         hinted = _require_exact(below, layer, policy, overridden)
         existing = None if force else _existing_seal(layer)
@@ -125,17 +129,18 @@ def _remove(path: str, suffix: str) -> None:
             sync_directory(os.path.dirname(place) or ".")
 
 
-def _require_known(layer: Layer, policy: TrustPolicy) -> list[str]:
+def require_trusted(layer: Layer, policy: TrustPolicy, dense: str) -> list[str]:
+    """Check that no process writes a diff, and its extents, law 4. Return what was overridden.
+
+    Raises WriterError, UntrustedExtentsError, and, for a layer without a hole that is not vouched
+    for, DenseDiffError with the text `dense`, in which `{}` stands for its size.
+    """
+    is_dense = layer.extents.covers(layer.size)
     overridden = require_no_writers([layer], allowed=policy.allow_writers)
-    dense = layer.extents.covers(layer.size)
-    problems = require_trust(layer, policy, complete=dense and policy.dense)
-    overridden += override_lines(problems)
-    if dense and not policy.dense:
-        raise DenseDiffError(
-            f"{layer.path}: no hole in {layer.size} bytes: a diff whose holes a copy has filled"
-            " looks like that; if it is a base or another complete image, use --dense"
-        )
-    return overridden
+    problems = require_trust(layer, policy, complete=is_dense and policy.dense)
+    if is_dense and not policy.dense:
+        raise DenseDiffError(f"{layer.path}: {dense.format(layer.size)}")
+    return overridden + override_lines(problems)
 
 
 def _require_exact(
