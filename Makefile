@@ -27,7 +27,8 @@ TEST_DEB_PACKAGES := debootstrap lintian
 	system-run-packages system-test-packages system-bench-packages system-deb-packages
 
 help:
-	@echo 'make demo   show the filesystem at work on a chain it makes itself'
+	@echo 'make demo   show the filesystem at work on a chain it makes itself, and leave that chain in'
+	@echo '            build/demo, to try commands on'
 	@echo 'make check  lint, type-check and run the unit tests: as any user, without FUSE and apt,'
 	@echo '            in under two minutes'
 	@echo 'make test   lint, type-check and test (as root: many tests mount file systems)'
@@ -43,8 +44,13 @@ help:
 	@echo 'make lint   lint and type-check only'
 	@echo 'make clean  remove the virtual environment and the caches'
 
+DEMO := build/demo
+
 demo: $(VENV)/.stamp-run
-	@$(BIN)/diffmergefs demo
+	@! grep -q ' $(abspath $(DEMO))/' /proc/self/mounts || { echo '$(DEMO): something is mounted in it;' \
+		'unmount it first: $(BIN)/diffmergefs umount $(DEMO)/views' >&2; exit 1; }
+	@rm -rf '$(DEMO)'
+	@$(BIN)/diffmergefs demo --keep '$(DEMO)'
 
 # Run this before you send a change. It needs no root, no FUSE and no system package but Python.
 check: $(CHECK)/.stamp

@@ -13,7 +13,7 @@ TABLE = {
     "apply": ("write", "apply"),
     "compare": ("difference", "compare"),
     "completion": ("completion", "completion"),
-    "demo": ("trial", "demo"),
+    "demo": ("demo", "demo"),
     "doctor": ("trial", "doctor"),
     "flatten": ("write", "flatten"),
     "info": ("look", "info"),

@@ -10,9 +10,11 @@ The examples are fenced blocks, and the language of a block says what is done wi
 - ``text``: pictures, synopses, formats; holds no commands.
 - everything else is not run and stands in NOT_RUN with the reason; what can be checked of it is.
 
-All blocks of a page are run in order in one sandbox. In it `/srv/` and `/mnt/` are directories of
-its own (the names in commands are replaced, and replaced back in their output), and the current
-directory holds `mem_file`, `mem_diff` and `snapshot_file`.
+All blocks of a page are typed in order into one shell, in a sandbox. README begins in an empty
+directory: it makes its files itself, with `demo --keep`. The other pages find the same files:
+`mem_file` and the like in the current directory, and the stores in `/srv/`. For them, `/srv/` and
+`/mnt/` are directories of the sandbox (the names in commands are replaced, and replaced back in
+their output).
 """
 
 from __future__ import annotations
@@ -38,14 +40,16 @@ import pytest
 import diffmergefs
 from diffmergefs import cli
 from diffmergefs.cli import helper
+from diffmergefs.cli.demo import PAGES as PAGES_OF_IMAGE
+from diffmergefs.cli.demo import make_files
 from diffmergefs.cli.verbs import TABLE, load
 from diffmergefs.core import errors
 from diffmergefs.fuse.session import REFUSED_OPTIONS
 from diffmergefs.opening import filled, trust
 from tests.support import mounts, mounttable, skips
-from tests.support.images import PAGE, write_layer
+from tests.support.images import PAGE
 from tests.support.places import DOCS, REPOSITORY
-from tests.support.stores import age, pages, write_numbered, write_tag
+from tests.support.stores import age
 from tests.unit.test_architecture import LEVEL
 
 README = REPOSITORY / "README.md"
@@ -56,10 +60,7 @@ VERBS = {name: command for name in TABLE if (command := load(name))}
 MAN_PAGES = {f"diffmergefs-{verb}.md": command for verb, command in VERBS.items()}
 MAN_PAGES["diffmergefs.md"] = cli.cli
 
-SIZE = 4096 * PAGE
-BASE_PAGES = range(1024)
-NUMPY_PAGES = range(100, 228)
-PANDAS_PAGES = range(200, 264)
+SIZE = PAGES_OF_IMAGE * PAGE
 
 # The blocks that are not run: (page, a string in the block) -> why not. Nothing else is left out.
 NOT_RUN = {
@@ -70,8 +71,9 @@ NOT_RUN = {
     ("README.md", "make demo"): "sets up the machine; the verb `demo` is run by its own page",
     ("README.md", "make deb"): "tests/packages does it, in roots of Debian",
     ("README.md", "pip install"): "installs, needs a network",
-    ("README.md", "/snapshot/load"): "needs a Firecracker process that listens on its socket",
-    ("README.md", "qemu-system-x86_64"): "needs a guest; tests/vm restores one in this way",
+    ("README.md", "/snapshot/create"): "needs a VM in Firecracker; a test below reads the requests",
+    ("README.md", "/snapshot/load"): "needs a new Firecracker; a test below reads the request",
+    ("qemu.md", "qemu-system-x86_64"): "needs a guest; tests/vm restores one in this way",
     ("diffmergefs-install-extras.md", "sudo"): "mount/test_helper.py does it, where it may",
     ("diffmergefs-mount.md", "systemctl enable"): "needs systemd; mount/test_service.py has one",
     ("install.md", "make deb"): "tests/packages does it, in roots of Debian",
@@ -138,70 +140,66 @@ def steps(block: Block) -> Iterator[tuple[str, list[str]]]:
 class Sandbox:
     """A directory in which examples are run; see the top of this file."""
 
-    def __init__(self, root: Path, own: Iterable[str] = ()) -> None:
+    def __init__(self, root: Path, own: Iterable[str] = (), *, filled: bool = True) -> None:
         self.root = root
         self._own = "|".join(("srv", "mnt", *own))
         self.work = root / "work"
-        self._bin = root / "bin"
+        self._home = root / "home"
         self._foreground: list[subprocess.Popen[bytes]] = []
-        for folder in (self.work, self._bin, root / "srv", root / "mnt/views", root / "mnt/view"):
+        for folder in (self.work, self._home, root / "mnt/views", root / "mnt/view"):
             folder.mkdir(parents=True)
-        self._fill()
+        if filled:
+            self._fill(root / "srv")
+        self._shell = subprocess.Popen(
+            ["bash", "-o", "pipefail"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=self.work,
+            env=self._environment(),
+            text=True,
+        )
 
-    def _fill(self) -> None:
-        store = self.root / "srv/snapshots"
-        write_tag(store, "python", layer=0, numbers=BASE_PAGES, size=SIZE)
-        write_tag(store, "numpy", "python", layer=1, numbers=NUMPY_PAGES, size=SIZE)
-        write_tag(store, "pandas", "numpy", layer=2, numbers=PANDAS_PAGES, size=SIZE)
-        names = ["000-base.mem", "001-numpy.mem", "002-pandas.mem"]
-        write_numbered(self.root / "srv/layers", names, companions=["002-pandas.vmstate"])
-        zeros = [(2 * PAGE, bytes(PAGE))]
-        base = write_layer(self.work / "mem_file", SIZE, pages(0, BASE_PAGES))
-        diff = write_layer(self.work / "mem_diff", SIZE, zeros + pages(1, NUMPY_PAGES))
-        state = self.work / "snapshot_file"
-        state.write_text("state", encoding="utf-8")
-        age(base, diff, state)
-        command = self._bin / "diffmergefs"
-        command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m diffmergefs "$@"\n')
-        command.chmod(0o755)
+    def _fill(self, srv: Path) -> None:
+        srv.mkdir()
+        make_files(srv)
+        age(*(path for path in srv.rglob("*") if path.is_file()))
+        for name in ("mem_file", "snapshot_file", "mem_diff", "snapshot_diff"):
+            (srv / name).rename(self.work / name)
 
     def inside(self, text: str) -> str:
         """The text with /srv, /mnt and the like replaced by the sandbox's own."""
         return re.sub(rf"(?<![\w./-])(?=/(?:{self._own})\b)", str(self.root), text)
 
     def run(self, command: str) -> tuple[int, str]:
-        """Run a command of an example: its exit status and output, without the sandbox's name."""
+        """Type a command of an example: its exit status and output, without the sandbox's name."""
         if "mount -f " in command:
             self._start(command)
             return 0, ""
-        status, output = self._call(["bash", "-o", "pipefail", "-c", self.inside(command)])
+        status, output = self._type(self.inside(command))
         return status, output.replace(str(self.root), "")
 
     def run_python(self, code: str) -> tuple[int, str]:
-        return self._call([sys.executable, "-W", "error", "-c", self.inside(code)])
+        command = [sys.executable, "-W", "error", "-c", self.inside(code)]
+        return self._type(shlex.join(command))
 
     def _environment(self) -> dict[str, str]:
-        path = os.pathsep.join([str(self._bin), os.environ["PATH"]])
-        home = {"HOME": str(self.work), "XDG_CONFIG_HOME": "", "XDG_DATA_HOME": ""}
+        # The package is installed in the environment of this interpreter, and so is its program.
+        path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+        home = {"HOME": str(self._home), "XDG_CONFIG_HOME": "", "XDG_DATA_HOME": ""}
         return os.environ | home | {"PATH": path, "LC_ALL": "C.UTF-8"}
 
-    def _call(self, argv: list[str]) -> tuple[int, str]:
-        # Into a file: a daemon that keeps a pipe open must not be waited for.
+    def _type(self, command: str) -> tuple[int, str]:
+        # The output goes into a file: a daemon that keeps a pipe open must not be waited for.
         log = self.root / "output"
-        with log.open("wb") as file:
-            done = subprocess.run(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                cwd=self.work,
-                env=self._environment(),
-                timeout=50,
-                check=False,
-            )
+        assert self._shell.stdin is not None and self._shell.stdout is not None
+        self._shell.stdin.write(f"{{ {command}\n}} < /dev/null > {log} 2>&1\necho $?\n")
+        self._shell.stdin.flush()
+        status = self._shell.stdout.readline()
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        output = "".join(line for line in lines if "no syslog answers" not in line)
+        assert status, f"the shell ended: {output}"
         # What `mount` says where there is no syslog is no part of any example.
-        return done.returncode, "".join(line for line in lines if "no syslog answers" not in line)
+        return int(status), output
 
     def _start(self, command: str) -> None:
         argv = shlex.split(self.inside(command).removesuffix("&"))
@@ -236,6 +234,8 @@ class Sandbox:
         for path in self._mounts():
             mounts.abort(path)
         mounttable.unmount_below(str(self.root))
+        self._shell.kill()
+        self._shell.communicate()
         for process in self._foreground:
             if process.poll() is None:
                 process.kill()
@@ -243,10 +243,10 @@ class Sandbox:
 
 
 @contextmanager
-def sandbox(root: Path, own: Iterable[str] = ()) -> Iterator[Sandbox]:
+def sandbox(root: Path, own: Iterable[str] = (), *, filled: bool = True) -> Iterator[Sandbox]:
     skips.require_mounts()
     skips.require_fuse()
-    box = Sandbox(root, own)
+    box = Sandbox(root, own, filled=filled)
     try:
         yield box
     finally:
@@ -306,7 +306,7 @@ def test_a_block_is_taken_apart_into_commands_and_their_outputs() -> None:
     "page", [page for page in PAGES if page.name not in SECTIONED], ids=lambda page: page.name
 )
 def test_the_examples_of_a_page_do_what_they_show(page: Path, public_path: Path) -> None:
-    with sandbox(public_path) as box:
+    with sandbox(public_path, filled=page != README) as box:
         for block in blocks_in(page):
             where = f"{page.name}, the block of line {block.line}"
             if block.language == "console":
@@ -400,29 +400,47 @@ def test_the_packages_to_install_are_those_of_the_makefile() -> None:
     assert {"python3-dev", "python3-venv"} <= shown
 
 
-def test_the_body_of_snapshot_load_is_json_and_names_files_of_the_mount(public_path: Path) -> None:
-    block = the_block(README, "/snapshot/load")
-    argv = shlex.split(block.text)
-    assert argv[0] == "curl" and argv[argv.index("-X") + 1] == "PUT"
-    assert argv[-1] != "-d"
-    body = json.loads(argv[argv.index("-d") + 1])
-    # The fields of SnapshotLoadParams in Firecracker's API.
-    assert body.keys() == {"snapshot_path", "mem_backend", "track_dirty_pages", "resume_vm"}
-    assert body["mem_backend"].keys() == {"backend_type", "backend_path"}
-    assert body["mem_backend"]["backend_type"] == "File"
+def test_what_readme_asks_of_firecracker(public_path: Path) -> None:
+    """The requests and fields of its API; and the files are those of the other examples."""
     with sandbox(public_path) as box:
-        mount = "diffmergefs mount --base mem_file --diff mem_diff /mnt/view"
+        print_arguments = "import json, sys; print(json.dumps(sys.argv[1:]))"
+        assert box.run(f"curl() {{ python3 -c '{print_arguments}' \"$@\"; }}") == (0, "")
+        asked = []
+        for part in ("/snapshot/create", "/snapshot/load"):
+            status, output = box.run(the_block(README, part).text)
+            assert status == 0, output
+            for argv in map(json.loads, output.splitlines()):
+                assert "--unix-socket" in argv
+                (url,) = [word for word in argv if word.startswith("http://localhost/")]
+                method, body = (argv[argv.index(name) + 1] for name in ("-X", "-d"))
+                asked.append((method, url.removeprefix("http://localhost"), json.loads(body)))
+        full = {"snapshot_path": "snapshot_file", "mem_file_path": "mem_file"}
+        diff = {"snapshot_path": "snapshot_diff", "mem_file_path": "mem_diff"}
+        load = {
+            "snapshot_path": "snapshot_diff",
+            "mem_backend": {"backend_type": "File", "backend_path": "views/mem_file"},
+            "track_dirty_pages": True,
+            "resume_vm": True,
+        }
+        assert asked == [
+            ("PATCH", "/vm", {"state": "Paused"}),
+            ("PUT", "/snapshot/create", {"snapshot_type": "Full"} | full),
+            ("PATCH", "/vm", {"state": "Resumed"}),
+            ("PATCH", "/vm", {"state": "Paused"}),
+            ("PUT", "/snapshot/create", {"snapshot_type": "Diff"} | diff),
+            ("PUT", "/snapshot/load", load),
+        ]
+        assert all((box.work / name).is_file() for name in (full | diff).values())
+        mount = "diffmergefs mount --base mem_file --diff mem_diff views"
         assert mount in README.read_text(encoding="utf-8")
-        assert box.run(mount)[0] == 0
-        memory = Path(box.inside(body["mem_backend"]["backend_path"]))
-        assert memory.stat().st_size == SIZE
-        assert (box.work / body["snapshot_path"]).is_file()
-        assert box.run("diffmergefs umount /mnt/view")[0] == 0
+        assert box.run(f"mkdir views && {mount}") == (0, "")
+        assert (box.work / "views/mem_file").stat().st_size == SIZE
+        assert box.run("diffmergefs umount views") == (0, "")
         box.assert_clean()
 
 
 def test_the_qemu_call_maps_a_file_of_the_mount_privately(public_path: Path) -> None:
-    argv = shlex.split(the_block(README, "qemu-system-x86_64").text.replace("\\\n", " "))
+    argv = shlex.split(the_block(DOCS / "qemu.md", "qemu-system-x86_64").text.replace("\\\n", " "))
     backend = argv[argv.index("-object") + 1]
     kind, *fields = backend.split(",")
     values = dict(field.split("=", 1) for field in fields)
@@ -687,3 +705,13 @@ def test_the_first_commands_are_make_demo_and_make_test() -> None:
     assert [line.split("#")[0].strip() for line in first.lines] == ["make demo", "make test"]
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     assert all(re.search(rf"^{name}:", makefile, re.MULTILINE) for name in ("demo", "test"))
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 250
+
+
+def test_readme_says_which_command_one_needs() -> None:
+    cells = [row[2] for row in rows(README, "Which command do I need?")]
+    found = re.findall(r"docs/diffmergefs-(\w+)\.md", " ".join(cells))
+    assert set(found) == VERBS.keys() - {"completion", "demo", "install-extras"}

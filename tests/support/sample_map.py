@@ -1,4 +1,4 @@
-"""The picture that README shows: `python -m tests.support.sample_map docs/map.png` makes it."""
+"""The picture on the page of `map`: `python -m tests.support.sample_map docs/map.png` makes it."""
 
 from __future__ import annotations
 
