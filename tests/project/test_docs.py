@@ -66,6 +66,8 @@ SIZE = PAGES_OF_IMAGE * PAGE
 NOT_RUN = {
     ("CONTRIBUTING.md", "make demo"): "make test runs this very test",
     ("CONTRIBUTING.md", "PYTEST_ARGS"): "make test runs this very test",
+    ("recipes.md", "share=on"): "vm/test_recipes.py starts it, and types the monitor's commands",
+    ("recipes.md", "share=off"): "vm/test_recipes.py starts it, and types the monitor's commands",
     ("recipes.md", "docker run"): "needs Docker",
     ("recipes.md", "mountPropagation"): "needs Kubernetes",
     ("README.md", "make demo"): "sets up the machine; the verb `demo` is run by its own page",

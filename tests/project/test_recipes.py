@@ -1,7 +1,7 @@
 """docs/recipes.md and docs/troubleshooting.md: each section is run by itself, as examples are.
 
 A recipe begins with a line that says which test runs its commands, or why none does. A block of
-text that a line ending in `/path/of/a/file`: introduces is written to that file.
+text that a line with the name of a file and a colon introduces is written to that file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.fuse.status import Metrics, exposition, status_of
-from tests.project.test_docs import SECTIONED, Sandbox, blocks_of, rows, sandbox, shows, steps
+from tests.project.test_docs import (
+    SECTIONED,
+    Block,
+    Sandbox,
+    blocks_of,
+    rows,
+    sandbox,
+    shows,
+    steps,
+)
 from tests.support.counters import NOTHING
 from tests.support.places import DOCS, REPOSITORY
 
@@ -39,30 +48,38 @@ RECIPE = sections(RECIPES)
 
 
 def run_by(text: str) -> str | None:
-    """The test file that a recipe names in its first line, or None for 'Not run here'."""
+    """The test file that a recipe names in its first line, or None for 'Not run'."""
     first = text.strip().partition("\n")[0]
-    found = re.match(r"\*(Run by the tests: `(tests/\w+/\w+\.py)`|Not run here: \w)", first)
+    found = re.match(
+        r"\*(Run by the tests: `(tests/\w+/\w+\.py)`|Not run (here|by the tests)\b)", first
+    )
     assert found, first
     return found[2]
 
 
 def written_files(text: str) -> Iterator[tuple[str, str]]:
     """The files that a section shows in blocks of text, by path."""
-    yield from re.findall(r"`(/[^`]+)`[^`\n]*:\n\n```text\n(.*?)```", text, re.DOTALL)
+    yield from re.findall(r"`([\w./-]+)`[^`\n]*:\n\n```text\n(.*?)```", text, re.DOTALL)
 
 
 def run(box: Sandbox, text: str) -> None:
     """Write the files of a section, and run its commands, which must print what it shows."""
     for path, content in written_files(text):
-        file = Path(box.inside(path))
+        file = box.work / box.inside(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(box.inside(content), encoding="utf-8")
     for block in blocks_of(text):
-        for command, expected in steps(block) if block.language == "console" else ():
-            status, output = box.run(command)
-            assert status == 0, f"$ {command}\nexit {status}\n{output}"
-            assert not expected or shows(expected, output), f"$ {command}\nprinted:\n{output}"
+        if block.language == "console":
+            run_block(box, block)
     box.assert_clean()
+
+
+def run_block(box: Sandbox, block: Block) -> None:
+    """Run the commands of a block; each must succeed and print what is shown."""
+    for command, expected in steps(block):
+        status, output = box.run(command)
+        assert status == 0, f"$ {command}\nexit {status}\n{output}"
+        assert not expected or shows(expected, output), f"$ {command}\nprinted:\n{output}"
 
 
 @contextmanager
