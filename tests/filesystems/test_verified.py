@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.subjects.verified import OLD, directory, memory, warnings
+from tests.support.logged import warnings
+from tests.support.subjects.verified import OLD, directory, memory
 
 __all__ = ["directory"]
 

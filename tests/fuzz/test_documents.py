@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import math
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,9 @@ from hypothesis import strategies as st
 from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import (
     BrokenChainError,
-    DenseDiffError,
     DiffMergeError,
     SealError,
     SizeMismatchError,
-    UntrustedExtentsError,
 )
 from diffmergefs.core.layer import MAX_SIZE
 from diffmergefs.fuse.nodes import Attributes, MemoryFile, Node, Passed, TagFolder
@@ -35,40 +32,28 @@ from diffmergefs.fuse.nodes import Document as DocumentNode
 from diffmergefs.fuse.passthrough import rewritten
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.tree import Tree
-from diffmergefs.opening.images import open_chain, open_snapshot
+from diffmergefs.opening.images import open_snapshot
 from diffmergefs.opening.opener import LayerPool
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.sidecars import bmap, bmapreader
 from diffmergefs.stores.catalog import LAYOUTS, Catalog, read_catalog
 from tests.support import trees
-from tests.support.fuzzing import Guard, inputs
-from tests.support.images import PAGE, signed, write_layer
+from tests.support.fuzzing import (
+    SECRET_LAYER,
+    FilledDiff,
+    Guard,
+    ground,
+    inputs,
+    require_one_line,
+)
+from tests.support.images import PAGE, write_layer
 from tests.support.maps import block_maps
 from tests.support.stores import SIZE, children, write_tag
 
-SECRET_LAYER = 0xFFF
+__all__ = ["ground"]
+
 # What a catalog says of a tag that cannot be shown.
 REFUSALS = (BrokenChainError, SizeMismatchError)
-
-
-@pytest.fixture
-def ground(filesystem: Callable[[str], Path]) -> Iterator[Path]:
-    """A directory in memory with `secret` in `outside`, beside where the store will be."""
-    path = filesystem("tmpfs")
-    for name in ("outside", "outside-2"):
-        (path / name).mkdir()
-        write_layer(path / name / "secret", 4 * PAGE, [(0, signed(SECRET_LAYER, 0, 4 * PAGE))])
-    logging.disable()  # pytest would keep and format every line
-    yield path
-    logging.disable(logging.NOTSET)
-    shutil.rmtree(path)
-
-
-def require_one_line(error: Exception) -> str:
-    text = str(error)
-    assert text and len(text) < 20_000, text
-    assert len(text.splitlines()) == 1, text
-    return text
 
 
 def strict(text: bytes) -> Any:
@@ -273,13 +258,9 @@ def test_directories(
     assert all(met.values()), met
 
 
-# A diff whose holes a copy has filled: only its seal tells whether its zeros are data.
-FILLED = b"".join(bytes(PAGE) if n % 2 else signed(1, n * PAGE, PAGE) for n in range(4))
-
-
 @pytest.mark.parametrize(
     ("drawn", "full"),
-    [(block_maps(FILLED), 20_000), (st.binary(max_size=200), 5_000)],
+    [(block_maps(FilledDiff.CONTENT), 20_000), (st.binary(max_size=200), 5_000)],
     ids=["maps", "bytes"],
 )
 def test_block_maps(
@@ -291,54 +272,27 @@ def test_block_maps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Random block maps as the seal of a diff"""
-    layers = ground / "layers"
-    layers.mkdir()
-    below = signed(0, 0, len(FILLED))
-    base, diff = write_layer(layers / "base", len(FILLED), [(0, below)]), layers / "diff"
-    diff.write_bytes(FILLED)
-    guard = Guard([layers], monkeypatch)
-    policy = TrustPolicy(verify="full")
-    met = {"inputs": 0, "no_map": 0, "maps_refused": 0, "views": 0}
+
+    def parse(text: bytes) -> list[tuple[int, int]]:
+        found = bmapreader.parse(text, "diff.bmap")
+        assert found.size > 0 and found.block.bit_count() == 1
+        ranges = [(start, stop) for start, stop, _ in found.ranges()]
+        borders = [border for extent in ranges for border in extent]
+        assert borders == sorted(borders) and all(0 <= b <= found.size for b in borders)
+        assert all(start < stop for start, stop in ranges)
+        assert bmapreader.parse(bmap.dump(found)) == found
+        return ranges
+
+    filled = FilledDiff(ground / "layers", ".bmap", parse, SealError, monkeypatch)
 
     @inputs(full, soak)
     @given(text=drawn)
     def check(text: bytes) -> None:
-        met["inputs"] += 1
-        (layers / "diff.bmap").write_bytes(text)
-        try:
-            with guard.on_duty():
-                found = bmapreader.parse(text, "diff.bmap")
-        except SealError as error:
-            require_one_line(error)
-            with pytest.raises(SealError):
-                open_chain(base, [diff], policy)
-            met["no_map"] += 1
-            return
-        require_sound(found)
-        try:
-            image = open_chain(base, [diff], policy)
-        except (SealError, DenseDiffError, UntrustedExtentsError) as error:
-            require_one_line(error)
-            met["maps_refused"] += 1
-            return
-        met["views"] += 1
-        shown = bytearray(below)
-        for start, stop, _ in found.ranges():
-            shown[start:stop] = FILLED[start:stop]
-        assert all(ours in (0, theirs) for ours, theirs in zip(FILLED, shown, strict=True))
-        with image.view as view:
-            assert view.read(0, view.size) == shown
-
-    def require_sound(found: bmap.BlockMap) -> None:
-        assert found.size > 0 and found.block.bit_count() == 1
-        borders = [border for start, stop, _ in found.ranges() for border in (start, stop)]
-        assert borders == sorted(borders) and all(0 <= b <= found.size for b in borders)
-        assert all(start < stop for start, stop, _ in found.ranges())
-        assert bmapreader.parse(bmap.dump(found)) == found
+        filled.examine(text)
 
     check()
-    seen(**met)
-    assert full == 5_000 or all(met.values()), met
+    seen(**filled.met)
+    assert full == 5_000 or all(filled.met.values()), filled.met
 
 
 def test_the_guard_lets_nothing_pass(ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:

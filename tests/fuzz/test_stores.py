@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,11 @@ from hypothesis import strategies as st
 from diffmergefs.core.beneath import AllowedRoots
 from diffmergefs.core.errors import (
     BrokenChainError,
-    DenseDiffError,
     DiffMergeError,
     PresenceError,
-    UntrustedExtentsError,
 )
-from diffmergefs.opening.images import open_chain, open_snapshot
+from diffmergefs.core.extents import ExtentList
+from diffmergefs.opening.images import open_snapshot
 from diffmergefs.opening.opener import LayerPool
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.sidecars.presence import parse as parse_presence
@@ -34,34 +32,20 @@ from diffmergefs.stores.catalog import read_catalog
 from diffmergefs.stores.snapshot import Snapshot
 from tests.support import trees
 from tests.support.cloudhypervisor import state
-from tests.support.fuzzing import Guard, inputs
-from tests.support.images import PAGE, signed, write_layer
+from tests.support.fuzzing import (
+    SECRET_LAYER,
+    FilledDiff,
+    Guard,
+    ground,
+    inputs,
+    require_one_line,
+)
+from tests.support.images import PAGE, write_layer
 from tests.support.maps import mutated
 from tests.support.superserve import crc64, presence
 from tests.support.trees import OUTSIDE, STORE, Entry, Other, Sparse
 
-SECRET_LAYER = 0xFFF
-
-
-@pytest.fixture
-def ground(filesystem: Callable[[str], Path]) -> Iterator[Path]:
-    """A directory in memory with a `secret` image in `outside`, beside where the store will be."""
-    path = filesystem("tmpfs")
-    (path / "outside").mkdir()
-    write_layer(path / "outside" / "secret", 4 * PAGE, [(0, signed(SECRET_LAYER, 0, 4 * PAGE))])
-    logging.disable()  # pytest would keep and format every line
-    yield path
-    logging.disable(logging.NOTSET)
-    shutil.rmtree(path)
-
-
-def require_one_line(error: Exception) -> None:
-    text = str(error)
-    assert text and len(text) < 20_000 and len(text.splitlines()) == 1, text
-
-
-# A diff whose holes a copy has filled: only its bitmap tells whether its zeros are data.
-FILLED = b"".join(bytes(PAGE) if n % 2 else signed(1, n * PAGE, PAGE) for n in range(4))
+__all__ = ["ground"]
 
 _GOOD = st.builds(presence, st.sets(st.integers(0, 3)), st.just(4))
 _CHECKED = st.builds(
@@ -92,46 +76,20 @@ def test_presence_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Random presence files beside a diff"""
-    layers = ground / "layers"
-    layers.mkdir()
-    below = signed(0, 0, len(FILLED))
-    base, diff = write_layer(layers / "base", len(FILLED), [(0, below)]), layers / "diff"
-    diff.write_bytes(FILLED)
-    guard = Guard([layers], monkeypatch)
-    policy = TrustPolicy(verify="full")
-    met = {"inputs": 0, "no_bitmap": 0, "refused": 0, "views": 0}
+
+    def parse(data: bytes) -> ExtentList:
+        return parse_presence(data, "diff.presence").extents
+
+    filled = FilledDiff(ground / "layers", ".presence", parse, PresenceError, monkeypatch)
 
     @inputs(full, soak)
     @given(data=drawn)
     def check(data: bytes) -> None:
-        met["inputs"] += 1
-        (layers / "diff.presence").write_bytes(data)
-        try:
-            with guard.on_duty():
-                found = parse_presence(data, "diff.presence")
-        except PresenceError as error:
-            require_one_line(error)
-            with pytest.raises(PresenceError):
-                open_chain(base, [diff], policy)
-            met["no_bitmap"] += 1
-            return
-        try:
-            image = open_chain(base, [diff], policy)
-        except (PresenceError, DenseDiffError, UntrustedExtentsError) as error:
-            require_one_line(error)
-            met["refused"] += 1
-            return
-        met["views"] += 1
-        shown = bytearray(below)
-        for start, stop in found.extents:
-            shown[start:stop] = FILLED[start:stop]
-        assert all(ours in (0, theirs) for ours, theirs in zip(FILLED, shown, strict=True))
-        with image.view as view:
-            assert view.read(0, view.size) == shown
+        filled.examine(data)
 
     check()
-    seen(**met)
-    assert full < 10_000 or all(met.values()), met
+    seen(**filled.met)
+    assert full < 10_000 or all(filled.met.values()), filled.met
 
 
 _BASES = [

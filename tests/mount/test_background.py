@@ -21,7 +21,7 @@ from tests.support import mounttable
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.live import Gate, patch_children, until
 from tests.support.mounts import mounted
-from tests.support.processes import daemons_of
+from tests.support.processes import processes_with
 from tests.support.stores import OLD_NS, age, pages, write_chain, write_tag
 
 SIZE_MISMATCH, UNTRUSTED, REFUSED, FAILED, TIMEOUT, NO_FILE = 4, 5, 10, 11, 12, 14
@@ -44,7 +44,7 @@ def is_mounted(path: Path) -> bool:
 
 def end(path: Path) -> None:
     assert run("umount", path).returncode == 0
-    until(lambda: not daemons_of(path), "the daemon did not end")
+    until(lambda: not processes_with(path), "the daemon did not end")
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -56,7 +56,7 @@ def test_it_returns_when_the_mount_answers(store: Path, mountpoint: Path, tmp_pa
     done = run("mount", "--log", log, store, mountpoint)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (mountpoint / "leaf" / "memory.bin").read_bytes()[PAGE:][:PAGE] == signed(1, PAGE, PAGE)
-    (pid,) = daemons_of(mountpoint)
+    (pid,) = processes_with(mountpoint)
     proc = Path(f"/proc/{pid}")
     assert os.readlink(proc / "cwd") == "/"
     assert [os.readlink(proc / "fd" / str(n)) for n in range(3)] == [os.devnull] * 3
@@ -66,7 +66,7 @@ def test_it_returns_when_the_mount_answers(store: Path, mountpoint: Path, tmp_pa
     os.truncate(store / "leaf" / "memory.bin", PAGE)
     until(lambda: "leaf: not shown: leaf/memory.bin: 4096 bytes" in log.read_text(), "no log")
     os.kill(pid, signal.SIGTERM)
-    until(lambda: not daemons_of(mountpoint), "the daemon did not end")
+    until(lambda: not processes_with(mountpoint), "the daemon did not end")
     assert not is_mounted(mountpoint)
     text = log.read_text()
     assert " INFO diffmergefs.fuse.session: ready\n" in text and "SIGTERM: detached" in text
@@ -138,7 +138,7 @@ def test_a_failure_is_the_callers(
     assert done.returncode == code, done.stderr
     assert last_line(done).startswith("diffmergefs: /") and text in last_line(done)
     assert "Traceback" not in done.stderr
-    assert not is_mounted(mountpoint) and not daemons_of(mountpoint)
+    assert not is_mounted(mountpoint) and not processes_with(mountpoint)
 
 
 def test_an_untrusted_diff(filesystem: Callable[[str], Path], mountpoint: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_mountpoint_in_use(store: Path, mountpoint: Path) -> None:
 def test_options_that_are_refused(option: str, store: Path, mountpoint: Path) -> None:
     done = run("mount", "-o", f"noatime,{option}", store, mountpoint)
     assert done.returncode == FAILED
-    assert not is_mounted(mountpoint) and not daemons_of(mountpoint)
+    assert not is_mounted(mountpoint) and not processes_with(mountpoint)
 
 
 @pytest.mark.parametrize("option", ["page_size=5000", "page_size=x", "layout=none"])
@@ -188,7 +188,7 @@ def test_the_log_file_cannot_be_written(store: Path, mountpoint: Path) -> None:
     done = run("mount", "--log", log, store, mountpoint)
     assert done.returncode == NO_FILE
     assert last_line(done) == f"diffmergefs: {log}: cannot log there: No such file or directory"
-    assert not is_mounted(mountpoint) and not daemons_of(mountpoint)
+    assert not is_mounted(mountpoint) and not processes_with(mountpoint)
 
 
 @pytest.mark.parametrize("where", ["look", "mounted"])
@@ -222,7 +222,7 @@ def test_a_mount_that_does_not_come_up(
         gate.open()
     assert done.returncode == TIMEOUT
     assert f"{mountpoint}: the mount did not answer within 2 s" in last_line(done)
-    assert not is_mounted(mountpoint) and not daemons_of(mountpoint)
+    assert not is_mounted(mountpoint) and not processes_with(mountpoint)
 
 
 def test_a_mount_right_after_the_snapshot(store: Path, mountpoint: Path) -> None:
@@ -264,7 +264,7 @@ def start_that_hangs(
 
 def end_by_force(gate: Gate, process: subprocess.Popen[str], mountpoint: Path) -> None:
     gate.open()
-    for pid in daemons_of(mountpoint):
+    for pid in processes_with(mountpoint):
         os.kill(pid, signal.SIGKILL)
     process.kill()
     process.communicate(timeout=60)
@@ -283,7 +283,7 @@ def test_a_signal_to_the_daemon_while_it_starts_leaves_no_mount(
     options = ["-f"] if front else []
     gate, caller = start_that_hangs(where, store, public_path, monkeypatch, *options)
     try:
-        others = [pid for pid in daemons_of(mountpoint) if pid != caller.pid]
+        others = [pid for pid in processes_with(mountpoint) if pid != caller.pid]
         assert len(others) == (0 if front else 1)
         os.kill(caller.pid if front else others[0], signal.SIGTERM)
         if where == "mounted":
@@ -292,7 +292,7 @@ def test_a_signal_to_the_daemon_while_it_starts_leaves_no_mount(
         # Asked to stop before it was mounted it did not come up; after that it ends as ever.
         status = caller.wait(30)
         assert status == (143 if where == "look" else 0)
-        until(lambda: not daemons_of(mountpoint), "the daemon did not end")
+        until(lambda: not processes_with(mountpoint), "the daemon did not end")
         assert not is_mounted(mountpoint)
     finally:
         end_by_force(gate, caller, mountpoint)
@@ -312,7 +312,7 @@ def test_a_signal_to_the_caller_ends_the_daemon_and_its_mount(
         caller.send_signal(signal.SIGTERM)
         # A daemon that does not answer the signal is killed, and its mount taken off.
         assert caller.wait(30) == 143
-        assert not daemons_of(mountpoint) and not is_mounted(mountpoint)
+        assert not processes_with(mountpoint) and not is_mounted(mountpoint)
     finally:
         end_by_force(gate, caller, mountpoint)
 
@@ -329,9 +329,9 @@ def test_a_daemon_whose_caller_is_gone_ends(
     try:
         caller.kill()
         caller.wait(60)
-        assert is_mounted(mountpoint) and daemons_of(mountpoint)
+        assert is_mounted(mountpoint) and processes_with(mountpoint)
         gate.open()
-        until(lambda: not daemons_of(mountpoint), "the daemon did not end")
+        until(lambda: not processes_with(mountpoint), "the daemon did not end")
         assert not is_mounted(mountpoint)
         assert "SIGTERM: detached" in log.read_text() and "Traceback" not in log.read_text()
     finally:
@@ -452,7 +452,7 @@ def start_with(
 
 
 def files_of(mountpoint: Path) -> list[str]:
-    (pid,) = daemons_of(mountpoint)
+    (pid,) = processes_with(mountpoint)
     return [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
 
 

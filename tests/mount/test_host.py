@@ -12,24 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.checks import host
-from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.cli import trial
 from diffmergefs.system import children
 from tests.support import mounttable, skips
 from tests.support.commands import succeed
+from tests.support.subjects.host import found
 
 
 @pytest.fixture(scope="session")
 def root() -> None:
     skips.require_root()
-
-
-def found(check: str) -> Finding:
-    (finding,) = (f for f in host.examine_host() if f.check == check)
-    assert finding.subject == "host"
-    assert bool(finding.why) == bool(finding.remedy) == (finding.severity != "fine")
-    return finding
 
 
 def test_the_device_can_be_opened() -> None:

@@ -17,7 +17,7 @@ from diffmergefs.opening.images import open_image
 from tests.support import mounttable, skips
 from tests.support.images import PAGE, signed
 from tests.support.live import until
-from tests.support.processes import daemons_of
+from tests.support.processes import processes_with
 from tests.support.stores import write_chain
 
 NO_FILE = 14
@@ -127,15 +127,15 @@ def test_a_mount_can_be_stopped(
         os.kill(pid, number)
         until(lambda: not mounttable.at(str(mountpoint)), "it was not detached")
         assert not front or process.wait(60) == 0
-        until(lambda: not daemons_of(mountpoint), "it did not end")
+        until(lambda: not processes_with(mountpoint), "it did not end")
     finally:
-        for pid in daemons_of(mountpoint):
+        for pid in processes_with(mountpoint):
             os.kill(pid, signal.SIGKILL)
         process.wait(60)
 
 
 def daemon_of(path: Path) -> int:
-    (pid,) = daemons_of(path)
+    (pid,) = processes_with(path)
     return pid
 
 

@@ -21,6 +21,7 @@ from tests.support.commands import diffmergefs, mistake, one_line
 from tests.support.images import overlay_oracle
 from tests.support.live import until
 from tests.support.namespaces import Namespace, private_mounts
+from tests.support.processes import processes_with
 from tests.support.restores import ORACLE, scattered, write_pair
 from tests.support.stores import BASE_PAGES, SIZE, pages, write_chain
 from tests.support.users import NOBODY, STRANGER
@@ -419,7 +420,7 @@ def test_roots_children_get_nothing_of_its_callers_environment(
     assert done.returncode == 0, done
     found = dict(
         entry.split("=", 1)
-        for pid in running("fusermount3", mountpoint)
+        for pid in processes_with(mountpoint, "fusermount3")
         for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")
         if "=" in entry
     )
@@ -428,20 +429,6 @@ def test_roots_children_get_nothing_of_its_callers_environment(
     assert found.keys() & environment.keys() == {"PATH", "TERM", "LC_ALL"}
     assert not any(str(plant.state.parent) in value for value in found.values())
     assert run_with(namespace, {}, "umount", mountpoint).returncode == 0
-
-
-def running(program: str, argument: Path) -> list[int]:
-    """The processes of this program that have this argument."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            arguments = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        is_it = os.path.basename(arguments[0]) == os.fsencode(program)
-        if is_it and os.fsencode(argument) in arguments:
-            found.append(int(name))
-    return found
 
 
 def test_no_completion_script_is_made_by_a_program_of_its_callers(

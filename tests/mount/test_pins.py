@@ -12,23 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.images import PAGE, overlay_oracle, signed
-from tests.support.live import Gate, error_of, patch_children, until
+from tests.support.live import Gate, error_of, note_calls, readers, until
 from tests.support.mounts import mounted
 from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_tag
 
 REFUSED = "its memory file is not shown"
 ABSENT = "ab" * 32
-
-# Notes each file that is read for a hash.
-COUNTING = """
-import diffmergefs.opening.pins as pins
-def counted(layer, *arguments, known=pins.content_hash):
-    with open({log!r}, "a") as log:
-        print(layer.path, file=log)
-    {before}
-    return known(layer, *arguments)
-pins.content_hash = counted
-"""
 
 
 def sha256(path: Path) -> str:
@@ -54,11 +43,7 @@ def store(public_path: Path) -> Path:
 @pytest.fixture
 def hashed(public_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file with a line for each file that a daemon has read for a hash."""
-    log = public_path / "hashed"
-    log.touch()
-    code = COUNTING.format(log=str(log), before="pass")
-    patch_children(monkeypatch, public_path / "patch", code)
-    return log
+    return note_calls(monkeypatch, public_path, "diffmergefs.opening.pins.content_hash")
 
 
 def test_a_mismatch_breaks_the_tag_and_its_descendants_only(store: Path, mountpoint: Path) -> None:
@@ -98,25 +83,16 @@ def test_another_image_is_served_while_one_is_looked_up_first(
     store: Path, mountpoint: Path, public_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(public_path / "gate")
-    log = public_path / "hashed"
-    code = gate.code + COUNTING.format(log=str(log), before="wait_at_gate()")
-    patch_children(monkeypatch, public_path / "patch", code)
-    with mounted(store, mountpoint):
-        command = ["cat", str(mountpoint / "work" / "memory.bin")]
-        clients = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(8)]
-        try:
-            gate.wait_until_reached()
-            # A look does not hash, and nobody else waits.
-            assert (mountpoint / "free" / "memory.bin").read_bytes() == image(0, 4)
-            assert (mountpoint / "base" / "memory.bin").read_bytes() == image(0)
-            assert all(client.poll() is None for client in clients)
-            gate.open()
-            assert [client.communicate(timeout=60)[0] for client in clients] == [image(0, 1)] * 8
-        finally:
-            gate.open()
-            for client in clients:
-                client.kill()
-                client.communicate(timeout=60)
+    log = note_calls(monkeypatch, public_path, "diffmergefs.opening.pins.content_hash", gate)
+    work = mountpoint / "work" / "memory.bin"
+    with mounted(store, mountpoint), readers(work, gate) as clients:
+        gate.wait_until_reached()
+        # A look does not hash, and nobody else waits.
+        assert (mountpoint / "free" / "memory.bin").read_bytes() == image(0, 4)
+        assert (mountpoint / "base" / "memory.bin").read_bytes() == image(0)
+        assert all(client.poll() is None for client in clients)
+        gate.open()
+        assert [client.communicate(timeout=60)[0] for client in clients] == [image(0, 1)] * 8
     assert log.read_text() == "base/memory.bin\n"
 
 

@@ -5,31 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
+from tests.support.live import error_of, until_equal
 from tests.support.mounts import Mount, mounted
 from tests.support.stores import SIZE, age, pages, write_chain, write_document, write_tag
 
 REFUSED = "its memory file is not shown"
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 15
-    while not condition():
-        assert time.monotonic() < deadline, "not within 15 s"
-        time.sleep(0.1)
-
-
-def read_errno(path: Path) -> int | None:
-    try:
-        path.read_bytes()
-    except OSError as error:
-        return error.errno
-    return None
 
 
 def open_layers(mount: Mount, store: Path) -> set[str]:
@@ -70,18 +55,18 @@ def test_a_layer_is_opened_and_refused_only_when_its_tag_is_looked_into(
         assert REFUSED not in mount.log()
 
         with ThreadPoolExecutor(8) as pool:
-            errors = set(pool.map(read_errno, [mountpoint / "bad" / "memory.bin"] * 16))
+            errors = set(pool.map(error_of, [mountpoint / "bad" / "memory.bin"] * 16))
         assert errors == {errno.EIO}
         for _ in range(3):
             assert sorted(os.listdir(mountpoint / "bad")) == ["other", "snapshot.json", "vmstate"]
         assert not os.access(mountpoint / "bad" / "memory.bin", os.F_OK)
         assert (mountpoint / "bad" / "vmstate").read_bytes() == b"state of bad"
-        assert read_errno(mountpoint / "bad" / "other" / "x") == errno.ENOENT
+        assert error_of(mountpoint / "bad" / "other" / "x") == errno.ENOENT
         lines = [line for line in mount.log().splitlines() if REFUSED in line]
         assert len(lines) == 1 and "bad/memory.bin" in lines[0] and "16384" in lines[0]
 
         assert sorted(os.listdir(mountpoint / "below")) == ["snapshot.json", "vmstate"]
-        assert read_errno(mountpoint / "below" / "memory.bin") == errno.EIO
+        assert error_of(mountpoint / "below" / "memory.bin") == errno.EIO
         assert mount.log().count(REFUSED) == 2
         assert (mountpoint / "good" / "memory.bin").read_bytes() == expected
 
@@ -92,10 +77,10 @@ def test_a_refused_layer_that_is_taken_again_is_shown(public_path: Path, mountpo
     folder = write_tag(store, "child", "base", numbers=[9])
     with mounted(store, mountpoint, "--page-size", "16384", expect_log=(REFUSED,)):
         view = mountpoint / "child" / "memory.bin"
-        assert read_errno(view) == errno.EIO
+        assert error_of(view) == errno.EIO
         write_layer(folder / "new.tmp", SIZE, pages(1, range(8, 12)))
         (folder / "new.tmp").rename(folder / "memory.bin")
-        wait_for(lambda: read_errno(view) is None)
+        until_equal(lambda: error_of(view), None)
         layers = [pages(0, range(15)), pages(1, range(8, 12))]
         assert view.read_bytes() == overlay_oracle(SIZE, layers)
         assert "memory.bin" in os.listdir(mountpoint / "child")
@@ -127,7 +112,7 @@ def test_dense_links(public_path: Path, mountpoint: Path) -> None:
         assert (mountpoint / "merged" / "memory.bin").read_bytes() == complete
         after = complete[: 3 * PAGE] + above + complete[4 * PAGE :]
         assert (mountpoint / "after" / "memory.bin").read_bytes() == after
-        assert read_errno(mountpoint / "filled" / "memory.bin") == errno.EIO
+        assert error_of(mountpoint / "filled" / "memory.bin") == errno.EIO
         assert "memory.bin" not in os.listdir(mountpoint / "filled")
         assert "looks like a diff whose holes were filled" in mount.log()
     with mounted(store, mountpoint, "--dense"):
@@ -145,21 +130,21 @@ def test_renaming_is_no_change(public_path: Path, mountpoint: Path) -> None:
             assert vm.read(PAGE) == expected[:PAGE]
             # A tag under another name, its layer still in use under the old one.
             (store / "two").rename(store / "renamed")
-            wait_for(lambda: read_errno(new) is None)
-            wait_for(lambda: read_errno(old) == errno.ENOENT)
+            until_equal(lambda: error_of(new), None)
+            until_equal(lambda: error_of(old), errno.ENOENT)
             assert new.read_bytes() == expected
             # Its memory file too, which is never seen as it is stored.
             os.link(store / "renamed" / "memory.bin", store / "renamed" / "a link")
             assert "a link" not in os.listdir(new.parent)
-            assert read_errno(new.parent / "a link") == errno.ENOENT
+            assert error_of(new.parent / "a link") == errno.ENOENT
             (store / "renamed" / "memory.bin").rename(store / "renamed" / "m2.bin")
             # Or, after a look in between, broken.
-            assert read_errno(new.parent / "m2.bin") == errno.ENOENT
+            assert error_of(new.parent / "m2.bin") == errno.ENOENT
             write_document(store, "renamed", '{"memory": "m2.bin", "parent_tag": "one"}')
-            wait_for(lambda: read_errno(new.parent / "m2.bin") is None)
+            until_equal(lambda: error_of(new.parent / "m2.bin"), None)
             # The device state is there again once two looks have seen it with this memory.
             names = ["m2.bin", "snapshot.json", "vmstate"]
-            wait_for(lambda: sorted(os.listdir(new.parent)) == names)
+            until_equal(lambda: sorted(os.listdir(new.parent)), names)
             assert (new.parent / "m2.bin").read_bytes() == expected
             # And the whole store.
             store.rename(public_path / "moved")

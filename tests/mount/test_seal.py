@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,24 +11,13 @@ import pytest
 from diffmergefs import seal_layer
 from tests.support.commands import diffmergefs, one_line
 from tests.support.images import PAGE, overlay_oracle, write_layer
-from tests.support.live import Gate, error_of, patch_children, until
+from tests.support.live import Gate, error_of, note_calls, readers, until
 from tests.support.mounts import mounted
 from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_numbered, write_tag
 
 REFUSED = "its memory file is not shown"
 DIFF = [*pages(1, [1]), (3 * PAGE, bytes(PAGE))]
 IMAGE = overlay_oracle(SIZE, [pages(0, BASE_PAGES), DIFF])
-
-# Notes each layer that is compared with its seal.
-COUNTING = """
-import diffmergefs.sidecars.seal as seal
-def counted(layer, *arguments, known=seal.compare):
-    with open({log!r}, "a") as log:
-        print(layer.path, file=log)
-    {before}
-    return known(layer, *arguments)
-seal.compare = counted
-"""
 
 
 @pytest.fixture
@@ -49,11 +37,7 @@ def store(public_path: Path) -> Path:
 @pytest.fixture
 def compared(public_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file with a line for each layer that a daemon has compared with its seal."""
-    log = public_path / "compared"
-    log.touch()
-    code = COUNTING.format(log=str(log), before="pass")
-    patch_children(monkeypatch, public_path / "patch", code)
-    return log
+    return note_calls(monkeypatch, public_path, "diffmergefs.sidecars.seal.compare")
 
 
 def test_a_view_goes_by_the_seals_which_are_not_in_it(
@@ -135,23 +119,14 @@ def test_other_images_are_served_while_a_seal_is_compared(
     store: Path, mountpoint: Path, public_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(public_path / "gate")
-    log = public_path / "compared"
-    code = gate.code + COUNTING.format(log=str(log), before="wait_at_gate()")
-    patch_children(monkeypatch, public_path / "patch", code)
-    with mounted(store, mountpoint):
-        command = ["cat", str(mountpoint / "work" / "memory.bin")]
-        clients = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(8)]
-        try:
-            gate.wait_until_reached()
-            assert (mountpoint / "base" / "memory.bin").read_bytes()
-            assert all(client.poll() is None for client in clients)
-            gate.open()
-            assert [client.communicate(timeout=60)[0] for client in clients] == [IMAGE] * 8
-        finally:
-            gate.open()
-            for client in clients:
-                client.kill()
-                client.communicate(timeout=60)
+    log = note_calls(monkeypatch, public_path, "diffmergefs.sidecars.seal.compare", gate)
+    work = mountpoint / "work" / "memory.bin"
+    with mounted(store, mountpoint), readers(work, gate) as clients:
+        gate.wait_until_reached()
+        assert (mountpoint / "base" / "memory.bin").read_bytes()
+        assert all(client.poll() is None for client in clients)
+        gate.open()
+        assert [client.communicate(timeout=60)[0] for client in clients] == [IMAGE] * 8
     assert log.read_text() == "work/memory.bin\n"
 
 

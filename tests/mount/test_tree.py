@@ -8,8 +8,7 @@ import json
 import os
 import socket
 import stat
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.writing.sealing import seal_layer
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
+from tests.support.live import error_of, until_equal
 from tests.support.mounts import Mount, mounted
 
 SIZE = 64 * PAGE
@@ -60,21 +60,6 @@ def check_consistent(folder: Path) -> dict[str, os.stat_result]:
     inodes = [status.st_ino for status in found.values()]
     assert len(set(inodes)) == len(inodes)
     return found
-
-
-def read_errno(path: Path) -> int | None:
-    try:
-        path.read_bytes()
-    except OSError as error:
-        return error.errno
-    return None
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 15
-    while not condition():
-        assert time.monotonic() < deadline, "not within 15 s"
-        time.sleep(0.1)
 
 
 def check_document(mount: Mount, tag: str, expected: Mapping[str, object]) -> None:
@@ -135,7 +120,7 @@ def test_forkd_store(public_path: Path, mountpoint: Path) -> None:
         assert sorted(root) == ["child", "deep", "far", "plain"]
         assert all(stat.S_ISDIR(status.st_mode) for status in root.values())
         for tag in ("orphan", "no-snapshot", ".compact-staging-1", "linked", "file", ".."[:1] * 3):
-            assert read_errno(mountpoint / tag) == errno.ENOENT, tag
+            assert error_of(mountpoint / tag) == errno.ENOENT, tag
 
         assert sorted(check_consistent(mountpoint / "plain")) == ["memory.bin", "vmstate"]
         assert (mountpoint / "plain" / "memory.bin").read_bytes() == BASE[0][1]
@@ -164,7 +149,7 @@ def test_forkd_store(public_path: Path, mountpoint: Path) -> None:
         assert (mountpoint / "deep" / "deep.mem").read_bytes() == MEMORY
         # The layer itself is passed through nowhere.
         assert sorted(check_consistent(mountpoint / "deep" / "sub")) == ["beside"]
-        assert read_errno(mountpoint / "deep" / "sub" / "deep.mem") == errno.ENOENT
+        assert error_of(mountpoint / "deep" / "sub" / "deep.mem") == errno.ENOENT
         for tag in ("illegal tag", "orphan", "grandchild", "loop", "pathless", "garbled"):
             assert f"{tag}: not shown: " in mount.log()
 
@@ -217,9 +202,9 @@ def test_other_files_of_a_tag(public_path: Path, mountpoint: Path) -> None:
         # Only the client may follow it, never the daemon.
         assert (tag / "inside").read_bytes() == b"state"
         assert (tag / "to-layer").read_bytes() == BASE[0][1]
-        assert read_errno(tag / "to-loop") == errno.ELOOP
+        assert error_of(tag / "to-loop") == errno.ELOOP
         for left_out in ("fifo", "null", "block", "socket", "memory.bin.bmap", "half.tmp", "none"):
-            assert read_errno(tag / left_out) == errno.ENOENT, left_out
+            assert error_of(tag / left_out) == errno.ENOENT, left_out
         assert set(check_consistent(tag / "a" / "b" / "c")) == {"file", "sparse"}
         assert (tag / "a/b/c/file").read_bytes() == b"deep"
         assert (tag / "a/b/c/sparse").stat().st_blocks == 0
@@ -232,7 +217,7 @@ def test_other_files_of_a_tag(public_path: Path, mountpoint: Path) -> None:
         with (tag / "vmstate").open("rb") as file:
             (folder / "vmstate").unlink()
             assert file.read() == b"state"
-        wait_for(lambda: read_errno(tag / "vmstate") == errno.ENOENT)
+        until_equal(lambda: error_of(tag / "vmstate"), errno.ENOENT)
         statistics = os.statvfs(tag / "memory.bin")
         assert statistics.f_blocks * statistics.f_frsize == SIZE
         assert statistics.f_bavail == 0 and statistics.f_namemax == 255
@@ -300,5 +285,5 @@ def test_explicit_layers(public_path: Path, mountpoint: Path) -> None:
     ):
         assert set(check_consistent(mountpoint)) == {"a link"}
         assert (mountpoint / "a link").read_bytes() == MEMORY
-        assert read_errno(mountpoint / "mem_file") == errno.ENOENT
+        assert error_of(mountpoint / "mem_file") == errno.ENOENT
         assert os.statvfs(mountpoint).f_blocks * 4096 == SIZE

@@ -25,6 +25,7 @@ from tests.support import mounttable, skips
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.live import held, until
+from tests.support.logged import warnings
 from tests.support.mounts import mounted
 from tests.support.stores import (
     BASE_PAGES,
@@ -135,10 +136,6 @@ def refused(store: Store) -> set[str]:
         except WriterError:
             found.add(tag)
     return found
-
-
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def test_a_tag_with_a_writer_and_its_descendants_are_refused_until_it_is_closed(

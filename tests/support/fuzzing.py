@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from diffmergefs.core.errors import DenseDiffError, DiffMergeError, UntrustedExtentsError
+from diffmergefs.opening.images import open_chain
+from diffmergefs.opening.trust import TrustPolicy
+from tests.support.images import PAGE, signed, write_layer
+
+#: Whose bytes a file has that nothing may read.
+SECRET_LAYER = 0xFFF
 _SHARE = 25  # of the full counts, `make test` runs one in so many
 
 
@@ -20,6 +29,25 @@ def inputs(full: int, soak: bool) -> settings:
     """So many inputs for `make soak`, and a small share of them for `make test`."""
     count = full if soak else full // _SHARE
     return settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture
+def ground(filesystem: Callable[[str], Path]) -> Iterator[Path]:
+    """A directory in memory with `secret` in `outside`, beside where the store will be."""
+    path = filesystem("tmpfs")
+    for name in ("outside", "outside-2"):
+        (path / name).mkdir()
+        write_layer(path / name / "secret", 4 * PAGE, [(0, signed(SECRET_LAYER, 0, 4 * PAGE))])
+    logging.disable()  # pytest would keep and format every line
+    yield path
+    logging.disable(logging.NOTSET)
+    shutil.rmtree(path)
+
+
+def require_one_line(error: Exception) -> None:
+    """Fail unless a user can read the error in one line."""
+    text = str(error)
+    assert text and len(text) < 20_000 and len(text.splitlines()) == 1, text
 
 
 #: What the kernel says of this process's own descriptors and mounts, and of tmpfs.
@@ -93,3 +121,60 @@ class Guard:
         if not flags & os.O_PATH:
             mode = os.fstat(fd).st_mode
             assert stat.S_ISREG(mode) or stat.S_ISDIR(mode), f"{real} is no file, and was opened"
+
+
+class FilledDiff:
+    """A diff whose holes a copy has filled: only its sidecar tells whether its zeros are data.
+
+    `parse` gives the extents in the text of a sidecar with this suffix, or raises `error`. `met`
+    counts what became of the texts.
+    """
+
+    CONTENT = b"".join(bytes(PAGE) if n % 2 else signed(1, n * PAGE, PAGE) for n in range(4))
+    _BELOW = signed(0, 0, len(CONTENT))
+
+    def __init__(
+        self,
+        directory: Path,
+        suffix: str,
+        parse: Callable[[bytes], Iterable[tuple[int, int]]],
+        error: type[DiffMergeError],
+        patch: pytest.MonkeyPatch,
+    ) -> None:
+        directory.mkdir()
+        self._base = write_layer(directory / "base", len(self._BELOW), [(0, self._BELOW)])
+        self._diff = directory / "diff"
+        self._diff.write_bytes(self.CONTENT)
+        self._sidecar = directory / f"diff{suffix}"
+        self._parse = parse
+        self._error = error
+        self._guard = Guard([directory], patch)
+        self.met = {"inputs": 0, "unreadable": 0, "refused": 0, "views": 0}
+
+    def examine(self, text: bytes) -> None:
+        """Require that this sidecar is refused in one line, or that a view goes by it."""
+        self.met["inputs"] += 1
+        self._sidecar.write_bytes(text)
+        policy = TrustPolicy(verify="full")
+        try:
+            with self._guard.on_duty():
+                extents = list(self._parse(text))
+        except self._error as error:
+            require_one_line(error)
+            with pytest.raises(self._error):
+                open_chain(self._base, [self._diff], policy)
+            self.met["unreadable"] += 1
+            return
+        try:
+            image = open_chain(self._base, [self._diff], policy)
+        except (self._error, DenseDiffError, UntrustedExtentsError) as error:
+            require_one_line(error)
+            self.met["refused"] += 1
+            return
+        self.met["views"] += 1
+        shown = bytearray(self._BELOW)
+        for start, stop in extents:
+            shown[start:stop] = self.CONTENT[start:stop]
+        assert all(ours in (0, theirs) for ours, theirs in zip(self.CONTENT, shown, strict=True))
+        with image.view as view:
+            assert view.read(0, view.size) == shown

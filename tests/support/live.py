@@ -60,6 +60,44 @@ def patch_children(patch: pytest.MonkeyPatch, directory: Path, code: str) -> Non
     patch.setenv("PYTHONPATH", f"{directory}:{known}" if known else str(directory))
 
 
+def note_calls(
+    patch: pytest.MonkeyPatch, directory: Path, function: str, gate: Gate | None = None
+) -> Path:
+    """A file with a line for each call of this function in the processes started from now on.
+
+    The function is named with its module and takes a layer first, whose path the line has. With
+    `gate` each call waits there.
+    """
+    module, _, name = function.rpartition(".")
+    log = directory / "calls"
+    log.touch()
+    code = f"""{gate.code if gate else ""}
+import {module} as module
+def noted(layer, *arguments, known=module.{name}):
+    with open({str(log)!r}, "a") as log:
+        print(layer.path, file=log)
+    {"wait_at_gate()" if gate else "pass"}
+    return known(layer, *arguments)
+module.{name} = noted
+"""
+    patch_children(patch, directory / "patch", code)
+    return log
+
+
+@contextmanager
+def readers(path: Path, gate: Gate, count: int = 8) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """So many processes that read the file to its end. They all go on once this ends."""
+    command = ["cat", str(path)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
+    try:
+        yield started
+    finally:
+        gate.open()
+        for process in started:
+            process.kill()
+            process.communicate(timeout=60)
+
+
 class Gate:
     """Where a patched process waits until the test lets it go on.
 

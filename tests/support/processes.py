@@ -6,14 +6,15 @@ import os
 from pathlib import Path
 
 
-def daemons_of(path: Path) -> list[int]:
-    """The processes that have this path among their arguments."""
+def processes_with(argument: Path, program: str | None = None) -> list[int]:
+    """The processes that have this argument; only those of this program, if it is given."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             arguments = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if os.fsencode(path) in arguments:
+        is_it = program is None or os.path.basename(arguments[0]) == os.fsencode(program)
+        if is_it and os.fsencode(argument) in arguments:
             found.append(int(name))
     return found

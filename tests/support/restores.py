@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 from hypothesis import strategies as st
 
 from diffmergefs import open_chain
@@ -30,8 +31,6 @@ SIZE = PAGES * PAGE
 _BASE, _DIFF = range(PAGES - 60), range(3, PAGES, 5)
 ORACLE = overlay_oracle(SIZE, [pages(0, _BASE), pages(1, _DIFF)])
 
-#: A process that is none of ours, as the adapter's handlers get it.
-
 
 def write_pair(folder: Path) -> tuple[Path, Path]:
     """A base, and a diff over it, of SIZE bytes; merged they are ORACLE."""
@@ -44,6 +43,16 @@ def write_pair(folder: Path) -> tuple[Path, Path]:
 def shown(base: Path, diff: Path) -> OpenImage:
     """The image of the two, as a mount shows it."""
     return OpenImage.of(open_chain(base, [diff]).view, "base.mem", Access(0, 0, 0o400))
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> OpenImage:
+    return shown(*write_pair(tmp_path))
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> WorkingSets:
+    return WorkingSets(str(tmp_path / "sets"))
 
 
 def scattered(count: int, seed: int = 3) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,3 @@ def directory(tmp_path: Path) -> Path:
 
 def memory(directory: Path) -> Remembered:
     return Remembered(str(directory))
-
-
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]

@@ -14,18 +14,12 @@ import pytest
 from diffmergefs.checks import host
 from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.system import mountpoint
+from tests.support.subjects.host import found
 
 
 @pytest.fixture(autouse=True)
 def as_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-
-
-def found(check: str) -> Finding:
-    (finding,) = (f for f in host.examine_host() if f.check == check)
-    assert finding.subject == "host"
-    assert bool(finding.why) == bool(finding.remedy) == (finding.severity != "fine")
-    return finding
 
 
 def test_every_part_of_the_machine_is_looked_at_once() -> None:

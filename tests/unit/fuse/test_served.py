@@ -23,6 +23,7 @@ from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import read_catalog
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.live import until
+from tests.support.logged import warnings
 from tests.support.stores import (
     BASE_PAGES,
     OLD_NS,
@@ -69,10 +70,6 @@ def until_tags(store: Store, *tags: str) -> None:
 def log_seen_by_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
     # A test that ran the command line in this process turned it off.
     monkeypatch.setattr(logging.getLogger("diffmergefs"), "propagate", True)
-
-
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def test_nothing_is_opened_before_open(root: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import weakref
 from pathlib import Path
 
@@ -16,29 +15,19 @@ from diffmergefs.core.errors import (
     UntrustedExtentsError,
 )
 from diffmergefs.core.layer import Layer
-from diffmergefs.fuse.served import Store
 from diffmergefs.opening.images import open_image
 from diffmergefs.opening.trust import Problem, TrustPolicy
+from tests.support.logged import warnings
 from tests.support.stores import (
     OLD_NS,
-    SECOND_NS,
     SIZE,
     age,
     opened_beneath,
-    write_chain,
     write_tag,
 )
+from tests.support.subjects.served import looked, root
 
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return write_chain(tmp_path / "store", ["base", "work", "leaf"])
-
-
-def looked(root: Path) -> Store:
-    store = Store(str(root), TrustPolicy(), clock=lambda: OLD_NS + 100 * SECOND_NS)
-    store.look()
-    return store
+__all__ = ["root"]
 
 
 def refuse_alignment(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -51,10 +40,6 @@ def refuse_alignment(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr("diffmergefs.opening.images.require_trust", refuse)
     return asked
-
-
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def test_a_refusal_is_remembered_and_logged_once_until_the_chain_changes(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import threading
 from dataclasses import replace
@@ -28,6 +27,7 @@ from diffmergefs.stores.snapshot import Snapshot
 from tests.support.commands import mistake, succeed
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.live import until
+from tests.support.logged import warnings
 from tests.support.stores import OLD_NS, SECOND_NS, age, write_tag
 
 MIB = 1 << 20
@@ -324,10 +324,6 @@ def looked(root: Path, verify: str = "pins") -> Store:
     store = Store(str(root), policy, clock=lambda: OLD_NS + 100 * SECOND_NS)
     store.look()
     return store
-
-
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def test_a_wrong_pin_refuses_the_tag_and_its_descendants_once(

@@ -23,17 +23,22 @@ from diffmergefs.prefetch.record import WorkingSets, identity_of_view
 from tests.support.calls import first
 from tests.support.images import PAGE
 from tests.support.live import until
+from tests.support.logged import messages
 from tests.support.restores import (
     ORACLE,
     PAGES,
     SIZE,
     Client,
+    image,
     ranges_of,
     save,
     scattered,
+    sets,
     shown,
     write_pair,
 )
+
+__all__ = ["image", "sets"]
 
 TOUCHED = scattered(40)
 WANTED = pieces(ranges_of(TOUCHED), SIZE)
@@ -64,16 +69,6 @@ class Kernel:
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> OpenImage:
-    return shown(*write_pair(tmp_path))
-
-
-@pytest.fixture
-def sets(tmp_path: Path) -> WorkingSets:
-    return WorkingSets(str(tmp_path / "sets"))
-
-
-@pytest.fixture
 def kernel() -> Kernel:
     return Kernel()
 
@@ -95,8 +90,13 @@ def settle(prefetcher: Prefetcher) -> None:
     until(lambda: is_idle(prefetcher), "it pushes on and on")
 
 
-def messages(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= level]
+def pushing(prefetcher: Prefetcher, sets: WorkingSets, image: OpenImage, kernel: Kernel) -> Client:
+    """A client of an image with a record, whose push waits in the kernel."""
+    save(sets, image, TOUCHED)
+    kernel.gate.clear()
+    client = Client(prefetcher, image)
+    assert kernel.inside.wait(20)
+    return client
 
 
 def test_what_is_recorded_is_pushed_when_the_image_is_opened(
@@ -147,10 +147,7 @@ def test_what_was_brought_and_not_asked_for_is_a_hit_at_the_last_close(
 def test_what_was_not_brought_to_its_end_is_no_hit(
     prefetcher: Prefetcher, sets: WorkingSets, image: OpenImage, kernel: Kernel
 ) -> None:
-    save(sets, image, TOUCHED)
-    kernel.gate.clear()
-    client = Client(prefetcher, image)
-    assert kernel.inside.wait(20)
+    client = pushing(prefetcher, sets, image, kernel)
     work = prefetcher.closed(client.file)
     kernel.gate.set()
     assert work is not None
@@ -241,10 +238,7 @@ def test_a_record_that_cannot_be_used_is_ignored_and_said_once(
 def test_several_opens_are_one_push(
     prefetcher: Prefetcher, sets: WorkingSets, image: OpenImage, kernel: Kernel
 ) -> None:
-    save(sets, image, TOUCHED)
-    kernel.gate.clear()
-    clients = [Client(prefetcher, image)]
-    assert kernel.inside.wait(20)
+    clients = [pushing(prefetcher, sets, image, kernel)]
     clients += [Client(prefetcher, image) for _ in range(5)]
     for client in clients:
         client.touch(*TOUCHED)
@@ -330,10 +324,7 @@ def test_a_file_for_writing_is_pushed_at_its_first_request(
 def test_a_file_for_writing_begins_a_running_push_anew(
     prefetcher: Prefetcher, sets: WorkingSets, image: OpenImage, kernel: Kernel
 ) -> None:
-    save(sets, image, TOUCHED)
-    kernel.gate.clear()
-    Client(prefetcher, image)
-    assert kernel.inside.wait(20)
+    pushing(prefetcher, sets, image, kernel)
     other = Client(prefetcher, image, writing=True)
     other.touch(TOUCHED[0])
     kernel.gate.set()
@@ -393,20 +384,14 @@ def test_the_last_close_does_not_wait_for_storage_that_hangs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "_LONGEST_WAIT_SECONDS", 0.1)
-    save(sets, image, TOUCHED)
-    kernel.gate.clear()
-    client = Client(prefetcher, image)
-    assert kernel.inside.wait(20)
+    client = pushing(prefetcher, sets, image, kernel)
     assert client.close() and not kernel.gate.is_set()
 
 
 def test_an_image_that_is_opened_again_meanwhile_is_pushed_anew(
     prefetcher: Prefetcher, sets: WorkingSets, image: OpenImage, kernel: Kernel
 ) -> None:
-    save(sets, image, TOUCHED)
-    kernel.gate.clear()
-    client = Client(prefetcher, image)
-    assert kernel.inside.wait(20)
+    client = pushing(prefetcher, sets, image, kernel)
     closing = ending(prefetcher.closed(client.file))
     again = Client(prefetcher, image)
     again.touch(TOUCHED[3])
@@ -425,10 +410,7 @@ def test_a_taint_ends_the_push(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    save(sets, image, TOUCHED)
-    kernel.gate.clear()
-    client = Client(prefetcher, image)
-    assert kernel.inside.wait(20)
+    client = pushing(prefetcher, sets, image, kernel)
     os.utime(image.view.layers[0].path)
     kernel.gate.set()
     settle(prefetcher)
@@ -468,10 +450,7 @@ def test_a_kernel_that_does_not_take_it_ends_the_push(
 def test_stop_ends_all_and_nothing_begins_after_it(
     prefetcher: Prefetcher, sets: WorkingSets, image: OpenImage, kernel: Kernel
 ) -> None:
-    save(sets, image, TOUCHED)
-    kernel.gate.clear()
-    client = Client(prefetcher, image)
-    assert kernel.inside.wait(20)
+    client = pushing(prefetcher, sets, image, kernel)
     assert not prefetcher.stop(0.1), "it said that it had ended"
     kernel.gate.set()
     assert prefetcher.stop(20)

@@ -20,26 +20,21 @@ from diffmergefs.prefetch import recorder as recorders
 from diffmergefs.prefetch.record import WorkingSet, WorkingSets, identity_of_view
 from diffmergefs.prefetch.recorder import Recorder, Touches, first_touches
 from tests.support.images import PAGE
+from tests.support.logged import messages
 from tests.support.restores import (
     PAGES,
     RUNS,
     SIZE,
     Client,
+    image,
     ranges_of,
     scattered,
+    sets,
     shown,
     write_pair,
 )
 
-
-@pytest.fixture
-def image(tmp_path: Path) -> OpenImage:
-    return shown(*write_pair(tmp_path))
-
-
-@pytest.fixture
-def sets(tmp_path: Path) -> WorkingSets:
-    return WorkingSets(str(tmp_path / "sets"))
+__all__ = ["image", "sets"]
 
 
 @pytest.fixture
@@ -49,10 +44,6 @@ def recorder(sets: WorkingSets) -> Recorder:
 
 def recorded(sets: WorkingSets, image: OpenImage) -> WorkingSet | None:
     return sets.load(identity_of_view(image.view))
-
-
-def messages(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= level]
 
 
 def test_first_touches_are_recorded_in_order_at_the_last_close(

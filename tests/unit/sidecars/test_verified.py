@@ -16,7 +16,8 @@ import pytest
 from diffmergefs.core.identity import FileVersion
 from diffmergefs.sidecars import verified
 from diffmergefs.sidecars.verified import Identity, Remembered, default_directory
-from tests.support.subjects.verified import CTIME_NS, OLD, VERSION, directory, memory, warnings
+from tests.support.logged import warnings
+from tests.support.subjects.verified import CTIME_NS, OLD, VERSION, directory, memory
 
 __all__ = ["directory"]
 
