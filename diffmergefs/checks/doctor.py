@@ -84,22 +84,12 @@ def _snapshots_of(path: str, policy: TrustPolicy) -> tuple[Catalog, list[str]] |
         if catalog.snapshots:
             depths = {tag: len(catalog.reachable(tag)) for tag in catalog.snapshots}
             return catalog, sorted(depths, key=lambda tag: (depths[tag], tag))
-    image = os.path.realpath(path)
-    for candidate in (image, os.path.dirname(image)):
-        if os.path.isdir(candidate) and layout_of(candidate) is not None:
-            catalog, tag = find_image(candidate, policy)
-            if candidate == image or _is_layer(catalog, tag, image):
-                return catalog, [link.tag for link in catalog.reachable(tag)]
+        if layout_of(os.path.realpath(path)) is None:
+            return None
     with suppress(FileAccessError, ForeignFormatError):  # _examine_file reports it
-        if not os.path.isdir(path):
-            catalog, tag = find_image(path, policy)
-            return catalog, [link.tag for link in catalog.reachable(tag)]
+        catalog, tag = find_image(path, policy)
+        return catalog, [link.tag for link in catalog.reachable(tag)]
     return None
-
-
-def _is_layer(catalog: Catalog, tag: str, path: str) -> bool:
-    memory = catalog.snapshots[tag].memory
-    return memory is not None and os.path.realpath(os.path.join(catalog.root, memory.path)) == path
 
 
 def _examine_snapshots(

@@ -48,7 +48,7 @@ def examine_host() -> Iterator[Finding]:
 def obstacles() -> list[str]:
     """The known reasons why this user cannot mount on this machine, each with its remedy."""
     found = (_device(), _helper(), _right())
-    return [f"{each.finding}: {each.remedy}" for each in found if each.severity != "fine"]
+    return [f"{each.finding}; {each.remedy}" for each in found if each.severity != "fine"]
 
 
 def _fine(check: str, finding: str) -> Finding:

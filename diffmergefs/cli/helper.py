@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import click
 
 from diffmergefs import cli
-from diffmergefs.cli.mount import mount, option_name, split_options
+from diffmergefs.cli.mount import mount
+from diffmergefs.cli.mountoptions import OPPOSITES, arguments_of, sort_options
 from diffmergefs.cli.output import print_diagnostic
 
 NAME = "mount.fuse.diffmergefs"
@@ -16,20 +17,8 @@ NAME = "mount.fuse.diffmergefs"
 # The return codes of mount(8), which exits with the code of its helper.
 USAGE, BUG, INTERRUPTED, FAILED = 1, 4, 8, 32
 
-# Options for mount(8), systemd and autofs. They have no effect here, or are always in effect. (Even
-# without options mount(8) passes `rw`.)
-_IGNORED = {
-    *("defaults", "rw", "ro", "suid", "nosuid", "dev", "nodev", "exec", "noexec"),
-    *("auto", "noauto", "user", "nouser", "users", "nousers", "owner", "noowner"),
-    *("group", "nogroup", "nofail", "_netdev", "comment", "helper", "uhelper"),
-    *("sync", "async", "dirsync", "silent", "loud", "mand", "nomand", "iversion", "noiversion"),
-    *("atime", "diratime", "nodiratime", "relatime", "norelatime"),
-    *("strictatime", "nostrictatime", "lazytime", "nolazytime", "default_permissions"),
-}
-_PREFIXES = ("x-", "X-")
-_FOR_LIBFUSE = {"noatime", "auto_unmount", "nosymfollow", "symfollow"}
+_LAYERS = ("base", "diff")
 _REFUSED = {
-    "remount": "the options of a mount cannot be changed; unmount it first",
     "foreground": "mount(8) would wait until the daemon ends",
     "help": "see diffmergefs-mount(1)",
 }
@@ -66,7 +55,16 @@ def helper(
     """
     if kind not in (None, "fuse.diffmergefs"):
         raise click.UsageError(f"-t {kind}: only fuse.diffmergefs is supported")
-    arguments, layers = _sorted(split_options(options), sloppy=sloppy)
+    found = sort_options(
+        options,
+        mount.long_options(),
+        ignored=OPPOSITES,
+        refused=_REFUSED,
+        unknown=_ignore if sloppy else None,
+    )
+    layers = [(name, value or "") for name, value in found.ours if name in _LAYERS]
+    arguments = arguments_of(each for each in found.ours if each[0] not in _LAYERS)
+    arguments += [f"-o{option}" for option in found.libfuse]
     arguments += [*_explicit(source, layers), "--"] if layers else ["--", source]
     arguments.append(mountpoint)
     if fake:
@@ -76,27 +74,8 @@ def helper(
     return int(mount.main(arguments, **settings))
 
 
-def _sorted(options: Iterable[str], *, sloppy: bool) -> tuple[list[str], list[tuple[str, str]]]:
-    # Splits the options into arguments of `mount` and those that name layers.
-    arguments, layers = list[str](), list[tuple[str, str]]()
-    for option in options:
-        name, equals, value = option.partition("=")
-        long = option_name(option)
-        if long in _REFUSED:
-            raise click.UsageError(f"-o {option}: {_REFUSED[long]}")
-        if name in _IGNORED or name.startswith(_PREFIXES):
-            continue
-        if long in ("base", "diff"):
-            layers.append((long, value))
-        elif long in mount.long_options():
-            arguments.append(f"--{long}{equals}{value}")
-        elif name in _FOR_LIBFUSE:
-            arguments += ["-o", option]
-        elif sloppy:
-            print_diagnostic(f"-o {option}: unknown option, ignored")
-        else:
-            raise click.UsageError(f"-o {option}: unknown option; see diffmergefs-mount(1)")
-    return arguments, layers
+def _ignore(option: str) -> None:
+    print_diagnostic(f"-o {option}: unknown option, ignored")
 
 
 def _explicit(source: str, layers: Iterable[tuple[str, str]]) -> list[str]:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from diffmergefs.cli.logqueue import QueuedHandler
-from diffmergefs.cli.output import printable
+from diffmergefs.cli.output import diagnostic, printable
 from diffmergefs.core.errors import FileAccessError
 
 H = TypeVar("H", bound=logging.Handler)
@@ -53,6 +53,14 @@ class Lines(logging.Formatter):
         """The lines of a traceback."""
         lines = super().formatException(ei).split("\n")
         return "\n".join(f"    {printable(line)}" for line in lines)
+
+
+class Sentences(Lines):
+    """Formats a record for people at a terminal, as other diagnostics: no date, level or logger."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        return diagnostic(record.getMessage())
 
 
 class Prioritized(logging.Formatter):
@@ -98,18 +106,24 @@ class _SysLogHandler(logging.handlers.SysLogHandler):
 
 
 def caller_handler() -> logging.Handler:
-    """A handler for the stderr of a command whose caller waits for it."""
-    return _formatted(logging.StreamHandler(), "plain")
+    """A handler for the stderr of a command whose caller waits for it: plain sentences."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Sentences())
+    return handler
 
 
 def stderr_handler(log_format: str, *, to_journal: bool = False) -> QueuedHandler:
     """A handler for stderr that never blocks, and neither does one for a file.
 
-    `to_journal` says whether stderr is the journal, which decides what the format `auto` means.
+    The format `auto` means `journald` if stderr is the journal (`to_journal`), sentences on a
+    terminal, and otherwise `plain`.
     """
     if log_format == "auto" and to_journal:
         log_format = "journald"
-    return _formatted(QueuedHandler(2, sys.stderr.encoding), log_format)
+    handler = _formatted(QueuedHandler(2, sys.stderr.encoding), log_format)
+    if log_format == "auto" and os.isatty(2):
+        handler.setFormatter(Sentences())
+    return handler
 
 
 def file_handler(path: str, log_format: str) -> QueuedHandler:

@@ -26,6 +26,7 @@ from diffmergefs.opening.opener import LayerPool, opened_store
 from diffmergefs.opening.pins import is_pinned
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import Catalog, read_catalog
+from diffmergefs.stores.remarks import remarks, require_store
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def list_(
       diffmergefs list --json /srv/snapshots | jq '.[] | select(.state == "broken")'
     """
     catalog = read_catalog(source, layout, suffix, options=policy)
+    require_store(catalog)
     held: list[Layer] = []  # keeps shared layers open, so that each is walked once
     rows = []
     with (
@@ -96,6 +98,7 @@ def list_(
         for tag in sorted(catalog.snapshots):
             rows.append(_row(catalog, tag, pool, policy, held))
             advance(1)
+    print_diagnostic(*remarks(catalog, layout))
     if as_json:
         print_json([asdict(row) for row in rows])
         return

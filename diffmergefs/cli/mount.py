@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +12,7 @@ import click
 
 from diffmergefs.cli import logs
 from diffmergefs.cli.inputs import require_one_source
+from diffmergefs.cli.mountoptions import arguments_of, sort_options, unescaped
 from diffmergefs.cli.options import (
     MOUNTPOINT,
     PATH,
@@ -34,31 +33,19 @@ from diffmergefs.system.mountpoint import require_answer
 from diffmergefs.system.tuning import MAX_BACKGROUND, READAHEAD_KIB, Tuning
 
 
-def split_options(options: Iterable[str]) -> list[str]:
-    """The single options of several `-o`, without `ro`, which is always in effect.
-
-    In a value, a comma is written as `\\,` and a backslash before it as `\\\\`.
-    """
-    pieces = re.findall(r"(?:\\.|[^,])+", ",".join(options))
-    found = (re.sub(r"\\([\\,])", r"\1", piece) for piece in pieces)
-    return [option for option in found if option != "ro"]
-
-
-def option_name(option: str) -> str:
-    """The name of the long option for a mount option."""
-    return option.partition("=")[0].replace("_", "-")
-
-
 class MountCommand(click.Command):
     """Accepts its long options as mount options too, as in `-o open_rw,page_size=16384`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Also read this command's own options from -o."""
         rest = super().parse_args(ctx, with_values(self, args))
-        options = split_options(ctx.params["options"])
-        mine = [option for option in options if option_name(option) in self.long_options()]
-        ctx.params["options"] = tuple(o for o in options if o not in mine)
-        self._take(ctx, mine)
+        try:
+            found = sort_options(ctx.params["options"], self.long_options())
+        except click.UsageError as error:
+            error.ctx = ctx
+            raise
+        ctx.params["options"] = tuple(map(unescaped, found.libfuse))
+        self._take(ctx, arguments_of(found.ours))
         return rest
 
     def long_options(self) -> dict[str, click.Option]:
@@ -71,11 +58,7 @@ class MountCommand(click.Command):
             if name.startswith("--")
         }
 
-    def _take(self, ctx: click.Context, options: list[str]) -> None:
-        arguments = []
-        for option in options:
-            _, equals, value = option.partition("=")
-            arguments.append(f"--{option_name(option)}{equals}{value}")
+    def _take(self, ctx: click.Context, arguments: list[str]) -> None:
         values, _, _ = self.make_parser(ctx).parse_args(with_values(self, arguments))
         for param in self.params:
             if isinstance(param, click.Option) and param.name in values:
@@ -262,17 +245,14 @@ def mount(
             queued = logs.stderr_handler(log_format, to_journal=is_journal(2, stream))
         return serve_in_front(request, queued, level, notifier)
     logs.log_to({logs.caller_handler(): level})
-    handler = _background_handler(log_file, log_format)
-    kept = handed | named_in(sys.argv) | logs.descriptors_of(handler)
-    return serve_in_background(request, handler, level, timeout, kept)
-
-
-def _background_handler(log_file: str | None, log_format: str) -> logging.Handler:
     if log_file:
-        return logs.file_handler(log_file, log_format)
-    handler = logs.syslog_handler(log_format)
-    if handler is None:
+        handler: logging.Handler | None = logs.file_handler(log_file, log_format)
+    else:
+        handler = logs.syslog_handler(log_format)
+    kept = handed | named_in(sys.argv) | (logs.descriptors_of(handler) if handler else set())
+    status = serve_in_background(request, handler or logging.NullHandler(), level, timeout, kept)
+    if status == 0 and handler is None:
         print_diagnostic(
             f"no syslog answers at {logs.SYSLOG}, so the daemon's log is lost; use --log FILE"
         )
-    return handler or logging.NullHandler()
+    return status

@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from diffmergefs.cli import logs
+from diffmergefs.cli import BUG, logs
 from diffmergefs.cli.logqueue import QueuedHandler
-from diffmergefs.cli.output import diagnostic, print_diagnostic, printable
+from diffmergefs.cli.output import diagnostic, print_diagnostic
 from diffmergefs.core import STATUS_FOLDER
 from diffmergefs.core.errors import (
     DiffMergeError,
@@ -36,6 +36,8 @@ from diffmergefs.prefetch.prefetcher import Prefetcher
 from diffmergefs.prefetch.push import GuardedNotify, Notify
 from diffmergefs.prefetch.record import WorkingSets
 from diffmergefs.prefetch.recorder import Recorder
+from diffmergefs.stores.catalog import Catalog
+from diffmergefs.stores.remarks import remarks, require_store
 from diffmergefs.system import daemon
 from diffmergefs.system import mountpoint as mountpoints
 from diffmergefs.system.daemon import Notifier
@@ -98,13 +100,19 @@ def serve_in_front(request: Request, handler: QueuedHandler, level: int, notifie
     return 0
 
 
-def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | None = None) -> None:
+def _serve(
+    request: Request,
+    ready: Callable[[], None],
+    notifier: Notifier | None = None,
+    tell: Callable[[str], object] = log.info,
+) -> None:
     # Imported here, because everything else works without libfuse.
     try:
         from diffmergefs.fuse import session as mounts
     except ImportError as error:
         raise MountFailedError(
-            f"cannot use pyfuse3 ({error}): {install_command(missing_package(error) or 'pyfuse3')}"
+            f"{request.mountpoint}: cannot be mounted: pyfuse3 cannot be imported ({error});"
+            f" {install_command(missing_package(error) or 'pyfuse3')}"
         ) from error
     # Otherwise who reads the metrics would be the first to notice: the import is slow and waits.
     if find_spec("prometheus_client") is None:
@@ -135,6 +143,7 @@ def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | Non
             suffix=request.suffix,
         )
         mounts.wait_until_stable(store)
+        _tell_what_is_there(store.seen.catalog, request.layout, tell)
         tree = Tree(real, store, open_rw=request.open_rw)
     mounts.Session(
         tree=tree,
@@ -147,6 +156,17 @@ def _serve(request: Request, ready: Callable[[], None], notifier: Notifier | Non
         drop_behind=request.drop_behind,
         fast_loop=request.fast_loop,
     ).serve()
+
+
+def _tell_what_is_there(
+    catalog: Catalog, layout: str | None, tell: Callable[[str], object]
+) -> None:
+    require_store(catalog)
+    for line in remarks(catalog, layout):
+        if catalog.snapshots:
+            tell(line)
+        else:
+            log.warning("%s", line)
 
 
 def _working_sets(request: Request) -> WorkingSets | None:
@@ -224,17 +244,20 @@ def serve_in_background(
 
     def serve(ready: Callable[[], None]) -> int:
         try:
-            _serve(request, ready)
+            _serve(request, ready, tell=tell)
         except MountAbortedError as error:
             return error.exit_code  # it was logged
         except DiffMergeError as error:
             log.error("%s", error)
-            print(printable(str(error)), file=sys.stderr)
             return error.exit_code
         except Exception:
             log.exception("the daemon failed: this is a bug")
-            return 70
+            return BUG
         return 0
+
+    def tell(line: str) -> None:
+        log.info("%s", line)
+        print_diagnostic(line)
 
     before = _mounted_at(request)
     try:
@@ -248,16 +271,17 @@ def serve_in_background(
             f"{request.mountpoint}: the mount did not answer within {timeout:g} s; is the storage"
             " of SOURCE slow? Increase --timeout, or use -f to see the log"
         )
-    lines = outcome.text.splitlines()
-    if outcome.status != 0:
-        # libfuse and its helper print the reason of a failure to stderr before our own line.
-        reasons = [line for line in lines[:-1] if line.startswith(("fuse: ", "fusermount3: "))]
-        last = lines[-1] if lines else f"the daemon ended with status {outcome.status}"
-        print_diagnostic(" ".join([last, *(f"({reason})" for reason in reasons)]))
-        return outcome.status if outcome.status > 0 else MountFailedError.exit_code
-    print_diagnostic(*lines)
-    os.stat(request.mountpoint)
-    return 0
+    lines = [line.removeprefix(diagnostic("")) for line in outcome.text.splitlines()]
+    if outcome.status == 0:
+        print_diagnostic(*lines)
+        os.stat(request.mountpoint)
+    elif outcome.status == BUG:
+        with contextlib.suppress(OSError):
+            print(outcome.text, end="", file=sys.stderr, flush=True)
+    else:
+        # What came before the reason of the failure does not matter any more.
+        print_diagnostic(lines[-1] if lines else f"the daemon ended with status {outcome.status}")
+    return outcome.status if outcome.status >= 0 else MountFailedError.exit_code
 
 
 def _mounted_at(request: Request) -> Mount | None:

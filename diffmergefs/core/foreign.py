@@ -2,7 +2,8 @@
 
 The error names the format and says what to do instead. Sources: QEMU's docs/interop/qcow2 and
 docs/devel/migration (mapped-ram), e2b-dev/infra (storage/header), wrennhq/wrenn
-(internal/snapshot), kvcache-ai/AgentENV (storage/overlaybd, docs/src/concepts/snapshots.md).
+(internal/snapshot), kvcache-ai/AgentENV (storage/overlaybd, docs/src/concepts/snapshots.md),
+checkpoint-restore/criu (criu/image-desc.c).
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ _PACKED = "only changed blocks, packed one after another, so that holes mean not
 _MAPPED = f"its memfile holds {_PACKED}, and memfile.header maps them; {_INSTEAD}"
 _E2B = f"is an e2b build: {_MAPPED}"
 _WRENN = f"is a wrenn snapshot: {_MAPPED}"
+_CRIU = (
+    "is a CRIU dump: pages of processes, packed in pages-*.img, and no memory of a VM; restore it"
+    " with `criu restore`"
+)
 _HEADER = "memfile.header"
 _GENERATION = re.compile(r"memfile\.[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -61,6 +66,8 @@ def of_directory(names: Collection[str]) -> str | None:
         return _WRENN if is_wrenn else _E2B
     if not {"mem_image.json", "mem_overlaybd", "firecracker-manifest.json"}.isdisjoint(names):
         return _AGENTENV
+    if "inventory.img" in names and any(name.startswith("pagemap-") for name in names):
+        return _CRIU
     return None
 
 

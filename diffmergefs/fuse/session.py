@@ -6,13 +6,15 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pyfuse3
 import trio
 
 from diffmergefs.checks.host import obstacles
+from diffmergefs.core.beneath import closing_fd
 from diffmergefs.core.errors import DiffMergeError, MountAbortedError, MountFailedError, counted
 from diffmergefs.core.workers import closing_in_threads
 from diffmergefs.fuse import threads
@@ -40,31 +42,25 @@ LOOK_SECONDS = 0.6
 SLOW_SECONDS = 5.0  # how long a scan may take before the log says so
 # How many requests may be under way at once. Further ones wait in the kernel, fast ones too.
 _MAX_REQUESTS = 10_000
-#: The mount options that `session_options` refuses.
-REFUSED_OPTIONS = {
-    *("rw", "suid", "dev", "exec"),
-    *("max_read", "fsname", "subtype", "fd", "rootmode", "user_id", "group_id"),
-}
+_NOT_WRITABLE = ("no write access to mountpoint", "not owned by user")  # fusermount3's words
 
 
 def session_options(
     source: str, extra: Sequence[str], *, allow_other: bool, open_rw: bool
 ) -> set[str]:
-    """The mount options of a session that shows `source`. `extra` are options of the user.
-
-    Raises MountFailedError for an option that would break the session.
-    """
-    for option in extra:
-        if option.split("=", 1)[0] in REFUSED_OPTIONS:
-            raise MountFailedError(f"-o {option}: cannot be used with a read-only FUSE view")
-    name = source.replace("\\", "\\\\").replace(",", "\\,")
-    options = {f"fsname={name}", "subtype=diffmergefs", "default_permissions"}
-    options |= {"nosuid", "nodev", "noexec"} | set(extra)
+    """The mount options of a session that shows `source`. `extra` are further ones for libfuse."""
+    options = {_escaped(option) for option in (f"fsname={source}", *extra)}
+    options |= {"subtype=diffmergefs", "default_permissions", "nosuid", "nodev", "noexec"}
     if allow_other:
         options.add("allow_other")
     if not open_rw:
         options.add("ro")
     return options
+
+
+def _escaped(option: str) -> str:
+    # libfuse splits options at commas.
+    return option.replace("\\", "\\\\").replace(",", "\\,")
 
 
 @dataclass(kw_only=True)
@@ -131,10 +127,15 @@ class Session:
             raise error
 
     def _mount(self) -> None:
-        try:
-            pyfuse3.init(self._operations, self.mountpoint, set(map(_Option, self.options)))
-        except RuntimeError as error:
-            raise MountFailedError(f"{self.mountpoint}: {_reason(error, self.options)}") from error
+        with closing_fd(os.memfd_create("stderr")) as said:
+            try:
+                with _stderr_to(said):
+                    pyfuse3.init(self._operations, self.mountpoint, set(map(_Option, self.options)))
+            except RuntimeError as error:
+                reason = _reason([*_lines(said), str(error)], self.options)
+                raise MountFailedError(f"{self.mountpoint}: cannot be mounted: {reason}") from error
+            for line in _lines(said):
+                log.warning("%s", line)
 
     def _mount_entry(self) -> Mount | None:
         try:
@@ -193,15 +194,35 @@ def _run_in_main_thread(function: Callable[[], None]) -> None:
         raise OSError(errno.ENOTCONN, "the mount is ending") from error
 
 
-def _reason(error: RuntimeError, options: set[str]) -> str:
+@contextmanager
+def _stderr_to(fd: int) -> Iterator[None]:
+    # libfuse and fusermount3 write the reason of a failure to descriptor 2.
+    with closing_fd(os.dup(2)) as stderr:
+        os.dup2(fd, 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+
+
+def _lines(fd: int) -> list[str]:
+    return os.pread(fd, 1 << 16, 0).decode(errors="replace").splitlines()
+
+
+def _reason(said: Sequence[str], options: set[str]) -> str:
+    # The cause and the remedy. The last line is pyfuse3's, which knows no cause.
     asked = {"allow_other", "allow_root"} & options
     if asked and os.geteuid() != 0 and not others_may_be_let_in():
         return (
             f"--allow-other needs the line user_allow_other in {FUSE_CONF}, unless root mounts; ask"
             " root to add it, or omit --allow-other"
         )
-    reasons = obstacles() or ["run `diffmergefs doctor` to see what is missing"]
-    return "; ".join([str(error), *reasons])
+    if known := obstacles():
+        return "; ".join(known)
+    cause = next((line for line in said if line.startswith(("fuse: ", "fusermount3: "))), said[-1])
+    if any(words in cause for words in _NOT_WRITABLE):
+        return f"{cause}; mount on a directory that this user owns"
+    return f"{cause}; `diffmergefs doctor` shows what mounting needs"
 
 
 class _Option(str):

@@ -45,6 +45,7 @@ class CloudHypervisorReader(FolderReader):
     """Directories with a `memory-ranges`."""
 
     name = "cloud-hypervisor"
+    marks = f"TAG/{MEMORY}"
     documents = (DOCUMENT,)
     device_state = (STATE, "config.json")
 

@@ -25,6 +25,7 @@ class ForkdReader(FolderReader):
     """
 
     name = "forkd"
+    marks = f"TAG/{DOCUMENT}"
     documents = (DOCUMENT,)
 
     def is_tag(self, root: Root, name: str) -> bool:

@@ -62,6 +62,7 @@ class NumberedReader(Reader):
     """The numeric order is the chain. Each layer is a tag, named by the stem after the number."""
 
     name = "numbered"
+    marks = "000-TAG.mem"
 
     def finds(self, source: Source) -> bool:
         return bool(memory_files(source.kinds, source.suffix))

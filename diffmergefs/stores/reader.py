@@ -60,6 +60,8 @@ class Reader(ABC):
     """
 
     name: str
+    #: The files by which it is recognized, for a message: `TAG/snapshot.json`.
+    marks: str
     #: Whether `read` lists directories inside the directories of the source.
     is_deep = False
 
@@ -167,8 +169,13 @@ def open_source(path: str, at: int | None = None) -> int:
     """
     try:
         return os.open(path if at is None else ".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=at)
-    except OSError as error:
+    except NotADirectoryError as error:
         require_own_path(path)
+        raise FileAccessError(
+            f"{path}: a file, not a directory of snapshots; mount, info and flatten take single"
+            " files with --base and --diff"
+        ) from error
+    except OSError as error:
         raise FileAccessError(f"{path}: {error.strerror}") from error
 
 

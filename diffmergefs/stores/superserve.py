@@ -45,6 +45,7 @@ class SuperserveReader(FolderReader):
     """
 
     name = "superserve"
+    marks = f"{FULL} or {DIFF} up to three directories down"
     is_deep = True
     documents = (DIFF + BASE_SUFFIX,)
     device_state = ("vmstate.snap",)

@@ -169,13 +169,73 @@ def test_list_of_numbered_layers_with_layout_and_suffix(tmp_path: Path) -> None:
     assert listed("--suffix", "ram", tmp_path)["work"]["depth"] == 2
     write_tag(tmp_path, "native")
     assert "--layout" in mistake(3, "list", "--suffix=ram", tmp_path)
-    assert set(listed("--layout=numbered", "--suffix=ram", tmp_path)) == {"base", "work"}
+    done = diffmergefs("list", "--json", "--layout=numbered", "--suffix=ram", tmp_path)
+    assert {row["tag"] for row in json.loads(done.stdout)} == {"base", "work"}
+    assert "/native: passed over: a snapshot of the layout forkd, which --layout" in done.stderr
     assert set(listed("--layout=forkd", tmp_path)) == {"native"}
 
 
-def test_list_of_an_empty_directory_is_an_empty_list(tmp_path: Path) -> None:
-    assert json.loads(succeed("list", "--json", tmp_path)) == []
-    assert len(succeed("list", tmp_path).splitlines()) == 1
+def test_list_of_a_directory_without_snapshots_is_an_empty_list_and_says_so(tmp_path: Path) -> None:
+    for arguments, lines in (
+        (("--json",), ["[]"]),
+        ((), ["TAG  PARENT  DEPTH  SIZE  DIRTY  STATE"]),
+    ):
+        done = diffmergefs("list", *arguments, tmp_path)
+        assert (done.returncode, done.stdout.splitlines()) == (0, lines)
+        assert done.stderr.startswith(f"diffmergefs: {tmp_path}: no snapshots: it is empty; ")
+        assert "; looked for forkd (TAG/snapshot.json), numbered (000-TAG.mem), " in done.stderr
+        assert done.stderr.count("\n") == 1
+    for name in ("mem_file", "mem_diff", "snapshot_file"):
+        write_layer(tmp_path / name, SIZE, [])
+    done = diffmergefs("list", tmp_path)
+    assert done.returncode == 0
+    assert "files of Firecracker (mem_diff, mem_file, snapshot_file)" in done.stderr
+
+
+def test_list_tells_what_it_passes_over(tmp_path: Path) -> None:
+    write_chain(tmp_path, ["base", "work"])
+    (tmp_path / "latest").symlink_to("work")
+    (tmp_path / "scratch").mkdir()
+    done = diffmergefs("list", "--json", tmp_path)
+    assert [row["tag"] for row in json.loads(done.stdout)] == ["base", "work"]
+    link, scratch = done.stderr.splitlines()
+    assert link.startswith(f"diffmergefs: {tmp_path}/latest: passed over: a symlink to ")
+    assert (
+        scratch == f"diffmergefs: {tmp_path}/scratch: passed over: no snapshot of the layout forkd"
+    )
+
+
+def test_list_of_one_snapshot_names_its_parent_directory(tmp_path: Path) -> None:
+    store = write_chain(tmp_path / "store", ["base", "work"])
+    line = mistake(3, "list", store / "work")
+    assert (
+        "is one snapshot (layout forkd), not a directory of them; mount or list its parent " in line
+    )
+    assert line.endswith(f"parent directory, {store}\n")
+
+
+def test_info_of_the_path_of_a_view_inside_a_store(tmp_path: Path) -> None:
+    store = write_chain(tmp_path / "store", ["base", "work"])
+    assert succeed("info", store / "work" / "memory.bin") == succeed("info", store / "work")
+    layers = write_numbered(tmp_path / "layers", ["000-base.mem", "001-work.mem"])
+    expected = succeed("info", layers / "001-work.mem")
+    assert succeed("info", layers / "work") == expected
+    assert succeed("info", layers / "work" / "001-work.mem") == expected
+
+
+@pytest.mark.parametrize(
+    "verb", ["info", "map", "flatten -o {new}", "squash -o {new}", "prefetch --show"]
+)
+def test_a_directory_of_snapshots_is_no_image_and_its_tags_are_named(
+    verb: str, tmp_path: Path
+) -> None:
+    store = write_chain(tmp_path / "store", ["base", "work"])
+    line = mistake(3, *verb.format(new=tmp_path / "new").split(), store)
+    assert line == (
+        f"diffmergefs: {store}: is a directory of 2 snapshots, not one of them; name one:"
+        f" {store}/base, {store}/work\n"
+    )
+    assert not (tmp_path / "new").exists()
 
 
 def test_list_through_a_symlink(tmp_path: Path) -> None:

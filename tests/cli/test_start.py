@@ -205,7 +205,7 @@ def test_a_snapshot_that_is_not_there_or_broken_is_one_line(store: Path) -> None
     (store / "empty").mkdir()
     write_tag(store, "orphan", "nobody")
     broken = errors.BrokenChainError.exit_code
-    assert "'empty'" in mistake(broken, "info", store / "empty")
+    assert f"{store}/empty: is neither a snapshot nor" in mistake(broken, "info", store / "empty")
     assert "parent 'nobody' of 'orphan' is missing" in mistake(broken, "info", store / "orphan")
 
 

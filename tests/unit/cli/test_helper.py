@@ -24,7 +24,7 @@ __all__ = ["store"]
         ("remount", "-o remount: the options of a mount cannot be changed"),
         ("foreground", "-o foreground: mount(8) would wait"),
         ("base=/a", "-o base=/a: SOURCE is already the base"),
-        ("max_read=1", "-o max_read=1: unknown option"),
+        ("max_read=1", "-o max_read=1: diffmergefs sets it itself"),
     ],
 )
 def test_a_wrong_option_is_bad_usage(
@@ -44,6 +44,8 @@ def test_all_of_mounts_own_options_are_taken(
         "group,nofail,_netdev,sync,async,dirsync,atime,noatime,relatime,strictatime,lazytime,"
         "diratime,nodiratime,silent,loud,mand,iversion,x-systemd.automount,x-systemd.requires=a,"
         "X-mount.mkdir=0755,user=nobody,comment=x,uhelper=udisks2,default_permissions,,"
+        'context="system_u:object_r:x:s0:c1,c2",fscontext=a,defcontext=b,rootcontext="c,d",'
+        'x-y="a,b"'
     )
     arguments = [str(store), str(mountpoint), *switches, "-o", known, "-f", "-t"]
     assert main([*arguments, "fuse.diffmergefs"]) == 0

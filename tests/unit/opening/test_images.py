@@ -222,5 +222,5 @@ def test_what_is_not_there_is_told(tmp_path: Path, name: str) -> None:
 
 def test_a_directory_that_is_no_snapshot_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BrokenChainError, match="no snapshot 'empty'"):
+    with pytest.raises(BrokenChainError, match="empty: is neither a snapshot nor"):
         open_side(tmp_path / "empty")

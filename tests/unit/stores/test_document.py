@@ -75,7 +75,7 @@ def test_a_diff_whose_document_cannot_be_seen_is_no_base(
 
 def test_source_itself_may_be_no_fifo(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(FileAccessError, match="Not a directory"):
+    with pytest.raises(FileAccessError, match="a file, not a directory of snapshots"):
         read_catalog(str(tmp_path / "fifo"))
     assert "not a regular file" in mistake(14, "info", "--base", tmp_path / "fifo")
 
