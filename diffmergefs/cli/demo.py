@@ -87,7 +87,7 @@ def demo(keep: str | None, as_json: bool) -> None:
         click.echo("\nTry next:")
         for command in commands:
             click.echo(f"  {command}")
-        click.echo("\nREADME.md says more. You can type its examples in this directory.")
+        click.echo("\nYou can also type the examples of README.md in this directory.")
 
 
 @contextmanager

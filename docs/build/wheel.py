@@ -1,11 +1,12 @@
 """The wheel's build: what is made of the sources and installed beside the package.
 
-The pages of docs/, man pages of them, and the completion scripts. An editable installation has
-none.
+README and the pages of docs/, man pages of them, and the completion scripts. An editable
+installation has none. README without links is the long description.
 """
 
 from __future__ import annotations
 
+import re
 import runpy
 import tempfile
 from pathlib import Path
@@ -38,9 +39,16 @@ class Made(BuildHookInterface[Any]):
         root = Path(self.root)
         self._folder = tempfile.TemporaryDirectory(prefix="diffmergefs-wheel-")
         folder = Path(self._folder.name)
-        for page in (root / "docs").iterdir():
+        docs = root / "docs"
+        for page in (root / "README.md", *docs.iterdir(), *docs.glob("benchmarks/*")):
+            name = page.relative_to(docs if page.is_relative_to(docs) else root)
+            if page.suffix == ".md":
+                # Installed, README lies beside the others.
+                text = page.read_text(encoding="utf-8").replace("](docs/", "](")
+                page = folder / page.name
+                page.write_text(text.replace("](../README.md", "](README.md"), encoding="utf-8")
             if page.is_file():
-                include(page, f"share/doc/diffmergefs/{page.name}")
+                include(page, f"share/doc/diffmergefs/{name}")
         write_all = runpy.run_path(str(Path(__file__).with_name("manpages.py")))["write_all"]
         for page in write_all(root / "docs", folder, self.metadata.version):
             include(page, f"share/man/man{page.suffix[1:]}/{page.name}")
@@ -57,11 +65,15 @@ class Made(BuildHookInterface[Any]):
             self._folder.cleanup()
 
 
-class Known(MetadataHookInterface):
-    """Names the classifiers that are newer than hatchling 1.12.2, which refuses unknown ones."""
+class Metadata(MetadataHookInterface):
+    """The long description, and the classifiers that hatchling 1.12.2 does not know yet."""
 
     def update(self, metadata: dict[str, Any]) -> None:
-        """Change nothing."""
+        """Set the long description: README, without the links that lead nowhere elsewhere."""
+        text = (Path(self.root) / "README.md").read_text(encoding="utf-8")
+        text = re.sub(r"\[([^][]+)\]\((?!https?:)[^)\s]+\)", r"\1", text)
+        text += "\nThe pages that this names are installed in `share/doc/diffmergefs`.\n"
+        metadata["readme"] = {"content-type": "text/markdown", "text": text}
 
     def get_known_classifiers(self) -> list[str]:
         """The classifiers that every hatchling has to accept."""

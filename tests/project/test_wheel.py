@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import os
 import re
 import runpy
@@ -104,8 +105,9 @@ def test_the_completion_scripts_are_installed(prefix: Path) -> None:
 
 def test_pages_unit_and_programs_are_installed(prefix: Path) -> None:
     folder = prefix / "share/doc/diffmergefs"
-    pages = {path.name for path in DOCS.iterdir() if path.is_file()}
-    assert {path.name for path in folder.iterdir()} == pages
+    pages = {path.relative_to(DOCS) for path in DOCS.rglob("*") if path.is_file()}
+    pages = {page for page in pages if page.parts[0] != "build"} | {Path("README.md")}
+    assert {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} == pages
     unit = "diffmergefs@.service"
     assert (folder / unit).read_bytes() == (DOCS / unit).read_bytes()
     assert {path.name for path in (prefix / "bin").iterdir()} == {
@@ -141,6 +143,28 @@ def test_all_that_is_for_users_is_linked(prefix: Path, tmp_path: Path) -> None:
     )
     # man may name the link or where it leads to.
     assert Path(manual.stdout.strip()).resolve() == page(prefix, "diffmergefs-mount.1")
+
+
+def test_installed_pages_link_to_each_other(prefix: Path) -> None:
+    folder = prefix / "share/doc/diffmergefs"
+    for path in folder.glob("*.md"):
+        for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+            # What is outside of docs/, but README, is installed elsewhere or nowhere.
+            if not target.startswith(("http", "../")) or "README" in target:
+                assert (folder / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_long_description_is_readme_without_links(prefix: Path) -> None:
+    (metadata,) = prefix.rglob("diffmergefs-*.dist-info/METADATA")
+    found = email.message_from_bytes(metadata.read_bytes())
+    assert found["Description-Content-Type"] == "text/markdown"
+    text = str(found.get_payload())
+    assert text.startswith("# diffmergefs\n") and "](" not in text
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert "[flatten](docs/diffmergefs-flatten.md)" in readme and "| flatten |" in text
+    rest = iter(re.findall(r"\w+", text))
+    words = re.findall(r"\w+", re.sub(r"\]\([^)]*\)", "", readme))
+    assert [word for word in words if word not in rest] == []
 
 
 def test_an_editable_installation_makes_nothing() -> None:
