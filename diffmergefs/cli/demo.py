@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from diffmergefs.cli.options import DIRECTORY
 from diffmergefs.cli.output import print_json
 from diffmergefs.cli.trial import temporary_mount
 from diffmergefs.core.errors import OutputRefusedError, Target, VerificationError, failures
@@ -53,7 +54,9 @@ _Pages = Mapping[int, bytes]
 
 
 @click.command()
-@click.option("--keep", metavar="DIR", help="Make the files in DIR, and leave them there.")
+@click.option(
+    "--keep", type=DIRECTORY, metavar="DIR", help="Make the files in DIR, and leave them there."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the steps as JSON.")
 def demo(keep: str | None, as_json: bool) -> None:
     """Make a small chain, then mount, read, flatten, compare and unmount it. Print each step.
@@ -75,12 +78,11 @@ def demo(keep: str | None, as_json: bool) -> None:
 
     with _directory(keep) as folder:
         _run(folder, report)
-    kept = None if keep is None else os.path.abspath(keep)
-    commands = [] if kept is None else _commands(kept)
+    commands = [] if keep is None else _commands(keep)
     if as_json:
-        print_json({"steps": done, "kept": kept, "next": commands, "ok": True})
-    elif kept is not None:
-        click.echo(f"\nKept in {kept}:")
+        print_json({"steps": done, "kept": keep, "next": commands, "ok": True})
+    elif keep is not None:
+        click.echo(f"\nKept in {keep}:")
         width = max(map(len, CONTENTS)) + 2
         for name, text in CONTENTS.items():
             click.echo(f"  {name:{width}}{text}")
@@ -97,7 +99,7 @@ def _directory(keep: str | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="diffmergefs-demo-") as temporary:
             yield Path(os.path.realpath(temporary))
         return
-    folder = Path(os.path.abspath(keep))
+    folder = Path(keep)
     is_new = not os.path.lexists(folder)
     if not is_new and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputRefusedError(f"{keep}: exists, and is not an empty directory; name a new one")

@@ -75,7 +75,6 @@ NOT_RUN = {
     ("README.md", "pip install"): "installs, needs a network",
     ("README.md", "/snapshot/create"): "needs a VM in Firecracker; a test below reads the requests",
     ("README.md", "/snapshot/load"): "needs a new Firecracker; a test below reads the request",
-    ("qemu.md", "qemu-system-x86_64"): "needs a guest; tests/vm restores one in this way",
     ("diffmergefs-install-extras.md", "sudo"): "mount/test_helper.py does it, where it may",
     ("diffmergefs-mount.md", "systemctl enable"): "needs systemd; mount/test_service.py has one",
     ("install.md", "make deb"): "tests/packages does it, in roots of Debian",
@@ -438,21 +437,6 @@ def test_what_readme_asks_of_firecracker(public_path: Path) -> None:
         assert box.run(f"mkdir views && {mount}") == (0, "")
         assert (box.work / "views/mem_file").stat().st_size == SIZE
         assert box.run("diffmergefs umount views") == (0, "")
-        box.assert_clean()
-
-
-def test_the_qemu_call_maps_a_file_of_the_mount_privately(public_path: Path) -> None:
-    argv = shlex.split(the_block(DOCS / "qemu.md", "qemu-system-x86_64").text.replace("\\\n", " "))
-    backend = argv[argv.index("-object") + 1]
-    kind, *fields = backend.split(",")
-    values = dict(field.split("=", 1) for field in fields)
-    assert kind == "memory-backend-file" and values["share"] == "off"
-    assert f"memory-backend={values['id']}" in argv[argv.index("-machine") + 1]
-    assert values["size"] == argv[argv.index("-m") + 1]
-    with sandbox(public_path) as box:
-        assert box.run("diffmergefs mount --open-rw /srv/layers /mnt/views")[0] == 0
-        assert Path(box.inside(values["mem-path"])).is_file()
-        assert box.run("diffmergefs umount /mnt/views")[0] == 0
         box.assert_clean()
 
 
