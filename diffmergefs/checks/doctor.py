@@ -50,23 +50,30 @@ _COARSE = (
 _ELSEWHERE = "take diffs on ext4, xfs or btrfs with 4 KiB blocks, or on tmpfs without huge pages"
 
 
-def examine_path(path: str, policy: TrustPolicy | None = None) -> Iterator[Finding]:
+def examine_path(
+    path: str, policy: TrustPolicy | None = None, tested: set[int] | None = None
+) -> Iterator[Finding]:
     """The findings on a directory of snapshots, a snapshot or layer in one, or any other path.
 
     First on the filesystem (see `examine_filesystem`), then on each layer of the whole
     directory or of the snapshot's chain. A file that is not a layer of a directory of snapshots is
     checked as a diff with unknown parents. For a directory without snapshots only the filesystem is
-    checked. Only `page_size`, `allow_outside`, `allow_gaps` and `state_dir` of `policy` are used:
-    nothing is overridden here. No finding ends the checks. Layers are synced and walked; a sealed
-    layer is compared with its seal, and the result is remembered. No layer is written. Raises
-    FileAccessError, BrokenChainError if a directory is ambiguous, and ForeignFormatError if it is
-    in a format that is declined.
+    checked. The device of a filesystem that was tested is added to `tested`; one that is in it
+    already is not tested again. Only `page_size`, `allow_outside`, `allow_gaps` and `state_dir` of
+    `policy` are used: nothing is overridden here. No finding ends the checks. Layers are synced and
+    walked; a sealed layer is compared with its seal, and the result is remembered. No layer is
+    written. Raises FileAccessError, BrokenChainError if a directory is ambiguous, and
+    ForeignFormatError if it is in a format that is declined.
     """
     policy = replace(policy or TrustPolicy(), no_seal=True)
     with failures(path):
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
         os.stat(path)
-        on_filesystem = list(examine_filesystem(folder, policy.page_size))
+        device = os.stat(folder).st_dev
+        is_known = tested is not None and device in tested
+        on_filesystem = [] if is_known else list(examine_filesystem(folder, policy.page_size))
+    if tested is not None and not any(finding.check == "probe" for finding in on_filesystem):
+        tested.add(device)
     found = _snapshots_of(path, policy)
     yield from on_filesystem
     if found is not None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import IO
 
@@ -67,9 +66,10 @@ def doctor(paths: tuple[str, ...], as_json: bool, policy: TrustPolicy) -> int:
     PATH is a directory of snapshots, a snapshot, a layer file, or a directory for new diffs. Its
     filesystem is tested with a temporary file, and each layer with all checks of `mount` and
     `flatten`. A finding that is not fine says why it matters and what you can do. A view is mounted
-    briefly, and invisibly to others. An error in one PATH does not stop the checks of the others,
-    except a PATH in a diffmergefs mount that hangs, which ends the command. The exit code is 1 if
-    anything would give wrong bytes, or if nothing can be mounted, otherwise 0.
+    briefly, and invisibly to others. Each filesystem is tested once. An error in one PATH does not
+    stop the checks of the others, except a PATH in a diffmergefs mount that hangs, which ends the
+    command. The exit code is 1 if anything would give wrong bytes, or if nothing can be mounted,
+    otherwise 0.
 
     \b
     Examples:
@@ -78,14 +78,16 @@ def doctor(paths: tuple[str, ...], as_json: bool, policy: TrustPolicy) -> int:
       diffmergefs doctor --json mem_diff | jq -r '.[] | select(.severity == "wrong").finding'
     """
     findings = [*examine_host(), try_mount()]
+    tested: set[int] = set()
     failed = 0
     for path in paths:
         try:
             with progress(f"examine {printable(path)}", unit=""):
-                findings += examine_path(path, policy)
+                findings += examine_path(path, policy, tested)
         except DiffMergeError as error:
             print_diagnostic(str(error))
             failed = failed or error.exit_code
+    findings = list(dict.fromkeys(findings))  # a layer may belong to several of the paths
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
@@ -94,9 +96,9 @@ def doctor(paths: tuple[str, ...], as_json: bool, policy: TrustPolicy) -> int:
 
 
 def _lines(findings: list[Finding]) -> Iterator[str]:
-    for subject, group in groupby(findings, key=lambda finding: finding.subject):
+    for subject in dict.fromkeys(finding.subject for finding in findings):
         yield printable(subject)
-        for finding in group:
+        for finding in (each for each in findings if each.subject == subject):
             yield f"  {finding.severity:8} {printable(finding.finding)}"
             if finding.why:
                 yield f"{'':11}why: {printable(finding.why)}"
