@@ -16,9 +16,9 @@ from pathlib import Path
 
 import click
 
+from diffmergefs.cli.doctor import temporary_mount
 from diffmergefs.cli.options import DIRECTORY
 from diffmergefs.cli.output import print_json
-from diffmergefs.cli.trial import temporary_mount
 from diffmergefs.core.errors import OutputRefusedError, Target, VerificationError, failures
 from diffmergefs.core.extents import PAGE
 from diffmergefs.opening.images import open_image

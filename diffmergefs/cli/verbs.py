@@ -14,7 +14,7 @@ TABLE = {
     "compare": ("difference", "compare"),
     "completion": ("completion", "completion"),
     "demo": ("demo", "demo"),
-    "doctor": ("trial", "doctor"),
+    "doctor": ("doctor", "doctor"),
     "flatten": ("write", "flatten"),
     "info": ("look", "info"),
     "install-extras": ("extras", "install_extras"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.cli import trial
+from diffmergefs.cli import doctor
 from diffmergefs.system import children
 from tests.support import mounttable, skips
 from tests.support.commands import succeed
@@ -94,10 +94,10 @@ def test_the_act_is_seen_by_nobody_and_leaves_nothing(
         seen.append([entry.path for entry in mounttable.entries()])
         return children.ask(question)
 
-    monkeypatch.setattr(trial, "ask", looking)
+    monkeypatch.setattr(doctor, "ask", looking)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    assert trial.try_mount().severity == "fine"
+    assert doctor.try_mount().severity == "fine"
     assert not [path for path in seen[0] if path.startswith(str(tmp_path))]
     assert os.listdir(tmp_path) == []
 
@@ -115,8 +115,8 @@ def test_a_view_that_is_not_what_it_should_be_is_wrong(
             raise TimeoutError("no answer")
         return b"x"
 
-    monkeypatch.setattr(trial, "ask", answer)
-    assert trial.try_mount().severity == "wrong"
+    monkeypatch.setattr(doctor, "ask", answer)
+    assert doctor.try_mount().severity == "wrong"
 
 
 @pytest.mark.usefixtures("root")
