@@ -69,7 +69,7 @@ LOWEST_TESTS := $(addprefix tests/,mount/test_read.py mount/test_lifecycle.py mo
 	vm/test_restore.py cli/test_completion.py project/test_wheel.py) \
 	$(addprefix tests/unit/,fuse/test_operations.py fuse/test_readloop.py fuse/test_status.py \
 	writing/test_flatten.py sidecars/test_bmap.py sidecars/test_bmapreader.py \
-	pictures/test_pictures.py)
+	pictures/test_map_picture.py pictures/test_extents_picture.py)
 
 test-lowest: $(LOWEST)/.stamp | system-test-packages
 	@$(LOWEST)/bin/python -m pytest -o filterwarnings=default --disable-warnings $(LOWEST_TESTS)
