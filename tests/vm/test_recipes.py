@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +17,7 @@ import pytest
 from tests.project.test_docs import Sandbox, blocks_of, sandbox
 from tests.project.test_recipes import RECIPE, run, run_block
 from tests.support import mounttable
+from tests.vm import firecracker
 from tests.vm.chain import TICK
 from tests.vm.guest import GuestUnavailableError, make_guest
 from tests.vm.qemu import Console
@@ -102,11 +103,6 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
             guest = make_guest(found.work)
             (found.work / "vmlinuz").symlink_to(guest.kernel)
             guest.initramfs.rename(found.work / "initrd.img")
-            for program in ("python3", "vol"):
-                command = root / "bin" / program
-                path = Path(sys.executable).with_name(program)
-                command.write_text(f'#!/bin/sh\nexec {shlex.quote(str(path))} "$@"\n')
-                command.chmod(0o755)
             run_qemu(found)
             yield found
     except GuestUnavailableError as error:
@@ -168,3 +164,40 @@ def test_a_program_reads_the_guest_in_the_view(box: Sandbox, title: str) -> None
         run(box, RECIPE[title])
     finally:
         mounttable.unmount_below(str(box.root))
+
+
+def test_a_firecracker_guest_is_taken_apart_and_restored_twice(public_path: Path) -> None:
+    folder = firecracker.programs()
+    guests: list[firecracker.Guest] = []
+    states: list[tuple[str, str]] = []
+    uids: list[int] = []
+    with sandbox(public_path, filled=False) as box:
+        firecracker.make_kernel(box.work / "vmlinux")
+        texts = [RECIPE["Firecracker"], RECIPE["Firecracker in its jailer"]]
+        try:
+            for block in [block for text in texts for block in blocks_of(text)]:
+                if block.language == "sh":
+                    guests.append(firecracker.Guest(box.inside(block.text), box.work, str(folder)))
+                    continue
+                if block.language != "console":
+                    continue
+                if " umount " in block.text:
+                    guests[-1].end()
+                if '"Diff"' in block.text:
+                    states.append(guests[0].state())
+                    for command in "dz":
+                        guests[0].ask(command, "DONE")
+                    states.append(guests[0].state())
+                for socket in re.findall(r"\$ api (\S+)", block.text):
+                    guests[-1].wait_for_socket(box.work / box.inside(socket))
+                run_block(box, block)
+                if "InstanceStart" in block.text:
+                    guests[0].wait_for("READY")
+                if "/snapshot/load" in block.text:
+                    assert guests[-1].state() == states[-1] != states[0]
+                    uids.append(guests[-1].uid())
+            assert uids == [0, 1234]
+        finally:
+            for guest in guests:
+                guest.end()
+        box.assert_clean()
