@@ -138,7 +138,10 @@ def _run(arguments: list[str] | None, command: click.Command, name: str) -> int:
             raise
         return 128 + signal.SIGPIPE
     except OSError as error:
-        print_diagnostic(f"{error.filename or 'output'}: {error.strerror or error}")
+        if error.filename is None and isinstance(error, FileNotFoundError):  # of getcwd(2)
+            print_diagnostic("the current directory was removed; change to another one")
+        else:
+            print_diagnostic(f"{error.filename or 'output'}: {error.strerror or error}")
         return FileAccessError.exit_code
     except Exception as error:
         if package := missing_package(error):

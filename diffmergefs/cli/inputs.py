@@ -45,7 +45,7 @@ class ImageArguments:
         return with_remarks(found)
 
 
-def image_argument(command: F) -> F:
+def image_argument(command: F, metavar: str = "[IMAGE]") -> F:
     """IMAGE, --base and --diff, passed with `policy` to the command as one `source`."""
 
     @functools.wraps(command)
@@ -58,8 +58,13 @@ def image_argument(command: F) -> F:
     ) -> Any:
         return command(source=ImageArguments(image, base, diffs, policy), **values)
 
-    argument = click.argument("image", required=False, type=PATH)
+    argument = click.argument("image", required=False, type=PATH, metavar=metavar)
     return argument(layer_options(cast(F, gathered)))
+
+
+def image_or_store_argument(command: F) -> F:
+    """As `image_argument`; the image may also be a directory of snapshots."""
+    return image_argument(command, "[IMAGE|SOURCE]")
 
 
 #: The image as one `source`, with all options that say how far it is trusted.

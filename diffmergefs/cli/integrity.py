@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 
@@ -10,23 +11,35 @@ import click
 
 from diffmergefs.checks import verify as verification
 from diffmergefs.checks.verdict import Verdict
-from diffmergefs.cli.inputs import ImageArguments, image_options
+from diffmergefs.cli.inputs import ImageArguments, image_or_store_argument
 from diffmergefs.cli.options import (
     PATH,
     json_option,
     layer_options,
+    layout_options,
+    store_options,
     strict_option,
+    trust_options,
     trust_options_without_records,
 )
 from diffmergefs.cli.output import print_diagnostic, print_json, print_table, printable, progress
-from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.core.errors import DiffMergeError, counted
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.writing.sealing import SealResult, seal_layer
+from diffmergefs.stores.catalog import Catalog
+from diffmergefs.stores.lookup import find_store
+from diffmergefs.writing.sealing import SealResult, seal_layer, seal_store
+
+_jobs_option = click.option(
+    "--jobs",
+    type=click.IntRange(1, 256),
+    metavar="N",
+    help="Read N files at a time (default: one per processor).",
+)
 
 
 @click.command()
-@click.argument("layers", metavar="[LAYER...]", nargs=-1, type=PATH)
+@click.argument("layers", metavar="[LAYER|SOURCE]...", nargs=-1, type=PATH)
 @layer_options
 @click.option(
     "--force",
@@ -34,15 +47,21 @@ from diffmergefs.writing.sealing import SealResult, seal_layer
     help="Replace a seal that does not match the layer. If a copy has damaged the layer's holes,"
     " that seal was their only record.",
 )
+@_jobs_option
 @json_option
+@layout_options
 @trust_options_without_records
 @strict_option
+@store_options
 def seal(
     layers: tuple[str, ...],
     base: str | None,
     diffs: tuple[str, ...],
     force: bool,
+    jobs: int | None,
     as_json: bool,
+    layout: str | None,
+    suffix: str | None,
     policy: TrustPolicy,
 ) -> int:
     """Write a seal beside each LAYER: LAYER.bmap records where the data is, with checksums.
@@ -60,14 +79,33 @@ def seal(
     match the layer is replaced only with --force. All layers are tried; the exit code is that of
     the first failure.
 
+    With a directory of snapshots, SOURCE, the layer of each snapshot is sealed over its parents.
+    Its base may have no holes. The exit code is 1 if a snapshot could not be sealed.
+
     \b
     Examples:
       diffmergefs seal mem_diff
       diffmergefs seal --strict --base mem_file mem_diff
-      diffmergefs seal /srv/layers/*.mem --dense
+      diffmergefs seal /srv/snapshots
     """
     if not (layers or diffs):
-        raise click.UsageError("name the layers to seal")
+        raise click.UsageError("name the layers to seal, or a directory of snapshots")
+    if folders := [path for path in layers if os.path.isdir(path)]:
+        if base is not None or len(layers) > 1:
+            raise click.UsageError(
+                f"{folders[0]}: a directory of snapshots is sealed alone, without other layers,"
+                " --base and --diff"
+            )
+        with progress("open", unit=""):
+            catalog = find_store(folders[0], layout, suffix, policy)
+        if catalog is None:
+            raise click.UsageError(
+                f"{folders[0]}: is one snapshot; name its memory file, or the directory of all"
+            )
+        return _seal_store(catalog, force, policy, jobs, as_json)
+    for name, is_given in (("layout", layout), ("suffix", suffix), ("jobs", jobs)):
+        if is_given:
+            raise click.UsageError(f"--{name} needs a directory of snapshots")
     if base is None and (diffs or policy.strict):
         raise click.UsageError("--diff and --strict need --base, the base below the layers")
     done: list[SealResult] = []
@@ -81,6 +119,26 @@ def seal(
         except DiffMergeError as error:
             print_diagnostic(str(error))
             failed = failed or error.exit_code
+    _print_seals(done, as_json)
+    return failed
+
+
+def _seal_store(
+    catalog: Catalog, force: bool, policy: TrustPolicy, jobs: int | None, as_json: bool
+) -> int:
+    with progress("seal", len(catalog.snapshots), unit="layers") as advance:
+        found = seal_store(
+            catalog, force=force, policy=policy, jobs=jobs or os.cpu_count() or 1, progress=advance
+        )
+    done = [result for result in found.values() if isinstance(result, SealResult)]
+    lines = (line for result in done for line in (*result.overridden, *result.hints))
+    failures = [f"{tag}: {r}" for tag, r in found.items() if isinstance(r, DiffMergeError)]
+    print_diagnostic(*dict.fromkeys(lines), *failures)
+    _print_seals(done, as_json)
+    return 1 if failures else 0
+
+
+def _print_seals(done: list[SealResult], as_json: bool) -> None:
     if as_json:
         print_json([asdict(result) for result in done])
     elif done:
@@ -88,7 +146,6 @@ def seal(
             ("SEAL", "DONE", ">RANGES", ">DATA", ">BLOCK"),
             ((r.path, r.outcome, r.ranges, r.data_bytes, r.block) for r in done),
         )
-    return failed
 
 
 def _seal(
@@ -110,21 +167,24 @@ _NAMED = 8  # how many unpinned parents the summary names
 
 
 @click.command()
-@image_options
+@trust_options
+@store_options
+@image_or_store_argument
+@layout_options
 @strict_option
-@click.option(
-    "--jobs",
-    type=click.IntRange(1, 256),
-    metavar="N",
-    help="Read N files at a time (default: one per processor).",
-)
+@_jobs_option
 @json_option
 def verify(
     source: ImageArguments,
+    layout: str | None,
+    suffix: str | None,
     jobs: int | None,
     as_json: bool,
 ) -> int:
     """Check every layer of IMAGE against everything recorded about it. Print one line per fault.
+
+    With a directory of snapshots, SOURCE, all of them are checked, with a line for each that is
+    sound. Each layer is read once.
 
     The checks cover the chain (missing parents, cycles), sizes, whether extents can be trusted,
     every seal and presence file, and the sha256 that each snapshot records of its parent
@@ -137,22 +197,52 @@ def verify(
     \b
     Examples:
       diffmergefs verify /srv/snapshots/pandas
+      diffmergefs verify /srv/snapshots
       diffmergefs verify --json /srv/snapshots/pandas | jq -r '.faults[].message'
       diffmergefs verify --base mem_file --diff mem_diff
     """
-    if source.base is not None:
-        opened = verification.open_layers(source.base, source.diffs, source.policy)
-    else:
-        opened = verification.open_image(source.image or "", source.policy)
+    if source.base is not None and (layout or suffix):
+        raise click.UsageError("--layout and --suffix go with SOURCE, not with --base and --diff")
+    catalog = None
+    with progress("open", unit=""):
+        if source.base is not None:
+            opened = verification.open_layers(source.base, source.diffs, source.policy)
+        elif catalog := find_store(source.image or "", layout, suffix, source.policy):
+            opened = verification.open_store(catalog, source.policy)
+        else:
+            opened = verification.open_image(source.image or "", source.policy)
     with opened, progress("verify", opened.total_bytes) as advance:
-        verdict = opened.verify(advance, jobs)
-    print_diagnostic(*verdict.overridden, *verdict.hints)
+        verdicts = opened.verify_all(advance, jobs)
+    found = verdicts.values()
+    print_diagnostic(*dict.fromkeys(line for v in found for line in (*v.overridden, *v.hints)))
+    is_sound = all(verdict.sound for verdict in found)
     if as_json:
-        print_json(verdict.as_dict())
+        facts = [{"tag": tag, **verdict.as_dict()} for tag, verdict in verdicts.items()]
+        print_json(facts if catalog else next(iter(found)).as_dict())
     else:
-        for line in _summary(verdict) if verdict.sound else _faults(verdict):
+        for line in _lines(verdicts) if catalog else _lines_of_image(next(iter(found))):
             click.echo(printable(line))
-    return 0 if verdict.sound else 1
+    return 0 if is_sound else 1
+
+
+def _lines(verdicts: Mapping[str, Verdict]) -> Iterator[str]:
+    told: dict[str, str] = {}
+    for tag, verdict in verdicts.items():
+        faults = _faults(verdict)
+        if news := [fault for fault in faults if told.setdefault(fault, tag) == tag]:
+            yield from (f"{tag}: {fault}" for fault in news)
+        elif faults:
+            yield f"{tag}: not sound, because '{told[faults[0]]}' is not"
+        else:
+            own = verdict.layers[-1]
+            pin = ", unpinned" if own.pin == "unpinned" else ""
+            yield f"{tag}: sound, {counted(len(verdict.layers), 'layer')} of {own.size} bytes{pin}"
+    sound = sum(verdict.sound for verdict in verdicts.values())
+    yield f"{counted(len(verdicts), 'snapshot')}: {sound} sound, {len(verdicts) - sound} not"
+
+
+def _lines_of_image(verdict: Verdict) -> list[str]:
+    return _summary(verdict) if verdict.sound else _faults(verdict)
 
 
 def _faults(verdict: Verdict) -> list[str]:
@@ -162,7 +252,8 @@ def _faults(verdict: Verdict) -> list[str]:
 def _summary(verdict: Verdict) -> list[str]:
     pins = sum(layer.pin == "verified" for layer in verdict.layers)
     size = verdict.layers[0].size
-    lines = [f"sound: {len(verdict.layers)} layers of {size} bytes; pins verified: {pins}"]
+    layers = counted(len(verdict.layers), "layer")
+    lines = [f"sound: {layers} of {size} bytes; pins verified: {pins}"]
     children = [layer.tag or "" for layer in verdict.layers if layer.pin == "unpinned"]
     if children:
         named = ", ".join(children[:_NAMED])

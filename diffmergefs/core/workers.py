@@ -94,6 +94,31 @@ def _by_processes(
             reader.close()
 
 
+class Stopped(Exception):
+    """Ends the work of a thread after `SharedProgress.stop`."""
+
+
+class SharedProgress:
+    """Reports the progress of several threads to one `Progress`, one at a time, and stops them."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._stopped = False
+        self._lock = threading.Lock()
+
+    def report(self, count: int) -> None:
+        """Report the amount done. Raises Stopped once `stop` was called."""
+        with self._lock:
+            if self._stopped:
+                raise Stopped
+            self._progress(count)
+
+    def stop(self) -> None:
+        """Let each thread end with its next report."""
+        with self._lock:
+            self._stopped = True
+
+
 def in_threads(
     work: Callable[[T], R], items: Sequence[T], jobs: int, stop: Callable[[], None]
 ) -> list[R]:

@@ -150,16 +150,22 @@ class OutputFile(_Output):
     keeps a flock until its end; where there are no locks, nothing is removed). Raises
     OutputRefusedError for an output that exists without `force`, that is one of `inputs`, or that
     is no regular file, even with `force` (a symlink is not followed); NoSpaceError where there
-    is no room for a new file; FileAccessError where the directory cannot be written.
+    is no room for a new file; FileAccessError where the directory cannot be written. `location` is
+    another path of the same place, for opening: `path` is then for messages only.
     """
 
     _suffix = ".tmp"
     _is_kind = staticmethod(stat.S_ISREG)
 
     def __init__(
-        self, path: str, inputs: Collection[os.stat_result], *, force: bool = False
+        self,
+        path: str,
+        inputs: Collection[os.stat_result],
+        *,
+        force: bool = False,
+        location: str | None = None,
     ) -> None:
-        super().__init__(path, path, inputs)
+        super().__init__(path, location or path, inputs)
         self._force = force
 
     @property

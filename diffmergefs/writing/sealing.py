@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from diffmergefs.core.errors import DenseDiffError, SealError, failures
+from diffmergefs.core import beneath
+from diffmergefs.core.errors import (
+    DenseDiffError,
+    DiffMergeError,
+    FileAccessError,
+    SealError,
+    failures,
+)
 from diffmergefs.core.extents import PAGE, ExtentList
+from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.sparse import BLOCK, page_aligned
 from diffmergefs.core.view import MergedView, require_equal_size
-from diffmergefs.core.workers import Progress, ignore_progress
-from diffmergefs.opening.content import Parents, Verdicts
+from diffmergefs.core.workers import Progress, SharedProgress, ignore_progress, in_threads
+from diffmergefs.opening.content import Parents, Verdicts, require_meant
 from diffmergefs.opening.filled import Hint, hints, require_exact
-from diffmergefs.opening.images import require_distinct, warn_of_order
-from diffmergefs.opening.opener import Opener
+from diffmergefs.opening.images import open_snapshot, require_distinct, warn_of_order
+from diffmergefs.opening.opener import Opener, opened_store
 from diffmergefs.opening.trust import TrustPolicy, override_lines, require_trust
 from diffmergefs.opening.writers import require_no_writers
 from diffmergefs.sidecars import bmap, seal
 from diffmergefs.sidecars.bmap import ABSENT, SEAL_SUFFIX, BlockMap
 from diffmergefs.sidecars.presence import PRESENCE_SUFFIX
 from diffmergefs.sidecars.verified import Remembered
+from diffmergefs.stores.catalog import Catalog
 from diffmergefs.writing.output import OutputFile, sync_directory
 
 _MODES = 0o666
@@ -74,23 +84,104 @@ def seal_layer(
     SizeMismatchError, LayerChangedError, NoSpaceError, and FileAccessError for every other failure
     of a file.
     """
+    place = _Place(os.fspath(path), os.fspath(path))
+    return _seal(place, parents, force, policy or TrustPolicy(), progress)
+
+
+def seal_store(
+    catalog: Catalog,
+    *,
+    force: bool = False,
+    policy: TrustPolicy | None = None,
+    jobs: int = 1,
+    progress: Progress = ignore_progress,
+) -> dict[str, SealResult | DiffMergeError]:
+    """Seal the layer of each snapshot of a directory, and return the results and errors by tag.
+
+    As `seal_layer`, each over its parents. A base, and a link that a check finds to be a complete
+    image, may have no hole. A layer that several snapshots have is sealed for the first. The
+    parents of all are opened before the first seal is written, with their seals; then `jobs` layers
+    are read at a time. No symlink inside the directory is followed. `progress` gets 1 for each
+    layer. Raises FileAccessError if the directory cannot be opened any more.
+    """
     policy = policy or TrustPolicy()
+    results: dict[str, SealResult | DiffMergeError] = {}
+    parents: dict[FileKey, tuple[str, Sequence[Layer]]] = {}
+    with opened_store(catalog.root, policy) as pool:
+        for tag in sorted(catalog.snapshots):
+            with _kept(results, tag):
+                *below, link = catalog.chain(tag)
+                layers = open_snapshot(below, pool, policy).view.layers if below else ()
+                parents.setdefault(link.layer.key, (tag, layers))
+        shared = SharedProgress(progress)
+
+        def seal_one(job: tuple[str, Sequence[Layer]]) -> None:
+            tag, layers = job
+            path = catalog.snapshots[tag].layer.path
+            with _kept(results, tag), beneath.passing(pool.roots, os.path.dirname(path)) as folder:
+                name = os.path.join(catalog.root, path)
+                place = _Place(os.path.basename(path), name, folder)
+                results[tag] = _seal(place, layers, force, policy, stopping, in_store=True)
+            shared.report(1)
+
+        def stopping(count: int) -> None:
+            shared.report(0)
+
+        in_threads(seal_one, list(parents.values()), jobs, shared.stop)
+    return dict(sorted(results.items()))
+
+
+@contextmanager
+def _kept(results: dict[str, SealResult | DiffMergeError], tag: str) -> Iterator[None]:
+    try:
+        yield
+    except DiffMergeError as error:
+        results[tag] = error.anew()
+    except OSError as error:
+        results[tag] = FileAccessError(f"{error.filename or tag}: {error.strerror}")
+
+
+class _Place(NamedTuple):
+    # A layer's path, beneath the directory `root` if there is one, and its name for messages.
+    path: str
+    name: str
+    root: int | None = None
+
+    def seal(self) -> tuple[str, str]:
+        # The path of its seal for opening, and for messages.
+        if self.root is None:
+            where = _seal_path(self.path)
+            return where, where
+        return f"/proc/self/fd/{self.root}/{self.path}{SEAL_SUFFIX}", self.name + SEAL_SUFFIX
+
+
+def _seal(
+    place: _Place,
+    parents: Sequence[Layer],
+    force: bool,
+    policy: TrustPolicy,
+    progress: Progress,
+    *,
+    in_store: bool = False,
+) -> SealResult:
     opener = Opener(replace(policy, no_seal=True))
-    opened = opener.open(os.fspath(path), is_diff=True)
-    with closing(opened) as layer, failures(os.fspath(path)):
+    opened = opener.open(place.path, place.root, place.name, is_diff=True)
+    with closing(opened) as layer, failures(place.name):
         require_distinct([*parents, layer])
-        overridden = require_trusted(layer, policy, _DENSE)
+        dense = policy.dense or in_store
+        overridden = require_trusted(layer, replace(policy, dense=dense), _DENSE)
         below = Parents(parents) if parents else None
-        hinted = _require_exact(below, layer, policy, overridden)
-        existing = None if force else _existing_seal(layer)
+        hinted = _require_exact(below, layer, policy, overridden, in_store)
+        existing = None if force else _existing_seal(place, layer)
         made = _map_of(layer, layer.extents, policy.page_size, progress)
         document = bmap.dump(made)
-        where = _seal_path(layer.path)
-        outcome = "rewritten" if os.path.lexists(where) else "written"
+        location, where = place.seal()
+        outcome = "rewritten" if os.path.lexists(location) else "written"
         if existing is not None and bmap.dump(existing.content) == document:
             outcome = "unchanged"
         else:
-            _publish(where, document, layer, force=force or existing is not None)
+            replaces = force or existing is not None
+            _publish(where, document, layer, force=replaces, location=location)
     data = sum(made.stops) - sum(made.starts)
     numbers = len(made), data, made.block
     return SealResult(where, outcome, *numbers, tuple(overridden), tuple(map(str, hinted)))
@@ -144,24 +235,31 @@ def require_trusted(layer: Layer, policy: TrustPolicy, dense: str) -> list[str]:
 
 
 def _require_exact(
-    parents: Parents | None, layer: Layer, policy: TrustPolicy, overridden: list[str]
+    parents: Parents | None,
+    layer: Layer,
+    policy: TrustPolicy,
+    overridden: list[str],
+    in_store: bool,
 ) -> list[Hint]:
     verdicts = Verdicts(Remembered(policy.state_dir))
     if parents:
         base = parents.layers[0]
         require_equal_size(base.path, base.size, layer.path, layer.size)
-        warn_of_order(MergedView([*parents.layers, layer]))
+        if not in_store:
+            warn_of_order(MergedView([*parents.layers, layer]))
+        elif layer.extents.covers(layer.size) and not policy.dense:
+            require_meant(parents, layer, verdicts, in_store=True)
         problems = require_exact(parents, layer, policy, verdicts)
         overridden += override_lines(problems)
     return hints(parents, layer, policy, verdicts)
 
 
-def _existing_seal(layer: Layer) -> seal.Stored[BlockMap] | None:
+def _existing_seal(place: _Place, layer: Layer) -> seal.Stored[BlockMap] | None:
     # The existing seal, if it records what is found now. Any other may be worth more than a new
     # one.
     remedy = "; replace it with --force only if you know that the layer's holes are right now"
     try:
-        found = seal.find(layer.path)
+        found = seal.find(place.path, place.root, place.name)
         if found is None:
             return None
         seal.compare(layer, found)
@@ -206,8 +304,10 @@ def _seal_path(path: str) -> str:
     return os.path.realpath(path) + SEAL_SUFFIX
 
 
-def _publish(where: str, document: bytes, layer: Layer, *, force: bool) -> None:
-    with OutputFile(where, [layer.status], force=force) as file:
+def _publish(
+    where: str, document: bytes, layer: Layer, *, force: bool, location: str | None = None
+) -> None:
+    with OutputFile(where, [layer.status], force=force, location=location) as file:
         file.write(document)
         with failures(where, file.target):
             if os.geteuid() == 0:

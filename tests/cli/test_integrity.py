@@ -1,4 +1,4 @@
-"""The verb verify."""
+"""The verbs verify and seal, of an image and of a whole directory of snapshots."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import diffmergefs, mistake, succeed
+from tests.support.images import signed, write_layer
 from tests.support.live import Gate, patch_children
-from tests.support.stores import (
-    SIZE,
-    write_chain,
-    write_tag,
-)
+from tests.support.stores import SIZE, pages, write_chain, write_numbered, write_tag
+from tests.support.subjects.filled import filled_store
 from tests.support.subjects.verify import ABSENT, hash_of, root, state
 
 __all__ = ["root", "state"]
@@ -112,3 +110,132 @@ def test_an_interrupt_ends_it_at_once(
         gate.open()
         process.kill()
         process.communicate()
+
+
+# A whole directory of snapshots
+
+
+def test_verify_of_a_store_has_a_line_for_each_snapshot(root: Path, state: Path) -> None:
+    option = f"--state-dir={state}"
+    write_tag(root, "free", "leaf", layer=3)
+    layers = [f"sound, {n} layers of {SIZE} bytes" for n in range(5)]
+    assert succeed("verify", option, root).splitlines() == [
+        f"base: sound, 1 layer of {SIZE} bytes",
+        f"work: {layers[2]}",
+        f"leaf: {layers[3]}",
+        f"free: {layers[4]}, unpinned",
+        "4 snapshots: 4 sound, 0 not",
+    ]
+    write_tag(root, "work", "base", layer=1, parent_content_hash=ABSENT)
+    write_tag(root, "orphan", "nobody", layer=5)
+    done = diffmergefs("verify", option, "--jobs=1", root)
+    assert (done.returncode, done.stderr) == (1, "")
+    base, orphan, work, leaf, free, total = done.stdout.splitlines()
+    assert base == f"base: sound, 1 layer of {SIZE} bytes"
+    assert orphan == "orphan: parent 'nobody' of 'orphan' is missing"
+    assert work.startswith("work: ") and ABSENT in work
+    assert leaf == "leaf: not sound, because 'work' is not"
+    assert free == "free: not sound, because 'work' is not"
+    assert total == "5 snapshots: 1 sound, 4 not"
+    facts = json.loads(diffmergefs("verify", option, "--json", root).stdout)
+    assert [(f["tag"], f["sound"], len(f["layers"])) for f in facts] == [
+        ("base", True, 1),
+        ("orphan", False, 1),
+        ("work", False, 2),
+        ("leaf", False, 3),
+        ("free", False, 4),
+    ]
+
+
+def test_verify_of_a_store_of_another_suffix_or_of_two_layouts(tmp_path: Path) -> None:
+    write_numbered(tmp_path, ["000-base.ram", "001-work.ram"])
+    assert "--suffix .ram" in mistake(3, "verify", tmp_path)
+    assert succeed("verify", "--suffix=ram", tmp_path).endswith("2 snapshots: 2 sound, 0 not\n")
+    write_tag(tmp_path, "native")
+    assert "--layout" in mistake(3, "verify", "--suffix=ram", tmp_path)
+    assert "native: sound" in succeed("verify", "--layout=forkd", tmp_path)
+    done = diffmergefs("verify", "--layout=forkd", "--base", tmp_path / "000-base.ram")
+    assert done.returncode == 2 and "--layout and --suffix go with SOURCE" in done.stderr
+
+
+def test_seal_of_a_store_seals_each_layer_over_its_parents(tmp_path: Path) -> None:
+    store = write_chain(tmp_path / "store", ["base", "work", "leaf"])
+    write_layer(store / "base" / "memory.bin", SIZE, pages(0, range(16)))  # no hole
+    found = json.loads(succeed("seal", "--json", "--jobs=2", store))
+    assert [(each["path"], each["outcome"]) for each in found] == [
+        (f"{store}/{tag}/memory.bin.bmap", "written") for tag in ("base", "leaf", "work")
+    ]
+    for tag in ("base", "work", "leaf"):
+        layer = store / tag / "memory.bin"
+        assert (layer.parent / "memory.bin.bmap").stat().st_mode == layer.stat().st_mode
+    rows = succeed("seal", store).splitlines()
+    assert [row.split()[1] for row in rows] == ["DONE", *["unchanged"] * 3]
+    assert succeed("verify", store / "leaf").startswith("sound: 3 layers")
+    facts = json.loads(succeed("info", "--json", store / "leaf"))
+    assert [layer["trust"] for layer in facts["layers"]] == ["sealed"] * 3
+
+
+def test_seal_of_a_store_goes_on_after_a_failure(tmp_path: Path) -> None:
+    store = write_chain(tmp_path / "store", ["base", "work", "leaf"])
+    write_tag(store, "orphan", "nobody", layer=4)
+    harmed = store / "work" / "memory.bin"
+    harmed.write_bytes(harmed.read_bytes())
+    write_tag(store, "other", "base", layer=5)
+    done = diffmergefs("seal", store)
+    assert done.returncode == 1
+    leaf, orphan, work = sorted(done.stderr.splitlines())
+    assert leaf.startswith("diffmergefs: leaf: ") and "work/memory.bin: looks like a diff" in leaf
+    assert orphan == "diffmergefs: orphan: parent 'nobody' of 'orphan' is missing"
+    assert work.startswith(f"diffmergefs: work: {harmed}: looks like a diff whose holes were fill")
+    assert sorted(path.parent.name for path in store.rglob("*.bmap")) == ["base", "other"]
+    assert [row.split()[1] for row in done.stdout.splitlines()] == ["DONE", "written", "written"]
+
+
+def test_seal_of_a_store_accepts_a_complete_image_and_numbered_layers(tmp_path: Path) -> None:
+    store = write_chain(tmp_path / "store", ["base", "work"])
+    full = write_tag(store, "full", "work", layer=4, numbers=range(16)) / "memory.bin"
+    write_layer(full, SIZE, [(0, signed(0, 0, SIZE)), *pages(4, range(12))])
+    assert len(succeed("seal", store).splitlines()) == 4
+    layers = write_numbered(tmp_path / "layers", ["000-base.mem", "001-work.mem"])
+    assert len(succeed("seal", layers).splitlines()) == 3
+    assert succeed("list", layers).count("complete") == 2
+
+
+def test_seal_of_a_store_follows_no_symlink_in_it(tmp_path: Path) -> None:
+    store = write_chain(tmp_path / "store", ["base", "work"])
+    (store / "work").rename(tmp_path / "outside")
+    (store / "work").symlink_to(tmp_path / "outside")
+    assert len(succeed("seal", store).splitlines()) == 2
+    assert not list((tmp_path / "outside").glob("*.bmap"))
+
+
+def test_seal_of_a_store_tells_what_looks_filled_and_refuses_it_if_strict(tmp_path: Path) -> None:
+    tags = filled_store(tmp_path, 2)
+    done = diffmergefs("seal", "--strict", tmp_path)
+    assert done.returncode == 1
+    assert [path.parent.name for path in tmp_path.rglob("*.bmap")] == ["base"]
+    done = diffmergefs("seal", tmp_path)
+    assert done.returncode == 0
+    assert [line.count("looks as if holes were filled") for line in done.stderr.splitlines()] == [
+        1
+    ] * 2
+    assert sorted(path.parent.name for path in tmp_path.rglob("*.bmap")) == ["base", *tags]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["{store}", "{store}"], "is sealed alone"),
+        (["--base", "{layer}", "{store}"], "is sealed alone"),
+        (["{store}/work"], "is one snapshot; name its memory file"),
+        (["--jobs=2", "{layer}"], "--jobs needs a directory of snapshots"),
+        (["--layout=forkd", "{layer}"], "--layout needs a directory of snapshots"),
+        ([], "name the layers to seal"),
+    ],
+)
+def test_a_wrong_use_of_seal(arguments: list[str], text: str, tmp_path: Path) -> None:
+    store = write_chain(tmp_path / "store", ["base", "work"])
+    layer = store / "work" / "memory.bin"
+    done = diffmergefs("seal", *(a.format(store=store, layer=layer) for a in arguments))
+    assert done.returncode == 2 and text in done.stderr
+    assert not list(store.rglob("*.bmap"))

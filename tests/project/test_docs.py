@@ -546,7 +546,8 @@ def test_a_synopsis_has_the_right_arguments(name: str) -> None:
         word.strip("[].")
         for param in command.params
         if isinstance(param, click.Argument)
-        for word in (param.metavar or (param.name or "").upper()).split()
+        for words in (param.metavar or (param.name or "").upper()).split()
+        for word in words.strip("[].").split("|")
     }
     if isinstance(command, click.Group):
         wanted = {"COMMAND", "ARGUMENT"}

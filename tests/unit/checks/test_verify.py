@@ -13,7 +13,7 @@ import pytest
 
 from diffmergefs.checks import verify
 from diffmergefs.checks.verdict import Verdict
-from diffmergefs.checks.verify import open_image, open_layers
+from diffmergefs.checks.verify import open_image, open_layers, open_store
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.identity import FileVersion
 from diffmergefs.core.layer import Layer
@@ -21,7 +21,11 @@ from diffmergefs.core.workers import in_threads
 from diffmergefs.opening import pins
 from diffmergefs.opening.pins import content_hash
 from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.sidecars import seal
+from diffmergefs.sidecars.seal import compare_once
 from diffmergefs.sidecars.verified import Identity, Remembered
+from diffmergefs.stores.catalog import read_catalog
+from diffmergefs.writing.sealing import seal_layer
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.stores import (
@@ -304,4 +308,79 @@ def test_what_fails_in_one_thread_ends_the_others(
     assert next(blocks, None) is not None
 
 
-# The command
+# A whole directory
+
+
+def verdicts_on(store: Path, state: Path, **options: Any) -> dict[str, Verdict]:
+    policy = TrustPolicy(state_dir=str(state), **options)
+    with open_store(read_catalog(str(store)), policy) as opened:
+        return opened.verify_all()
+
+
+def test_all_snapshots_of_a_directory_are_checked_parents_first(root: Path, state: Path) -> None:
+    write_tag(root, "a-branch", "base", layer=3)
+    verdicts = verdicts_on(root, state)
+    assert list(verdicts) == ["base", "a-branch", "work", "leaf"]
+    assert all(verdict.sound for verdict in verdicts.values())
+    for tag, verdict in verdicts.items():
+        assert verdict == verified(root / tag, state)
+    assert opened_beneath(root) == set()
+
+
+def test_faults_are_those_of_each_image_and_of_no_other(root: Path, state: Path) -> None:
+    write_tag(root, "work", "base", layer=1, parent_content_hash=ABSENT)
+    write_tag(root, "orphan", "nobody", layer=4)
+    write_tag(root, "other", "base", layer=5)
+    write_document(root, "bad", "{")
+    verdicts = verdicts_on(root, state)
+    assert {tag: kinds(verdict) for tag, verdict in verdicts.items()} == {
+        "base": [],
+        "other": [],
+        "work": ["pin"],
+        "leaf": ["pin"],
+        "orphan": ["chain"],
+        "bad": ["chain"],
+    }
+    for tag, verdict in verdicts.items():
+        assert verdict.faults == verified(root / tag, state).faults
+
+
+def test_each_layer_is_read_once_however_many_images_have_it(
+    root: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tag(root, "other", "work", layer=3, parent_content_hash=sha256(root / "work/memory.bin"))
+    for tag in ("base", "work", "leaf"):
+        seal_layer(root / tag / "memory.bin", policy=TrustPolicy(dense=True))
+    read: list[str] = []
+    compared: list[str] = []
+
+    def counted(layer: Layer, *arguments: Any) -> str:
+        read.append(layer.path)
+        return content_hash(layer, *arguments)
+
+    def compared_once(layer: Layer, *arguments: Any, **options: Any) -> None:
+        compared.append(layer.path)
+        compare_once(layer, *arguments, **options)
+
+    monkeypatch.setattr(pins, "content_hash", counted)
+    monkeypatch.setattr(seal, "compare_once", compared_once)
+    done: list[int] = []
+    with open_store(read_catalog(str(root)), TrustPolicy(state_dir=str(state))) as opened:
+        assert all(verdict.sound for verdict in opened.verify_all(done.append, jobs=2).values())
+        assert sum(done) == opened.total_bytes
+    paths = [f"{root}/{tag}/memory.bin" for tag in ("base", "leaf", "work")]
+    assert sorted(read) == [paths[0], paths[2]]
+    assert sorted(compared) == paths
+
+
+def test_a_cycle_in_a_directory_is_a_fault_of_each_of_its_snapshots(
+    root: Path, state: Path
+) -> None:
+    write_tag(root, "base", "leaf", layer=3)
+    verdicts = verdicts_on(root, state)
+    assert all(kinds(verdict)[0] == "chain" for verdict in verdicts.values())
+    assert {verdict.faults[0].message.split(",")[0] for verdict in verdicts.values()} == {
+        "cycle: base -> leaf -> work -> base",
+        "cycle: leaf -> work -> base -> leaf",
+        "cycle: work -> base -> leaf -> work",
+    }

@@ -16,7 +16,15 @@ import pytest
 from diffmergefs.core import workers
 from diffmergefs.core.errors import LayerChangedError
 from diffmergefs.core.layer import Layer
-from diffmergefs.core.workers import close, closing_in_threads, in_order, in_threads, started
+from diffmergefs.core.workers import (
+    SharedProgress,
+    Stopped,
+    close,
+    closing_in_threads,
+    in_order,
+    in_threads,
+    started,
+)
 from tests.support.images import PAGE, write_layer
 from tests.support.live import until
 
@@ -92,6 +100,17 @@ def test_the_first_error_of_a_thread_stops_the_others(jobs: int) -> None:
     with pytest.raises(LayerChangedError, match="/a: changed"):
         in_threads(work, range(1000), jobs, stopped.set)
     assert stopped.is_set() and len(done) < 10
+
+
+def test_threads_report_to_one_progress_until_they_are_stopped() -> None:
+    done: list[int] = []
+    shared = SharedProgress(done.append)
+    in_threads(shared.report, [1, 2, 3, 4], 3, shared.stop)
+    assert sorted(done) == [1, 2, 3, 4]
+    shared.stop()
+    with pytest.raises(Stopped):
+        shared.report(5)
+    assert sum(done) == 10
 
 
 @pytest.mark.parametrize("jobs", [0, -1])
