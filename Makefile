@@ -74,10 +74,11 @@ LOWEST_TESTS := $(addprefix tests/,mount/test_read.py mount/test_lifecycle.py mo
 test-lowest: $(LOWEST)/.stamp | system-test-packages
 	@$(LOWEST)/bin/python -m pytest -o filterwarnings=default --disable-warnings $(LOWEST_TESTS)
 
-# Apart from `make test`: it takes minutes, and needs a mirror of Debian.
+# Apart from `make test`: it takes minutes, and needs a mirror of Debian. A fixture takes longer than
+# the time after which pytest prints a traceback.
 test-packages: $(VENV)/.stamp-test | system-deb-packages
 	@.ci/system-packages $(TEST_DEB_PACKAGES)
-	@$(BIN)/python -m pytest tests/packages $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -o faulthandler_timeout=0 tests/packages $(PYTEST_ARGS)
 
 # Without the traceback that pytest prints of a test which takes long, and without the debug lines
 # of a hundred thousand inputs.

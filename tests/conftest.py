@@ -30,6 +30,7 @@ _MARKERS = {
     "filesystems": ("root",),
     "mount": ("root", "fuse"),
     "faults": ("root", "fuse", "slow"),
+    "packages": ("root", "fuse", "slow"),
     "fuzz": ("slow",),
     "vm": ("root", "fuse", "slow"),
 }

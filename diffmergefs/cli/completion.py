@@ -9,6 +9,16 @@ from click.shell_completion import get_completion_class
 #: The supported shells.
 SHELLS = ["bash", "zsh", "fish"]
 
+# The end of the script for zsh. It is run once, or zsh loads it as a function and calls that for
+# each tabulator. (click's own end completes nothing at the second, and before 8.1.4 at the first.)
+_ZSH_END = """
+if [[ $zsh_eval_context[-1] == (loadautofunc|shfunc) ]]; then
+    %(complete_func)s "$@"
+else
+    compdef %(complete_func)s %(prog_name)s
+fi
+"""
+
 
 @click.command()
 @click.argument("shell", type=click.Choice(SHELLS))
@@ -29,5 +39,9 @@ def script(shell: str) -> str:
     kind = get_completion_class(shell)
     assert kind is not None
     made = kind(click.Group(), {}, "diffmergefs", "_DIFFMERGEFS_COMPLETE")
+    template = made.source_template
+    if shell == "zsh":
+        function, end, _ = template.rpartition("\n}\n")
+        template = function + end + _ZSH_END
     # click's source() would run bash and print a warning about its version.
-    return made.source_template % made.source_vars()
+    return template % made.source_vars()

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import os
-import pty
-import re
-import select
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from diffmergefs.cli.completion import SHELLS
 from tests.support.commands import diffmergefs, succeed
+from tests.support.terminals import SET_UP, STARTS, shell_on_a_terminal
 
 _SECONDS = 40
-PROMPT = "ready> "
-STARTS = {
-    "bash": ["bash", "--norc", "--noprofile", "-i"],
-    "zsh": ["zsh", "-f", "-i"],
-}
-SET_UP = {
-    "bash": f"PS1='{PROMPT}'; bind 'set bell-style none'",
-    "zsh": f"PS1='{PROMPT}'; unsetopt zle_bracketed_paste; autoload -Uz compinit; compinit -u",
-}
 # What is typed, and what the line is when it was completed.
 LINES = {
     "diffmergefs fla": "diffmergefs flatten ",
@@ -62,52 +50,21 @@ def environment(home: Path) -> dict[str, str]:
     }
 
 
-class Terminal:
-    """A shell on a terminal of its own, in `home`."""
-
-    def __init__(self, shell: str, home: Path) -> None:
-        self._fd, theirs = pty.openpty()
-        self.process = subprocess.Popen(
-            STARTS[shell],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            cwd=home,
-            env=environment(home),
-            start_new_session=True,
-        )
-        os.close(theirs)
-        self.text = ""
-        self.type(f"{SET_UP[shell]}; source ./script.{shell}; echo set''up\n")
-        self.wait_for(r"setup\s")
-
-    def type(self, text: str) -> None:
-        self.text = ""
-        os.write(self._fd, text.encode())
-
-    def wait_for(self, pattern: str) -> None:
-        deadline = time.monotonic() + _SECONDS
-        while not re.search(pattern, self.text):
-            assert time.monotonic() < deadline, f"no {pattern} in {self.text!r}"
-            if select.select([self._fd], [], [], 0.1)[0]:
-                self.text += os.read(self._fd, 65536).decode(errors="replace")
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait(20)
-        os.close(self._fd)
-
-
 @pytest.mark.parametrize("shell", STARTS)
 def test_a_tabulator_completes(shell: str, home: Path) -> None:
-    terminal = Terminal(shell, home)
-    try:
+    set_up = f"{SET_UP[shell]}; source ./script.{shell}"
+    with shell_on_a_terminal(STARTS[shell], set_up, home, environment(home)) as terminal:
         for typed, completed in LINES.items():
-            terminal.type(f"{typed}\t")
-            terminal.wait_for(re.escape(completed.removeprefix(typed)))
-            terminal.type("\x15")  # the line is thrown away
-    finally:
-        terminal.close()
+            terminal.complete(typed, completed)
+
+
+def test_zsh_completes_where_it_loads_the_script_as_a_function(home: Path) -> None:
+    (home / "functions").mkdir()
+    (home / "script.zsh").rename(home / "functions/_diffmergefs")
+    set_up = f"fpath+=({home}/functions); {SET_UP['zsh']}"
+    with shell_on_a_terminal(STARTS["zsh"], set_up, home, environment(home)) as terminal:
+        for typed, completed in LINES.items():
+            terminal.complete(typed, completed)
 
 
 def test_fish_completes(home: Path) -> None:
