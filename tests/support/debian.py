@@ -23,7 +23,7 @@ SUITES = ["bookworm", "trixie"]
 
 _MIRROR = "http://deb.debian.org/debian"
 # What a user's machine has besides the smallest system.
-_PROGRAMS = ["bash-completion", "fish", "man-db", "systemd", "zsh"]
+_PROGRAMS = ["adduser", "bash-completion", "fish", "man-db", "systemd", "zsh"]
 _BASES = REPOSITORY / "build" / "packages"
 _ANSWER_SECONDS = 30
 _SECONDS = 600
@@ -58,12 +58,7 @@ def base(suite: str, depends: str) -> Path:
     make = ["debootstrap", "--variant=minbase", f"--include={','.join(_PROGRAMS)}"]
     _run([*make, suite, str(new), mirror])
     (new / "etc/apt/apt.conf.d/90this-machine").write_text(_settings_of_apt(), encoding="utf-8")
-    for command in (
-        ["update"],
-        # What debootstrap leaves that nothing needs would go with the package otherwise.
-        ["autoremove", "--purge", "--yes"],
-        ["satisfy", "--download-only", "--yes", depends],
-    ):
+    for command in (["update"], ["satisfy", "--download-only", "--yes", depends]):
         _run(["chroot", str(new), "apt-get", *command], _environment())
     new.rename(path)
     return path
