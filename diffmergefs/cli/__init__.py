@@ -17,6 +17,7 @@ from typing import TextIO
 import click
 
 from diffmergefs.cli.output import print_diagnostic
+from diffmergefs.cli.usage import usage_line
 from diffmergefs.cli.verbs import Verbs
 from diffmergefs.core import __version__
 from diffmergefs.core.errors import DiffMergeError, FileAccessError, MissingExtraError
@@ -40,7 +41,7 @@ _SERVICE_VARIABLES = {ADDRESS, JOURNAL, "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNA
 
 
 @click.group(cls=Verbs, context_settings=CONTEXT_SETTINGS)
-@click.version_option(__version__, prog_name="diffmergefs")
+@click.version_option(__version__, "-V", "--version", prog_name="diffmergefs")
 def cli() -> None:
     """Show chains of VM snapshots (a full base and sparse diffs) as complete memory files.
 
@@ -51,7 +52,8 @@ def cli() -> None:
       diffmergefs list /srv/snapshots
       diffmergefs flatten /srv/snapshots/pandas -o pandas.mem
 
-    Exit codes: 0 success, 1 the answer is no, 2 usage error; docs/exit-codes.md lists the others.
+    `diffmergefs help COMMAND` explains a command. Exit codes: 0 success, 1 the answer is no, 2
+    usage error; docs/exit-codes.md lists the others.
     """
 
 
@@ -120,8 +122,7 @@ def _run(arguments: list[str] | None, command: click.Command, name: str) -> int:
         sys.stdout.flush()
         return answer if isinstance(answer, int) else 0
     except click.ClickException as error:
-        with suppress(OSError):
-            error.show()
+        print_diagnostic(usage_line(error))
         return USAGE
     except (click.Abort, KeyboardInterrupt):
         print_diagnostic("interrupted")

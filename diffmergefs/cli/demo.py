@@ -19,6 +19,7 @@ import click
 from diffmergefs.cli.doctor import temporary_mount
 from diffmergefs.cli.options import DIRECTORY
 from diffmergefs.cli.output import print_json
+from diffmergefs.cli.usage import Verb
 from diffmergefs.core.errors import OutputRefusedError, Target, VerificationError, failures
 from diffmergefs.core.extents import PAGE
 from diffmergefs.opening.images import open_image
@@ -53,7 +54,7 @@ _NEXT = (
 _Pages = Mapping[int, bytes]
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.option(
     "--keep", type=DIRECTORY, metavar="DIR", help="Make the files in DIR, and leave them there."
 )

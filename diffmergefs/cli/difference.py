@@ -25,7 +25,9 @@ from diffmergefs.cli.output import (
     print_table,
     printable,
     progress,
+    sized,
 )
+from diffmergefs.cli.usage import Verb
 from diffmergefs.cli.write import report_diff
 from diffmergefs.core.errors import counted
 from diffmergefs.core.extents import ExtentList
@@ -73,7 +75,7 @@ def _opened_side(
         yield view
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
 @click.option("--map", "with_map", is_flag=True, help="Also print the ranges that differ.")
@@ -140,11 +142,12 @@ def _print_comparison_json(found: Comparison, with_map: bool) -> None:
 
 def _print_comparison(found: Comparison, with_map: bool) -> None:
     if found.first is None:
-        click.echo(f"equal: {found.size} bytes, {found.compared_bytes} compared")
+        click.echo(f"equal: {sized(found.size, 'bytes')}, {sized(found.compared_bytes)} compared")
         return
     click.echo(
         f"different: the first difference is at byte {found.first} ({found.first:#x});"
-        f" {found.differing_pages} of {_pages(found)} pages of {found.page_size} bytes differ"
+        f" {found.differing_pages} of {counted(_pages(found), 'page')} of {found.page_size} bytes"
+        f" {'differs' if found.differing_pages == 1 else 'differ'}"
     )
     if with_map:
         print_table(
@@ -153,7 +156,7 @@ def _print_comparison(found: Comparison, with_map: bool) -> None:
         )
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("parent", required=False, type=PATH)
 @click.argument("child", required=False, type=PATH)
 @output_options(
@@ -236,9 +239,10 @@ def rediff(
         "compared_bytes": result.compared_bytes,
         "ratio": result.ratio,
     }
-    text = f"{result.changed_pages} of {-(-written.size // result.page_size)} pages changed;"
-    text += f" {written.data_bytes} bytes written of {written.size} ({result.ratio:.2%}),"
-    text += f" {result.compared_bytes} compared"
+    pages = counted(-(-written.size // result.page_size), "page")
+    text = f"{result.changed_pages} of {pages} changed; {sized(written.data_bytes, 'bytes')}"
+    text += f" written of {sized(written.size)}, {result.ratio:.2%};"
+    text += f" {sized(result.compared_bytes)} compared"
     report_diff(output, written, facts, text, as_json, how)
 
 
@@ -250,7 +254,7 @@ def _report_store(made: NewStore, as_json: bool) -> None:
         print_json(facts)
         return
     print_table(
-        ("TAG", "PARENT", "DONE", ">SIZE", ">DATA BEFORE", ">DATA NOW"),
+        ("TAG", "PARENT", "DONE", "=SIZE", "=DATA BEFORE", "=DATA NOW"),
         ((s.tag, s.parent, s.done, s.size, s.data_before, s.data_bytes) for s in made.snapshots),
     )
     rediffed = sum(s.done == "rediffed" for s in made.snapshots)
@@ -259,6 +263,6 @@ def _report_store(made: NewStore, as_json: bool) -> None:
     click.echo(
         f"{printable(made.output)}: {counted(len(made.snapshots), 'snapshot')},"
         f" {counted(rediffed, 'dense link')} rediffed;"
-        f" {made.data_before} bytes of data before, {made.data_bytes} now,"
-        f" {saved} saved ({share:.2%})"
+        f" {sized(made.data_before, 'bytes')} of data before, {sized(made.data_bytes)} now,"
+        f" {sized(saved)} saved, {share:.2%}"
     )

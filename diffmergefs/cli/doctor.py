@@ -28,6 +28,7 @@ from diffmergefs.cli.options import (
     with_policy,
 )
 from diffmergefs.cli.output import print_diagnostic, print_json, printable, progress
+from diffmergefs.cli.usage import Verb
 from diffmergefs.core.errors import (
     DiffMergeError,
     FileAccessError,
@@ -53,7 +54,7 @@ _REMEDY = (
 _finding = partial(Finding, "host", "mount")
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("paths", metavar="[PATH...]", nargs=-1, type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @with_policy

@@ -13,6 +13,7 @@ import click
 from diffmergefs.cli.helper import NAME as HELPER
 from diffmergefs.cli.options import DIRECTORY
 from diffmergefs.cli.output import print_diagnostic, printable
+from diffmergefs.cli.usage import Verb
 from diffmergefs.core.errors import FileAccessError, OutputRefusedError
 from diffmergefs.system import installation
 
@@ -27,7 +28,7 @@ _PLACE = re.compile(
 )
 
 
-@click.command("install-extras")
+@click.command("install-extras", cls=Verb)
 @click.option(
     "--prefix",
     type=DIRECTORY,

@@ -78,9 +78,12 @@ def require_one_source(
 
     Also raise it if the `policy` allows something that only a source can have, without a source.
     """
-    if (source is None) == (base is None):
+    if source is not None and base is not None:
+        also = f"; if {source} is a diff, give one --diff for each file" if diffs else ""
+        raise click.UsageError(f"give either {what} or --base FILE, not both{also}")
+    if source is None and base is None and not diffs:
         raise click.UsageError(f"give either {what} or --base FILE [--diff FILE ...]")
-    if diffs and base is None:
+    if base is None and diffs:
         raise click.UsageError("--diff needs --base")
     for name in ("allow_outside", "allow_gaps") if base is not None else ():
         if getattr(policy, name):

@@ -22,7 +22,15 @@ from diffmergefs.cli.options import (
     trust_options,
     trust_options_without_records,
 )
-from diffmergefs.cli.output import print_diagnostic, print_json, print_table, printable, progress
+from diffmergefs.cli.output import (
+    print_diagnostic,
+    print_json,
+    print_table,
+    printable,
+    progress,
+    sized,
+)
+from diffmergefs.cli.usage import Verb
 from diffmergefs.core.errors import DiffMergeError, counted
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
@@ -38,7 +46,7 @@ _jobs_option = click.option(
 )
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("layers", metavar="[LAYER|SOURCE]...", nargs=-1, type=PATH)
 @layer_options
 @click.option(
@@ -143,7 +151,7 @@ def _print_seals(done: list[SealResult], as_json: bool) -> None:
         print_json([asdict(result) for result in done])
     elif done:
         print_table(
-            ("SEAL", "DONE", ">RANGES", ">DATA", ">BLOCK"),
+            ("SEAL", "DONE", ">RANGES", "=DATA", ">BLOCK"),
             ((r.path, r.outcome, r.ranges, r.data_bytes, r.block) for r in done),
         )
 
@@ -166,7 +174,7 @@ def _seal(
 _NAMED = 8  # how many unpinned parents the summary names
 
 
-@click.command()
+@click.command(cls=Verb)
 @trust_options
 @store_options
 @image_or_store_argument
@@ -236,7 +244,8 @@ def _lines(verdicts: Mapping[str, Verdict]) -> Iterator[str]:
         else:
             own = verdict.layers[-1]
             pin = ", unpinned" if own.pin == "unpinned" else ""
-            yield f"{tag}: sound, {counted(len(verdict.layers), 'layer')} of {own.size} bytes{pin}"
+            layers = counted(len(verdict.layers), "layer")
+            yield f"{tag}: sound, {layers} of {sized(own.size or 0, 'bytes')}{pin}"
     sound = sum(verdict.sound for verdict in verdicts.values())
     yield f"{counted(len(verdicts), 'snapshot')}: {sound} sound, {len(verdicts) - sound} not"
 
@@ -252,8 +261,10 @@ def _faults(verdict: Verdict) -> list[str]:
 def _summary(verdict: Verdict) -> list[str]:
     pins = sum(layer.pin == "verified" for layer in verdict.layers)
     size = verdict.layers[0].size
-    layers = counted(len(verdict.layers), "layer")
-    lines = [f"sound: {layers} of {size} bytes; pins verified: {pins}"]
+    lines = [
+        f"sound: {counted(len(verdict.layers), 'layer')} of {sized(size or 0, 'bytes')};"
+        f" pins verified: {pins}"
+    ]
     children = [layer.tag or "" for layer in verdict.layers if layer.pin == "unpinned"]
     if children:
         named = ", ".join(children[:_NAMED])

@@ -17,9 +17,17 @@ from diffmergefs.cli.options import (
     strict_option,
     trust_options,
 )
-from diffmergefs.cli.output import print_diagnostic, print_json, print_table, printable, progress
+from diffmergefs.cli.output import (
+    print_diagnostic,
+    print_json,
+    print_table,
+    printable,
+    progress,
+    sized,
+)
 from diffmergefs.cli.picture import draw_extents, picture_options, require_matplotlib
-from diffmergefs.core.errors import DiffMergeError, FileAccessError
+from diffmergefs.cli.usage import Verb
+from diffmergefs.core.errors import DiffMergeError, FileAccessError, counted
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.images import open_snapshot
 from diffmergefs.opening.opener import LayerPool, opened_store
@@ -58,7 +66,7 @@ class Row:
         return f"{self.state}, unpinned" if self.pinned is False else self.state
 
 
-@click.command("list")
+@click.command("list", cls=Verb)
 @click.argument("source", type=PATH)
 @layout_options
 @click.option("--why", is_flag=True, help="Print which check refuses a broken snapshot, and why.")
@@ -103,7 +111,7 @@ def list_(
         print_json([asdict(row) for row in rows])
         return
     print_table(
-        ("TAG", "PARENT", ">DEPTH", ">SIZE", ">DIRTY", "STATE"),
+        ("TAG", "PARENT", ">DEPTH", "=SIZE", "=DIRTY", "STATE"),
         ((r.tag, r.parent, r.depth, r.size, r.dirty_bytes, r.state_text) for r in rows),
     )
     if why:
@@ -147,7 +155,7 @@ def _row(
     return Row(tag, snapshot.parent, len(links), size, dirty, state, pinned, hints=hints)
 
 
-@click.command()
+@click.command(cls=Verb)
 @image_options
 @strict_option
 @picture_options(
@@ -157,9 +165,6 @@ def _row(
 @json_option
 def info(source: ImageArguments, plot: str | None, force: bool, as_json: bool) -> None:
     """Print the layers of IMAGE, what each one holds, and how much of it is visible.
-
-    IMAGE is a snapshot directory or a numbered layer file. You can name layers with --base and
-    --diff instead.
 
     \b
     Examples:
@@ -180,11 +185,11 @@ def info(source: ImageArguments, plot: str | None, force: bool, as_json: bool) -
         print_json(facts.as_dict())
         return
     print_table(
-        (">#", "LAYER", ">DATA", ">EXTENTS", ">VISIBLE", ">SHADOWED", ">GRAIN", "TRUST"),
+        (">#", "LAYER", "=DATA", ">EXTENTS", "=VISIBLE", "=SHADOWED", ">GRAIN", "TRUST"),
         ((n, *astuple(layer)) for n, layer in enumerate(facts.layers)),
     )
     state = ", dense" if facts.dense else ""
     click.echo(
-        f"{len(facts.layers)} layers, {facts.size} bytes, of which {facts.holes} are holes in all;"
-        f" {facts.segments} segments{state}"
+        f"{counted(len(facts.layers), 'layer')}, {sized(facts.size, 'bytes')}, of which"
+        f" {sized(facts.holes)} are holes in all; {counted(facts.segments, 'segment')}{state}"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,16 +12,15 @@ import click
 from diffmergefs.analysis import info
 from diffmergefs.analysis.info import MapEntry
 from diffmergefs.cli.inputs import ImageArguments, image_options
+from diffmergefs.cli.options import Size
 from diffmergefs.cli.output import printable, progress
 from diffmergefs.cli.picture import draw_map, picture_options, require_matplotlib
 from diffmergefs.cli.terminal import TerminalMap
+from diffmergefs.cli.usage import Verb
 from diffmergefs.core.view import MergedView
 from diffmergefs.core.workers import Progress, ignore_progress
 from diffmergefs.opening.images import Image
 from diffmergefs.pictures.maps import Subject, short_names
-
-_NUMBER = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([kmgt])(?:i?b)?)?", re.IGNORECASE)
-_POWERS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
 
 def _range(
@@ -34,21 +32,12 @@ def _range(
     start, colon, stop = value.partition(":")
     if not colon:
         raise click.BadParameter(f"{value!r} is not START:END")
-    return _bytes(start) or 0, _bytes(stop)
+    size = Size()
+    low = size.convert(start, parameter, context) if start else 0
+    return low, size.convert(stop, parameter, context) if stop else None
 
 
-def _bytes(text: str) -> int | None:
-    if not text:
-        return None
-    if not (found := _NUMBER.fullmatch(text)):
-        raise click.BadParameter(f"{text!r} is not a number of bytes, like 4096, 0x1000 or 4K")
-    return (
-        int(found[1], 0 if found[1][:2].lower() == "0x" else 10)
-        << _POWERS[(found[2] or "").lower()]
-    )
-
-
-@click.command("map")
+@click.command("map", cls=Verb)
 @image_options
 @picture_options("-o", "--output", description="Draw a picture, FILE.png or FILE.svg.")
 @click.option(

@@ -17,6 +17,7 @@ from diffmergefs.cli.options import (
     MOUNTPOINT,
     PATH,
     OptionalValue,
+    Size,
     layer_options,
     layout_options,
     store_options,
@@ -27,13 +28,14 @@ from diffmergefs.cli.options import (
 )
 from diffmergefs.cli.output import print_diagnostic
 from diffmergefs.cli.start import Request, serve_in_background, serve_in_front
+from diffmergefs.cli.usage import Verb
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.system.daemon import JOURNAL, Notifier, handed_over, is_journal, named_in
 from diffmergefs.system.mountpoint import require_answer
 from diffmergefs.system.tuning import MAX_BACKGROUND, READAHEAD_KIB, Tuning
 
 
-class MountCommand(click.Command):
+class MountCommand(Verb):
     """Accepts its long options as mount options too, as in `-o open_rw,page_size=16384`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -87,7 +89,6 @@ def _ends(option: click.Option) -> list[str]:
 @click.argument(
     "operands",
     nargs=-1,
-    required=True,
     type=MOUNTPOINT,
     metavar="[SOURCE] MOUNTPOINT",
 )
@@ -165,9 +166,9 @@ def _ends(option: click.Option) -> list[str]:
 @working_set_dir_option
 @click.option(
     "--readahead",
-    type=click.IntRange(4, 65536),
-    metavar="KIB",
-    help=f"How far the kernel reads ahead (default: {READAHEAD_KIB} KiB). Needs root.",
+    type=Size(1024, 4, 65536),
+    help=f"How far the kernel reads ahead, as in 128K or 1M (default: {READAHEAD_KIB}K). A plain"
+    " number is KiB. Needs root.",
 )
 @click.option(
     "--max-background",
@@ -213,11 +214,15 @@ def mount(
       diffmergefs mount -f --open-rw /srv/snapshots /mnt/views
       diffmergefs mount --record /srv/snapshots /mnt/views
     """
+    if not operands or (len(operands) == 1 and base is None and not diffs):
+        raise click.UsageError("MOUNTPOINT is missing: the directory to mount on comes last")
     if len(operands) > 2:
-        raise click.UsageError("give at most SOURCE and MOUNTPOINT")
-    source = os.path.abspath(operands[0]) if len(operands) == 2 else None
+        also = "; give one --diff for each file" if diffs else ""
+        raise click.UsageError(f"give at most SOURCE and MOUNTPOINT{also}")
+    source = operands[0] if len(operands) == 2 else None
     require_one_source(source, base, diffs, "SOURCE", policy)
     if source is not None:
+        source = os.path.abspath(source)
         require_answer(source)
     if record and prefetch not in (None, "no"):
         raise click.UsageError(

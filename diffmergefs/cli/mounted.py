@@ -1,34 +1,49 @@
-"""`umount` and `status`: unmount a view, or print the statistics of a mount."""
+"""`umount` and `status`: unmount a view, list the mounts, or print the statistics of one."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
+from typing import TypeVar
 
 import click
 
-from diffmergefs.cli.options import MOUNTPOINT, json_option
-from diffmergefs.cli.output import print_table, table
+from diffmergefs.cli.options import MOUNTPOINT, complete_mountpoints, json_option
+from diffmergefs.cli.output import print_diagnostic, print_json, print_table, sized, table
+from diffmergefs.cli.usage import Verb
 from diffmergefs.core import STATUS_FOLDER
-from diffmergefs.core.errors import FileAccessError, MountFailedError, counted
+from diffmergefs.core.errors import (
+    DiffMergeError,
+    FileAccessError,
+    MountFailedError,
+    MountTimeoutError,
+    counted,
+)
 from diffmergefs.fuse.status import STATUS_FILE, Status
 from diffmergefs.system import children
 from diffmergefs.system import mountpoint as mountpoints
+from diffmergefs.system.mounttable import Mount
+
+T = TypeVar("T")
+
+_MOST_BYTES = 1 << 26  # of a status; a user's server could answer without an end
 
 
-@click.command()
-@click.argument("mountpoint", type=MOUNTPOINT)
+@click.command(cls=Verb)
+@click.argument("mountpoint", type=MOUNTPOINT, shell_complete=complete_mountpoints)
 @click.option("--lazy", is_flag=True, help="Detach it even if files are open. They stay readable.")
 def umount(mountpoint: str, lazy: bool) -> None:
     """Unmount MOUNTPOINT. Fail while files are open, unless you give --lazy.
 
     The error message names the processes that have files open or mapped, if they are visible.
+    `unmount` is another name of this command.
 
     \b
     Example:
@@ -37,8 +52,8 @@ def umount(mountpoint: str, lazy: bool) -> None:
     mountpoints.unmount(mountpoint, lazy=lazy)
 
 
-@click.command()
-@click.argument("mountpoint", type=MOUNTPOINT)
+@click.command(cls=Verb)
+@click.argument("mountpoint", required=False, type=MOUNTPOINT, shell_complete=complete_mountpoints)
 @json_option
 @click.option("--watch", is_flag=True, help="Repeat until interrupted.")
 @click.option(
@@ -49,31 +64,85 @@ def umount(mountpoint: str, lazy: bool) -> None:
     metavar="SECONDS",
     help="The time between two updates with --watch.",
 )
-def status(mountpoint: str, as_json: bool, watch: bool, interval: float) -> None:
-    """Print the statistics of the mount on MOUNTPOINT: requests, bytes by layer, latencies, errors.
+def status(mountpoint: str | None, as_json: bool, watch: bool, interval: float) -> int:
+    """List your mounts, or print the statistics of the mount on MOUNTPOINT.
 
+    The list has a line for each of your mounts; root gets those of all users. They are asked at the
+    same time, and have 5 seconds to answer. The exit code is 1 if one of them does not answer.
+
+    The statistics are requests, bytes by layer, latencies and errors.
     MOUNTPOINT/.diffmergefs/status.json has the same facts, and MOUNTPOINT/.diffmergefs/metrics has
-    them as text for Prometheus. Only the mount's owner can read these files, and no
-    listing of MOUNTPOINT contains them.
+    them as text for Prometheus. Only the mount's owner can read these files, and no listing of
+    MOUNTPOINT contains them.
 
     \b
     Examples:
+      diffmergefs status
       diffmergefs status /mnt/views
       diffmergefs status --json /mnt/views | jq .reads
     """
-    first = read_status(mountpoint)
-    updates = _updates(mountpoint, first, interval) if watch else iter([first])
+    look: Callable[[], Status | list[Listed]]
+    look = (lambda: list_mounts()) if mountpoint is None else (lambda: read_status(mountpoint))
+    found = first = look()
+    updates = _updates(look, first, interval) if watch else iter([first])
     with contextlib.suppress(*([KeyboardInterrupt] if watch else [])):
-        if as_json:
-            for found in updates:
-                print(found.to_json(), end="", flush=True)
-        elif watch and sys.stdout.isatty():
+        if not as_json and watch and sys.stdout.isatty():
             _show_live(updates)
         else:
             for found in updates:
-                for columns, rows in _tables(found):
-                    print_table(columns, rows)
-                sys.stdout.flush()
+                _print(found, as_json)
+    if isinstance(found, list):
+        print_diagnostic(*(each.problem for each in found if each.problem))
+        return 0 if all(each.status for each in found) else 1
+    return 0
+
+
+def _print(found: Status | list[Listed], as_json: bool) -> None:
+    if not as_json:
+        for columns, rows in _tables(found):
+            print_table(columns, rows)
+    elif isinstance(found, list):
+        print_json([asdict(each) for each in found])
+    else:
+        print(found.to_json(), end="")
+    sys.stdout.flush()
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A mount in the output of `status`, `user` by its uid.
+
+    `state` is 'serving', 'stale' (its daemon died), 'hung' (no answer), or 'unreadable'. In all but
+    the first, `problem` is the whole message, and `status` is None.
+    """
+
+    mountpoint: str
+    source: str
+    user: int | None
+    state: str
+    problem: str | None
+    status: Status | None
+
+
+_STATES = {MountFailedError: "stale", MountTimeoutError: "hung", FileAccessError: "unreadable"}
+
+
+def list_mounts() -> list[Listed]:
+    """The mounts of this user, or those of all users for root, by their mountpoints."""
+    own = os.geteuid()
+    known = sorted(mountpoints.mounts_of(own or None), key=lambda mount: mount.path)
+    answers = children.ask_all([functools.partial(_read, mount) for mount in known])
+    found = []
+    for mount, answer in zip(known, answers, strict=True):
+        user = mount.owner[0] if mount.owner else None
+        try:
+            status = _parsed(mount.path, mount, answer)
+        except DiffMergeError as error:
+            state, problem = _STATES[type(error)], str(error)
+            found.append(Listed(mount.path, mount.source, user, state, problem, None))
+        else:
+            found.append(Listed(mount.path, mount.source, user, "serving", None, status))
+    return found
 
 
 def read_status(mountpoint: str) -> Status:
@@ -83,32 +152,56 @@ def read_status(mountpoint: str) -> Status:
     died, MountTimeoutError if the daemon hangs, and FileAccessError if the status cannot be read.
     """
     known = mountpoints.mount_at(mountpoint)
-    file = os.path.join(known.path, STATUS_FOLDER, STATUS_FILE)
     try:
-        return Status.from_json(children.ask(Path(file).read_bytes))
-    except TimeoutError as error:
-        raise mountpoints.no_answer(mountpoint, known) from error
+        answer: bytes | OSError = children.ask(functools.partial(_read, known))
     except OSError as error:
-        if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+        answer = error
+    return _parsed(mountpoint, known, answer)
+
+
+def _file(mount: Mount) -> str:
+    return os.path.join(mount.path, STATUS_FOLDER, STATUS_FILE)
+
+
+def _read(mount: Mount) -> bytes:
+    # In a child process. The kernel lets nobody but its owner into a mount, not even root.
+    if mount.owner and mount.owner[0] != os.geteuid() == 0:
+        user, group = mount.owner
+        os.setgroups([])
+        os.setresgid(group, group, group)
+        os.setresuid(user, user, user)
+    with open(_file(mount), "rb") as file:
+        return file.read(_MOST_BYTES)
+
+
+def _parsed(mountpoint: str, known: Mount, answer: bytes | OSError) -> Status:
+    # The status that a child process read, or the error that it had. Raises as `read_status`.
+    if isinstance(answer, TimeoutError):
+        raise mountpoints.no_answer(mountpoint, known)
+    file = _file(known)
+    if isinstance(answer, OSError):
+        if answer.errno in (errno.ENOTCONN, errno.ECONNABORTED):
             raise MountFailedError(
                 f"{mountpoint}: stale mount: its daemon died; unmount it or mount it again"
-            ) from error
-        why = "; only the user who mounted it may read it" if error.errno == errno.EACCES else ""
-        raise FileAccessError(f"{file}: {error.strerror}{why}") from error
+            )
+        why = "; only the user who mounted it may read it" if answer.errno == errno.EACCES else ""
+        raise FileAccessError(f"{file}: {answer.strerror}{why}")
+    try:
+        return Status.from_json(answer)
     except ValueError as error:
         raise FileAccessError(
             f"{file}: {error}; another version of diffmergefs serves this mount"
         ) from error
 
 
-def _updates(mountpoint: str, first: Status, interval: float) -> Iterator[Status]:
+def _updates(look: Callable[[], T], first: T, interval: float) -> Iterator[T]:
     yield first
     while True:
         time.sleep(interval)
-        yield read_status(mountpoint)
+        yield look()
 
 
-def _show_live(updates: Iterator[Status]) -> None:
+def _show_live(updates: Iterator[Status | list[Listed]]) -> None:
     from rich.console import Console, Group
     from rich.live import Live
 
@@ -117,21 +210,35 @@ def _show_live(updates: Iterator[Status]) -> None:
             live.update(Group(*(table(*each) for each in _tables(found))), refresh=True)
 
 
-def _tables(found: Status) -> Iterator[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+def _tables(
+    found: Status | list[Listed],
+) -> Iterator[tuple[tuple[str, ...], list[tuple[object, ...]]]]:
+    if isinstance(found, list):
+        columns = ("MOUNTPOINT", "SOURCE", "USER", "STATE", ">PID", ">UP", ">OPEN FILES")
+        yield columns, list(map(_row, found))
+        return
     yield ("WHAT", "NOW"), list(_facts(found))
     if found.supplied:
         yield (
-            ("TAG", "LAYER", ">BYTES"),
+            ("TAG", "LAYER", "=BYTES"),
             [
-                (each.tag, "hole" if each.layer is None else str(each.layer), str(each.bytes))
+                (each.tag, "hole" if each.layer is None else each.layer, each.bytes)
                 for each in found.supplied
             ],
         )
 
 
+def _row(each: Listed) -> tuple[object, ...]:
+    numbers = (each.status.pid, _up(each.status), each.status.open_files) if each.status else ()
+    return each.mountpoint, each.source, each.user, each.state, *numbers
+
+
+def _up(found: Status) -> timedelta:
+    return timedelta(seconds=max(0, int(time.time() - found.started)))
+
+
 def _facts(found: Status) -> Iterator[tuple[str, str]]:
-    up = timedelta(seconds=max(0, int(time.time() - found.started)))
-    yield "daemon", f"pid {found.pid}, version {found.version}, up {up}"
+    yield "daemon", f"pid {found.pid}, version {found.version}, up {_up(found)}"
     yield "read loop", "fast" if found.fast_loop else "pyfuse3's own"
     yield "open", f"{counted(found.open_images, 'image')}, {counted(found.open_files, 'file')}"
     requests = [f"{each.operation} {each.requests}" for each in found.operations]
@@ -146,7 +253,8 @@ def _facts(found: Status) -> Iterator[tuple[str, str]]:
     if found.reads:
         shares = [f"{share} % in {_quantile(found, share / 100)}" for share in (50, 99)]
         yield "latency", ", ".join(shares)
-    yield "prefetch", f"{found.prefetch_pushed_bytes} bytes pushed, {found.prefetch_hit_bytes} hit"
+    pushed, hit = sized(found.prefetch_pushed_bytes, "bytes"), sized(found.prefetch_hit_bytes)
+    yield "prefetch", f"{pushed} pushed, {hit} hit"
     yield "tainted", counted(found.tainted_layers, "layer")
 
 

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from diffmergefs.opening.trust import ALL, CHECKS, TrustPolicy, checks_named
 from diffmergefs.stores.catalog import LAYOUTS
-from diffmergefs.system.mountpoint import require_answer
+from diffmergefs.system.mountpoint import mounts_of, require_answer
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+#: The options, by their parameters, that stand at the end of each help.
+EXPERT = {
+    *("allow_gaps", "allow_outside", "allow_writers", "dense", "no_seal", "page_size", "strict"),
+    *("state_dir", "trust_grain", "working_set_dir"),
+    *("drop_behind", "log_format", "max_background", "no_fast_loop", "readahead"),
+}
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,6 +50,44 @@ class _Path(click.Path):
             require_answer(path)
         return os.path.abspath(path) if self._absolute else path
 
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has no ParamType[int]
+    """A number of bytes: decimal or 0x..., with K, M, G or T. Its value counts units of `unit`.
+
+    So does a number without a letter. The value is between `least` and `most`.
+    """
+
+    name = "size"
+
+    def __init__(self, unit: int = 1, least: int = 0, most: int | None = None) -> None:
+        self._unit = unit
+        self._least = least
+        self._most = most
+
+    def convert(
+        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """The size. Raises click.BadParameter."""
+        if isinstance(value, int):
+            return value
+        if not (found := _NUMBER.fullmatch(value)):
+            self.fail(f"{value!r} is not a size like 4096, 0x1000, 4K or 1M", param, ctx)
+        number = int(found[1], 0 if found[1][:2].lower() == "0x" else 10)
+        if found[2]:
+            number = (number << 10 * (1 + _LETTERS.index(found[2].lower()))) // self._unit
+        if number < self._least or (self._most is not None and number > self._most):
+            most = "" if self._most is None else f" and at most {self._most * self._unit}"
+            self.fail(
+                f"{value} is {number * self._unit} bytes, but must be at least"
+                f" {self._least * self._unit}{most}",
+                param,
+                ctx,
+            )
+        return number
+
+
+_NUMBER = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([kmgt])(?:i?b)?)?", re.ASCII | re.IGNORECASE)
+_LETTERS = "kmgt"
 
 #: A path that a verb opens. It is refused if it lies in a diffmergefs mount whose daemon hangs.
 PATH = _Path(must_answer=True)
@@ -108,6 +157,17 @@ def _checks(
         raise click.BadParameter(str(error)) from None
 
 
+def complete_mountpoints(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The mountpoints that `umount` and `status` can name; directories if none begins so."""
+    from click.shell_completion import CompletionItem
+
+    known = mounts_of(os.geteuid() or None)
+    found = [CompletionItem(m.path) for m in known if m.path.startswith(incomplete)]
+    return found or [CompletionItem(incomplete, type="dir")]
+
+
 def _complete_checks(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[str]:
@@ -115,10 +175,29 @@ def _complete_checks(
     return [before + comma + name for name in CHECKS if name.startswith(begun)]
 
 
+def _require_file(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> str | None:
+    if value == "-":
+        raise click.BadParameter(
+            "a pipe has no holes, and the output is a sparse file; name a file (./- for this name),"
+            " or mount the image and read it with cat"
+        )
+    return value
+
+
 def output_options(what: str, *, verify: str) -> Callable[[F], F]:
     """-o for `what` the verb writes, and --force, --verify (with this help) and --seal."""
     return all_of(
-        click.option("-o", "--output", required=True, type=PATH, help=what),
+        click.option(
+            "-o",
+            "--output",
+            required=True,
+            type=PATH,
+            metavar="FILE",
+            callback=_require_file,
+            help=what,
+        ),
         click.option("--force", is_flag=True, help="Replace the output atomically if it exists."),
         click.option("--verify", is_flag=True, help=verify),
         click.option("--seal", is_flag=True, help="Also seal the output (see `seal`)."),
@@ -128,7 +207,7 @@ def output_options(what: str, *, verify: str) -> Callable[[F], F]:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 page_size_option = click.option(
     "--page-size",
-    type=int,
+    type=Size(),
     default=TrustPolicy.page_size,
     show_default=True,
     callback=_page_size,

@@ -12,9 +12,10 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from diffmergefs.core.workers import Progress, ignore_progress
+from diffmergefs.pictures.maps import size_text
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 # Unicode's categories of control characters, line and paragraph separators.
 _ESCAPED = frozenset({"Cc", "Zl", "Zp"})
 
-# Wide enough that each row stays one line when stdout is not a terminal.
-_PIPE_WIDTH = 4096
+# Wide enough that each row stays one line, which can be copied from a narrow terminal too.
+_WIDTH = 1 << 16
 
 # The time between two updates of a bar: an update costs more than copying a page.
 _SECONDS = 0.1
@@ -59,28 +60,42 @@ def print_json(facts: object) -> None:
     print(json.dumps(facts, indent=2))
 
 
+def sized(number: int, word: str = "") -> str:
+    """A number of bytes, and beside it the number of KiB, MiB or larger: `4096 bytes (4 KiB)`.
+
+    `word` is 'bytes', or empty for a column of a table.
+    """
+    noun = f" {word if number != 1 else word.removesuffix('s')}" if word else ""
+    return f"{number}{noun}" + (f" ({size_text(number)})" if number >= 1024 else "")
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A table. A column whose name begins with `>` holds numbers, aligned to the right.
 
-    Cells are printed as their `str`, escaped by `printable`, and None as `-`.
+    One whose name begins with `=` holds numbers of bytes. Cells are printed as their `str`, escaped
+    by `printable`, and None as `-`.
     """
     from rich.table import Table
 
+    def text(column: str, cell: object) -> str:
+        if cell is None:
+            return "-"
+        return sized(cell) if column[0] == "=" and isinstance(cell, int) else printable(str(cell))
+
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        right = column.startswith(">")
-        made.add_column(column.lstrip(">"), justify="right" if right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if column[0] in ">=" else "left"
+        made.add_column(column.lstrip(">="), justify=justify, overflow="fold")
     for row in rows:
-        made.add_row(*("-" if cell is None else printable(str(cell)) for cell in row))
+        made.add_row(*map(text, columns, row))
     return made
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a `table` on stdout. If stdout is not a terminal, each row is one line."""
+    """Print a `table` on stdout. Each row is one line, however narrow the terminal is."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else _PIPE_WIDTH
-    console = Console(highlight=False, markup=False, emoji=False, width=width)
+    console = Console(highlight=False, markup=False, emoji=False, width=_WIDTH)
     # print() writes it: rich ends the process with status 1 when the reader has gone away.
     with console.capture() as capture:
         console.print(table(columns, rows))

@@ -14,14 +14,15 @@ from diffmergefs.cli.options import (
     with_policy,
     working_set_dir_option,
 )
-from diffmergefs.cli.output import print_diagnostic, print_json, printable
-from diffmergefs.core.errors import DiffMergeError
+from diffmergefs.cli.output import print_diagnostic, print_json, printable, sized
+from diffmergefs.cli.usage import Verb
+from diffmergefs.core.errors import DiffMergeError, counted
 from diffmergefs.prefetch.push import pieces
 from diffmergefs.prefetch.record import Identity, WorkingSet, WorkingSets, identity_of_files
 from diffmergefs.stores.lookup import find_image
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.option("--show", is_flag=True, help="Print what is recorded, and whether it still fits.")
 @click.option("--forget", is_flag=True, help="Remove the record.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result and the ranges as JSON.")
@@ -40,8 +41,7 @@ def prefetch(
     """Show or remove the working set of IMAGE: the pages that a restore touched first.
 
     `diffmergefs mount --record` records it, and a mount reads those pages into the page cache when
-    the image is opened. IMAGE is a snapshot directory or a numbered layer file. You can name layers
-    with --base and --diff instead. No layer is opened.
+    the image is opened. No layer is opened.
 
     \b
     Examples:
@@ -117,8 +117,10 @@ def _print(path: str, record: WorkingSet, reason: str | None) -> None:
         "recorded": record.recorded,
         "readahead": "unknown" if readahead is None else f"{readahead} KiB",
         "state": "fits" if reason is None else f"stale: {reason}",
-        "touched": f"{facts['touched_bytes']} bytes in {len(record.ranges)} ranges",
-        "prefetched": f"{facts['prefetched_bytes']} bytes in {facts['pieces']} pieces",
+        "touched": f"{sized(facts['touched_bytes'], 'bytes')} in"
+        f" {counted(len(record.ranges), 'range')}",
+        "prefetched": f"{sized(facts['prefetched_bytes'], 'bytes')} in"
+        f" {counted(facts['pieces'], 'piece')}",
     }
     for name, text in lines.items():
         print(f"{name:10}  {printable(text)}")

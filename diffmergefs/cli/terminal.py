@@ -149,7 +149,7 @@ def _style(kind: int) -> str:
 def _print_legend(kinds: Kinds, subject: Subject, paths: list[str], totals: list[int]) -> None:
     whole = subject.stop - subject.start
     print_table(
-        (">#", "LAYER", ">BYTES", ">SHARE"),
+        (">#", "LAYER", "=BYTES", ">SHARE"),
         (
             (kinds.label(kind), kinds.name(kind, paths), totals[kind], percent(totals[kind], whole))
             for kind in kinds.present(totals)

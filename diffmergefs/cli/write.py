@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 import click
@@ -10,6 +10,7 @@ import click
 from diffmergefs.cli.inputs import ImageArguments, image_options
 from diffmergefs.cli.options import (
     PATH,
+    F,
     json_option,
     output_options,
     strict_option,
@@ -21,10 +22,14 @@ from diffmergefs.cli.output import (
     print_table,
     printable,
     progress,
+    sized,
 )
-from diffmergefs.core.errors import counted
+from diffmergefs.cli.usage import Verb
+from diffmergefs.core.errors import DiffMergeError, counted
 from diffmergefs.opening.images import Image
 from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.stores.lookup import find_image
+from diffmergefs.system.mountpoint import require_answer
 from diffmergefs.writing.apply import REASONS, apply_diff
 from diffmergefs.writing.diffs import count_data
 from diffmergefs.writing.diffs import squash as squash_view
@@ -34,7 +39,7 @@ from diffmergefs.writing.newdiff import WrittenDiff
 _NAMED = 8  # how many tags of a chain a message names
 
 
-@click.command()
+@click.command(cls=Verb)
 @image_options
 @strict_option
 @output_options("The new image file.", verify="Read it back and compare before publishing it.")
@@ -58,18 +63,39 @@ def flatten(source: ImageArguments, output: str, as_json: bool, **how: bool) -> 
         layers = [{"path": p, "copied": c, "shared": s} for p, c, s in rows]
         print_json({"output": output, "size": result.size, "holes": result.holes, "layers": layers})
         return
-    print_table(("LAYER", ">COPIED", ">SHARED"), rows)
+    print_table(("LAYER", "=COPIED", "=SHARED"), rows)
     click.echo(
-        f"{printable(output)}: {result.size} bytes, {sum(result.copied)} copied,"
-        f" {sum(result.shared)} shared, {result.holes} holes{_done(how)}"
+        f"{printable(output)}: {sized(result.size, 'bytes')}, {sized(sum(result.copied))} copied,"
+        f" {sized(sum(result.shared))} shared, {sized(result.holes)} in holes{_done(how)}"
     )
 
 
-@click.command()
+def _complete_tags(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[str]:
+    # Of the diffs of the chain of IMAGE, if it is named already. (While an option lacks its value,
+    # click has not yet assigned the arguments.)
+    image = context.params.get("image") or next(iter(context.args), "")
+    try:
+        require_answer(image)
+        policy = TrustPolicy(allow_gaps=bool(context.params.get("allow_gaps")))
+        catalog, tag = find_image(image, policy)
+        return [t for link in catalog.chain(tag)[1:] if (t := link.tag).startswith(incomplete)]
+    except (DiffMergeError, OSError):
+        return []
+
+
+def _tag_option(name: str, text: str) -> Callable[[F], F]:
+    return click.option(
+        name, f"{name[2:]}_tag", metavar="TAG", shell_complete=_complete_tags, help=text
+    )
+
+
+@click.command(cls=Verb)
 @image_options
 @output_options("The new diff.", verify="Compare the chain that uses it before publishing it.")
-@click.option("--from", "from_tag", metavar="TAG", help="The oldest diff (default: the first).")
-@click.option("--to", "to_tag", metavar="TAG", help="The newest diff (default: IMAGE's own).")
+@_tag_option("--from", "The oldest diff (default: the first).")
+@_tag_option("--to", "The newest diff (default: IMAGE's own).")
 @json_option
 def squash(
     source: ImageArguments,
@@ -117,10 +143,11 @@ def squash(
             )
         paths = [layer.path for layer in view.layers[first : last + 1]]
     facts = {"shadowed_bytes": result.shadowed_bytes, "layers": paths}
-    text = f"{counted(len(paths), 'diff')} as one; {result.written.data_bytes} bytes of data in"
-    text += f" {counted(result.written.extents, 'extent')}, {result.written.copied} copied,"
-    text += f" {result.written.shared} shared, {result.shadowed_bytes} shadowed"
-    report_diff(output, result.written, facts, text, as_json, how)
+    written = result.written
+    text = f"{counted(len(paths), 'diff')} as one; {sized(written.data_bytes, 'bytes')} of data in"
+    text += f" {counted(written.extents, 'extent')}, {sized(written.copied)} copied,"
+    text += f" {sized(written.shared)} shared, {sized(result.shadowed_bytes)} shadowed"
+    report_diff(output, written, facts, text, as_json, how)
 
 
 def _position(found: Image, tag: str, option: str) -> int:
@@ -175,7 +202,7 @@ def _reasons(
     return names
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("diff", type=PATH)
 @click.argument("base", type=PATH)
 @click.option("--sync", is_flag=True, help="fsync BASE at the end.")
@@ -187,8 +214,16 @@ def _reasons(
     " (layer), has other names (links), is open elsewhere (open), is used by a mount (mounted), or"
     " DIFF covers nearly all of its data (order).",
 )
+@json_option
 @trust_options
-def apply(diff: str, base: str, sync: bool, force: frozenset[str], policy: TrustPolicy) -> None:
+def apply(
+    diff: str,
+    base: str,
+    sync: bool,
+    force: frozenset[str],
+    as_json: bool,
+    policy: TrustPolicy,
+) -> None:
     """Merge DIFF into BASE: copy its data extents to BASE, in place.
 
     BASE is changed, so give a copy that you own. It is refused if something depends on it, or if
@@ -201,4 +236,7 @@ def apply(diff: str, base: str, sync: bool, force: frozenset[str], policy: Trust
     """
     with progress("apply") as advance:
         copied = apply_diff(diff, base, sync=sync, policy=policy, force=force, progress=advance)
-    click.echo(f"{copied} bytes copied")
+    if as_json:
+        print_json({"base": base, "copied": copied})
+    else:
+        click.echo(f"{sized(copied, 'bytes')} copied")

@@ -120,7 +120,7 @@ class Lifecycle:
 
     async def _end_now(self, name: str) -> None:
         self._is_ending = True
-        log.info("%s again: ending at once, %d files open", name, self._operations.open_files)
+        log.info("%s again: ending at once, %s open", name, self._open_files())
         # Requests must still be answered: a push may wait for a page that one of them reads, and
         # no signal reaches it there.
         with trio.move_on_after(3 * STOP_SECONDS):
@@ -130,14 +130,18 @@ class Lifecycle:
         # Do not wait for requests that are being answered: their storage may hang.
         pyfuse3.terminate()
 
+    def _open_files(self) -> str:
+        number = self._operations.open_files
+        return f"{counted(number, 'file')} {'is' if number == 1 else 'are'}"
+
     async def _detach(self, own: OwnMount, name: str) -> None:
         # The log comes first: with no file open, detaching is the end.
         if not await in_thread(own.obstacle):
             others = own.elsewhere()
             log.info(
-                "%s: detached; %d files are open%s; serving until the last is closed%s",
+                "%s: detached; %s open%s; serving until the last is closed%s",
                 name,
-                self._operations.open_files,
+                self._open_files(),
                 f" and it is also mounted on {', '.join(others)}" if others else "",
                 " and unmounted" if others else "",
             )
@@ -145,11 +149,11 @@ class Lifecycle:
         while obstacle := await in_thread(own.detach):
             if obstacle != logged:
                 log.warning(
-                    "%s: cannot detach: %s; trying again; %d files are open; a second signal ends"
-                    " the mount at once",
+                    "%s: cannot detach: %s; trying again; %s open; a second signal ends the mount"
+                    " at once",
                     name,
                     obstacle,
-                    self._operations.open_files,
+                    self._open_files(),
                 )
             logged = obstacle
             await trio.sleep(_POLL_SECONDS)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from diffmergefs.core.beneath import AllowedRoots
-from diffmergefs.core.errors import DiffMergeError, one_line
+from diffmergefs.core.errors import DiffMergeError, counted, one_line
 from diffmergefs.core.identity import FileKey, FileVersion
 from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.access import Access, view_access
@@ -129,7 +129,7 @@ def states_after(
 
     A tag whose chain has the same content as before keeps its state.
     """
-    texts = {tag: f"shown, {len(links)} layers" for tag, links in chains.items()}
+    texts = {tag: f"shown, {counted(len(links), 'layer')}" for tag, links in chains.items()}
     for tag in catalog.snapshots.keys() - chains.keys() - unsettled:
         try:
             catalog.chain(tag)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from diffmergefs.core.beneath import closing_fd
-from diffmergefs.core.errors import FileAccessError, failures
+from diffmergefs.core.errors import FileAccessError, counted, failures
 from diffmergefs.core.extents import MAX_LAYERS, PAGE, Extent, is_aligned
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.view import MergedView
@@ -89,7 +89,7 @@ class WorkingSet:
     def stale(self, layers: Identity) -> str | None:
         """Why this record does not fit the chain `layers`, or None if it fits."""
         if len(layers) != len(self.layers):
-            return f"it has {len(self.layers)} layers, the chain has {len(layers)}"
+            return f"it has {counted(len(self.layers), 'layer')}, the chain has {len(layers)}"
         for then, now in zip(self.layers, layers, strict=True):
             if then != now:
                 return f"{now.path}: another file, or written to since"

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, NoReturn
 
 from diffmergefs.core.errors import os_error
@@ -34,24 +34,64 @@ def ask(question: Callable[[], bytes], seconds: float = ANSWER_SECONDS) -> bytes
     which has read its request cannot even be killed: the child is then left behind, without any of
     our descriptors.
     """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _answer(question, writer)
-    os.close(writer)
-    try:
-        answer = _read_all(reader, time.monotonic() + seconds)
-    except TimeoutError:
-        os.kill(child, signal.SIGKILL)
-        raise
-    finally:
+    (answer,) = ask_all([question], seconds)
+    if isinstance(answer, OSError):
+        raise answer
+    return answer
+
+
+def ask_all(
+    questions: Sequence[Callable[[], bytes]], seconds: float = ANSWER_SECONDS
+) -> list[bytes | OSError]:
+    """What `ask` returns or raises for each question. All are asked at once, in `seconds`."""
+    children: dict[int, _Child] = {}
+    for question in questions:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            _answer(question, writer)
+        os.close(writer)
+        children[reader] = _Child(child)
+    _collect(children, time.monotonic() + seconds)
+    return [child.answer() for child in children.values()]
+
+
+class _Child:
+    # A child process, and what it has sent so far. `answer` ends it.
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.received = b""
+        self.done = False
+
+    def answer(self) -> bytes | OSError:
+        if not self.done:
+            os.kill(self._pid, signal.SIGKILL)
+            return TimeoutError("no answer")
+        os.waitpid(self._pid, 0)
+        if len(self.received) < _ERRNO_BYTES:
+            return OSError(errno.EIO, "the child process died before it answered")
+        if number := int.from_bytes(self.received[:_ERRNO_BYTES]):
+            return os_error(number)
+        return self.received[_ERRNO_BYTES:]
+
+
+def _collect(children: dict[int, _Child], deadline: float) -> None:
+    # Read from the descriptors until each child has closed its end, or until the deadline.
+    pending = select.poll()
+    for reader in children:
+        pending.register(reader, select.POLLIN)
+    left = len(children)
+    while left and (ready := pending.poll(max(0.0, deadline - time.monotonic()) * 1000)):
+        for reader, _ in ready:
+            chunk = os.read(reader, 1 << 16)
+            children[reader].received += chunk
+            if not chunk:
+                children[reader].done = True
+                pending.unregister(reader)
+                left -= 1
+    for reader in children:
         os.close(reader)
-    os.waitpid(child, 0)
-    if len(answer) < _ERRNO_BYTES:
-        raise OSError(errno.EIO, "the child process died before it answered")
-    if number := int.from_bytes(answer[:_ERRNO_BYTES]):
-        raise os_error(number)
-    return answer[_ERRNO_BYTES:]
 
 
 def _answer(question: Callable[[], bytes], writer: int) -> NoReturn:
@@ -68,18 +108,6 @@ def _answer(question: Callable[[], bytes], writer: int) -> NoReturn:
             out.write(answer)
     finally:
         os._exit(0)
-
-
-def _read_all(reader: int, deadline: float) -> bytes:
-    answer = b""
-    while True:
-        left = deadline - time.monotonic()
-        if not select.select([reader], [], [], max(0.0, left))[0]:
-            raise TimeoutError("no answer")
-        chunk = os.read(reader, 1 << 16)
-        if not chunk:
-            return answer
-        answer += chunk
 
 
 def is_connected(path: str) -> bool:

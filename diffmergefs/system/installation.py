@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 #: Where Debian's packages have their Python modules.
@@ -43,6 +42,9 @@ def installed_files() -> list[Path]:
 
     An editable installation has programs, and neither man pages nor completion scripts.
     """
+    # Imported here, because every command imports this module, and that takes 10 ms.
+    from importlib.metadata import PackageNotFoundError, distribution
+
     try:
         found = distribution("diffmergefs")
     except PackageNotFoundError:

@@ -17,6 +17,7 @@ from diffmergefs.core.errors import (
     DiffMergeError,
     MountpointError,
     MountTimeoutError,
+    counted,
     os_error,
 )
 from diffmergefs.system import children, tuning
@@ -149,17 +150,54 @@ def _require_empty(mountpoint: str, real: str) -> None:
         ) from error
     if entries:
         raise MountpointError(
-            f"{mountpoint}: not empty ({len(entries)} entries); a mountpoint is an empty directory"
+            f"{mountpoint}: not empty ({counted(len(entries), 'file')}); a mountpoint is an empty"
+            " directory"
         )
 
 
 def mount_at(mountpoint: str) -> Mount:
-    """The diffmergefs mount on `mountpoint`. Raises MountpointError if there is none."""
-    known = mount_entry(resolved(mountpoint))
-    if known is None or known.kind != FILESYSTEM_TYPE:
-        found = f", but a mount of type {known.kind}" if known else ""
-        raise MountpointError(f"{mountpoint}: not a diffmergefs mount point{found}")
-    return known
+    """The diffmergefs mount on `mountpoint`.
+
+    Raises MountpointError if there is none. It names the mount that the path lies in, or the places
+    where the path is mounted, if there are any. Nothing in a mount of ours is accessed.
+    """
+    path = resolved(mountpoint)
+    known = mount_entry(path)
+    if known is not None and known.is_ours:
+        return known
+    table = MountTable()
+    above = table.over(path)
+    if above is not None and above.is_ours:
+        raise MountpointError(
+            f"{mountpoint}: is no mountpoint itself, but lies in the mount on {above.path};"
+            f" name {above.path}"
+        )
+    places = [entry.path for entry in table.entries if entry.is_ours and entry.source == path]
+    if places:
+        raise MountpointError(
+            f"{mountpoint}: is no mountpoint itself, but is mounted on {', '.join(places)};"
+            f" name {places[0]}"
+        )
+    found = f", but a mount of type {known.kind}" if known else ""
+    raise MountpointError(
+        f"{mountpoint}: not a diffmergefs mount point{found}; `diffmergefs status` lists the mounts"
+    )
+
+
+def mounts_of(user: int | None) -> list[Mount]:
+    """The diffmergefs mounts of the user with this uid, or all if None, in the order of the table.
+
+    Left out are those that another mount covers, and bind mounts of a part of a view.
+    """
+    table = MountTable()
+    return [
+        entry
+        for entry in table.entries
+        if entry.is_ours
+        and entry.root == "/"
+        and (user is None or (entry.owner or [None])[0] == user)
+        and table.over(entry.path) == entry
+    ]
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:

@@ -43,6 +43,17 @@ class Mount:
     root: str
     options: tuple[str, ...] = field(default=(), compare=False)
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is a diffmergefs mount."""
+        return self.kind == FILESYSTEM_TYPE
+
+    @property
+    def owner(self) -> tuple[int, int] | None:
+        """The uid and gid of the user that mounted it; None if that is not a FUSE mount."""
+        known = dict(option.split("=", 1) for option in self.options if "=" in option)
+        return (int(known["user_id"]), int(known["group_id"])) if "user_id" in known else None
+
 
 def mounts(process: str = "self") -> list[Mount]:
     """All mounts that the process sees, each after the one that it covers.
@@ -138,7 +149,7 @@ class MountTable:
     def is_ours(self, path: str) -> bool:
         """Whether the real, absolute `path` lies on a diffmergefs mount."""
         found = self.over(path)
-        return found is not None and found.kind == FILESYSTEM_TYPE
+        return found is not None and found.is_ours
 
 
 def mount_over(path: str) -> Mount | None:

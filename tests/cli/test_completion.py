@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.cli.completion import SHELLS
+from diffmergefs.cli.verbs import TABLE
 from tests.support.commands import diffmergefs, succeed
+from tests.support.mounts import mounted
+from tests.support.stores import write_chain
 from tests.support.terminals import SET_UP, STARTS, shell_on_a_terminal
 
 _SECONDS = 40
@@ -48,6 +51,43 @@ def environment(home: Path) -> dict[str, str]:
         "TERM": "dumb",
         "LC_ALL": "C.UTF-8",
     }
+
+
+def completions(directory: Path, *words: str) -> list[str]:
+    """What bash is offered for the last word."""
+    done = diffmergefs(
+        cwd=directory,
+        _DIFFMERGEFS_COMPLETE="bash_complete",
+        COMP_WORDS=shlex.join(["diffmergefs", *words]),
+        COMP_CWORD=str(len(words)),
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
+
+
+def test_mountpoints_are_offered_where_a_mount_is_named(
+    public_path: Path, mountpoint: Path
+) -> None:
+    store = write_chain(public_path / "store", ["base"])
+    with mounted(store, mountpoint):
+        for verb in ("umount", "unmount", "status"):
+            assert completions(public_path, verb, f"{public_path}/m") == [str(mountpoint)]
+            assert str(mountpoint) in completions(public_path, verb, "")
+            assert completions(public_path, verb, f"{public_path}/s") == [f"{public_path}/s"]
+
+
+def test_tags_of_the_image_are_offered_to_squash(tmp_path: Path) -> None:
+    write_chain(tmp_path / "store", ["base", "work", "leaf"])
+    image = f"{tmp_path}/store/leaf"
+    assert completions(tmp_path, "squash", image, "--from", "") == ["work", "leaf"]
+    assert completions(tmp_path, "squash", image, "--to", "l") == ["leaf"]
+    for nothing in ([], [f"{tmp_path}/none"], [str(tmp_path)]):
+        assert completions(tmp_path, "squash", *nothing, "--from", "") == []
+
+
+def test_verbs_are_offered_with_help_among_them(tmp_path: Path) -> None:
+    assert completions(tmp_path, "") == [*TABLE, "help"]
+    assert completions(tmp_path, "help", "fl") == ["flatten"]
 
 
 @pytest.mark.parametrize("shell", STARTS)

@@ -24,11 +24,11 @@ def test_the_command_has_a_summary_or_a_line_for_each_fault(root: Path, state: P
     option = f"--state-dir={state}"
     assert (
         succeed("verify", option, root / "leaf")
-        == f"sound: 3 layers of {SIZE} bytes; pins verified: 2\n"
+        == f"sound: 3 layers of {SIZE} bytes (64 KiB); pins verified: 2\n"
     )
     write_tag(root, "free", "leaf", layer=3)
     assert succeed("verify", option, root / "free").splitlines() == [
-        f"sound: 4 layers of {SIZE} bytes; pins verified: 2",
+        f"sound: 4 layers of {SIZE} bytes (64 KiB); pins verified: 2",
         "unpinned: no hash of their parents is recorded in free",
     ]
     write_tag(root, "leaf", "work", layer=2, parent_content_hash=ABSENT)
@@ -118,9 +118,9 @@ def test_an_interrupt_ends_it_at_once(
 def test_verify_of_a_store_has_a_line_for_each_snapshot(root: Path, state: Path) -> None:
     option = f"--state-dir={state}"
     write_tag(root, "free", "leaf", layer=3)
-    layers = [f"sound, {n} layers of {SIZE} bytes" for n in range(5)]
+    layers = [f"sound, {n} layers of {SIZE} bytes (64 KiB)" for n in range(5)]
     assert succeed("verify", option, root).splitlines() == [
-        f"base: sound, 1 layer of {SIZE} bytes",
+        f"base: sound, 1 layer of {SIZE} bytes (64 KiB)",
         f"work: {layers[2]}",
         f"leaf: {layers[3]}",
         f"free: {layers[4]}, unpinned",
@@ -131,7 +131,7 @@ def test_verify_of_a_store_has_a_line_for_each_snapshot(root: Path, state: Path)
     done = diffmergefs("verify", option, "--jobs=1", root)
     assert (done.returncode, done.stderr) == (1, "")
     base, orphan, work, leaf, free, total = done.stdout.splitlines()
-    assert base == f"base: sound, 1 layer of {SIZE} bytes"
+    assert base == f"base: sound, 1 layer of {SIZE} bytes (64 KiB)"
     assert orphan == "orphan: parent 'nobody' of 'orphan' is missing"
     assert work.startswith("work: ") and ABSENT in work
     assert leaf == "leaf: not sound, because 'work' is not"

@@ -12,7 +12,13 @@ import pytest
 from diffmergefs.analysis.info import describe
 from diffmergefs.opening.images import open_image
 from tests.support import loopfs
-from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, succeed
+from tests.support.commands import (
+    diffmergefs,
+    diffmergefs_as_nobody,
+    mistake,
+    succeed,
+    unsized,
+)
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.stores import (
@@ -48,7 +54,7 @@ def store(real_fs: Path) -> Path:
 
 
 def cells(table: str) -> list[list[str]]:
-    return [re.split("  +", line) for line in table.splitlines()]
+    return [re.split("  +", unsized(line)) for line in table.splitlines()]
 
 
 def listed(*arguments: str | Path) -> dict[str, dict[str, object]]:
@@ -253,7 +259,7 @@ def test_info_tells_each_layers_share_of_the_view(store: Path) -> None:
     base = ["0", f"{store}/base/memory.bin", *numbers, grain, "base"]
     work = ["1", f"{store}/work/memory.bin", *map(str, (PAGE, 1, PAGE, 0)), grain, "trusted"]
     assert rows == [base, work]
-    assert total == f"2 layers, {SIZE} bytes, of which {PAGE} are holes in all; 3 segments"
+    assert unsized(total) == f"2 layers, {SIZE} bytes, of which {PAGE} are holes in all; 3 segments"
 
 
 def test_info_as_json_has_the_same_facts(store: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from diffmergefs.core import errors
 from diffmergefs.pictures import map_picture  # noqa: F401  (another user may not import it later)
-from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, one_line
+from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, one_line, unsized
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.stores import write_chain
@@ -97,7 +97,7 @@ def test_written_zeros_are_told_by_a_scan(layers: list[Path]) -> None:
     assert "2 written zeros   █\n" in text
     assert "2 two" + 43 * " " + "██\n" in text
     assert "0 written zeros" not in text and "1 written zeros" not in text
-    rows = [line.split() for line in text.splitlines()]
+    rows = [unsized(line).split() for line in text.splitlines()]
     assert ["2", "written", "zeros", str(4 * PAGE), "1.56", "%"] in rows
     assert ["2", str(layers[2]), str(8 * PAGE), "3.12", "%"] in rows
 
@@ -128,7 +128,7 @@ def test_a_range_is_shown_alone_and_to_the_byte(chain: list[str]) -> None:
     assert "0x00001001 to 0x00008000, 1 page a column (4 KiB)\n" in text
     assert "0 base         ████\n" in text
     assert "1 one              ███\n" in text
-    rows = [line.split() for line in text.splitlines()]
+    rows = [unsized(line).split() for line in text.splitlines()]
     assert ["1", chain[1].partition("=")[2], str(3 * PAGE), "42.86", "%"] in rows
     assert ["0", chain[0].partition("=")[2], str(4 * PAGE - 1), "57.14", "%"] in rows
     assert "0x00000000 to 0x00001000" in shown("--range=:4096", *chain)

@@ -17,7 +17,14 @@ from diffmergefs import cli
 from diffmergefs.cli import write
 from diffmergefs.core.view import MergedView
 from diffmergefs.writing.flatten import FlattenResult, flatten
-from tests.support.commands import diffmergefs, diffmergefs_as_nobody, mistake, one_line, succeed
+from tests.support.commands import (
+    diffmergefs,
+    diffmergefs_as_nobody,
+    mistake,
+    one_line,
+    succeed,
+    unsized,
+)
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_chain, write_numbered
@@ -38,7 +45,7 @@ def layers(store: Path) -> list[Path]:
 def test_flatten_writes_the_view_out_and_tells_the_bytes(store: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.mem"
     with unchanged(layers(store)):
-        text = succeed("flatten", store / "leaf", "-o", output, "--verify")
+        text = unsized(succeed("flatten", store / "leaf", "-o", output, "--verify"))
     assert output.read_bytes() == MERGED
     rows = [line.split() for line in text.splitlines()]
     assert rows[0] == ["LAYER", "COPIED", "SHARED"]
@@ -46,7 +53,7 @@ def test_flatten_writes_the_view_out_and_tells_the_bytes(store: Path, tmp_path: 
     assert [row[0] for row in rows[1:4]] == paths
     moved = [int(row[1]) + int(row[2]) for row in rows[1:4]]
     assert moved == [13 * PAGE, PAGE, PAGE]
-    assert text.endswith(f", {PAGE} holes, verified\n")
+    assert text.endswith(f", {PAGE} in holes, verified\n")
     assert text.splitlines()[4].startswith(f"{output}: {SIZE} bytes, ")
 
 
@@ -159,7 +166,7 @@ def test_apply_tells_what_trust_grain_overrides(store: Path, tmp_path: Path) -> 
     whole = write_layer(tmp_path / "whole.mem", SIZE, EXTENTS[0])
     work = layers(store)[1]
     done = diffmergefs("apply", "--trust-grain", "--page-size=16384", work, whole)
-    assert (done.returncode, done.stdout) == (0, f"{PAGE} bytes copied\n")
+    assert (done.returncode, done.stdout) == (0, f"{PAGE} bytes (4 KiB) copied\n")
     assert done.stderr.startswith("diffmergefs: --trust-grain overrides the check of alignment")
     assert done.stderr.count("\n") == 1
 
@@ -168,7 +175,7 @@ def test_apply_merges_in_place_and_prints_the_bytes(store: Path, tmp_path: Path)
     whole = write_layer(tmp_path / "whole.mem", SIZE, EXTENTS[0])
     for diff in layers(store)[1:]:
         with unchanged([diff]):
-            assert succeed("apply", diff, whole, "--sync") == f"{PAGE} bytes copied\n"
+            assert succeed("apply", diff, whole, "--sync") == f"{PAGE} bytes (4 KiB) copied\n"
     assert whole.read_bytes() == MERGED
 
 
@@ -186,7 +193,7 @@ def test_apply_refuses_without_touching_the_base(store: Path, tmp_path: Path) ->
         )
         assert "--force=order" in mistake(8, "apply", dense, base, "--dense")
     done = diffmergefs("apply", dense, base, "--dense", "--force=order")
-    assert (done.returncode, done.stdout) == (0, f"{SIZE} bytes copied\n")
+    assert (done.returncode, done.stdout) == (0, f"{SIZE} bytes (64 KiB) copied\n")
     assert done.stderr.startswith(f"diffmergefs: --force=order overrides: {base}: {dense} covers")
 
 

@@ -49,8 +49,18 @@ def test_it_is_unmounted(options: tuple[str, ...], how: str, store: Path, mountp
     with hung(store, mountpoint):
         if how == "inside":
             # Whatever is mounted there is not asked what lies in it.
-            text = one_line(diffmergefs("umount", *options, mountpoint / "leaf"), REFUSED)
-            assert "not a diffmergefs mount point" in text
+            for path in (
+                mountpoint / "leaf",
+                mountpoint / "no" / "such",
+                mountpoint / ".." / "mnt/x",
+            ):
+                text = one_line(diffmergefs("umount", *options, path), REFUSED)
+                assert (
+                    f"{path}: is no mountpoint itself, but lies in the mount on {mountpoint};"
+                    in text
+                )
+            text = one_line(diffmergefs("umount", *options, store), REFUSED)
+            assert f"{store}: is no mountpoint itself, but is mounted on {mountpoint};" in text
             return
         path = mountpoint if how == "plain" else mountpoint.parent / "link"
         done = diffmergefs("umount", *options, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import stat
 import subprocess
@@ -103,6 +104,16 @@ def test_an_ordinary_user_mounts_through_fusermount3(
         assert kind == "fuse.diffmergefs"
         assert own >= {*ALWAYS, "ro"} and "allow_other" not in options
         assert options >= {f"user_id={USER}", f"group_id={USER}", "default_permissions", "ro"}
+        # To list the mounts, a user asks his own, and root asks each as its user.
+        for uid in (0, USER, OTHER):
+            done = namespace.diffmergefs(uid, uid, "status", "--json")
+            rows = {row["mountpoint"]: row for row in json.loads(done.stdout)}
+            assert (str(mnt) in rows) == (uid != OTHER)
+            if uid != OTHER:
+                row = rows[str(mnt)]
+                assert (row["user"], row["state"]) == (USER, "serving")
+            assert uid == 0 or {row["user"] for row in rows.values()} <= {uid}
+        assert namespace.diffmergefs(0, 0, "status", mnt).returncode == 0
         text = log.read_text()
         assert "Traceback" not in text and " WARNING " not in text
         # Whether another user's file has a writer only that one can ask.

@@ -80,7 +80,7 @@ def test_a_second_signal_ends_it_at_once(
         until(lambda: not is_mounted(mountpoint), "it was not detached")
         mount.process.send_signal(second)
         assert mount.process.wait(60) == 0
-        assert f"{second.name} again: ending at once, 1 files open" in mount.log()
+        assert f"{second.name} again: ending at once, 1 file is open" in mount.log()
         # What the holder has it keeps, the rest is gone: the law's price of a second signal.
         assert holder.read(0, PAGE) == signed(0, 0, PAGE)
         assert holder.read(PAGE, PAGE) == b""
@@ -256,7 +256,8 @@ def test_umount_refuses_what_is_no_mount_of_ours(
     for path in (mountpoint, public_path / "missing"):
         done = umount(path, *options)
         assert done.returncode == REFUSED
-        assert done.stderr == f"diffmergefs: {path}: not a diffmergefs mount point\n"
+        step = "`diffmergefs status` lists the mounts"
+        assert done.stderr == f"diffmergefs: {path}: not a diffmergefs mount point; {step}\n"
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(mountpoint)], check=True, timeout=60)
     done = umount(mountpoint, *options)
     assert done.returncode == REFUSED

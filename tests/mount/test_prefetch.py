@@ -390,7 +390,7 @@ def test_sigterm_and_then_the_last_close(pair: Pair, view: Path, mountpoint: Pat
         with opened(view) as fd:
             is_pushing(fd)
             mount.process.send_signal(signal.SIGTERM)
-            has_said(mount, "SIGTERM: detached; 1 files are open")
+            has_said(mount, "SIGTERM: detached; 1 file is open")
             assert os.pread(fd, SIZE, 0) == ORACLE
             assert mount.process.poll() is None
         assert mount.process.wait(20) == 0

@@ -280,7 +280,7 @@ def test_the_command_prints_a_table_or_json(public_path: Path, mountpoint: Path)
         assert re.search(
             rf"^daemon +pid {mount.pid}, version {__version__}, up ", done.stdout, re.M
         )
-        assert re.search(rf"^leaf +1 +{PAGE}$", done.stdout, re.M)
+        assert re.search(rf"^leaf +1 +{PAGE} \(4 KiB\)$", done.stdout, re.M)
         assert re.search(r"^open +1 image, 0 files$", done.stdout, re.M)
         done = run("status", "--json", mountpoint)
         assert Status.from_json(done.stdout).pid == mount.pid
@@ -354,6 +354,67 @@ def test_the_command_distinguishes_no_mount_and_a_stale_one(
         done = run("status", mountpoint)
         assert done.returncode == 11 and "its daemon died" in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+def listed(*options: str) -> tuple[int, dict[str, dict[str, Any]], str]:
+    """The exit code of `status`, its rows by mountpoint, and its messages."""
+    done = run("status", "--json", *options)
+    return done.returncode, {row["mountpoint"]: row for row in json.loads(done.stdout)}, done.stderr
+
+
+def test_without_a_mountpoint_all_mounts_are_listed(public_path: Path, mountpoint: Path) -> None:
+    store = write_chain(public_path / "store", ["base"])
+    second = public_path / "zweiter Mount, ü"
+    second.mkdir()
+    with mounted(store, mountpoint) as mount, mounted(store, second) as other:
+        rows = listed()[1]
+        for path, process in ((mountpoint, mount), (second, other)):
+            row = rows[str(path)]
+            assert (row["source"], row["user"], row["state"]) == (str(store), 0, "serving")
+            assert (row["problem"], row["status"]["pid"]) == (None, process.pid)
+        assert set(row) == {"mountpoint", "source", "user", "state", "problem", "status"}
+        with (mountpoint / "base" / "memory.bin").open("rb"):
+            text = run("status").stdout
+        pattern = rf"^{mountpoint} +{store} +0 +serving +{mount.pid} +0:00:\d\d +1$"
+        assert re.search(pattern, text, re.MULTILINE)
+        assert f"\n{second} " in text
+        # What lies under another mount, and a bind mount of a part, are no mounts of their own.
+        bound = public_path / "bound"
+        bound.touch()
+        part = ["--bind", f"{second}/base/memory.bin", str(bound)]
+        for how in (part, ["-t", "tmpfs", "tmpfs", str(second)]):
+            subprocess.run(["mount", *how], check=True, timeout=60)
+        assert listed()[1].keys() & {str(second), str(bound)} == set()
+        for path in (second, bound):
+            subprocess.run(["umount", path], check=True, timeout=60)
+
+
+def test_a_mount_that_does_not_serve_is_listed_with_its_next_step(
+    public_path: Path, mountpoint: Path
+) -> None:
+    store = write_chain(public_path / "store", ["base"])
+    paths = [mountpoint, *(public_path / name for name in ("stale", "hung", "foreign"))]
+    for path in paths[1:]:
+        path.mkdir()
+    with (
+        mounted(store, paths[0]),
+        mounted(store, paths[1]) as stale,
+        mounted(store, paths[2]) as hung,
+    ):
+        stale.process.kill()
+        stale.process.wait()
+        os.kill(hung.pid, signal.SIGSTOP)
+        try:
+            code, rows, messages = listed()
+        finally:
+            os.kill(hung.pid, signal.SIGCONT)
+        states = [rows[str(path)]["state"] for path in paths[:3]]
+        assert (code, states) == (1, ["serving", "stale", "hung"])
+        assert (
+            f"{paths[1]}: stale mount: its daemon died; unmount it or mount it again\n" in messages
+        )
+        assert f"detach it with `diffmergefs umount --lazy {paths[2]}`\n" in messages
+        assert all(rows[str(path)]["status"] is None for path in paths[1:3])
 
 
 def test_the_manual_lists_the_metrics_and_the_fields() -> None:

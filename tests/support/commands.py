@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,11 @@ def one_line(done: subprocess.CompletedProcess[str], status: int) -> str:
     assert done.stderr.startswith("diffmergefs: "), done
     assert done.stderr.endswith("\n") and done.stderr.count("\n") == 1, done
     return done.stderr
+
+
+def unsized(text: str) -> str:
+    """The text without the sizes that stand in parentheses beside bytes: `65536 (64 KiB)`."""
+    return re.sub(r" \([\d.]+ [KMGT]iB\)", "", text)
 
 
 def diffmergefs_as_nobody(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -69,7 +69,9 @@ def test_usage_and_bugs_have_mounts_statuses(
 ) -> None:
     assert main([]) == USAGE
     assert main(["--nonsense"]) == USAGE
-    assert "Usage: mount.fuse.diffmergefs" in capfd.readouterr().err
+    missing, unknown = capfd.readouterr().err.splitlines()
+    assert missing.endswith("Missing argument 'SOURCE'; see mount.fuse.diffmergefs --help")
+    assert "--nonsense" in unknown
     monkeypatch.setattr("diffmergefs.cli.mount.Request", lambda **_: 1 // 0)
     assert main(["/nowhere", str(mountpoint)]) == 4
     assert "this is a bug" in capfd.readouterr().err

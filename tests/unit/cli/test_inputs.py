@@ -49,7 +49,11 @@ def test_a_title_is_printable() -> None:
     ("arguments", "text"),
     [
         ([], "give either IMAGE or --base FILE [--diff FILE ...]"),
-        (["image", "--base", "b"], "give either IMAGE or --base FILE [--diff FILE ...]"),
+        (["image", "--base", "b"], "give either IMAGE or --base FILE, not both"),
+        (
+            ["d2", "--base", "b", "--diff", "d1"],
+            "give either IMAGE or --base FILE, not both; if d2 is a diff, give one --diff for each",
+        ),
         (["image", "--diff", "d"], "--diff needs --base"),
         (["--base", "b", "--allow-gaps"], "--allow-gaps goes with IMAGE, not with --base"),
         (["--base", "b", "--allow-outside", "/a"], "--allow-outside goes with IMAGE, not with"),

@@ -25,6 +25,7 @@ from diffmergefs.fuse.status import Metrics, Status, status_of
 from diffmergefs.system import children
 from diffmergefs.system import mountpoint as mountpoints
 from diffmergefs.system.mounttable import FILESYSTEM_TYPE, Mount
+from tests.support.commands import unsized
 
 
 def status() -> Status:
@@ -80,7 +81,8 @@ def test_what_is_no_mount_of_ours_is_refused(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([*command.split(), str(tmp_path)]) == 10
-    line = f"diffmergefs: {tmp_path}: not a diffmergefs mount point\n"
+    step = "`diffmergefs status` lists the mounts"
+    line = f"diffmergefs: {tmp_path}: not a diffmergefs mount point; {step}\n"
     assert capsys.readouterr() == ("", line)
 
 
@@ -133,10 +135,10 @@ def test_a_table_has_the_facts_and_the_bytes_of_each_layer(
         ["errors", "lookup ENOENT 1"],
         ["reads", "2, of which 1 in worker threads"],
         ["latency", "50 % in 1 us, 99 % in 2 us"],
-        ["prefetch", "8192 bytes pushed, 4096 hit"],
+        ["prefetch", "8192 bytes (8 KiB) pushed, 4096 (4 KiB) hit"],
         ["tainted", f"{status().tainted_layers} layers"],
     ]
-    assert [line.split() for line in lines[10:]] == [
+    assert [unsized(line).split() for line in lines[10:]] == [
         ["TAG", "LAYER", "BYTES"],
         ["leaf", "hole", "100"],
         ["leaf", "0", "4096"],

@@ -95,11 +95,12 @@ def test_the_first_decorator_is_the_outermost() -> None:
 # Values
 
 
-@pytest.mark.parametrize("value", ["0", "256", "-4096", "1000", "4097", "4K", ""])
+@pytest.mark.parametrize("value", ["0", "256", "-4096", "1000", "4097", "3K", "4Q", ""])
 def test_a_page_size_is_a_power_of_two(value: str) -> None:
     with pytest.raises(click.BadParameter):
         given(page_size_option, f"--page-size={value}")
     assert given(page_size_option, "--page-size=512") == {"page_size": 512}
+    assert given(page_size_option, "--page-size=16K") == {"page_size": 16384}
     assert given(page_size_option) == {"page_size": TrustPolicy.page_size}
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +15,7 @@ from diffmergefs.cli.output import (
     print_table,
     printable,
     progress,
+    sized,
 )
 
 
@@ -42,6 +46,37 @@ def test_a_table_in_a_pipe_has_a_line_a_row(capsys: pytest.CaptureFixture[str]) 
     assert first.split() == ["[bold]a\\nb", "7"]
     assert second.split() == [long, "-"]
     assert len(head) == len(first) == len(second)
+
+
+def test_a_narrow_terminal_folds_no_row(capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        *(sys.executable, "-c"),
+        "from diffmergefs.cli.output import print_table\n"
+        "print_table(['PATH', '=BYTES'], [('/a path/' + 'x' * 200, 4096)])",
+    ]
+    ours, theirs = os.openpty()
+    done = subprocess.run(command, stdout=theirs, env=os.environ | {"COLUMNS": "40"}, timeout=60)
+    os.close(theirs)
+    text = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert done.returncode == 0
+    assert text.splitlines()[1] == f"/a path/{'x' * 200}  4096 (4 KiB)"
+
+
+@pytest.mark.parametrize(
+    ("number", "word", "text"),
+    [
+        (0, "", "0"),
+        (1, "bytes", "1 byte"),
+        (1023, "bytes", "1023 bytes"),
+        (1024, "", "1024 (1 KiB)"),
+        (61440, "bytes", "61440 bytes (60 KiB)"),
+        (3522560, "", "3522560 (3.36 MiB)"),
+        (1 << 40, "", "1099511627776 (1 TiB)"),
+    ],
+)
+def test_bytes_have_a_larger_unit_beside_them(number: int, word: str, text: str) -> None:
+    assert sized(number, word) == text
 
 
 def test_facts_are_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,7 +152,7 @@ def test_the_first_signal_detaches_and_it_is_served_on(
         await until(lambda: not own.shown)
 
     assert not mount.run(then=then)
-    assert log() == [f"{number.name}: detached; 1 files are open; serving until the last is closed"]
+    assert log() == [f"{number.name}: detached; 1 file is open; serving until the last is closed"]
     assert mount.sent == [
         "STOPPING=1\nSTATUS=detached; 1 file open, serving until the last is closed"
     ]
@@ -164,7 +164,7 @@ def test_the_second_signal_ends_it_at_once_whatever_the_first_could_do(
 ) -> None:
     mount = Mounted(FakeMount(*["covered"] * 100_000))
     assert mount.run(signal.SIGTERM, signal.SIGINT)
-    assert "SIGINT again: ending at once, 1 files open" in log()
+    assert "SIGINT again: ending at once, 1 file is open" in log()
     assert (mount.stopped, terminated) == ([STOP_SECONDS], ["terminate"])
 
 
@@ -185,7 +185,7 @@ def test_it_is_detached_once_nothing_covers_it_and_each_obstacle_is_logged_once(
 
     mount.run(signal.SIGTERM, then=then)
     assert log() == [
-        f"SIGTERM: cannot detach: {obstacle}; trying again; 1 files are open; a second signal ends"
+        f"SIGTERM: cannot detach: {obstacle}; trying again; 1 file is open; a second signal ends"
         " the mount at once"
         for obstacle in ("a tmpfs covers it", "no memory")
     ]
@@ -204,7 +204,7 @@ def test_other_places_of_the_mount_are_named(
     mount = Mounted(FakeMount(others=("/a", "/b")))
     mount.run(signal.SIGTERM, then=lambda: until(lambda: len(log()) == 2))
     assert log() == [
-        "SIGTERM: detached; 1 files are open and it is also mounted on /a, /b; serving until the"
+        "SIGTERM: detached; 1 file is open and it is also mounted on /a, /b; serving until the"
         " last is closed and unmounted",
         "SIGTERM: still mounted on /mnt (in the namespace of process 7); serving until that is"
         " unmounted",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.system import children
-from diffmergefs.system.children import ask, is_connected
+from diffmergefs.system.children import ask, ask_all, is_connected
 from tests.support.subjects.children import plant
 
 
@@ -45,6 +45,38 @@ def test_no_answer_is_a_timeout() -> None:
 
     with pytest.raises(TimeoutError):
         ask(hung, 0.01)
+
+
+def test_several_questions_have_their_answers_in_order() -> None:
+    def refused() -> bytes:
+        raise PermissionError(errno.EACCES, "of the child")
+
+    def hung() -> bytes:
+        time.sleep(60)
+        return b"late"
+
+    first, second, third, fourth = ask_all([lambda: b"one", refused, hung, lambda: b"four"], 0.5)
+    assert (first, fourth) == (b"one", b"four")
+    assert isinstance(second, PermissionError) and second.errno == errno.EACCES
+    assert isinstance(third, TimeoutError)
+    assert ask_all([]) == []
+
+
+def test_several_questions_are_asked_at_the_same_time(tmp_path: Path) -> None:
+    """Each waits for the other one."""
+    for name in "ab":
+        os.mkfifo(tmp_path / name)
+
+    def read_then_write() -> bytes:
+        found = (tmp_path / "a").read_bytes()
+        (tmp_path / "b").write_bytes(b"second")
+        return found
+
+    def write_then_read() -> bytes:
+        (tmp_path / "a").write_bytes(b"first")
+        return (tmp_path / "b").read_bytes()
+
+    assert ask_all([read_then_write, write_then_read]) == [b"first", b"second"]
 
 
 def test_no_descriptor_of_ours_is_left_in_the_child(tmp_path: Path) -> None:
