@@ -166,3 +166,15 @@ def test_cron_runs_the_command_that_was_tried() -> None:
     ((_, line),) = written_files(text)
     (block,) = (block for block in blocks_of(text) if block.language == "console")
     assert line.split(None, 6)[6].strip() in {command for command, _ in steps(block)}
+
+
+def test_a_mount_without_the_device_says_what_is_shown(public_path: Path) -> None:
+    text = sections(DOCS / "troubleshooting.md")["No /dev/fuse"]
+    (block,) = blocks_of(text)
+    devices = "mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9"
+    mount = "diffmergefs mount /srv/snapshots /mnt/views"
+    with sandbox(public_path) as box:
+        hidden = f"mount -t tmpfs none /dev && {devices} && {mount}"
+        status, output = box.run(f"unshare --mount sh -c '{hidden}'")
+        assert status == 11 and shows(block.lines, output), output
+        box.assert_clean()
