@@ -12,7 +12,7 @@ from diffmergefs.cli.verbs import TABLE, load
 from diffmergefs.core.errors import BrokenChainError
 from diffmergefs.opening.images import open_chain, open_side
 from tests.support.commands import diffmergefs, mistake
-from tests.support.images import PAGE, write_layer
+from tests.support.images import PAGE, another_name, write_layer
 from tests.support.inputs import unchanged
 from tests.support.mounts import mounted
 from tests.support.stores import BASE_PAGES, SIZE, pages
@@ -83,13 +83,7 @@ def test_no_verb_takes_one_file_twice(public_path: Path, verb: str) -> None:
 def test_one_file_in_two_places_of_a_chain(tmp_path: Path, how: str, place: int) -> None:
     base = written(tmp_path, "base", BASE_PAGES)
     diffs = [written(tmp_path, "one", [1]), written(tmp_path, "two", [2])]
-    again = tmp_path / "again"
-    if how == "hard link":
-        os.link(base, again)
-    elif how == "symlink":
-        again.symlink_to(base)
-    else:
-        again = base
+    again = another_name(base, how, tmp_path / "again")
     diffs.insert(place, again)
     with pytest.raises(BrokenChainError, match=f"{again}: is the same file as the layer {base};"):
         open_chain(base, diffs)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.commands import diffmergefs, mistake, succeed
 from tests.support.images import signed, write_layer
-from tests.support.live import Gate, patch_children
+from tests.support.live import Gate
 from tests.support.stores import SIZE, pages, write_chain, write_numbered, write_tag
 from tests.support.subjects.filled import filled_store
 from tests.support.subjects.verify import ABSENT, hash_of, root, state
@@ -87,7 +87,7 @@ def test_an_interrupt_ends_it_at_once(
 ) -> None:
     # After it, each thread may finish one block and no more.
     gate = Gate(tmp_path / "gate")
-    code = gate.code + (
+    code = (
         "import diffmergefs.opening.pins as pins\n"
         "def endless(layer, report):\n"
         "    wait_at_gate()\n"
@@ -95,7 +95,7 @@ def test_an_interrupt_ends_it_at_once(
         "        report(1)\n"
         "pins.content_hash = endless\n"
     )
-    patch_children(monkeypatch, tmp_path / "patch", code)
+    gate.patch(monkeypatch, code)
     command = [sys.executable, "-m", "diffmergefs", "verify", f"--state-dir={state}"]
     process = subprocess.Popen(
         [*command, str(root / "leaf")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

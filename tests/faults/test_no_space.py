@@ -18,7 +18,7 @@ from tests.support import loopfs
 from tests.support.commands import diffmergefs, mistake, one_line, succeed
 from tests.support.images import overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
-from tests.support.live import Gate, patch_children
+from tests.support.live import Gate
 
 NO_SPACE = 9
 MIB = 1 << 20
@@ -94,7 +94,7 @@ def test_a_filler_between_the_question_and_the_copy(
 ) -> None:
     """The space was there when `flatten` asked, and is gone when it writes."""
     gate = Gate(public_path / "gate")
-    code = gate.code + (
+    code = (
         "from diffmergefs.writing import flatten\n"
         "ask = flatten.require_space\n"
         "def asked(target, needed):\n"
@@ -103,7 +103,7 @@ def test_a_filler_between_the_question_and_the_copy(
         "flatten.require_space = asked\n"
     )
     with monkeypatch.context() as patch:
-        patch_children(patch, public_path / "patch", code)
+        gate.patch(patch, code)
         command = [sys.executable, "-m", "diffmergefs", *flatten_command(layers, small / "image")]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

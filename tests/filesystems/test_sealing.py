@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,3 +95,12 @@ def test_an_ordinary_user_seals_his_own_and_no_others(public_path: Path) -> None
     done = diffmergefs_as_nobody("seal", own)
     assert done.returncode == 0, done
     assert os.stat(f"{own}.bmap").st_uid == NOBODY
+
+
+def test_a_seal_has_the_layers_mode_and_owner(public_path: Path) -> None:
+    diff = write_layer(public_path / "diff", SIZE, DIFF)
+    os.chown(diff, NOBODY, NOBODY)
+    diff.chmod(0o750)
+    status = os.stat(seal_layer(diff).path)
+    assert (status.st_uid, status.st_gid) == (NOBODY, NOBODY)
+    assert stat.S_IMODE(status.st_mode) == 0o640

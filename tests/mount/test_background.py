@@ -216,7 +216,7 @@ def test_a_mount_that_does_not_come_up(
 ) -> None:
     """In time: no process and no mount is left, whether it hangs before or after it mounted."""
     gate = Gate(public_path / "gate")
-    code = gate.code + "import signal\n"
+    code = "import signal\n"
     if where == "look":
         code += "import diffmergefs.fuse.served as module\n"
         code += "module.Store.look = lambda s: wait_at_gate()\n"
@@ -230,7 +230,7 @@ def test_a_mount_that_does_not_come_up(
             "    wait_at_gate()\n"
             "pyfuse3.init = init\n"
         )
-    patch_children(monkeypatch, public_path / "patch", code)
+    gate.patch(monkeypatch, code)
     try:
         done = run("mount", "--timeout", "2", "store", "mnt", cwd=public_path)
     finally:
@@ -257,14 +257,13 @@ def start_that_hangs(
 ) -> tuple[Gate, subprocess.Popen[str]]:
     """A mount whose daemon waits at a gate: before it mounts ('look'), or after ('mounted')."""
     gate = Gate(public_path / "gate")
-    code = gate.code
     if where == "look":
-        code += "import diffmergefs.fuse.served as module\n"
+        code = "import diffmergefs.fuse.served as module\n"
         code += "module.Store.look = lambda self: wait_at_gate()\n"
     else:
-        code += "import pyfuse3\nreal = pyfuse3.init\n"
+        code = "import pyfuse3\nreal = pyfuse3.init\n"
         code += "def init(*args):\n    real(*args)\n    wait_at_gate()\npyfuse3.init = init\n"
-    patch_children(patch, public_path / "patch", code)
+    gate.patch(patch, code)
     command = [sys.executable, "-m", "diffmergefs", "mount", "--timeout", "60", *options]
     process = subprocess.Popen(
         [*command, str(store), str(public_path / "mnt")],
@@ -358,9 +357,8 @@ def test_a_start_that_failed_leaves_the_mount_that_stood_there(
 ) -> None:
     assert run("mount", store, mountpoint).returncode == 0
     gate = Gate(public_path / "gate")
-    code = gate.code + "import diffmergefs.system.mountpoint as module\n"
-    code += "module.check_mountpoint = lambda *args: wait_at_gate()\n"
-    patch_children(monkeypatch, public_path / "patch", code)
+    code = "import diffmergefs.system.mountpoint as module\n"
+    gate.patch(monkeypatch, code + "module.check_mountpoint = lambda *args: wait_at_gate()\n")
     try:
         assert run("mount", "--timeout", "1", store, mountpoint).returncode == TIMEOUT
         assert sorted(os.listdir(mountpoint)) == ["base", "leaf"]

@@ -17,7 +17,7 @@ import pytest
 from diffmergefs.system.mounttable import mount_entry, mount_over, resolved
 from tests.support import mounttable
 from tests.support.commands import diffmergefs, diffmergefs_as_nobody, one_line
-from tests.support.live import Gate, held, patch_children
+from tests.support.live import Gate, held
 from tests.support.mounts import Mount, mounted
 from tests.support.stores import write_chain
 
@@ -147,7 +147,7 @@ def test_a_daemon_that_hangs_over_the_very_request_is_left_alone_too(
 ) -> None:
     """Who waits for an answer to what was read already cannot be killed before it comes."""
     gate = Gate(public_path / "gate")
-    code = gate.code + (
+    code = (
         "import sys\n"
         "if '-f' in sys.argv:\n"
         "    import pyfuse3\n"
@@ -157,7 +157,7 @@ def test_a_daemon_that_hangs_over_the_very_request_is_left_alone_too(
         "        raise pyfuse3.FUSEError(5)\n"
         "    Operations.statfs = hangs\n"
     )
-    patch_children(monkeypatch, public_path / "patch", code)
+    gate.patch(monkeypatch, code)
     with mounted(store, mountpoint):
         try:
             command = [sys.executable, "-m", "diffmergefs", "list", str(mountpoint)]

@@ -91,12 +91,12 @@ def test_a_second_signal_does_not_wait_for_a_hung_read(
     store: Path, public_path: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(public_path / "gate")
-    code = gate.code + (
+    code = (
         "from diffmergefs.core.view import MergedView\n"
         "MergedView.fill_nowait = lambda *args: 0\n"
         "MergedView.fill = lambda *args: wait_at_gate()\n"
     )
-    patch_children(monkeypatch, public_path / "patch", code)
+    gate.patch(monkeypatch, code)
     with mounted(store, mountpoint) as mount:
         command = ["cat", str(mountpoint / "leaf" / "memory.bin")]
         reader = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

@@ -72,7 +72,7 @@ def test_many_clients_of_a_slow_layer(
     write_tag(store, "slow", "base", layer=5)
     asked, synced = public_path / "asked", public_path / "synced"
     gate = Gate(public_path / "gate")
-    code = gate.code + (
+    code = (
         "import os\n"
         "from diffmergefs.fuse.operations import Operations\n"
         "def note(path):\n"
@@ -90,7 +90,7 @@ def test_many_clients_of_a_slow_layer(
         "os.fsync, Operations.opendir = fsync, opendir\n"
     )
     with monkeypatch.context() as patch:
-        patch_children(patch, public_path / "patch", code)
+        gate.patch(patch, code)
         command = [sys.executable, "-c", CLIENTS, str(mountpoint / "slow"), str(clients)]
         with mounted(store, mountpoint) as mount:
             patch.undo()
@@ -154,7 +154,7 @@ def test_a_slow_read_stops_no_other(
     store = write_chain(public_path / "store", ["base", "leaf"])
     write_tag(store, "slow", numbers=BASE_PAGES)
     gate = Gate(public_path / "gate")
-    code = gate.code + (
+    code = (
         "import os\n"
         "real = os.preadv\n"
         "def preadv(fd, buffers, offset, flags=0):\n"
@@ -165,7 +165,7 @@ def test_a_slow_read_stops_no_other(
         "    return real(fd, buffers, offset, flags)\n"
         "os.preadv = preadv\n"
     )
-    patch_children(monkeypatch, public_path / "patch", code)
+    gate.patch(monkeypatch, code)
     command = ["cat", str(mountpoint / "slow" / "memory.bin")]
     with mounted(store, mountpoint):
         process = subprocess.Popen(command, stdout=subprocess.PIPE)

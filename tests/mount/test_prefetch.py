@@ -476,8 +476,7 @@ def test_a_push_that_hangs_does_not_keep_a_second_signal_waiting(
 ) -> None:
     gate = Gate(public_path / "gate")
     pair.save()
-    code = gate.code + SLOW.format(wait="wait_at_gate()")
-    patch_children(monkeypatch, public_path / "patch", code)
+    gate.patch(monkeypatch, SLOW.format(wait="wait_at_gate()"))
     try:
         with mounted(None, mountpoint, *pair.options) as mount, opened(view):
             gate.wait_until_reached()
@@ -516,8 +515,7 @@ def test_a_push_that_waits_for_a_page_of_a_hung_read_ends_with_the_daemon(
     gate = Gate(public_path / "gate")
     pair.save()
     last = WANTED[-1].start
-    slow = SLOW.format(wait="time.sleep(0.02)")
-    patch_children(monkeypatch, public_path / "patch", gate.code + HUNG_READS + slow)
+    gate.patch(monkeypatch, HUNG_READS + SLOW.format(wait="time.sleep(0.02)"))
     code = f"import os; os.write(1, os.pread(os.open({str(view)!r}, os.O_RDONLY), {PAGE}, {last}))"
     try:
         with mounted(None, mountpoint, *pair.options) as mount:

@@ -71,6 +71,18 @@ def store_mapped(path: Path, extents: Iterable[tuple[int, bytes]], advice: int =
         os.fsync(file.fileno())
 
 
+def another_name(path: Path, how: str, at: Path) -> Path:
+    """The same file by a 'hard link' or a 'symlink' that is made `at`, or else by its own path."""
+    match how:
+        case "hard link":
+            os.link(path, at)
+        case "symlink":
+            at.symlink_to(path)
+        case _:
+            return path
+    return at
+
+
 def overlay_oracle(size: int, layers: Sequence[Sequence[tuple[int, bytes]]]) -> bytes:
     """What `size` bytes hold once the layers' extents were written one after another.
 

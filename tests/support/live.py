@@ -60,30 +60,6 @@ def patch_children(patch: pytest.MonkeyPatch, directory: Path, code: str) -> Non
     patch.setenv("PYTHONPATH", f"{directory}:{known}" if known else str(directory))
 
 
-def note_calls(
-    patch: pytest.MonkeyPatch, directory: Path, function: str, gate: Gate | None = None
-) -> Path:
-    """A file with a line for each call of this function in the processes started from now on.
-
-    The function is named with its module and takes a layer first, whose path the line has. With
-    `gate` each call waits there.
-    """
-    module, _, name = function.rpartition(".")
-    log = directory / "calls"
-    log.touch()
-    code = f"""{gate.code if gate else ""}
-import {module} as module
-def noted(layer, *arguments, known=module.{name}):
-    with open({str(log)!r}, "a") as log:
-        print(layer.path, file=log)
-    {"wait_at_gate()" if gate else "pass"}
-    return known(layer, *arguments)
-module.{name} = noted
-"""
-    patch_children(patch, directory / "patch", code)
-    return log
-
-
 @contextmanager
 def readers(path: Path, gate: Gate, count: int = 8) -> Iterator[list[subprocess.Popen[bytes]]]:
     """So many processes that read the file to its end. They all go on once this ends."""
@@ -101,8 +77,7 @@ def readers(path: Path, gate: Gate, count: int = 8) -> Iterator[list[subprocess.
 class Gate:
     """Where a patched process waits until the test lets it go on.
 
-    `code` defines a function `wait_at_gate` for that process; once the gate is open it returns
-    at once.
+    Once the gate is open, waiting there returns at once.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,8 +85,13 @@ class Gate:
         os.mkfifo(path)
         self._fd = -1
 
+    def patch(self, patch: pytest.MonkeyPatch, code: str) -> None:
+        """`patch_children` with this code, which may call `wait_at_gate`."""
+        patch_children(patch, self._path.with_name("patch"), self.code + code)
+
     @property
     def code(self) -> str:
+        """A function `wait_at_gate` for that process."""
         return (
             "def wait_at_gate():\n"
             "    try:\n"
@@ -140,6 +120,33 @@ class Gate:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def note_calls(
+    patch: pytest.MonkeyPatch, directory: Path, function: str, gate: Gate | None = None
+) -> Path:
+    """A file with a line for each call of this function in the processes started from now on.
+
+    The function is named with its module and takes a layer first, whose path the line has. With
+    `gate`, which lies in the directory too, each call waits there.
+    """
+    module, _, name = function.rpartition(".")
+    log = directory / "calls"
+    log.touch()
+    code = f"""
+import {module} as module
+def noted(layer, *arguments, known=module.{name}):
+    with open({str(log)!r}, "a") as log:
+        print(layer.path, file=log)
+    {"wait_at_gate()" if gate else "pass"}
+    return known(layer, *arguments)
+module.{name} = noted
+"""
+    if gate:
+        gate.patch(patch, code)
+    else:
+        patch_children(patch, directory / "patch", code)
+    return log
 
 
 class Holder:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -56,6 +57,7 @@ SOURCES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
 MODULES = sorted(SOURCES)
 
 
+@cache
 def parsed(module: str) -> ast.Module:
     return ast.parse(SOURCES[module].read_text(encoding="utf-8"))
 
@@ -234,6 +236,7 @@ NEED_MORE |= {"run_as", "require_root", "require_mounts", "require_loop", "requi
 _OF_NAMEDTUPLES = {"_replace", "_asdict", "_fields", "_make"}
 
 
+@cache
 def own_test(module: str) -> Path:
     """The unit test of a module, by its place in the package; commands are run in tests/cli."""
     *folders, name = module.split(".")
@@ -283,7 +286,7 @@ def private_names(path: Path) -> list[str]:
         return base not in {"self", "cls", "os"} and not is_of_a_module
 
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".setattr"):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "setattr":
             target, *rest = node.args
             name = target if isinstance(target, ast.Constant) else rest[0]
             of = str(getattr(target, "value", "")).rpartition(".")[0].removeprefix(f"{ROOT}.")

@@ -32,7 +32,7 @@ from diffmergefs.writing.apply import REASONS
 from tests.support import stores
 from tests.support.cloudhypervisor import write_snapshot
 from tests.support.commands import diffmergefs, mistake
-from tests.support.images import PAGE, overlay_oracle, signed, write_layer
+from tests.support.images import PAGE, another_name, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.stores import write_chain, write_document, write_numbered
 from tests.support.subjects.apply import (
@@ -242,13 +242,7 @@ def test_descriptors_are_closed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["same", "hard link", "symlink"])
 def test_one_file_for_both_is_refused(tmp_path: Path, how: str) -> None:
     diff, _ = pair(tmp_path, [], pages(1, 1))
-    other = tmp_path / "other"
-    if how == "hard link":
-        os.link(diff, other)
-    elif how == "symlink":
-        other.symlink_to(diff)
-    else:
-        other = diff
+    other = another_name(diff, how, tmp_path / "other")
     with unchanged([diff]), pytest.raises(OutputRefusedError, match="same file as the diff"):
         apply_diff(diff, other)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.inputs import unchanged
 from tests.support.stores import age
 from tests.support.subjects.sealing import DIFF, EXTENTS, SIZE, diff, recorded
-from tests.support.users import NOBODY
 
 __all__ = ["diff"]
 
@@ -62,15 +60,6 @@ def test_the_blocks_are_the_guests_pages_or_what_all_extents_fit(tmp_path: Path)
     assert [line.split(":")[0] for line in result.overridden] == [
         "--trust-grain overrides the check of alignment"
     ]
-
-
-def test_a_seal_has_the_layers_mode_and_owner(public_path: Path) -> None:
-    diff = write_layer(public_path / "diff", SIZE, DIFF)
-    os.chown(diff, NOBODY, NOBODY)
-    diff.chmod(0o750)
-    status = os.stat(seal_layer(diff).path)
-    assert (status.st_uid, status.st_gid) == (NOBODY, NOBODY)
-    assert stat.S_IMODE(status.st_mode) == 0o640
 
 
 def test_a_symlinks_seal_is_beside_its_file(diff: Path, tmp_path: Path) -> None:
