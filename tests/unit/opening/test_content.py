@@ -69,13 +69,13 @@ def opened(store: Path, tags: Iterable[str], policy: TrustPolicy) -> None:
 
 
 @pytest.mark.parametrize("newest_first", [False, True])
-def test_a_store_of_100_dense_links_is_sampled_100_times(
+def test_each_dense_link_of_a_store_is_sampled_once(
     tmp_path: Path, looks: list[str], newest_first: bool
 ) -> None:
-    tags = dense_store(tmp_path / "store", 100)
+    tags = dense_store(tmp_path / "store", 20)
     policy = TrustPolicy(state_dir=str(tmp_path / "state"))
     opened(tmp_path / "store", reversed(tags) if newest_first else tags, policy)
-    assert len(looks) == len(set(looks)) == 100
+    assert len(looks) == len(set(looks)) == 20
 
 
 def test_what_was_found_is_known_in_later_runs_until_a_layer_is_another(
