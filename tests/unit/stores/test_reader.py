@@ -157,7 +157,7 @@ def test_a_source_is_opened_by_its_path_or_anew_by_a_descriptor(tmp_path: Path) 
     ("make", "error", "text"),
     [
         (lambda path: None, FileAccessError, "No such file or directory"),
-        (lambda path: path.touch(), FileAccessError, "Not a directory"),
+        (lambda path: path.touch(), FileAccessError, "a file, not a directory of snapshots"),
         (lambda path: path.write_bytes(b"QFI\xfb"), ForeignFormatError, "is a qcow2 image"),
     ],
 )

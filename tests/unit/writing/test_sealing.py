@@ -249,7 +249,7 @@ def test_the_command_seals_each_layer(tmp_path: Path) -> None:
     paths = [write_layer(tmp_path / name, SIZE, DIFF) for name in ("a", "b")]
     lines = succeed("seal", *paths).splitlines()
     assert lines[0].split() == ["SEAL", "DONE", "RANGES", "DATA", "BLOCK"]
-    numbers = ["written", "2", str(3 * PAGE), str(PAGE)]
+    numbers = ["written", "2", str(3 * PAGE), "(12", "KiB)", str(PAGE)]
     assert [line.split() for line in lines[1:]] == [[f"{p}.bmap", *numbers] for p in paths]
     assert "unchanged" in succeed("seal", paths[0])
 
