@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from diffmergefs.core.beneath import AllowedRoots
-from diffmergefs.core.errors import DiffMergeError, FileAccessError
+from diffmergefs.core.errors import DiffMergeError, FileAccessError, counted
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.content import Parents, Verdicts, is_complete, sampled
 from diffmergefs.opening.filled import copied_up, hint_of_filled
@@ -186,7 +186,8 @@ def _examine_extents(
         why = "a store through a mapping, or a reader of a tmpfs, fills holes with zeros"
         yield Finding(layer.path, "filled", "warning", hint.text, why, _REMEDY["filled"])
     elif not failed:
-        text = f"{layer.extents.data_bytes} bytes in {len(layer.extents)} extents can be trusted"
+        extents = counted(len(layer.extents), "extent")
+        text = f"{layer.extents.data_bytes} bytes in {extents} can be trusted"
         yield Finding(layer.path, "extents", "fine", text)
 
 

@@ -34,6 +34,7 @@ from diffmergefs.core.errors import (
     FileAccessError,
     MountFailedError,
     MountTimeoutError,
+    counted,
 )
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.system import children
@@ -105,7 +106,8 @@ def _lines(findings: list[Finding]) -> Iterator[str]:
                 yield f"{'':11}why: {printable(finding.why)}"
                 yield f"{'':11}remedy: {printable(finding.remedy)}"
     found = [finding.severity for finding in findings]
-    yield ", ".join(f"{found.count(word)} {word}" for word in ("wrong", "warning", "fine"))
+    warnings = counted(found.count("warning"), "warning")
+    yield f"{found.count('wrong')} wrong, {warnings}, {found.count('fine')} fine"
 
 
 def try_mount() -> Finding:

@@ -9,6 +9,8 @@ import select
 import threading
 from collections import deque
 
+from diffmergefs.core.errors import counted
+
 _BYTES = 4 << 20
 _LAST_SECONDS = 1.0
 _USUAL_SECONDS = 0.05
@@ -98,7 +100,7 @@ class QueuedHandler(logging.Handler):
         self._waiting -= len(line)
         dropped, self._dropped = self._dropped, 0
         if dropped:
-            text = f"{dropped} records are missing here: the log could not be written"
+            text = f"{counted(dropped, 'record')} missing here: the log could not be written"
             notice = logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (), None)
             line = self._line(notice) + line
         return line, dropped + 1

@@ -7,7 +7,7 @@ import functools
 import weakref
 from collections.abc import Iterator, Sequence
 
-from diffmergefs.core.errors import BrokenChainError, SizeMismatchError
+from diffmergefs.core.errors import BrokenChainError, SizeMismatchError, counted
 from diffmergefs.core.extents import MAX_LAYERS, ExtentList, Segment, SegmentMap
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.sparse import BLOCK, ZEROS
@@ -29,7 +29,9 @@ class MergedView:
     def __init__(self, layers: Sequence[Layer]) -> None:
         """Raises SizeMismatchError, naming both files and both sizes."""
         if not 1 <= len(layers) <= MAX_LAYERS:
-            raise BrokenChainError(f"a chain of {len(layers)} layers; 1 to {MAX_LAYERS} can be")
+            raise BrokenChainError(
+                f"a chain of {counted(len(layers), 'layer')}; 1 to {MAX_LAYERS} can be"
+            )
         for layer in layers[1:]:
             require_equal_size(layers[0].path, layers[0].size, layer.path, layer.size)
         self.layers = tuple(layers)

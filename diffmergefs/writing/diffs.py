@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from diffmergefs.analysis.compare import count_pages, require_equal, windows
+from diffmergefs.core.errors import counted
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView
 from diffmergefs.core.workers import Progress, ignore_progress
@@ -117,10 +118,8 @@ def squash(
     """
     last = len(view.layers) - 1 if last is None else last
     if not 1 <= first <= last < len(view.layers):
-        raise ValueError(
-            f"diffs {first} to {last} of a chain of {len(view.layers)} layers, of which 0 is the"
-            " base"
-        )
+        layers = counted(len(view.layers), "layer")
+        raise ValueError(f"diffs {first} to {last} of a chain of {layers}, of which 0 is the base")
     diffs = MergedView(view.layers[first : last + 1])
     extents = diffs.data_extents()
 

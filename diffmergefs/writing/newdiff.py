@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 
 from diffmergefs.analysis.compare import check_unchanged
-from diffmergefs.core.errors import UntrustedExtentsError, block_size, failures
+from diffmergefs.core.errors import UntrustedExtentsError, block_size, counted, failures
 from diffmergefs.core.extents import ExtentList, Segment, is_aligned
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.sparse import BLOCK, ZEROS
@@ -203,8 +203,9 @@ class NewDiff:
 
     def _require_extents(self, layer: Layer, extents: ExtentList) -> None:
         if layer.walked != extents:
+            written = counted(len(extents), "extent")
             raise UntrustedExtentsError(
-                f"{self.path}: {extents.data_bytes} bytes in {len(extents)} extents were written,"
+                f"{self.path}: {extents.data_bytes} bytes in {written} were written,"
                 f" but its filesystem reports {layer.walked.data_bytes} in {len(layer.walked)} as"
                 f" data, so the diff would not be the intended one; {_REMEDY}",
                 "filesystem",

@@ -15,7 +15,7 @@ import pytest
 from diffmergefs.cli.logqueue import QueuedHandler
 from tests.support.live import until
 
-MISSING = "records are missing here: the log could not be written"
+MISSING = "missing here: the log could not be written"
 
 
 def record(level: int, text: str) -> logging.LogRecord:
@@ -65,7 +65,7 @@ def test_a_full_queue_drops_and_counts_and_warnings_last(stuck: Stuck) -> None:
     handler.handle(record(logging.WARNING, "w" * 24))  # in place of three
     assert stuck.lines("w" * 24) == [
         "first",
-        f"4 {MISSING}",
+        f"4 records {MISSING}",
         *(f"routine {n}" for n in range(7)),
         "w" * 24,
     ]
@@ -81,7 +81,7 @@ def test_warnings_beyond_the_bound_are_counted_too(stuck: Stuck) -> None:
     for n in range(11):
         handler.handle(record(logging.WARNING, f"warning {n:1x}"))
     kept = [f"warning {n}" for n in range(10)]
-    assert stuck.lines("warning 9") == ["first", f"1 {MISSING}", *kept]
+    assert stuck.lines("warning 9") == ["first", f"1 record {MISSING}", *kept]
     handler.close()
 
 
@@ -104,7 +104,7 @@ def test_what_cannot_be_written_is_counted(tmp_path: Path, monkeypatch: pytest.M
     handler.handle(record(logging.INFO, "again"))
     handler.close()
     os.close(fd)
-    assert (tmp_path / "log").read_text() == f"3 {MISSING}\nagain\n"
+    assert (tmp_path / "log").read_text() == f"3 records {MISSING}\nagain\n"
 
 
 def test_a_descriptor_that_does_not_block_is_waited_for(stuck: Stuck) -> None:

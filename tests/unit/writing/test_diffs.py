@@ -248,7 +248,7 @@ def test_numbers_that_are_no_diffs_in_this_order_are_refused(
 
 
 def test_a_base_alone_has_nothing_to_squash(layers: list[Path], out: Path) -> None:
-    with pytest.raises(ValueError, match="diffs 1 to 0 of a chain of 1 layers"):
+    with pytest.raises(ValueError, match="diffs 1 to 0 of a chain of 1 layer,"):
         squash(open_view(layers[:1]), out)
 
 

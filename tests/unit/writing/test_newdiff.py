@@ -151,7 +151,7 @@ def test_a_filesystem_that_does_not_keep_what_was_written_is_found_out(
 def test_extents_that_do_not_fit_the_output_are_refused(tmp_path: Path, out: Path) -> None:
     # Smaller than the blocks of the output, as where a base lies on another filesystem.
     source = open_view([write_layer(tmp_path / "base", SIZE, BASE)])
-    with pytest.raises(UntrustedExtentsError, match="512 bytes in 1 extents were written, but"):
+    with pytest.raises(UntrustedExtentsError, match="512 bytes in 1 extent were written, but"):
         written(out, source, [ExtentList([(512, 1024)])])
     assert os.listdir(out.parent) == []
 
