@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import skips
 from tests.support.live import until
 from tests.support.mounts import mounted
 from tests.support.stores import SIZE, write_chain, write_tag
@@ -59,6 +60,7 @@ def test_inotify_tells_of_clients_and_of_no_new_tag(store: Path, mountpoint: Pat
 @contextmanager
 def user_namespace() -> Iterator[int]:
     """A descriptor of a user namespace that maps every user to another one."""
+    skips.require_user_namespaces()
     command = ["unshare", "--user", "cat"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:

@@ -29,6 +29,7 @@ from tests.project.test_docs import (
     shows,
     steps,
 )
+from tests.support import skips
 from tests.support.counters import NOTHING
 from tests.support.places import DOCS, REPOSITORY
 
@@ -100,6 +101,8 @@ SECTIONS = [
 
 @pytest.mark.parametrize("text", SECTIONS)
 def test_the_commands_of_a_section_do_what_they_show(text: str, public_path: Path) -> None:
+    if "unshare --user" in text:
+        skips.require_user_namespaces()
     with sandbox_of_recipes(public_path) as box:
         run(box, text)
 

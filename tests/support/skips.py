@@ -7,6 +7,7 @@ through a ``require_*`` function.
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,12 @@ NO_CGROUPS = "needs control groups that root may make"
 NO_KERNEL_FS = "this kernel lacks the file system"
 NO_BIG_BLOCKS = "this kernel mounts no XFS whose blocks are larger than a page"
 NO_FIRECRACKER = "needs /dev/kvm, and Firecracker for x86-64 from a package index"
+NO_USER_NAMESPACES = "needs a user namespace; a chroot and some systems have none"
 NO_HUGE_TMPFS = "this kernel has no tmpfs with huge pages"
 NO_MIRROR = "no mirror of Debian answers"
 
 #: With CI=true a skip is a failure (strict_skips.py) unless its reason is here.
-ALLOWED = frozenset({NO_FIRECRACKER, NO_MIRROR})
+ALLOWED = frozenset({NO_FIRECRACKER, NO_USER_NAMESPACES, NO_MIRROR})
 
 _CAP_SYS_ADMIN = 21
 
@@ -61,3 +63,10 @@ def require_fuse() -> None:
     """Skip the test unless this process may open the FUSE device."""
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip(NO_FUSE)
+
+
+def require_user_namespaces() -> None:
+    """Skip the test unless a process may make a user namespace."""
+    done = subprocess.run(["unshare", "--user", "true"], capture_output=True, timeout=60)
+    if done.returncode != 0:
+        pytest.skip(NO_USER_NAMESPACES)
