@@ -17,7 +17,7 @@ from typing import TextIO
 import click
 
 from diffmergefs.cli.output import print_diagnostic
-from diffmergefs.cli.usage import usage_line
+from diffmergefs.cli.usage import error_line, usage_line
 from diffmergefs.cli.verbs import Verbs
 from diffmergefs.core import __version__
 from diffmergefs.core.errors import DiffMergeError, FileAccessError, MissingExtraError
@@ -128,7 +128,7 @@ def _run(arguments: list[str] | None, command: click.Command, name: str) -> int:
         print_diagnostic("interrupted")
         return 128 + signal.SIGINT
     except DiffMergeError as error:
-        print_diagnostic(str(error))
+        print_diagnostic(error_line(error))
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output exited. There is nobody to report it to.
@@ -142,7 +142,8 @@ def _run(arguments: list[str] | None, command: click.Command, name: str) -> int:
         if error.filename is None and isinstance(error, FileNotFoundError):  # of getcwd(2)
             print_diagnostic("the current directory was removed; change to another one")
         else:
-            print_diagnostic(f"{error.filename or 'output'}: {error.strerror or error}")
+            text = f"{error.filename or 'output'}: {error.strerror or error}"
+        print_diagnostic(error_line(FileAccessError(text)))
         return FileAccessError.exit_code
     except Exception as error:
         if package := missing_package(error):

@@ -28,7 +28,7 @@ from diffmergefs.cli.options import (
     with_policy,
 )
 from diffmergefs.cli.output import print_diagnostic, print_json, printable, progress
-from diffmergefs.cli.usage import Verb
+from diffmergefs.cli.usage import Verb, error_line
 from diffmergefs.core.errors import (
     DiffMergeError,
     FileAccessError,
@@ -87,7 +87,7 @@ def doctor(paths: tuple[str, ...], as_json: bool, policy: TrustPolicy) -> int:
             with progress(f"examine {printable(path)}", unit=""):
                 findings += examine_path(path, policy, tested)
         except DiffMergeError as error:
-            print_diagnostic(str(error))
+            print_diagnostic(error_line(error))
             failed = failed or error.exit_code
     findings = list(dict.fromkeys(findings))  # a layer may belong to several of the paths
     if as_json:

@@ -30,7 +30,7 @@ from diffmergefs.cli.output import (
     progress,
     sized,
 )
-from diffmergefs.cli.usage import Verb
+from diffmergefs.cli.usage import Verb, error_line
 from diffmergefs.core.errors import DiffMergeError, counted
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
@@ -125,7 +125,7 @@ def seal(
         try:
             done.append(_seal(str(chain[number]), below if base else [], force, policy, printed))
         except DiffMergeError as error:
-            print_diagnostic(str(error))
+            print_diagnostic(error_line(error))
             failed = failed or error.exit_code
     _print_seals(done, as_json)
     return failed

@@ -17,7 +17,7 @@ import click
 
 from diffmergefs.cli.options import MOUNTPOINT, complete_mountpoints, json_option
 from diffmergefs.cli.output import print_diagnostic, print_json, print_table, sized, table
-from diffmergefs.cli.usage import Verb
+from diffmergefs.cli.usage import Verb, error_line
 from diffmergefs.core import STATUS_FOLDER
 from diffmergefs.core.errors import (
     DiffMergeError,
@@ -138,7 +138,7 @@ def list_mounts() -> list[Listed]:
         try:
             status = _parsed(mount.path, mount, answer)
         except DiffMergeError as error:
-            state, problem = _STATES[type(error)], str(error)
+            state, problem = _STATES[type(error)], error_line(error)
             found.append(Listed(mount.path, mount.source, user, state, problem, None))
         else:
             found.append(Listed(mount.path, mount.source, user, "serving", None, status))

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from diffmergefs.cli import BUG, logs
 from diffmergefs.cli.logqueue import QueuedHandler
 from diffmergefs.cli.output import diagnostic, print_diagnostic
+from diffmergefs.cli.usage import error_line
 from diffmergefs.core import STATUS_FOLDER
 from diffmergefs.core.errors import (
     DiffMergeError,
@@ -92,10 +93,10 @@ def serve_in_front(request: Request, handler: QueuedHandler, level: int, notifie
             if handler.fd != _STDERR:
                 raise
             if isinstance(handler.formatter, logs.Lines):
-                handler.write_line(diagnostic(str(error)))
+                handler.write_line(diagnostic(error_line(error)))
             else:
                 # A program that reads priorities or JSON expects every line in that form.
-                log.error("%s", error)
+                log.error("%s", error_line(error))
             return error.exit_code
     return 0
 
@@ -248,7 +249,7 @@ def serve_in_background(
         except MountAbortedError as error:
             return error.exit_code  # it was logged
         except DiffMergeError as error:
-            log.error("%s", error)
+            log.error("%s", error_line(error))
             return error.exit_code
         except Exception:
             log.exception("the daemon failed: this is a bug")

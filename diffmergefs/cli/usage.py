@@ -1,14 +1,17 @@
-"""How the command line explains itself: the help of a verb, and one line for a wrong call."""
+"""How the command line explains itself: the help of a verb, and the one line of an error."""
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import click
 
 from diffmergefs.cli.options import EXPERT
+from diffmergefs.core.errors import DiffMergeError
 
 #: What an argument of several verbs means.
 ARGUMENTS = {
@@ -82,15 +85,33 @@ def options_suggested(ctx: click.Context, args: Sequence[str]) -> Iterator[None]
         options = [p for p in ctx.command.get_params(ctx) if isinstance(p, click.Option)]
         known = [name for option in options for name in option.opts]
         near = did_you_mean(f"--{name.lstrip('-')}", known)
-        raise click.UsageError(f"no such option {name}{near}", ctx) from None
+        raise click.UsageError(with_step(f"no such option {name}", near), ctx) from None
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question in parentheses that names what is nearest to `name`; '' if nothing is near."""
+def did_you_mean(name: str, known: Iterable[str], folder: str = "") -> str:
+    """A question that names what is nearest to `name`, in `folder`; '' if nothing is near."""
     from difflib import get_close_matches
 
     near = get_close_matches(name, known, 1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    return f"did you mean {os.path.join(folder, near[0])}?" if near else ""
+
+
+def error_line(error: DiffMergeError) -> str:
+    """The message of the error, which ends with a next step: for a missing path, what is near."""
+    text = str(error)
+    path = text.removesuffix(f": {os.strerror(errno.ENOENT)}")
+    near = "" if path == text else _near_path(path)
+    return with_step(text, near or error.remedy)
+
+
+def _near_path(path: str) -> str:
+    # A question that names a path near to one that does not exist; '' if there is none.
+    folder, name = os.path.split(path.rstrip("/"))
+    while folder and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+    with suppress(OSError):
+        return did_you_mean(name, os.listdir(folder or "."), folder)
+    return ""
 
 
 def usage_line(error: click.ClickException) -> str:
@@ -99,5 +120,10 @@ def usage_line(error: click.ClickException) -> str:
     ctx = getattr(error, "ctx", None)
     path = ctx.command_path if ctx else "diffmergefs"
     verb = path.partition(" ")[2]
-    step = "" if "; " in text else f"; see {path} --help"
-    return f"{verb}: {text}{step}" if verb else f"{text}{step}"
+    line = with_step(text, f"see {path} --help")
+    return f"{verb}: {line}" if verb else line
+
+
+def with_step(text: str, step: str) -> str:
+    """The text, with `step` after a semicolon unless it has a next step, or `step` is empty."""
+    return text if "; " in text or not step else f"{text}; {step}"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import click
 
 from diffmergefs.cli.options import with_values
-from diffmergefs.cli.usage import did_you_mean, options_suggested
+from diffmergefs.cli.usage import did_you_mean, options_suggested, with_step
 
 
 class Entry(NamedTuple):
@@ -66,7 +66,7 @@ class Verbs(click.Group):
             args = [*args[1:], _HELP_OPTION]
         verb = next((arg for arg in args if arg in TABLE), None)
         if verb and args[0].startswith("--") and args[0] != _HELP_OPTION:
-            ctx.fail(f"options stand after the command; diffmergefs {verb} {args[0]} ...")
+            ctx.fail(f"options stand after the command; type diffmergefs {verb} {args[0]}")
         with options_suggested(ctx, args):
             return super().parse_args(ctx, list(args))
 
@@ -87,7 +87,7 @@ class Verbs(click.Group):
             if ctx.resilient_parsing:
                 return None, None, args[1:]
             near = did_you_mean(args[0], [*TABLE, *ALIASES, _HELP])
-            ctx.fail(f"no such command: {args[0]}{near}")
+            ctx.fail(with_step(f"no such command: {args[0]}", near))
         return verb.name, verb, with_values(verb, args[1:])
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -97,6 +97,7 @@ class UntrustedExtentsError(DiffMergeError):
     """
 
     exit_code = 5
+    _USUAL_REMEDY = "take the diff again on a suitable filesystem, or use --trust-grain"
 
     def __init__(self, message: str, check: str) -> None:
         super().__init__(message)
@@ -109,6 +110,7 @@ class DenseDiffError(DiffMergeError):
 
     exit_code = 6
     check = "dense"
+    _USUAL_REMEDY = "take the diff again, or use --dense if it is a complete image"
 
 
 class LayerChangedError(DiffMergeError):
@@ -124,6 +126,7 @@ class OutputRefusedError(DiffMergeError):
 
     exit_code = 8
     errno = errno.EEXIST
+    _USUAL_REMEDY = "choose another output"
 
 
 class NoSpaceError(DiffMergeError):
@@ -131,6 +134,7 @@ class NoSpaceError(DiffMergeError):
 
     exit_code = 9
     errno = errno.ENOSPC
+    _USUAL_REMEDY = "free some space, or write to another filesystem"
 
 
 class MountpointError(DiffMergeError):
@@ -138,12 +142,14 @@ class MountpointError(DiffMergeError):
 
     exit_code = 10
     errno = errno.EINVAL
+    _USUAL_REMEDY = "choose an empty directory elsewhere"
 
 
 class MountFailedError(DiffMergeError):
     """The mount could not be created or did not start."""
 
     exit_code = 11
+    _USUAL_REMEDY = "run `diffmergefs doctor` to find the cause"
 
 
 class MountTimeoutError(DiffMergeError):
@@ -151,6 +157,7 @@ class MountTimeoutError(DiffMergeError):
 
     exit_code = 12
     errno = errno.ETIMEDOUT
+    _USUAL_REMEDY = "find out why its daemon or its storage does not answer"
 
 
 NO_PROC = "/proc is not mounted, and no file can be opened without it: mount -t proc proc /proc"
@@ -161,6 +168,24 @@ class UnsupportedPlatformError(DiffMergeError):
 
     exit_code = 13
     errno = errno.EOPNOTSUPP
+    _USUAL_REMEDY = "use Linux, with /proc mounted"
+
+
+_REMEDIES = {
+    os.strerror(number): step
+    for numbers, step in (
+        ((errno.ENOENT,), "check its name"),
+        ((errno.EACCES, errno.EPERM), "use an account that has this permission, or change it"),
+        ((errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP), "check the path"),
+        ((errno.EISDIR,), "name a file"),
+        ((errno.EROFS,), "choose a place that can be written"),
+        ((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "write it where there is more space"),
+        ((errno.EIO,), "check the storage"),
+        ((errno.ENOTCONN, errno.ECONNABORTED), "unmount it: the daemon of this mount died"),
+        ((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+    )
+    for number in numbers
+}
 
 
 class FileAccessError(DiffMergeError):
@@ -170,18 +195,28 @@ class FileAccessError(DiffMergeError):
     check = "access"
     _USUAL_REMEDY = "check that this user can read it and that its storage works"
 
+    @property
+    def remedy(self) -> str:
+        """The next step, by the operating system's reason at the end of the message."""
+        reason = str(self).rpartition(": ")[2]
+        if reason.endswith("not a regular file"):
+            return "name a file"
+        return _REMEDIES.get(reason) or super().remedy
+
 
 class BusyError(DiffMergeError):
     """A mount that was not unmounted because files in it are open."""
 
     exit_code = 15
     errno = errno.EBUSY
+    _USUAL_REMEDY = "stop the programs that use it"
 
 
 class VerificationError(DiffMergeError):
     """The output does not read back as the view (`flatten --verify`)."""
 
     exit_code = 16
+    _USUAL_REMEDY = "check the disk, and try again"
 
 
 class SealError(DiffMergeError):
@@ -215,6 +250,7 @@ class MissingExtraError(DiffMergeError):
 
     exit_code = 20
     errno = errno.ENOSYS
+    _USUAL_REMEDY = "install it"
 
 
 class PresenceError(DiffMergeError):
@@ -230,6 +266,7 @@ class ForeignFormatError(DiffMergeError):
 
     exit_code = 22
     check = "format"
+    _USUAL_REMEDY = "export it as a raw memory file with the tools of its format"
 
 
 class MountAbortedError(DiffMergeError):
@@ -237,6 +274,7 @@ class MountAbortedError(DiffMergeError):
 
     exit_code = 23
     errno = errno.ENOTCONN
+    _USUAL_REMEDY = "find out who ended it, and mount again"
 
 
 #: The errnos for a full filesystem and for an exhausted quota.

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from diffmergefs.core import beneath, foreign
-from diffmergefs.core.errors import DiffMergeError, FileAccessError
+from diffmergefs.core.errors import DiffMergeError, FileAccessError, failures
 from diffmergefs.stores.catalog import (
     LAYOUTS,
     READERS,
@@ -46,6 +46,8 @@ def find_image(
         raise FileAccessError("'': an empty path names no image")
     image = os.path.abspath(path)
     image = os.path.realpath(image) if os.path.islink(image) else image
+    with failures(os.fspath(path)), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(image)  # a stale mount, or a directory that may not be searched, is an error here
     if os.path.isdir(image):
         if (layout := layout_of(image)) is None:
             raise no_snapshot(os.fspath(path))

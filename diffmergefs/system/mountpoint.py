@@ -151,7 +151,7 @@ def _require_empty(mountpoint: str, real: str) -> None:
     if entries:
         raise MountpointError(
             f"{mountpoint}: not empty ({counted(len(entries), 'file')}); a mountpoint is an empty"
-            " directory"
+            " directory, and comes after SOURCE"
         )
 
 

@@ -17,6 +17,7 @@ from typing import ClassVar, Self
 from diffmergefs.core.beneath import closing_fd
 from diffmergefs.core.errors import (
     NO_SPACE,
+    FileAccessError,
     NoSpaceError,
     OutputRefusedError,
     Target,
@@ -56,7 +57,7 @@ class _Output:
     def __enter__(self) -> Self:
         with ExitStack() as stack, failures(self.path):
             stack.callback(self._abandon)
-            self._dirfd = self._hold(os.open(self._directory or ".", _DIRECTORY))
+            self._dirfd = self._hold(self._open_directory())
             self._refuse_unfit()
             self._remove_leftovers()
             self._fd = self._made()
@@ -65,6 +66,14 @@ class _Output:
 
     def __exit__(self, *error: object) -> None:
         self._abandon()
+
+    def _open_directory(self) -> int:
+        try:
+            return os.open(self._directory or ".", _DIRECTORY)
+        except FileNotFoundError as error:
+            raise FileAccessError(
+                f"{self.path}: {error.strerror}: {self._directory}; make the directory first"
+            ) from error
 
     def _hold(self, fd: int) -> int:
         return self._held.enter_context(closing_fd(fd))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import (
+    DENIED,
     diffmergefs,
     diffmergefs_as_nobody,
     mistake,
@@ -122,7 +123,7 @@ def test_rediff_where_nobody_may_write_is_one_line(store: Path, public_path: Pat
     done = diffmergefs_as_nobody(
         "rediff", store / "base", store / "leaf", "-o", public_path / "out"
     )
-    assert one_line(done, 14) == f"diffmergefs: {public_path / 'out'}: Permission denied\n"
+    assert one_line(done, 14) == f"diffmergefs: {public_path / 'out'}: {DENIED}\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

@@ -17,7 +17,10 @@ def test_the_command_says_it_all_and_ends_with_1(store: Path, tmp_path: Path) ->
     harmed.write_bytes(harmed.read_bytes())
     done = diffmergefs("doctor", tmp_path / "nowhere", store)
     assert done.returncode == 1
-    assert done.stderr == f"diffmergefs: {tmp_path}/nowhere: No such file or directory\n"
+    assert (
+        done.stderr
+        == f"diffmergefs: {tmp_path}/nowhere: No such file or directory; check its name\n"
+    )
     assert done.stdout.startswith("host\n  fine     Linux ")
     lines = done.stdout.splitlines()
     at = lines.index(str(harmed)) + 1

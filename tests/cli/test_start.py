@@ -16,6 +16,7 @@ from diffmergefs.cli.verbs import TABLE, load
 from diffmergefs.core import errors
 from diffmergefs.core.errors import DiffMergeError
 from tests.support.commands import (
+    DENIED,
     diffmergefs,
     diffmergefs_as_nobody,
     mistake,
@@ -85,7 +86,7 @@ def test_what_the_system_refuses_is_no_bug(
 
     monkeypatch.setattr("diffmergefs.cli.look.read_catalog", fail)
     assert cli.main(["list", "."]) == ACCESS
-    assert capfd.readouterr().err == "diffmergefs: /a/path: Input/output error\n"
+    assert capfd.readouterr().err == "diffmergefs: /a/path: Input/output error; check the storage\n"
 
 
 def test_every_verb_is_there_and_its_help_has_an_example() -> None:
@@ -236,15 +237,15 @@ def test_what_a_user_may_not_read_is_one_line(store: Path) -> None:
     memory = store / "work" / "memory.bin"
     memory.chmod(0o600)
     done = diffmergefs_as_nobody("info", store / "work")
-    assert one_line(done, ACCESS) == f"diffmergefs: {memory}: Permission denied\n"
+    assert one_line(done, ACCESS) == f"diffmergefs: {memory}: {DENIED}\n"
     done = diffmergefs_as_nobody("info", "--base", memory)
-    assert one_line(done, ACCESS) == f"diffmergefs: {memory}: Permission denied\n"
+    assert one_line(done, ACCESS) == f"diffmergefs: {memory}: {DENIED}\n"
     done = diffmergefs_as_nobody("list", store)
     assert (done.returncode, done.stderr) == (0, "")
     assert "broken: work/memory.bin: Permission denied" in done.stdout
     store.chmod(0o700)
     done = diffmergefs_as_nobody("list", store)
-    assert one_line(done, ACCESS) == f"diffmergefs: {store}: Permission denied\n"
+    assert one_line(done, ACCESS) == f"diffmergefs: {store}: {DENIED}\n"
 
 
 def test_hard_names_are_printed_escaped(tmp_path: Path) -> None:
@@ -322,7 +323,9 @@ def test_a_full_disk_under_stdout_is_one_line(store: Path, words: str, unbuffere
     with open("/dev/full", "w") as full:
         done = said_badly(PRINTING[words], store, full.fileno(), None, unbuffered)
     assert done.returncode == ACCESS
-    assert done.stderr.endswith("diffmergefs: output: No space left on device\n")
+    assert done.stderr.endswith(
+        "diffmergefs: output: No space left on device; write it where there is more space\n"
+    )
     assert "Traceback" not in done.stderr and "ignored" not in done.stderr
 
 

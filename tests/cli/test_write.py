@@ -18,6 +18,7 @@ from diffmergefs.cli import write
 from diffmergefs.core.view import MergedView
 from diffmergefs.writing.flatten import FlattenResult, flatten
 from tests.support.commands import (
+    DENIED,
     diffmergefs,
     diffmergefs_as_nobody,
     mistake,
@@ -92,7 +93,7 @@ def test_flatten_never_writes_over_its_own_layer(store: Path) -> None:
 
 def test_flatten_where_nobody_may_write_is_one_line(store: Path, public_path: Path) -> None:
     done = diffmergefs_as_nobody("flatten", store / "leaf", "-o", public_path / "out")
-    assert one_line(done, 14) == f"diffmergefs: {public_path / 'out'}: Permission denied\n"
+    assert one_line(done, 14) == f"diffmergefs: {public_path / 'out'}: {DENIED}\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
@@ -204,4 +205,4 @@ def test_apply_to_what_a_user_may_not_write_is_one_line(store: Path) -> None:
         done = diffmergefs_as_nobody("apply", "--force=layer", work, base)
         assert done.stderr.startswith("diffmergefs: --force=layer overrides: ")
         done.stderr = done.stderr.partition("\n")[2]
-        assert one_line(done, 14) == f"diffmergefs: {base}: Permission denied\n"
+        assert one_line(done, 14) == f"diffmergefs: {base}: {DENIED}\n"

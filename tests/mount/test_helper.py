@@ -192,7 +192,7 @@ def test_a_missing_source_is_one_line_and_a_status_of_mount(
     ]
     done = mount(installed, *arguments)
     assert done.returncode == FAILED
-    assert done.stderr == f"diffmergefs: {missing}: No such file or directory\n"
+    assert done.stderr == f"diffmergefs: {missing}: No such file or directory; check its name\n"
 
 
 def test_fake_and_verbose_and_without_mtab(

@@ -27,6 +27,10 @@ for name in (
     importlib.import_module(name)
 
 
+#: How a line ends that says what a user may not do.
+DENIED = "Permission denied; use an account that has this permission, or change it"
+
+
 def diffmergefs(
     *arguments: str | Path, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:

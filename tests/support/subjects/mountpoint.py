@@ -37,7 +37,7 @@ REFUSED: dict[str, tuple[str, str | None, str | None, str]] = {
     "dangling": ("dangling", "store", None, f"No such file or directory; {NOT_THERE}"),
     "loop": ("loop", "store", None, f"Too many levels of symbolic links; {NOT_THERE}"),
     "file": ("store/base/vmstate", None, None, f"Not a directory; {NOT_THERE}"),
-    "full": ("full", "store", None, "not empty (1 file); a mountpoint is an empty directory"),
+    "full": ("full", "store", None, "not empty (1 file); a mountpoint is an empty directory, and"),
     "source": ("store", "store", None, "is the source {}/store; mount it elsewhere"),
     "source by link": ("store", "link", None, "is the source {}/link; mount it elsewhere"),
     "link to it": ("link", "store", None, "is the source {}/store; mount it elsewhere"),

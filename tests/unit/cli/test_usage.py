@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import click
 import pytest
 
 from diffmergefs import cli
 from diffmergefs.cli.options import EXPERT
-from diffmergefs.cli.usage import ARGUMENTS, Verb, argument_names, did_you_mean, usage_line
+from diffmergefs.cli.usage import (
+    ARGUMENTS,
+    Verb,
+    argument_names,
+    did_you_mean,
+    error_line,
+    usage_line,
+    with_step,
+)
 from diffmergefs.cli.verbs import TABLE, load
+from diffmergefs.core.errors import FileAccessError, NoSpaceError
 
 VERBS = {name: verb for name in TABLE if isinstance(verb := load(name), Verb)}
 
@@ -59,8 +69,8 @@ def test_image_is_taken_by_what_reads_an_image() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("lst", " (did you mean list?)"),
-        ("unmout", " (did you mean unmount?)"),
+        ("lst", "did you mean list?"),
+        ("unmout", "did you mean unmount?"),
         ("zzz", ""),
     ],
 )
@@ -85,3 +95,37 @@ def test_a_line_names_the_verb() -> None:
     parent = click.Context(cli.cli, info_name="diffmergefs")
     error = click.UsageError("no", click.Context(verb, parent, "list"))
     assert usage_line(error) == "list: no; see diffmergefs list --help"
+
+
+def test_a_text_has_one_step() -> None:
+    assert with_step("wrong", "do this") == "wrong; do this"
+    assert with_step("wrong; do that", "do this") == "wrong; do that"
+    assert with_step("wrong", "") == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("path", "step"),
+    [
+        ("{d}/snapshot", "did you mean {d}/snapshots?"),
+        ("{d}/snapshots/wrok/", "did you mean {d}/snapshots/work?"),
+        ("{d}/snapshot/work", "did you mean {d}/snapshots?"),
+        ("{d}/xyz", "check its name"),
+        ("{d}/snapshots/work/memory.bin", "check its name"),
+        ("near-by", "did you mean nearby?"),
+        ("in a store: work", "check its name"),
+    ],
+)
+def test_what_is_near_a_missing_path_is_looked_up(
+    path: str, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "snapshots" / "work").mkdir(parents=True)
+    (tmp_path / "nearby").touch()
+    monkeypatch.chdir(tmp_path)
+    named = path.format(d=tmp_path)
+    error = FileAccessError(f"{named}: No such file or directory")
+    assert error_line(error) == f"{error}; {step.format(d=tmp_path)}"
+
+
+def test_an_error_without_a_step_gets_what_usually_helps() -> None:
+    assert error_line(NoSpaceError("/out: full")) == f"/out: full; {NoSpaceError('').remedy}"
+    assert error_line(NoSpaceError("/out: full; remove it")) == "/out: full; remove it"

@@ -91,3 +91,22 @@ def test_a_filesystem_that_does_not_know_falls_back_and_other_errors_are_raised(
     number = errno.EIO
     with pytest.raises(OSError, match="Input/output error"):
         free_bytes(target.fd)
+
+
+@pytest.mark.parametrize(
+    ("reason", "step"),
+    [
+        (errno.ENOENT, "check its name"),
+        (errno.EACCES, "use an account that has this permission, or change it"),
+        (errno.ENOSPC, "write it where there is more space"),
+        (errno.ENOTCONN, "unmount it: the daemon of this mount died"),
+        (errno.EXDEV, "check that this user can read it and that its storage works"),
+    ],
+)
+def test_the_remedy_of_a_refused_file_fits_the_reason(reason: int, step: str) -> None:
+    assert FileAccessError(f"/a: b: {os.strerror(reason)}").remedy == step
+    assert FileAccessError(f"/a: {os.strerror(reason)}; do that").remedy == "do that"
+
+
+def test_the_remedy_for_a_directory_is_a_file() -> None:
+    assert FileAccessError("/a: a directory, not a regular file").remedy == "name a file"
