@@ -100,7 +100,7 @@ def test_a_refusal_is_found_once_for_all_descendants(tmp_path: Path, looks: list
     store = tmp_path / "store"
     tags = dense_store(store, 20)
     write_layer(store / "t000" / "memory.bin", 16 * PAGE, [(0, bytes(16 * PAGE)), *pages(1, [1])])
-    found = json.loads(succeed("list", "--json", store))
+    found = json.loads(succeed("list", "--json", f"--state-dir={tmp_path / 'state'}", store))
     assert [row["state"] for row in found] == ["complete", *["broken"] * 20]
     catalog = read_catalog(str(store))
     root = os.open(store, os.O_RDONLY | os.O_DIRECTORY)
