@@ -13,7 +13,7 @@ CHECK := build/check
 RUN_PACKAGES := libfuse3-dev pkg-config gcc libc6-dev fuse3
 TEST_PACKAGES := xfsprogs btrfs-progs rsync e2fsprogs squashfs-tools erofs-utils fuse-overlayfs \
 	qemu-system-x86 qemu-utils busybox-static cpio acl attr util-linux procps fio jq bmap-tools \
-	systemd mandoc man-db bash zsh fish prometheus-node-exporter logrotate gdb curl
+	systemd mandoc man-db bash zsh fish logrotate gdb curl
 # The peers that only the benchmark wants; QEMU's comes with TEST_PACKAGES.
 BENCH_PACKAGES := nbdkit libnbd-bin
 PROFILE_PACKAGES := linux-perf

