@@ -52,30 +52,32 @@ def read_loop(*, fast: bool = True) -> Iterator[ReadLoop]:
     Call it in the main thread, before `pyfuse3.init`: pyfuse3 3.2.1 makes its lock there. It
     changes what pyfuse3 sees as trio, and nothing for other users of trio. If `fast` is False, or
     pyfuse3 does not use trio as expected, pyfuse3 waits in its own way and the alarm rings all the
-    time.
+    time. Await `pyfuse3.main` inside `with loop.alarm`.
     """
     original = getattr(pyfuse3, "trio", None)
-    with ReadAlarm() as alarm:
-        loop = ReadLoop(alarm, fast=fast)
-        if not fast or original is not trio:
-            alarm.ring_on()
-            yield loop
-            return
-        pyfuse3.trio = loop.as_trio()  # type: ignore[attr-defined]
-        try:
-            yield loop
-        finally:
-            pyfuse3.trio = original  # type: ignore[attr-defined]
+    loop = ReadLoop(fast=fast)
+    if not fast or original is not trio:
+        loop.alarm.ring_on()
+        yield loop
+        return
+    pyfuse3.trio = loop.as_trio()  # type: ignore[attr-defined]
+    try:
+        yield loop
+    finally:
+        pyfuse3.trio = original  # type: ignore[attr-defined]
 
 
 class ReadLoop:
-    """The lock and the wait that pyfuse3 gets, and whether it uses them."""
+    """The lock and the wait that pyfuse3 gets, and whether it uses them.
 
-    def __init__(self, alarm: ReadAlarm, *, fast: bool) -> None:
-        self._alarm = alarm
+    `alarm` must be entered while pyfuse3 waits.
+    """
+
+    def __init__(self, *, fast: bool) -> None:
+        self.alarm = ReadAlarm()
         self._is_wanted = fast
         self._has_lock = False
-        self._wait = RequestWait(alarm)
+        self._wait = RequestWait(self.alarm)
 
     def as_trio(self) -> object:
         """The module trio, except for the lock and the wait."""
@@ -104,7 +106,7 @@ class ReadLoop:
                 getattr(pyfuse3, "__version__", "of an unknown version"),
             )
             if not self._wait.is_used:
-                self._alarm.ring_on()
+                self.alarm.ring_on()
         return self.is_fast
 
 
@@ -232,11 +234,13 @@ class ReadAlarm(AbstractContextManager["ReadAlarm"]):
     pyfuse3 waits anew.
 
     From `expect` on the alarm rings again and again, until it finds that `is_expected` is False.
-    Enter it in the main thread, which is the one that it wakes. The end of `with` restores the
-    signal's handler and its timer. Outside of `with` it does nothing. A mount without requests has
-    no alarms: while nothing is read no timer is set, and setting a timer twice for each request
-    would cost more than the check. No child inherits the timer, and Python repeats any call of its
-    own that the signal interrupts.
+    Enter it in the main thread, which is the one that it wakes, and leave it before `trio.run`
+    ends: trio closes the socket that a signal writes to before it tells Python, and a signal in
+    between prints a traceback. The end of `with` restores the signal's handler and its timer.
+    Outside of `with` it does nothing, but then it rings from the beginning if it was told to
+    before. A mount without requests has no alarms: while nothing is read no timer is set, and
+    setting a timer twice for each request would cost more than the check. No child inherits the
+    timer, and Python repeats any call of its own that the signal interrupts.
     """
 
     def __init__(self, seconds: float = ALARM_SECONDS) -> None:
@@ -248,10 +252,12 @@ class ReadAlarm(AbstractContextManager["ReadAlarm"]):
         self._timer_before = signal.setitimer(signal.ITIMER_REAL, 0)
         self._handler_before = signal.signal(signal.SIGALRM, self._ring)
         self._is_set = False
+        if self.is_expected:
+            self.expect()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._is_set = True
+        self._is_set, self.is_expected = True, False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self._handler_before)
         signal.setitimer(signal.ITIMER_REAL, *self._timer_before)

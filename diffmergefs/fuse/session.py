@@ -155,7 +155,8 @@ class Session:
                 nursery.start_soon(watch_source, self.tree.store)
             nursery.start_soon(self._become_ready, lifecycle.own, loop)
             try:
-                await pyfuse3.main(max_tasks=_MAX_REQUESTS)
+                with loop.alarm:
+                    await pyfuse3.main(max_tasks=_MAX_REQUESTS)
             except* ConnectionAbortedError:
                 # The mount is gone. A reader of the next request gets ENODEV, which is the normal
                 # end, but one that had just taken a request gets this (fuse_dev_do_read in

@@ -33,7 +33,10 @@ steps, served = Steps(), Counted(1 << 30)
 with readloop.read_loop() as loop:
     pyfuse3.init(served, sys.argv[1], {"fsname=constant", "ro"})
     print("up", flush=True)
-    trio.run(pyfuse3.main, instruments=[steps])
+    async def main():
+        with loop.alarm:
+            await pyfuse3.main()
+    trio.run(main, instruments=[steps])
 print(int(loop.is_fast), served.reads, steps.count)
 pyfuse3.close()
 """

@@ -456,8 +456,9 @@ def test_a_pyfuse3_that_uses_something_else_is_left_alone(
     monkeypatch.setattr(pyfuse3, "trio", other)
     with read_loop() as loop:
         assert pyfuse3.trio is other  # type: ignore[attr-defined]
-        assert_rings_all_the_time()
-        assert not loop.check()
+        with loop.alarm:
+            assert_rings_all_the_time()
+            assert not loop.check()
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and "is not in force" in record.message
 
@@ -465,7 +466,7 @@ def test_a_pyfuse3_that_uses_something_else_is_left_alone(
 def test_a_pyfuse3_that_does_not_wait_as_expected_is_noticed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with read_loop() as loop:
+    with read_loop() as loop, loop.alarm:
         assert signal.getitimer(signal.ITIMER_REAL) == OFF
         assert not loop.check()
         assert_rings_all_the_time()
@@ -476,7 +477,9 @@ def test_a_pyfuse3_that_does_not_wait_as_expected_is_noticed(
 def test_the_fast_loop_can_be_switched_off(caplog: pytest.LogCaptureFixture) -> None:
     with read_loop(fast=False) as loop:
         assert pyfuse3.trio is trio  # type: ignore[attr-defined]
-        assert_rings_all_the_time()
+        with loop.alarm:
+            assert_rings_all_the_time()
+        assert signal.getitimer(signal.ITIMER_REAL)[1] == 0
         assert not loop.check()
     assert [(r.levelname, r.message) for r in caplog.records] == [
         ("INFO", "the fast read loop is switched off")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pyfuse3
@@ -123,6 +125,34 @@ def test_an_ordinary_user_may_lack_the_permission_to_let_others_in(
     )
     assert found.startswith(line) == is_the_reason
     assert ("another reason" in found) != is_the_reason
+
+
+# The end
+
+
+def test_no_alarm_rings_when_trio_ends(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal in that moment makes Python print a traceback: trio has closed its socket."""
+    timers = []
+
+    async def main(max_tasks: int) -> None:
+        request, client = os.pipe()
+        os.write(client, b"x")
+        await pyfuse3.trio.lowlevel.wait_readable(request)  # type: ignore[attr-defined]
+        timers.append(signal.getitimer(signal.ITIMER_REAL)[1])
+        os.close(request)
+        os.close(client)
+
+    def close(unmount: bool) -> None:
+        timers.append(signal.getitimer(signal.ITIMER_REAL)[1])
+
+    monkeypatch.setattr(pyfuse3, "init", lambda *_: None)
+    monkeypatch.setattr(pyfuse3, "main", main)
+    monkeypatch.setattr(pyfuse3, "close", close)
+    made = Session(tree=Tree("/mnt", store), mountpoint="/mnt", options=set(), ready=lambda: None)
+    with suppress(MountFailedError):
+        made.serve()
+    during, after = timers
+    assert during > 0 and after == 0
 
 
 # Scans of the source
