@@ -140,7 +140,7 @@ def _run(arguments: list[str] | None, command: click.Command, name: str) -> int:
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None and isinstance(error, FileNotFoundError):  # of getcwd(2)
-            print_diagnostic("the current directory was removed; change to another one")
+            text = "the current directory was removed; change to another one"
         else:
             text = f"{error.filename or 'output'}: {error.strerror or error}"
         print_diagnostic(error_line(FileAccessError(text)))

@@ -44,8 +44,8 @@ class _Path(click.Path):
         ctx: click.Context | None,
     ) -> str:
         path = os.fspath(value)
-        if self._absolute and not path:
-            self.fail("an empty path names no directory", param, ctx)
+        if not path:  # an unset variable; as an absolute path it would be the current directory
+            self.fail("an empty path names nothing", param, ctx)
         if self._must_answer and not (ctx and ctx.resilient_parsing):
             require_answer(path)
         return os.path.abspath(path) if self._absolute else path
@@ -89,7 +89,8 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has no Param
 _NUMBER = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([kmgt])(?:i?b)?)?", re.ASCII | re.IGNORECASE)
 _LETTERS = "kmgt"
 
-#: A path that a verb opens. It is refused if it lies in a diffmergefs mount whose daemon hangs.
+#: A path that a verb opens. It is refused if it lies in a diffmergefs mount whose daemon hangs, or
+#: has died.
 PATH = _Path(must_answer=True)
 #: The same as an absolute path: a mount in the background has / as its working directory.
 DIRECTORY = _Path(must_answer=True, absolute=True)

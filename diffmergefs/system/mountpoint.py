@@ -15,6 +15,7 @@ from pathlib import Path
 from diffmergefs.core.errors import (
     BusyError,
     DiffMergeError,
+    FileAccessError,
     MountpointError,
     MountTimeoutError,
     counted,
@@ -67,7 +68,8 @@ def check_mountpoint(
     mountpoint is unmounted, with a warning in the log. Raises MountpointError if the mountpoint is
     missing, is not an empty directory, is a mount already, is `source` or one of `outside` or
     inside them, or is above a layer (a daemon that accesses its own mount hangs). Raises
-    MountTimeoutError if it lies in a mount of ours whose daemon does not answer.
+    MountTimeoutError if it lies in a mount of ours whose daemon does not answer, and
+    FileAccessError if that daemon has died.
     """
     real = _free_path(mountpoint)
     folders = [("the source", source)] if source is not None else []
@@ -120,25 +122,33 @@ def _require_stale(mountpoint: str, known: Mount) -> None:
 def require_answer(path: str) -> None:
     """Raise MountTimeoutError if `path` lies in a mount of ours whose daemon hangs.
 
-    A path outside of our mounts is not accessed. A daemon that has died counts as an answer.
+    Raises FileAccessError if that daemon has died. A path outside of our mounts is not accessed.
     """
     known = mount_over(resolved(path))
     if known is None or known.kind != FILESYSTEM_TYPE:
         return
     try:
-        children.is_connected(known.path)
+        if children.is_connected(known.path):
+            return
     except TimeoutError as error:
         raise no_answer(path, known) from error
+    raise FileAccessError(
+        f"{path}{_in_mount(path, known)}: a stale mount, whose daemon died; remove it with"
+        f" `diffmergefs umount {known.path}`, or mount there again"
+    )
 
 
 def no_answer(path: str, known: Mount) -> MountTimeoutError:
     """The error for a mount whose daemon hangs."""
-    where = "" if path == known.path else f", in the mount on {known.path}"
     return MountTimeoutError(
-        f"{path}{where}: the daemon has not answered for {children.ANSWER_SECONDS:g} s;"
-        " if the daemon hangs, and not its storage, detach it with"
+        f"{path}{_in_mount(path, known)}: the daemon has not answered for"
+        f" {children.ANSWER_SECONDS:g} s; if the daemon hangs, and not its storage, detach it with"
         f" `diffmergefs umount --lazy {known.path}`"
     )
+
+
+def _in_mount(path: str, known: Mount) -> str:
+    return "" if path == known.path else f", in the mount on {known.path}"
 
 
 def _require_empty(mountpoint: str, real: str) -> None:
@@ -274,9 +284,15 @@ def _unmount(path: str, flags: int, options: list[str]) -> None:
     if number != errno.EPERM or helper is None:
         raise os_error(number)
     done = subprocess.run([helper, "-u", *options, "--", path], capture_output=True, text=True)
-    if done.returncode != 0:
-        busy = "busy" in done.stderr
-        raise OSError(errno.EBUSY if busy else errno.EPERM, done.stderr.strip() or "refused")
+    if done.returncode == 0:
+        return
+    if "busy" in done.stderr:
+        raise OSError(errno.EBUSY, done.stderr.strip())
+    known = mount_entry(path)
+    owner = known.owner if known else None
+    if owner is not None and owner[0] != os.geteuid():
+        raise OSError(errno.EPERM, f"only root and its owner, uid {owner[0]}, may unmount it")
+    raise OSError(errno.EPERM, done.stderr.strip() or "refused")
 
 
 class OwnMount:

@@ -339,7 +339,6 @@ def test_compare_refuses_in_one_line(files: tuple[Path, Path], tmp_path: Path) -
     line = mistake(4, "compare", files[0], longer)
     assert str(SIZE) in line and str(SIZE + PAGE) in line
     mistake(14, "compare", files[0], tmp_path / "missing")
-    mistake(14, "compare", "", files[0])
 
 
 @pytest.mark.parametrize(

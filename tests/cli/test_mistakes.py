@@ -231,7 +231,7 @@ def test_a_mount_that_is_stale_busy_or_there_already(directory: Path) -> None:
         line = one_line(diffmergefs("status", path), 11)
         assert "stale mount: its daemon died; unmount it or mount it again" in line
         line = one_line(diffmergefs("info", path / "work"), 14)
-        assert "Transport endpoint is not connected; unmount it: the daemon of this" in line
+        assert "a stale mount, whose daemon died; remove it with `diffmergefs umount" in line
     assert documented("umount", 15) and documented("status", 11)
 
 

@@ -24,6 +24,7 @@ from tests.support.commands import (
     succeed,
 )
 from tests.support.images import PAGE, write_layer
+from tests.support.places import REPOSITORY
 from tests.support.stores import BASE_PAGES, SIZE, pages, write_chain, write_numbered, write_tag
 
 ACCESS = errors.FileAccessError.exit_code
@@ -158,6 +159,13 @@ def test_help_and_version_of_the_whole() -> None:
         ["mount", "-o", "page_size=7", "a", "b"],
         ["mount", "-o", "layout=other", "a", "b"],
         ["umount"],
+        ["list", ""],
+        ["info", ""],
+        ["info", "--base", "", "--diff", "file"],
+        ["flatten", "image", "-o", ""],
+        ["mount", "", "mnt"],
+        ["mount", ".", ""],
+        ["umount", ""],
     ],
     ids=" ".join,
 )
@@ -189,16 +197,13 @@ def test_help_of_the_whole_in_three_ways() -> None:
     [
         ["list", "{missing}"],
         ["list", "{file}"],
-        ["list", ""],
         ["info", "{missing}"],
         ["info", "{file}"],
         ["info", "{fifo}"],
-        ["info", ""],
         ["info", "--base", "{missing}"],
         ["info", "--base", "{folder}"],
         ["info", "--base", "{fifo}"],
         ["info", "--base", "/dev/null"],
-        ["info", "--base", "", "--diff", "{file}"],
         ["info", "--base", "{file}", "--diff", "{missing}"],
         ["flatten", "{missing}", "-o", "{new}"],
         ["flatten", "--base", "{file}", "-o", "{folder}/no/such"],
@@ -355,6 +360,25 @@ def test_a_stderr_that_takes_nothing_changes_no_exit_code(
     done = said_badly(words, store, None, write_end, unbuffered)
     os.close(write_end)
     assert done.returncode == (2 if "--none" in words else ACCESS if "none" in words else 0)
+
+
+def test_a_current_directory_that_was_removed_is_one_line(store: Path, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f'cd {gone}; rmdir {gone}; exec "{sys.executable}" -m diffmergefs list'
+    for path, expected in (("x", ACCESS), (str(store), 0)):
+        done = subprocess.run(
+            ["/bin/sh", "-c", f"{command} {path}"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == expected, done
+        if expected:
+            line = "diffmergefs: the current directory was removed; change to another one\n"
+            assert done.stderr == line
 
 
 def test_a_closed_stdout_is_no_error(store: Path) -> None:

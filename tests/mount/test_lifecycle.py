@@ -14,6 +14,7 @@ import pytest
 
 from diffmergefs.system.mounttable import in_other_namespaces, mounts
 from tests.support import mounttable
+from tests.support.commands import diffmergefs_as_nobody, mistake, one_line
 from tests.support.images import PAGE, signed
 from tests.support.live import Gate, held, patch_children, until
 from tests.support.mounts import CONNECTIONS, Mount, abort, mounted, require_fusectl
@@ -144,6 +145,33 @@ def test_a_killed_daemons_mount_is_cleaned_up(store: Path, mountpoint: Path) -> 
         assert sorted(os.listdir(mountpoint)) == ["base", "leaf"]
         assert umount(mountpoint).returncode == 0
     assert not is_mounted(mountpoint)
+
+
+def test_what_lies_in_a_stale_mount_is_named_with_the_remedy(
+    store: Path, mountpoint: Path, public_path: Path
+) -> None:
+    with mounted(store, mountpoint) as mount:
+        mount.process.kill()
+        mount.process.wait(60)
+        for path in (mountpoint, mountpoint / "leaf", mountpoint / "leaf" / "memory.bin"):
+            where = "" if path == mountpoint else f", in the mount on {mountpoint}"
+            for verb in ("list", "info", "verify", "seal", "doctor"):
+                line = mistake(14, verb, path)
+                assert line == (
+                    f"diffmergefs: {path}{where}: a stale mount, whose daemon died; remove it with"
+                    f" `diffmergefs umount {mountpoint}`, or mount there again\n"
+                )
+        (public_path / "other").mkdir()
+        assert "a stale mount" in mistake(14, "mount", mountpoint, public_path / "other")
+        assert umount(mountpoint).returncode == 0
+
+
+def test_a_mount_of_another_user_is_left_alone(store: Path, mountpoint: Path) -> None:
+    with mounted(store, mountpoint):
+        for options in ([], ["--lazy"]):
+            line = one_line(diffmergefs_as_nobody("umount", *options, mountpoint), 10)
+            assert "only root and its owner, uid 0, may unmount it" in line
+        assert is_mounted(mountpoint)
 
 
 OTHER_FUSE = """

@@ -162,7 +162,7 @@ def test_a_path_stays_as_it_is_and_a_directory_becomes_absolute(
     assert given(state_dir_option, "--state-dir", "../a") == {
         "state_dir": os.path.join(tmp_path.parent, "a")
     }
-    with pytest.raises(click.BadParameter, match="an empty path names no directory"):
+    with pytest.raises(click.BadParameter, match="an empty path names nothing"):
         given(state_dir_option, "--state-dir", "")
 
 
