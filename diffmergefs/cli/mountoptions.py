@@ -42,7 +42,7 @@ REFUSED = {
 }
 # Other filesystems take them; here they would promise what a view does not do.
 _OF_LAYERS = {"uid", "gid", "umask", "fmask", "dmask", "mode"}
-_FOR_LIBFUSE = {"noatime", "auto_unmount", "nosymfollow", "symfollow"}
+_FOR_LIBFUSE = {"allow_root", "noatime", "auto_unmount", "nosymfollow", "symfollow"}
 _CONTEXTS = {"context", "fscontext", "defcontext", "rootcontext"}
 
 

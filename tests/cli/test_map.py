@@ -385,9 +385,9 @@ def test_what_the_user_configured_changes_no_picture(chain: list[str], tmp_path:
     ("arguments", "said"),
     [
         (["--range", "5"], "'5' is not START:END"),
-        (["--range", "a:b"], "'a' is not a number of bytes"),
-        (["--range", "0:1.5K"], "'1.5K' is not a number of bytes"),
-        (["--range", "0:-1"], "'-1' is not a number of bytes"),
+        (["--range", "a:b"], "'a' is not a size like 4096"),
+        (["--range", "0:1.5K"], "'1.5K' is not a size like 4096"),
+        (["--range", "0:-1"], "'-1' is not a size like 4096"),
         (["--range", "4K:4K"], "0x1000:0x1000 is not a range within the image's 0x100000 bytes"),
         (["--range", "1M:"], "0x100000:0x100000 is not a range within the image's 0x100000 bytes"),
         (["--range", "0:1048577"], "0x0:0x100001 is not a range within the image's 0x100000 bytes"),

@@ -106,7 +106,7 @@ def test_a_failure_at_the_start_is_a_record_too(
     missing = public_path / "none"
     done = diffmergefs("mount", "-f", f"--log-format={named}", missing, mountpoint)
     assert done.returncode == 14
-    text = f"{missing}: No such file or directory"
+    text = f"{missing}: No such file or directory; check its name"
     if named == "json":
         found = json.loads(done.stderr)
         assert (found["level"], found["message"]) == ("error", text)

@@ -88,7 +88,7 @@ def test_what_a_view_cannot_promise_is_said(option: str, capfd: pytest.CaptureFi
     assert capfd.readouterr().err.startswith(f"diffmergefs: -o {option}: has no effect: ")
 
 
-@pytest.mark.parametrize("name", [*REFUSED, "nonsense", "stric", "X", "allow_root"])
+@pytest.mark.parametrize("name", [*REFUSED, "nonsense", "stric", "X"])
 def test_other_options_are_refused_by_name(name: str) -> None:
     reason = REFUSED.get(name, "unknown option")
     for option in (name, f"{name}=1"):
