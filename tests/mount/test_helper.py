@@ -94,6 +94,7 @@ def test_a_line_of_fstab(
 ) -> None:
     """With options of mount(8), systemd and desktops; and `mount -a` mounts it once."""
     words = "defaults,dev,suid,_netdev,nofail,x-systemd.automount,x-gvfs-show,X-mount.mkdir,user"
+    words += ',context="system_u:object_r:x:s0:c1,c2",comment="a,b"'
     fstab = public_path / "fstab"
     given = options(public_path, words)
     fstab.write_text(f"{store} {mountpoint} fuse.diffmergefs {given} 0 0\n")

@@ -18,6 +18,7 @@ from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores import catalog
 from diffmergefs.stores.catalog import read_catalog
 from diffmergefs.stores.reader import Reader
+from diffmergefs.stores.remarks import remarks
 from tests.support.images import overlay_oracle, write_layer
 from tests.support.places import DOCS
 from tests.support.stores import BASE_PAGES, SIZE, age, children, pages
@@ -53,6 +54,12 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_it_has_less_than_100_lines() -> None:
     assert 10 < len(example().splitlines()) < 100
+
+
+def test_a_directory_without_snapshots_names_its_marks(fleet: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (line,) = remarks(read_catalog(str(tmp_path / "empty")))
+    assert line.endswith(", fleet (TAG/ram)")
 
 
 def test_it_is_found_without_being_named_and_its_chains_merge(fleet: Path, tmp_path: Path) -> None:
