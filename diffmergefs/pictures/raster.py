@@ -154,7 +154,7 @@ class Layout:
 
         `drawn` has the colours of the cells of the grid; the others are hatched.
         """
-        found = np.full(max(self.numbers.max() + 1, len(drawn)), _BEYOND, np.uint8)
+        found = np.full(max(int(np.max(self.numbers)) + 1, len(drawn)), _BEYOND, np.uint8)
         found[: len(drawn)] = drawn
         plain = found[self.numbers].repeat(self.zoom[1], 0).repeat(self.zoom[0], 1)
         y, x = np.indices(plain.shape)
