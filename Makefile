@@ -57,7 +57,7 @@ check: $(CHECK)/.stamp
 	@$(CHECK)/bin/ruff check
 	@$(CHECK)/bin/ruff format --check --quiet
 	@$(CHECK)/bin/mypy
-	@$(CHECK)/bin/python -m pytest -m 'not fuse and not slow' tests/unit $(PYTEST_ARGS)
+	@$(CHECK)/bin/python -m pytest -m 'not fuse and not slow and not programs' tests/unit $(PYTEST_ARGS)
 
 # pytest comes last, so that its summary is the end of the output.
 test: $(VENV)/.stamp-test lint | system-test-packages

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -158,8 +157,8 @@ def test_directories_without_marks_pass() -> None:
         assert foreign.of_directory(names) is None
 
 
+@pytest.mark.programs
 def test_what_qemu_itself_writes_is_known(tmp_path: Path) -> None:
-    assert shutil.which("qemu-img")
     path = tmp_path / "disk.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "64M"], check=True, timeout=60)
     with pytest.raises(ForeignFormatError, match="is a qcow2 image"):

@@ -16,6 +16,8 @@ from tests.support.images import write_layer
 from tests.support.stores import BASE_PAGES, SIZE, pages, write_chain
 from tests.support.users import STRANGER
 
+pytestmark = pytest.mark.programs
+
 
 def with_acl(path: Path, mode: int) -> Path:
     path.chmod(mode)

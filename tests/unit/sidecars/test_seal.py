@@ -425,6 +425,7 @@ def test_a_seal_over_a_whole_diff_is_dense(tmp_path: Path) -> None:
 # bmaptool, of Debian's package bmap-tools
 
 
+@pytest.mark.programs
 def test_bmaptools_maps_without_checksums(tmp_path: Path) -> None:
     diff = write_layer(tmp_path / "diff", SIZE, DIFF)
     bmaptool("create", "--no-checksum", "--output", f"{diff}.bmap", diff)
