@@ -147,7 +147,8 @@ def _run(arguments: list[str] | None, command: click.Command, name: str) -> int:
         return FileAccessError.exit_code
     except Exception as error:
         if package := missing_package(error):
-            print_diagnostic(f"the Python package {package} is missing: {install_command(package)}")
+            step = f"install it: {install_command(package)}"
+            print_diagnostic(f"the Python package {package} is missing; {step}")
             return MissingExtraError.exit_code
         with suppress(OSError):
             traceback.print_exc()

@@ -50,7 +50,7 @@ def install_extras(prefix: str | None, uninstall: bool) -> None:
     """
     if installation.is_packaged():
         raise OutputRefusedError(
-            "a package of the distribution installed diffmergefs, and has put everything in place"
+            "a package of the distribution has put everything in place; there is nothing to link"
         )
     files = installation.installed_files()
     if not files:

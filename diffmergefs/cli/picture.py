@@ -50,7 +50,7 @@ def require_matplotlib() -> None:
         import numpy  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(
-            f"pictures need matplotlib ({error}): {install_command('matplotlib')}"
+            f"pictures need matplotlib ({error}); install it: {install_command('matplotlib')}"
         ) from error
     finally:
         os.fchdir(here)

@@ -113,12 +113,12 @@ def _serve(
     except ImportError as error:
         raise MountFailedError(
             f"{request.mountpoint}: cannot be mounted: pyfuse3 cannot be imported ({error});"
-            f" {install_command(missing_package(error) or 'pyfuse3')}"
+            f" install it: {install_command(missing_package(error) or 'pyfuse3')}"
         ) from error
     # Otherwise who reads the metrics would be the first to notice: the import is slow and waits.
     if find_spec("prometheus_client") is None:
         raise MissingExtraError(
-            "the metrics of a mount need the Python package prometheus_client:"
+            "the metrics of a mount need the Python package prometheus_client; install it:"
             f" {install_command('prometheus_client')}"
         )
     real = mountpoints.check_mountpoint(

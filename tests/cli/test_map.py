@@ -344,7 +344,7 @@ def test_without_matplotlib_a_picture_is_one_line_and_all_else_works(
     for arguments in (["map", "-o"], ["info", "--plot"]):
         done = without_matplotlib(*arguments, tmp_path / "new.png", *chain)
         line = one_line(done, errors.MissingExtraError.exit_code)
-        assert line.endswith(f": {sys.executable} -m pip install matplotlib\n")
+        assert line.endswith(f"; install it: {sys.executable} -m pip install matplotlib\n")
     assert not (tmp_path / "new.png").exists()
     for arguments in (["map"], ["map", "--zeros"], ["map", "--json"], ["info"]):
         done = without_matplotlib(*arguments, *chain)

@@ -170,7 +170,7 @@ def test_a_users_own_modules_do_not_change_it(copy: System) -> None:
 def test_what_is_missing_is_named_by_debians_name(debian: System) -> None:
     done = debian.call("diffmergefs", "map", "/srv/snapshots/leaf", "-o", "/srv/map.png")
     assert done.returncode == MissingExtraError.exit_code
-    assert done.stderr.endswith(": apt install python3-matplotlib\n")
+    assert done.stderr.endswith("; install it: apt install python3-matplotlib\n")
     done = debian.call("diffmergefs", "install-extras")
     assert done.returncode == OutputRefusedError.exit_code
 

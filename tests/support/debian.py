@@ -207,6 +207,7 @@ def system(lower: Path, folder: Path) -> Iterator[System]:
             _mount("-t", "tmpfs", "none", root / name)
         # Of this machine's directories only that of terminals: the scripts of packages run as root.
         _mount("--bind", "/dev/pts", root / "dev/pts")
+        (root / "dev/fuse").unlink(missing_ok=True)
         os.mknod(root / "dev/fuse", 0o020666, os.makedev(10, 229))
         (root / "dev/fuse").chmod(0o666)
         yield System(root)

@@ -186,4 +186,4 @@ def test_where_there_is_nothing_to_link_that_is_said(
     assert run() == errors.OutputRefusedError.exit_code
     first, second = capsys.readouterr().err.splitlines()
     assert "pip did not install diffmergefs" in first
-    assert "a package of the distribution installed diffmergefs" in second
+    assert "a package of the distribution has put everything in place" in second
