@@ -165,7 +165,10 @@ def test_a_demo_that_fails_leaves_nothing(kept: str, tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
-    assert (done.returncode, done.stderr) == (14, "diffmergefs: probe: Input/output error\n")
+    assert (done.returncode, done.stderr) == (
+        14,
+        "diffmergefs: probe: Input/output error; check the storage\n",
+    )
     assert os.listdir(tmp_path) == there and not any(os.listdir(tmp_path / name) for name in there)
     assert not mounts_below(tmp_path)
     assert not processes_that_name(tmp_path)
