@@ -88,7 +88,7 @@ def seal(
     the first failure.
 
     With a directory of snapshots, SOURCE, the layer of each snapshot is sealed over its parents.
-    Its base may have no holes. The exit code is 1 if a snapshot could not be sealed.
+    A base needs no --dense. The exit code is 1 if a snapshot could not be sealed.
 
     \b
     Examples:

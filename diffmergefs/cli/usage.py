@@ -16,9 +16,10 @@ from diffmergefs.core.errors import DiffMergeError
 #: What an argument of several verbs means.
 ARGUMENTS = {
     "IMAGE": (
-        "A snapshot directory (/srv/snapshots/pandas) or its memory file, or a numbered layer file,"
-        " which stands for the chain up to it (/srv/layers/002-pandas.mem). To name the layers"
-        " instead: --base FILE --diff FILE [--diff FILE ...], oldest first."
+        "A snapshot directory (/srv/snapshots/pandas) or its memory file; a numbered layer file,"
+        " which stands for the chain up to it (/srv/layers/002-pandas.mem); or SOURCE/TAG in any"
+        " layout. To name the layers instead: --base FILE --diff FILE [--diff FILE ...], oldest"
+        " first."
     ),
     "SOURCE": (
         "A directory of snapshots: a forkd store, numbered layers, or superserve or Cloud"

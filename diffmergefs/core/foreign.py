@@ -1,9 +1,9 @@
 """Foreign formats, in which holes do not say what is data, recognised by their magic bytes.
 
 The error names the format and says what to do instead. Sources: QEMU's docs/interop/qcow2 and
-docs/devel/migration (mapped-ram), e2b-dev/infra (storage/header), wrennhq/wrenn
-(internal/snapshot), kvcache-ai/AgentENV (storage/overlaybd, docs/src/concepts/snapshots.md),
-checkpoint-restore/criu (criu/image-desc.c).
+docs/devel/migration (mapped-ram), libvirt (src/qemu/qemu_saveimage.h), e2b-dev/infra
+(storage/header), wrennhq/wrenn (internal/snapshot), kvcache-ai/AgentENV (storage/overlaybd,
+docs/src/concepts/snapshots.md), checkpoint-restore/criu (criu/image-desc.c).
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ _MAPPED_RAM = (
 _MIGRATION = (
     "is a QEMU migration stream, not a memory image; restore it with QEMU, or give the file of a"
     " memory-backend-file as a base"
+)
+_LIBVIRT = (
+    "is a saved VM of libvirt: a QEMU migration stream behind a header; restore it with `virsh"
+    " restore`, or give the file of a memory-backend-file as a base"
 )
 _AGENTENV = (
     "is of AgentENV: memory in OverlayBD layers, packed and often compressed, where holes mean"
@@ -54,6 +58,8 @@ def of_head(head: bytes) -> str | None:
     if head.startswith(b"QEVM\0\0\0"):
         # The configuration section names the capabilities.
         return _MAPPED_RAM if b"mapped-ram" in head else _MIGRATION
+    if head.startswith((b"LibvirtQemudSave", b"LibvirtQemudPart")):
+        return _LIBVIRT
     if head.startswith((b"LSMT\0\1\2", b"ZFile\0\1")):
         return _AGENTENV
     return None

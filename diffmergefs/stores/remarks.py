@@ -23,11 +23,13 @@ from diffmergefs.stores.snapshot import Snapshot, is_left_out
 
 _MOST_LINES = 20
 _MOST_FOLDERS = 50  # how many are looked into
+_MOST_FILES = 1000
 _NAMED = 8  # how many names a line has
 _FCVM = {"memory.bin", "vmstate.bin", "config.json"}
 # The parts of names that VMMs and their users give to memory files and to device state.
-_MEMORY = {"mem", "memory", "memfile", "ram"}
+_MEMORY = {"mem", "memory", "memfile", "ram", "vmem"}
 _STATE = {"vmstate", "state", "snapshot", "snapfile", "snap"}
+_OTHERS = (".json", ".txt", ".md", ".log", ".sh", ".py", ".yaml", ".toml", ".conf", ".bmap")
 _NAME_THEM = (
     "name them instead, as in `diffmergefs mount --base FULL --diff DIFF MOUNTPOINT`, oldest first"
 )
@@ -142,7 +144,7 @@ def _instead(path: str, fd: int, kinds: Mapping[str, int]) -> Found:
 
 def _files(path: str, fd: int, kinds: Mapping[str, int]) -> Found | None:
     # What the names and the beginnings of the files in one directory tell.
-    files = [name for name, kind in kinds.items() if kind == stat.S_IFREG]
+    files = [name for name, kind in kinds.items() if kind == stat.S_IFREG][:_MOST_FILES]
     if _FCVM.issubset(files):
         image = os.path.join(path, "memory.bin")
         return Found("a snapshot of fcvm, whose memory.bin is complete", f"name it: --base {image}")
@@ -170,7 +172,7 @@ def _declined(fd: int, name: str) -> str | None:
 
 
 def _parts(name: str) -> set[str]:
-    return set() if name.endswith(".json") else set(re.split(r"[._-]", name.lower()))
+    return set() if name.endswith(_OTHERS) else set(re.split(r"[._-]", name.lower()))
 
 
 def _inner(path: str, fd: int, folders: list[str]) -> Found | None:

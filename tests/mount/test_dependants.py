@@ -98,7 +98,7 @@ def test_all_reasons_at_once_and_each_overridden_by_its_name(
             line = mistake(8, "apply", diff, base, "--force=links,sealed,mounted")
             assert line.endswith("--force=layer,open,order\n")
         done = diffmergefs("apply", diff, base, f"--force={','.join(REASONS)}")
-        assert (done.returncode, done.stdout) == (0, f"{14 * PAGE} bytes copied\n")
+        assert (done.returncode, done.stdout) == (0, f"{14 * PAGE} bytes (56 KiB) copied\n")
     lines = done.stderr.splitlines()
     assert [line.partition(" overrides: ")[0] for line in lines] == [
         f"diffmergefs: --force={name}" for name in REASONS

@@ -26,6 +26,7 @@ HEADS = {
     "qcow2": (QCOW2, "is a qcow2 image", "qemu-img convert"),
     "mapped-ram": (stream(b"mapped-ram"), "QEMU migration file with mapped-ram", "restore it"),
     "migration": (stream(), "QEMU migration stream", "restore it with QEMU"),
+    "libvirt": (b"LibvirtQemudSave\2\0", "is a saved VM of libvirt", "`virsh restore`"),
     "overlaybd": (b"LSMT\0\1\2\0", "is of AgentENV", "export"),
     "zfile": (b"ZFile\0\1\0", "is of AgentENV", "export"),
 }

@@ -80,6 +80,19 @@ def test_a_directory_is_declined_as_source_and_as_image(foreign_folder: tuple[Pa
     assert what in mistake(22, "info", folder)
 
 
+def test_a_dump_of_criu_is_declined_as_source_and_as_image(tmp_path: Path) -> None:
+    for name in ("inventory.img", "pagemap-1.img", "pages-1.img"):
+        (tmp_path / name).touch()
+    for verb in ("list", "info", "verify", "seal"):
+        line = mistake(22, verb, tmp_path)
+        assert line.endswith(
+            "is a CRIU dump: pages of processes, packed in pages-*.img, and no memory"
+            " of a VM; restore it with `criu restore`\n"
+        )
+    (tmp_path / "inventory.img").unlink()
+    assert foreign.of_directory(os.listdir(tmp_path)) is None
+
+
 @pytest.mark.parametrize("name", ["memfile", f"memfile.{UUID}"])
 def test_the_memory_in_a_packed_directory_is_declined_as_a_layer(name: str, tmp_path: Path) -> None:
     path = write_layer(tmp_path / name, SIZE, [(0, signed(0, 0, SIZE))])

@@ -71,7 +71,7 @@ def empty(folder: Path) -> None:
 
 
 def documents(folder: Path) -> None:
-    touch(folder, "README", "notes.txt")
+    touch(folder, "README", "memory-notes.txt")
 
 
 #: What stands there, what is said of it, and the remedy.
@@ -87,7 +87,7 @@ SEEN: dict[Callable[[Path], None], tuple[str, str]] = {
     above: ("they are one level down, in {}/snapshots", "give that directory"),
     symlinks: ("symlinks (base)", "give the directory that they lead into, as {}/../elsewhere"),
     empty: ("it is empty", "give the directory"),
-    documents: ("it holds 2 other names (README, notes.txt)", "give the directory"),
+    documents: ("it holds 2 other names (README, memory-notes.txt)", "give the directory"),
 }
 
 
