@@ -66,8 +66,8 @@ test: $(VENV)/.stamp-test lint | system-test-packages
 # Each package with a lower bound in pyproject.toml is used. Old versions warn of much that cannot be
 # mended here.
 LOWEST_TESTS := $(addprefix tests/,mount/test_read.py mount/test_lifecycle.py mount/test_helper.py \
-	vm/test_restore.py cli/test_completion.py project/test_wheel.py) \
-	$(addprefix tests/unit/,fuse/test_operations.py fuse/test_readloop.py fuse/test_status.py \
+	vm/test_restore.py cli/test_completion.py cli/test_mistakes.py project/test_wheel.py) \
+	$(addprefix tests/unit/,cli/test_usage.py cli/test_verbs.py fuse/test_operations.py fuse/test_readloop.py fuse/test_status.py \
 	writing/test_flatten.py sidecars/test_bmap.py sidecars/test_bmapreader.py \
 	pictures/test_map_picture.py pictures/test_extents_picture.py)
 

@@ -85,7 +85,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         justify: Literal["left", "right"] = "right" if column[0] in ">=" else "left"
-        made.add_column(column.lstrip(">="), justify=justify, overflow="fold")
+        made.add_column(column.lstrip(">="), justify=justify, no_wrap=True)
     for row in rows:
         made.add_row(*map(text, columns, row))
     return made

@@ -166,7 +166,7 @@ def test_apply_into_a_full_filesystem(small: Path, layers: list[Path]) -> None:
     assert base.stat().st_size == SIZE
     assert os.listdir(small) == ["base"]
     unfill(small)
-    assert succeed("apply", layers[1], base) == f"{16 * MIB} bytes copied\n"
+    assert succeed("apply", layers[1], base) == f"{16 * MIB} bytes (16 MiB) copied\n"
     assert base.read_bytes() == overlay_oracle(SIZE, CHAIN[1:])
 
 

@@ -17,7 +17,7 @@ from tests.support.stores import write_chain
     [
         ((), 128, 64),
         (("--readahead", "1024", "--max-background", "30"), 1024, 30),
-        (("-o", "readahead=512,max_background=9"), 512, 9),
+        (("-o", "readahead=512K,max_background=9"), 512, 9),
         (("--record",), 4, 64),
     ],
     ids=str,

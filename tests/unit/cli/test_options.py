@@ -15,6 +15,7 @@ from diffmergefs.cli.options import (
     MOUNTPOINT,
     PATH,
     OptionalValue,
+    Size,
     all_of,
     layer_options,
     layout_options,
@@ -102,6 +103,42 @@ def test_a_page_size_is_a_power_of_two(value: str) -> None:
     assert given(page_size_option, "--page-size=512") == {"page_size": 512}
     assert given(page_size_option, "--page-size=16K") == {"page_size": 16384}
     assert given(page_size_option) == {"page_size": TrustPolicy.page_size}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("4096", 4096),
+        ("0x1000", 4096),
+        ("4K", 4096),
+        ("4k", 4096),
+        ("4KiB", 4096),
+        ("4kb", 4096),
+        ("1M", 1 << 20),
+        ("16g", 1 << 34),
+        ("0x2T", 1 << 41),
+    ],
+)
+def test_a_size_takes_a_unit(text: str, size: int) -> None:
+    assert Size().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize("text", ["", "K", "1.5K", "-1", "+1", "4KK", "4P", "٤", "1_0"])
+def test_what_is_no_size_is_refused_with_examples(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not a size like 4096, 0x1000, 4K or 1M"):
+        Size().convert(text, None, None)
+
+
+@pytest.mark.parametrize(("text", "size"), [("4", 4), ("4K", 4), ("1M", 1024), ("64M", 65536)])
+def test_a_plain_size_counts_units(text: str, size: int) -> None:
+    assert Size(1024, 4, 65536).convert(text, None, None) == size
+
+
+@pytest.mark.parametrize("text", ["3", "1K", "65M", "65537", "1G"])
+def test_a_size_out_of_range_is_refused_with_the_limits(text: str) -> None:
+    with pytest.raises(click.BadParameter, match=f"{text} is .* least 4096 and at most 67108864"):
+        Size(1024, 4, 65536).convert(text, None, None)
 
 
 @pytest.mark.parametrize("names", ["", "grain,", "blocks", "dense", "file system"])
