@@ -52,8 +52,8 @@ def test_show_says_what_is_recorded(store: Path, sets: WorkingSets) -> None:
         "recorded": words[1][1],
         "readahead": "4 KiB",
         "state": "fits",
-        "touched": f"{size} bytes in {len(TOUCHED)} ranges",
-        "prefetched": f"{size} bytes in {len(wanted)} pieces",
+        "touched": f"{size} bytes (80 KiB) in {len(TOUCHED)} ranges",
+        "prefetched": f"{size} bytes (80 KiB) in {len(wanted)} pieces",
     }
 
 
