@@ -281,6 +281,6 @@ def test_it_goes_with_a_directory_of_snapshots_only(root: Path) -> None:
         assert done.returncode == 2
         assert "not with --base and --diff" in done.stderr
     done = diffmergefs("apply", "--allow-outside", root, base, base)
-    assert (done.returncode, "No such option" in done.stderr) == (2, True)
+    assert (done.returncode, "no such option" in done.stderr) == (2, True)
     done = diffmergefs("list", "--allow-outside", "", root)
     assert (done.returncode, "an empty path" in done.stderr) == (2, True)
