@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import shutil
 import tempfile
@@ -108,6 +109,15 @@ def _public_directory() -> Iterator[Path]:
     finally:
         mounttable.unmount_below(str(path))
         shutil.rmtree(path)
+
+
+@pytest.fixture(autouse=True)
+def _log_of_its_own() -> Iterator[None]:
+    """The log as it is set up: a test of `mount` sends it elsewhere."""
+    log = logging.getLogger("diffmergefs")
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = before
 
 
 @pytest.fixture
