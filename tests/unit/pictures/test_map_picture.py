@@ -25,6 +25,8 @@ from tests.support.places import DOCS
 from tests.support.subjects.maps import subject, tiled
 from tests.unit.pictures.test_raster import place
 
+pytestmark = pytest.mark.slow  # each draws a picture
+
 SVG = "{http://www.w3.org/2000/svg}"
 HREF = "{http://www.w3.org/1999/xlink}href"
 
@@ -92,7 +94,6 @@ CONTENT: list[int | str | None] = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["hilbert", "linear"])
 def test_each_cell_has_the_colour_of_its_address(layout: str) -> None:
     """In both formats, over the whole of the cell: nothing is drawn over it."""
@@ -246,7 +247,6 @@ def test_rows_bear_their_addresses_and_are_the_default() -> None:
 
 @pytest.mark.parametrize("layout", ["linear", "hilbert"])
 @pytest.mark.parametrize("pages", [1, 3, 32, 200, 257, 33_000])
-@pytest.mark.slow
 def test_most_of_the_sheet_shows_something(pages: int, layout: str) -> None:
     """The map, or the legend above the end of its text: less than a third is empty."""
     entries = [MapEntry(0, pages * PAGE, 0, False)]
@@ -293,7 +293,6 @@ def test_what_is_not_there_has_no_entry() -> None:
     assert "written zeros" not in scanned and "There are no written zeros." in scanned
 
 
-@pytest.mark.slow
 def test_a_range_is_called_one() -> None:
     entries = [
         MapEntry(16 * PAGE + 5, 20 * PAGE, 1, False),
@@ -320,7 +319,6 @@ def test_many_layers_are_grouped_and_a_line_says_so() -> None:
     assert found[found.index("layer1 .. layer4") - 1] == "1-4"
 
 
-@pytest.mark.slow
 def test_a_map_adds_little_to_the_pixels_of_an_svg() -> None:
     # Beside the pixels; the canvas keeps those under two megabytes.
     picture = MapPicture(tiled(range(40)), subject(40, layers=40))
@@ -345,7 +343,6 @@ def test_long_names_do_not_run_into_the_numbers() -> None:
     assert len(found[0]) < 100
 
 
-@pytest.mark.slow
 def test_the_same_map_is_the_same_file() -> None:
     first, second = (MapPicture(tiled(CONTENT), subject(300)) for _ in range(2))
     assert first.png() == second.png() and first.svg() == second.svg()
@@ -409,7 +406,6 @@ def test_the_weakest_of_a_layer_is_no_hole() -> None:
         assert len({tuple(colour) for colour in shades}) == raster.STRENGTHS
 
 
-@pytest.mark.slow
 def test_the_picture_in_the_docs_is_what_is_drawn_today(tmp_path: Path) -> None:
     """Its cells, that is: letters differ a little from one version of the fonts to the next."""
     assert sample_map.draw(tmp_path / "map.png") == 0
