@@ -71,12 +71,11 @@ def main(
     _repair_process()
     if arguments is None and os.geteuid() == 0:
         _distrust_environment()
-    _end_on_signals()
     _escape_on_stdout()
     raise_descriptor_limit()
     streams = sys.stdout, sys.stderr
     try:
-        with _warnings_printed():
+        with _ended_by_signals(), _warnings_printed():
             return _run(arguments, command, name)
     finally:
         for stream in streams:
@@ -196,12 +195,18 @@ def _escape_on_stdout() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _end_on_signals() -> None:
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
     # An exception runs the `finally` blocks, which remove unfinished outputs. The default action of
-    # a signal does not.
+    # a signal does not. Whoever calls `main` in a process of its own gets its handlers back.
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, end)
+    signals = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
+    for number in signals:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,27 @@ def test_what_the_system_refuses_is_no_bug(
     monkeypatch.setattr("diffmergefs.cli.look.read_catalog", fail)
     assert cli.main(["list", "."]) == ACCESS
     assert capfd.readouterr().err == "diffmergefs: /a/path: Input/output error; check the storage\n"
+
+
+def test_a_caller_in_the_same_process_gets_its_signal_handlers_back(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise SIGTERM would raise SystemExit in whatever that process does next."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    assert before == [signal.SIG_DFL] * 2
+
+    def run(*arguments: object, **options: object) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("SIGTERM did not end it")
+
+    assert cli.main(["list", str(store)]) == 0
+    assert [signal.getsignal(number) for number in numbers] == before
+    monkeypatch.setattr(cli.cli, "main", run)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["list", str(store)])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_every_verb_is_there_and_its_help_has_an_example() -> None:
