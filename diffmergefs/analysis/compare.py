@@ -8,8 +8,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from diffmergefs.core.errors import VerificationError, failures
+from diffmergefs.core.errors import VerificationError
 from diffmergefs.core.extents import PAGE, ExtentList, split
+from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView, require_equal_size
 from diffmergefs.core.workers import Progress, ignore_progress, in_order

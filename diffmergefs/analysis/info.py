@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from diffmergefs.core.errors import failures
 from diffmergefs.core.extents import ExtentList, split
+from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.sparse import BLOCK
 from diffmergefs.core.view import MergedView

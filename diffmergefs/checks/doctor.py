@@ -14,14 +14,9 @@ from typing import BinaryIO
 from diffmergefs.checks.diagnosis import HOLES, Finding, examine_layer, wrong
 from diffmergefs.core import sparse
 from diffmergefs.core.beneath import closing_fd
-from diffmergefs.core.errors import (
-    DiffMergeError,
-    FileAccessError,
-    ForeignFormatError,
-    Target,
-    failures,
-)
+from diffmergefs.core.errors import DiffMergeError, FileAccessError, ForeignFormatError
 from diffmergefs.core.extents import PAGE, ExtentList
+from diffmergefs.core.failures import Target, failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.sparse import BLOCK
 from diffmergefs.opening.content import Parents, Verdicts

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.system import children
+from diffmergefs.system.children import ROOTS_PATH
 from diffmergefs.system.installation import install_command
-from diffmergefs.system.mountpoint import FUSE_CONF, FUSE_DEVICE, ROOTS_PATH, others_may_be_let_in
+from diffmergefs.system.mountpoint import FUSE_CONF, FUSE_DEVICE, others_may_be_let_in
 from diffmergefs.system.tuning import CONNECTIONS
 
 _FUSE_NUMBER = os.makedev(10, 229)

@@ -22,9 +22,9 @@ from diffmergefs.cli.verbs import Verbs
 from diffmergefs.core import __version__
 from diffmergefs.core.errors import DiffMergeError, FileAccessError, MissingExtraError
 from diffmergefs.opening.opener import raise_descriptor_limit
+from diffmergefs.system.children import ROOTS_PATH
 from diffmergefs.system.daemon import ADDRESS, JOURNAL
 from diffmergefs.system.installation import install_command, missing_package
-from diffmergefs.system.mountpoint import ROOTS_PATH
 
 USAGE = 2
 BUG = 70

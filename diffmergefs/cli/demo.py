@@ -20,11 +20,12 @@ from diffmergefs.cli.doctor import temporary_mount
 from diffmergefs.cli.options import DIRECTORY
 from diffmergefs.cli.output import print_json
 from diffmergefs.cli.usage import Verb
-from diffmergefs.core.errors import OutputRefusedError, Target, VerificationError, failures
+from diffmergefs.core.errors import OutputRefusedError, VerificationError
 from diffmergefs.core.extents import PAGE
+from diffmergefs.core.failures import Target, failures
 from diffmergefs.opening.images import open_image
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.system import mountpoint as mountpoints
+from diffmergefs.system import mounted
 from diffmergefs.writing.flatten import flatten
 from diffmergefs.writing.sealing import seal_layer
 
@@ -133,7 +134,7 @@ def _run(folder: Path, report: Callable[[str], None]) -> None:
                 f"flattened it: {sum(result.copied)} bytes copied, {sum(result.shared)} shared,"
                 f" {result.holes} holes; equal to the view"
             )
-            mountpoints.unmount(str(views))
+            mounted.unmount(str(views))
         stored = sum(os.fstat(layer.fd).st_blocks * 512 for layer in view.layers)
     shutil.rmtree(work)
     report(f"unmounted; the chain took {stored} bytes on disk, and mounting it copied none")

@@ -37,8 +37,7 @@ from diffmergefs.core.errors import (
     counted,
 )
 from diffmergefs.opening.trust import TrustPolicy
-from diffmergefs.system import children
-from diffmergefs.system import mountpoint as mountpoints
+from diffmergefs.system import children, mounted
 from diffmergefs.system.children import ask
 from diffmergefs.system.daemon import ADDRESS
 from diffmergefs.system.mounttable import FILESYSTEM_TYPE, mount_entry
@@ -216,4 +215,4 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 def _detach(mountpoint: Path) -> None:
     known = mount_entry(str(mountpoint))
     if known is not None and known.kind == FILESYSTEM_TYPE:
-        mountpoints.detach(known.path)
+        mounted.detach(known.path)

@@ -27,7 +27,7 @@ from diffmergefs.core.errors import (
     counted,
 )
 from diffmergefs.fuse.status import STATUS_FILE, Status
-from diffmergefs.system import children
+from diffmergefs.system import children, mounted
 from diffmergefs.system import mountpoint as mountpoints
 from diffmergefs.system.mounttable import Mount
 
@@ -49,7 +49,7 @@ def umount(mountpoint: str, lazy: bool) -> None:
     Example:
       diffmergefs umount /mnt/views
     """
-    mountpoints.unmount(mountpoint, lazy=lazy)
+    mounted.unmount(mountpoint, lazy=lazy)
 
 
 @click.command(cls=Verb)
@@ -130,7 +130,7 @@ _STATES = {MountFailedError: "stale", MountTimeoutError: "hung", FileAccessError
 def list_mounts() -> list[Listed]:
     """The mounts of this user, or those of all users for root, by their mountpoints."""
     own = os.geteuid()
-    known = sorted(mountpoints.mounts_of(own or None), key=lambda mount: mount.path)
+    known = sorted(mounted.mounts_of(own or None), key=lambda mount: mount.path)
     answers = children.ask_all([functools.partial(_read, mount) for mount in known])
     found = []
     for mount, answer in zip(known, answers, strict=True):
@@ -151,7 +151,7 @@ def read_status(mountpoint: str) -> Status:
     Raises MountpointError if it is not a diffmergefs mount point, MountFailedError if the daemon
     died, MountTimeoutError if the daemon hangs, and FileAccessError if the status cannot be read.
     """
-    known = mountpoints.mount_at(mountpoint)
+    known = mounted.mount_at(mountpoint)
     try:
         answer: bytes | OSError = children.ask(functools.partial(_read, known))
     except OSError as error:

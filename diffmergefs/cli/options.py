@@ -13,7 +13,8 @@ import click
 
 from diffmergefs.opening.trust import ALL, CHECKS, TrustPolicy, checks_named
 from diffmergefs.stores.catalog import LAYOUTS
-from diffmergefs.system.mountpoint import mounts_of, require_answer
+from diffmergefs.system.mounted import mounts_of
+from diffmergefs.system.mountpoint import require_answer
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem

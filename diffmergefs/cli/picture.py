@@ -13,7 +13,8 @@ import click
 from diffmergefs.analysis.info import MapEntry, run_lengths
 from diffmergefs.cli.options import PATH, F, all_of
 from diffmergefs.cli.output import print_diagnostic, printable, progress
-from diffmergefs.core.errors import MissingExtraError, failures
+from diffmergefs.core.errors import MissingExtraError
+from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import limit_read_bits
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView

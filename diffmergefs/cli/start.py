@@ -39,7 +39,7 @@ from diffmergefs.prefetch.record import WorkingSets
 from diffmergefs.prefetch.recorder import Recorder
 from diffmergefs.stores.catalog import Catalog
 from diffmergefs.stores.remarks import remarks, require_store
-from diffmergefs.system import daemon
+from diffmergefs.system import daemon, mounted
 from diffmergefs.system import mountpoint as mountpoints
 from diffmergefs.system.daemon import Notifier
 from diffmergefs.system.installation import install_command, missing_package
@@ -295,4 +295,4 @@ def _remove_leftover(request: Request, before: Mount | None) -> None:
     if known is None or known == before:
         return
     if known.kind == FILESYSTEM_TYPE and known.source == request.name:
-        mountpoints.detach(known.path)
+        mounted.detach(known.path)

@@ -10,8 +10,9 @@ import weakref
 from typing import ClassVar, NamedTuple
 
 from diffmergefs.core import beneath, foreign, sparse, workers
-from diffmergefs.core.errors import LayerChangedError, SizeMismatchError, failures
+from diffmergefs.core.errors import LayerChangedError, SizeMismatchError
 from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import FileKey, Fingerprint, copied_bits
 from diffmergefs.core.sparse import BLOCK, ZEROS
 

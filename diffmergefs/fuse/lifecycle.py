@@ -14,7 +14,7 @@ from diffmergefs.core.errors import counted
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.threads import in_thread
 from diffmergefs.system.daemon import Notifier
-from diffmergefs.system.mountpoint import OwnMount
+from diffmergefs.system.mounted import OwnMount
 from diffmergefs.system.mounttable import in_other_namespaces
 
 log = logging.getLogger(__name__)

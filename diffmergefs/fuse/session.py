@@ -32,7 +32,8 @@ from diffmergefs.sidecars import (
 )
 from diffmergefs.system import tuning
 from diffmergefs.system.daemon import Notifier
-from diffmergefs.system.mountpoint import FUSE_CONF, OwnMount, others_may_be_let_in
+from diffmergefs.system.mounted import OwnMount
+from diffmergefs.system.mountpoint import FUSE_CONF, others_may_be_let_in
 from diffmergefs.system.mounttable import Mount, mount_entry
 from diffmergefs.system.tuning import Tuning
 

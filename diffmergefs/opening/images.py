@@ -8,12 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from diffmergefs.core.errors import (
-    BrokenChainError,
-    DiffMergeError,
-    UntrustedExtentsError,
-    failures,
-)
+from diffmergefs.core.errors import BrokenChainError, DiffMergeError, UntrustedExtentsError
+from diffmergefs.core.failures import failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView, require_equal_size
 from diffmergefs.opening.content import ContentCheck, Parents, Verdicts, require_meant, sample_check

@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 from diffmergefs.core import beneath, sparse
 from diffmergefs.core.beneath import AllowedRoots, Root
-from diffmergefs.core.errors import LayerChangedError, failures, os_error
+from diffmergefs.core.errors import LayerChangedError, os_error
+from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.singleflight import SingleFlight

@@ -11,8 +11,9 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from diffmergefs.core.beneath import closing_fd
-from diffmergefs.core.errors import FileAccessError, counted, failures
+from diffmergefs.core.errors import FileAccessError, counted
 from diffmergefs.core.extents import MAX_LAYERS, PAGE, Extent, is_aligned
+from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.view import MergedView
 from diffmergefs.sidecars import verified

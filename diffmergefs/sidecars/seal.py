@@ -11,8 +11,9 @@ from typing import Generic, TypeVar
 
 from diffmergefs.core import beneath
 from diffmergefs.core.beneath import Root
-from diffmergefs.core.errors import DiffMergeError, SealError, described
+from diffmergefs.core.errors import DiffMergeError, SealError
 from diffmergefs.core.extents import Extent
+from diffmergefs.core.failures import described
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer, Record
 from diffmergefs.core.sparse import BLOCK, ZEROS, page_aligned

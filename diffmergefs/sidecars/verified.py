@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import NamedTuple
 
-from diffmergefs.core.errors import failures, one_line
+from diffmergefs.core.errors import one_line
+from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import FileVersion
 from diffmergefs.core.layer import Layer
 

@@ -18,7 +18,8 @@ from dataclasses import replace
 from typing import Any
 
 from diffmergefs.core.beneath import Root
-from diffmergefs.core.errors import BrokenChainError, failures
+from diffmergefs.core.errors import BrokenChainError
+from diffmergefs.core.failures import failures
 from diffmergefs.stores.document import describe, describe_undocumented
 from diffmergefs.stores.reader import FolderReader, Source, has_file
 from diffmergefs.stores.snapshot import (

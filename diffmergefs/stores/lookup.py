@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator, Sequence
 
 from diffmergefs.core import beneath, foreign
-from diffmergefs.core.errors import DiffMergeError, FileAccessError, failures
+from diffmergefs.core.errors import DiffMergeError, FileAccessError
+from diffmergefs.core.failures import failures
 from diffmergefs.stores.catalog import (
     LAYOUTS,
     READERS,

@@ -20,6 +20,8 @@ from typing import IO, NoReturn
 from diffmergefs.core.errors import os_error
 from diffmergefs.system.daemon import close_all_but
 
+#: Where root looks for helper programs, since another user may have set the PATH.
+ROOTS_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: How long a mount of ours may take to answer what needs no storage.
 ANSWER_SECONDS = 5.0
 _ERRNO_BYTES = 4

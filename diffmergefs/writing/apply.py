@@ -9,13 +9,9 @@ from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager, suppress
 
 from diffmergefs.core import beneath, foreign, sparse
-from diffmergefs.core.errors import (
-    DiffMergeError,
-    OutputRefusedError,
-    Target,
-    failures,
-)
+from diffmergefs.core.errors import DiffMergeError, OutputRefusedError
 from diffmergefs.core.extents import ExtentList
+from diffmergefs.core.failures import Target, failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import require_equal_size
 from diffmergefs.core.workers import Progress, ignore_progress

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from itertools import repeat
 from operator import length_hint
 
-from diffmergefs.core.errors import NoSpaceError, Target, described, failures, free_bytes
+from diffmergefs.core.errors import NoSpaceError
+from diffmergefs.core.failures import Target, described, failures, free_bytes
 from diffmergefs.core.identity import limit_read_bits
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.sparse import BLOCK, page_aligned

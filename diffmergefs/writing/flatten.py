@@ -11,8 +11,9 @@ from itertools import chain, islice
 
 from diffmergefs.analysis.compare import check_unchanged
 from diffmergefs.core import sparse
-from diffmergefs.core.errors import Target, VerificationError, block_size, described, failures
+from diffmergefs.core.errors import VerificationError
 from diffmergefs.core.extents import ExtentList, is_aligned
+from diffmergefs.core.failures import Target, block_size, described, failures
 from diffmergefs.core.sparse import BLOCK, page_aligned
 from diffmergefs.core.view import MergedView
 from diffmergefs.core.workers import Progress, ignore_progress

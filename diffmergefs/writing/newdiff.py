@@ -9,8 +9,9 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 
 from diffmergefs.analysis.compare import check_unchanged
-from diffmergefs.core.errors import UntrustedExtentsError, block_size, counted, failures
+from diffmergefs.core.errors import UntrustedExtentsError, counted
 from diffmergefs.core.extents import ExtentList, Segment, is_aligned
+from diffmergefs.core.failures import block_size, failures
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.sparse import BLOCK, ZEROS
 from diffmergefs.core.view import MergedView

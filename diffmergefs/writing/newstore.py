@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from diffmergefs.analysis.compare import bytes_to_compare
 from diffmergefs.core import beneath
 from diffmergefs.core.beneath import Root
-from diffmergefs.core.errors import LayerChangedError, failures
+from diffmergefs.core.errors import LayerChangedError
+from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import FileKey, copied_bits
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import MergedView

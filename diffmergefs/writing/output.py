@@ -15,15 +15,8 @@ from contextlib import ExitStack
 from typing import ClassVar, Self
 
 from diffmergefs.core.beneath import closing_fd
-from diffmergefs.core.errors import (
-    NO_SPACE,
-    FileAccessError,
-    NoSpaceError,
-    OutputRefusedError,
-    Target,
-    failures,
-    free_bytes,
-)
+from diffmergefs.core.errors import FileAccessError, NoSpaceError, OutputRefusedError
+from diffmergefs.core.failures import NO_SPACE, Target, failures, free_bytes
 
 log = logging.getLogger(__name__)
 

@@ -10,14 +10,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from diffmergefs.core import beneath
-from diffmergefs.core.errors import (
-    DenseDiffError,
-    DiffMergeError,
-    FileAccessError,
-    SealError,
-    failures,
-)
+from diffmergefs.core.errors import DenseDiffError, DiffMergeError, FileAccessError, SealError
 from diffmergefs.core.extents import PAGE, ExtentList
+from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.sparse import BLOCK, page_aligned

@@ -14,8 +14,8 @@ from diffmergefs.core.errors import (
     DiffMergeError,
     LayerChangedError,
     OutputRefusedError,
-    failures,
 )
+from diffmergefs.core.failures import failures
 from diffmergefs.core.identity import copied_bits
 from diffmergefs.core.workers import Progress, ignore_progress
 from diffmergefs.opening.images import open_snapshot

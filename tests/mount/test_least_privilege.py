@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.opening.writers import Writers
+from diffmergefs.system import mounted
 from diffmergefs.system import mountpoint as mountpoints
-from diffmergefs.system.mountpoint import ROOTS_PATH
+from diffmergefs.system.children import ROOTS_PATH
 from tests.support import mounttable
 from tests.support.commands import diffmergefs, mistake, one_line
 from tests.support.images import overlay_oracle
@@ -389,7 +390,7 @@ def test_the_library_too_looks_for_roots_helper_in_roots_directories(
     monkeypatch.setattr(subprocess, "run", note)
     for uid in (0, USER):
         monkeypatch.setattr(os, "geteuid", lambda uid=uid: uid)
-        mountpoints.detach("/nowhere")
+        mounted.detach("/nowhere")
     assert [os.path.dirname(path) for path in ran] == [
         next(d for d in ROOTS_PATH.split(":") if os.path.exists(f"{d}/fusermount3")),
         plant.environment["PATH"].split(":")[0],

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from diffmergefs.core.errors import MountpointError
-from diffmergefs.system.mountpoint import check_mountpoint, unmount
+from diffmergefs.system.mounted import unmount
+from diffmergefs.system.mountpoint import check_mountpoint
 from diffmergefs.system.mounttable import mount_entry
 from tests.support import mounttable, skips
 from tests.support.mounts import mounted
