@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ import click
 from diffmergefs.cli.options import EXPERT
 from diffmergefs.core.errors import DiffMergeError
 
+_MOST_NAMES = 10_000  # how many are compared with a path that does not exist
 #: What an argument of several verbs means.
 ARGUMENTS = {
     "IMAGE": (
@@ -110,8 +112,9 @@ def _near_path(path: str) -> str:
     folder, name = os.path.split(path.rstrip("/"))
     while folder and not os.path.isdir(folder):
         folder, name = os.path.split(folder)
-    with suppress(OSError):
-        return did_you_mean(name, os.listdir(folder or "."), folder)
+    with suppress(OSError), os.scandir(folder or ".") as entries:
+        beside = [entry.name for entry in itertools.islice(entries, _MOST_NAMES)]
+        return did_you_mean(name, beside, folder)
     return ""
 
 

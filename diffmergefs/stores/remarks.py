@@ -69,10 +69,10 @@ def remarks(catalog: Catalog, layout: str | None = None) -> list[str]:
         kinds = _kinds(fd)
         if not _has_any(catalog):
             return [_nothing(catalog.root, fd, kinds, layout)]
-        lines = list(_passed_over(catalog, fd, kinds))
-    if len(lines) > _MOST_LINES:
-        rest = counted(len(lines) - _MOST_LINES, "other name")
-        lines[_MOST_LINES:] = [f"{catalog.root}: {rest} in it passed over"]
+        passed = _passed_over(catalog, kinds)
+        lines = [_remark(catalog, fd, name, kinds[name]) for name in passed[:_MOST_LINES]]
+    if rest := len(passed) - len(lines):
+        lines.append(f"{catalog.root}: {counted(rest, 'other name')} in it passed over")
     return lines
 
 
@@ -227,25 +227,36 @@ def _target(path: str, name: str) -> str:
     return place
 
 
-def _passed_over(catalog: Catalog, fd: int, kinds: Mapping[str, int]) -> Iterator[str]:
+def _passed_over(catalog: Catalog, kinds: Mapping[str, int]) -> list[str]:
+    # By name and kind alone: there may be thousands.
     used = set(_used(catalog.snapshots.values()))
-    is_by_number = catalog.layout == "numbered"
-    for name, kind in kinds.items():
-        if name in used or not _is_shown(name):
-            continue
-        path = os.path.join(catalog.root, name)
-        if kind == stat.S_IFLNK and not (is_by_number and is_numbered(name)):
-            yield (
-                f"{path}: passed over: a symlink to {_target(catalog.root, name)}; none inside"
-                " SOURCE is followed: move the directory here, or bind-mount it"
-            )
-        elif kind == stat.S_IFDIR:
-            yield f"{path}: passed over: {_directory(path, fd, name, catalog.layout)}"
-        elif is_by_number and is_numbered(name) and not is_left_out(name):
-            yield (
-                f"{path}: passed over: other memory files here have another suffix, or its number;"
-                " rename it, or choose a suffix with --suffix"
-            )
+
+    def is_remarkable(name: str, kind: int) -> bool:
+        if kind == stat.S_IFDIR:
+            return True
+        return not is_left_out(name) if _has_number(catalog, name) else kind == stat.S_IFLNK
+
+    shown = ((name, kind) for name, kind in kinds.items() if name not in used and _is_shown(name))
+    return [name for name, kind in shown if is_remarkable(name, kind)]
+
+
+def _has_number(catalog: Catalog, name: str) -> bool:
+    return catalog.layout == "numbered" and is_numbered(name)
+
+
+def _remark(catalog: Catalog, fd: int, name: str, kind: int) -> str:
+    path = os.path.join(catalog.root, name)
+    if kind == stat.S_IFDIR:
+        return f"{path}: passed over: {_directory(path, fd, name, catalog.layout)}"
+    if kind == stat.S_IFLNK and not _has_number(catalog, name):
+        return (
+            f"{path}: passed over: a symlink to {_target(catalog.root, name)}; none inside"
+            " SOURCE is followed: move the directory here, or bind-mount it"
+        )
+    return (
+        f"{path}: passed over: other memory files here have another suffix, or its number;"
+        " rename it, or choose a suffix with --suffix"
+    )
 
 
 def _directory(path: str, fd: int, name: str, layout: str) -> str:

@@ -69,7 +69,7 @@ def seal_layer(
     First the layer must pass the checks of law 4 as a diff, even if it is a base, and have no
     writer; one without a hole needs `policy.dense`. With the open layers below it, base first, as
     `parents`, its pages are also compared with theirs, and the order is checked (see
-    `diffmergefs.opening.explicit`). If it has a presence file, that one's extents are sealed. The
+    `opening.images`). If it has a presence file, that one's extents are sealed. The
     seal is written atomically, with the layer's mode and, as root, its owner. An existing seal is
     replaced if it has the same extents and its checksums are right; otherwise only with `force`: it
     may be the only record of a diff that a copy has damaged. The layer is synced and read, never

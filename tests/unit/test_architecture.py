@@ -182,6 +182,15 @@ def test_only_one_module_starts_an_interpreter(module: str) -> None:
     assert not [w for w in words if isinstance(w, str) and re.fullmatch(r"(/\S*/)?python[\d.]*", w)]
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_that_a_comment_or_docstring_names_exists(module: str) -> None:
+    text = SOURCES[module].read_text(encoding="utf-8")
+    folders = "|".join(LEVEL.keys() - {ROOT})
+    named = set(re.findall(rf"`(?:{ROOT}\.)?((?:{folders})\.\w+)", text))
+    # The type of our mounts, and a function of a folder's own module.
+    assert named - {"fuse.diffmergefs", "cli.main"} <= SOURCES.keys()
+
+
 def test_each_error_has_an_exit_code_of_its_own_and_an_errno() -> None:
     family = [
         value

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from diffmergefs.core import beneath
 from diffmergefs.core.errors import BrokenChainError
 from diffmergefs.stores.catalog import LAYOUTS, read_catalog
 from diffmergefs.stores.remarks import listed, no_snapshot, remarks, require_store
@@ -168,11 +169,25 @@ def test_numbered_memory_that_is_no_layer_has_a_line(tmp_path: Path) -> None:
     assert all("--suffix" in line for line in lines[:2])
 
 
-def test_many_lines_are_counted(tmp_path: Path) -> None:
+def test_many_lines_are_counted_and_no_more_directories_are_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_chain(tmp_path, ["base"])
     for n in range(30):
         (tmp_path / f"other{n:02}").mkdir()
-    lines = remarks(read_catalog(str(tmp_path)))
+    catalog = read_catalog(str(tmp_path))
+    opened: list[str] = []
+    open_directory = beneath.open_directory
+
+    def counted(root: beneath.Root, path: str) -> int:
+        opened.append(path)
+        return open_directory(root, path)
+
+    monkeypatch.setattr(beneath, "open_directory", counted)
+    lines = remarks(catalog)
+    assert {path for path in opened if path.startswith("other")} == {
+        f"other{n:02}" for n in range(20)
+    }
     assert len(lines) == 21
     assert lines[-1] == f"{tmp_path}: 10 other names in it passed over"
 
