@@ -23,7 +23,7 @@ from diffmergefs.core.errors import (
 from diffmergefs.core.view import HOLE
 from diffmergefs.fuse.status import Metrics, Status, status_of
 from diffmergefs.system import children
-from diffmergefs.system import mountpoint as mountpoints
+from diffmergefs.system import mounted as mounts
 from diffmergefs.system.mounttable import FILESYSTEM_TYPE, Mount
 from tests.support.commands import unsized
 
@@ -44,7 +44,7 @@ def status() -> Status:
 def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory that the mount table calls a mount of ours; the file with its status."""
     entry = Mount(str(tmp_path), "0:9", FILESYSTEM_TYPE, "/store", 1, 0, "/")
-    monkeypatch.setattr(mountpoints, "mount_entry", {str(tmp_path): entry}.get)
+    monkeypatch.setattr(mounts, "mount_entry", {str(tmp_path): entry}.get)
     (tmp_path / ".diffmergefs").mkdir()
     file = tmp_path / ".diffmergefs" / "status.json"
     file.write_text(status().to_json())
@@ -200,7 +200,7 @@ def test_a_mount_is_unmounted_by_its_path(
     mount: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = []
-    monkeypatch.setattr(mountpoints, "unmount", lambda path, *, lazy: calls.append((path, lazy)))
+    monkeypatch.setattr(mounts, "unmount", lambda path, *, lazy: calls.append((path, lazy)))
     folder = os.fspath(mount.parents[1])
     assert run(capsys, "umount", folder) == run(capsys, "umount", "--lazy", folder) == ""
     assert calls == [(folder, False), (folder, True)]
