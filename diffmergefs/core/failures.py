@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import NamedTuple
 
 from diffmergefs.core.errors import DiffMergeError, FileAccessError, NoSpaceError
@@ -21,16 +21,30 @@ class Target(NamedTuple):
     path: str
 
 
-@contextmanager
-def failures(path: str, target: Target | None = None) -> Iterator[None]:
+def failures(path: str, target: Target | None = None) -> AbstractContextManager[None]:
     """Turn an OSError into a FileAccessError whose one line begins with `path`.
 
-    With `target`, the file being written, a full filesystem or quota becomes a NoSpaceError.
+    With `target`, the file being written, a full filesystem or quota becomes a NoSpaceError. What
+    the failed work had open is closed when the error is dropped, without a garbage collection.
     """
-    try:
-        yield
-    except OSError as error:
-        raise described(error, path, target) from error
+    return _Failures(path, target)
+
+
+class _Failures(AbstractContextManager[None]):
+    # Not a generator: since Python 3.12 an error that one raises for another refers to itself.
+
+    def __init__(self, path: str, target: Target | None) -> None:
+        self._path = path
+        self._target = target
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, OSError):
+            raise described(error, self._path, self._target) from error
 
 
 def described(error: OSError, path: str, target: Target | None = None) -> DiffMergeError:

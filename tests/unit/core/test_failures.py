@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +52,26 @@ def test_every_other_failure_names_the_path(target: Target) -> None:
 def test_what_is_no_oserror_passes() -> None:
     with pytest.raises(ValueError, match="as it was"), failures("layer"):
         raise ValueError("as it was")
+
+
+def test_what_the_failed_work_had_open_goes_with_the_error(tmp_path: Path) -> None:
+    opened: list[weakref.ref[object]] = []
+
+    def work() -> None:
+        file = (tmp_path / "file").open("wb", buffering=0)
+        opened.append(weakref.ref(file))
+        with file, failures("layer"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    gc.disable()
+    try:
+        with pytest.raises(FileAccessError) as caught:
+            work()
+        assert opened[0]() is not None  # its traceback holds it
+        del caught
+        assert opened[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_only_what_an_ordinary_user_may_take_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
