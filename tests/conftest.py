@@ -49,6 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hypothesis runs with the profile of that name too; the session has mounts of its own."""
+    isolation.keep_files_on_disk()
     isolation.enter_own_mounts()
     isolation.have_usual_signals()
     if config.getoption("--soak"):

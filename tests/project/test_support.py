@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support import images, inputs, loopfs, mounts, mounttable, skips, users
+from tests.support import images, inputs, isolation, loopfs, mounts, mounttable, skips, users
 from tests.support.places import REPOSITORY
 
 
@@ -221,3 +222,24 @@ def test_sessions_do_not_see_each_others_mounts(public_path: Path) -> None:
     finally:
         process.communicate(timeout=60)
         mounttable.unmount(str(theirs))
+
+
+def test_files_lie_on_a_disk_though_tmp_is_in_memory(
+    tmp_path: Path, filesystem: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, disk = str(filesystem("tmpfs")), str(filesystem("ext4"))
+    for temporary, chosen, there, expected in [
+        (memory, None, disk, disk),
+        (disk, None, str(tmp_path), disk),
+        (memory, memory, disk, memory),
+        (memory, None, memory, memory),
+        (memory, None, f"{disk}/missing", memory),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", temporary)
+            patch.delenv("TMPDIR", raising=False)
+            if chosen:
+                patch.setenv("TMPDIR", chosen)
+            isolation.keep_files_on_disk(there)
+            assert tempfile.gettempdir() == expected
+            assert os.environ.get("TMPDIR", temporary) == expected

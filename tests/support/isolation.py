@@ -1,4 +1,4 @@
-"""The test session in a mount namespace of its own, with signals as a terminal has them.
+"""The test session in a mount namespace of its own, its files on a disk, signals as a terminal has.
 
 Other programs of the machine, other sessions among them, then neither see what is mounted here nor
 keep it mounted (a new namespace holds a copy of every mount that it was made from, and a FUSE
@@ -12,6 +12,7 @@ import os
 import signal
 import tempfile
 
+from diffmergefs.core import sparse
 from tests.support import mounttable, skips
 
 _CLONE_NEWNS = 0x20000
@@ -42,6 +43,26 @@ def enter_own_mounts() -> bool:
 def _is_of_a_session(entry: mounttable.Entry) -> bool:
     made_by_tests = os.path.join(os.path.realpath(tempfile.gettempdir()), "diffmergefs-")
     return entry.fstype == "fuse.diffmergefs" or entry.path.startswith(made_by_tests)
+
+
+def keep_files_on_disk(disk: str = "/var/tmp") -> None:
+    """Put temporary files into `disk` if /tmp is a tmpfs, as it is in Debian 13.
+
+    A tmpfs drops no cached pages, and a reader that maps a diff there fills its holes. Left alone
+    are a TMPDIR that the caller chose, and a `disk` that is a tmpfs too or may not be written.
+    """
+    if "TMPDIR" in os.environ or not _is_tmpfs(tempfile.gettempdir()):
+        return
+    if os.access(disk, os.W_OK | os.X_OK) and not _is_tmpfs(disk):
+        os.environ["TMPDIR"] = tempfile.tempdir = disk
+
+
+def _is_tmpfs(directory: str) -> bool:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        return sparse.filesystem_magic(fd) == sparse.TMPFS_MAGIC
+    finally:
+        os.close(fd)
 
 
 def have_usual_signals() -> None:
