@@ -23,7 +23,7 @@ DEB_PACKAGES := dpkg-dev debhelper dh-python pybuild-plugin-pyproject python3 py
 TEST_DEB_PACKAGES := debootstrap lintian
 
 .DELETE_ON_ERROR:
-.PHONY: help demo check test test-lowest test-packages soak bench bench-quick deb lint clean \
+.PHONY: help demo check test test-lowest test-packages firecracker soak bench bench-quick deb lint clean \
 	system-run-packages system-test-packages system-bench-packages system-deb-packages
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo 'make test-lowest  mount, flatten and restore with the lowest versions of what it needs'
 	@echo 'make deb    build/diffmergefs_VERSION_all.deb, a package for Debian 12 and newer'
 	@echo 'make test-packages  try that package in fresh roots of Debian 12 and 13 (as root; downloads)'
+	@echo 'make firecracker  fetch Firecracker and its jailer into .cache/vm, as its tests do (x86-64)'
 	@echo 'make soak   the fault tests and the fuzzing at their full counts (half an hour);'
 	@echo '            writes what it saw to docs/reliability.md'
 	@echo 'make bench  measure against peers, as root on a quiet machine (an hour); writes'
@@ -80,11 +81,15 @@ test-packages: $(VENV)/.stamp-test | system-deb-packages
 	@.ci/system-packages $(TEST_DEB_PACKAGES)
 	@$(BIN)/python -m pytest -o faulthandler_timeout=0 tests/packages $(PYTEST_ARGS)
 
+# Tests and benchmarks fetch it themselves when they need it; here one learns why that fails.
+firecracker: $(VENV)/.stamp-test
+	@$(BIN)/python -m tests.vm.firecracker
+
 # Without the traceback that pytest prints of a test which takes long, and without the debug lines
 # of a hundred thousand inputs.
 soak: $(VENV)/.stamp-test | system-test-packages
 	@$(BIN)/python -m pytest --soak --soak-report docs/reliability.md \
-		-o faulthandler_timeout=0 -o log_level=INFO tests/faults tests/fuzz \
+		-o faulthandler_timeout=0 -o log_level=INFO tests/faults tests/fuzz tests/vm/test_firecracker_size.py \
 		$(PYTEST_ARGS)
 
 bench: $(VENV)/.stamp-bench | system-bench-packages

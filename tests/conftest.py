@@ -98,7 +98,7 @@ def _state_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 
 @contextmanager
-def _public_directory() -> Iterator[Path]:
+def public_directory() -> Iterator[Path]:
     """A fresh directory that every user may enter (pytest's own are for one user).
 
     Removed afterwards, with whatever was still mounted in it.
@@ -124,7 +124,7 @@ def _log_of_its_own() -> Iterator[None]:
 @pytest.fixture
 def public_path() -> Iterator[Path]:
     """A fresh directory with mode 755, reachable for every user."""
-    with _public_directory() as path:
+    with public_directory() as path:
         yield path
 
 
@@ -145,7 +145,7 @@ def filesystem() -> Iterator[Callable[[str], Path]]:
     """
     roots: dict[str, Path] = {}
     numbers = itertools.count()
-    with _public_directory() as base, ExitStack() as stack:
+    with public_directory() as base, ExitStack() as stack:
 
         def fresh_directory(kind: str) -> Path:
             if kind not in roots:

@@ -5,9 +5,16 @@
 #   d  dirty 1,500 scattered pages (first and last word), one generation on
 #   z  write zeros to 200 whole pages, one generation on
 #   c  a checksum over all 8,192 pages of the region
+# The halves of the region may be anywhere in physical memory: assemble with --defsym LOW= and HIGH=,
+# both multiples of 2 MiB.
 .set REGION, 0x2000000
 .set PAGES, 8192
 .set STATE, 0x1100000
+.ifndef LOW
+.set LOW, REGION
+.set HIGH, REGION + PAGES / 2 * 4096
+.endif
+.set HALF, PAGES / 2 / 512
 .code64
 .globl _start
 .section .text
@@ -19,6 +26,27 @@ _start:
   or %rdx, %rax
   mov %rax, (%rbx)
   movq $0, 8(%rbx)
+  # Firecracker's tables map the first GiB, in pages of 2 MiB: have those of the region show its halves
+  mov %cr3, %rax
+  and $-4096, %rax
+  mov (%rax), %rax
+  and $-4096, %rax
+  mov (%rax), %rax
+  and $-4096, %rax
+  add $(REGION >> 21) * 8, %rax
+  mov $LOW + 0x83, %rdx
+  mov $HIGH + 0x83, %rsi
+  mov $HALF, %rcx
+map:
+  mov %rdx, (%rax)
+  mov %rsi, HALF * 8(%rax)
+  add $8, %rax
+  add $0x200000, %rdx
+  add $0x200000, %rsi
+  dec %rcx
+  jnz map
+  mov %cr3, %rax
+  mov %rax, %cr3
   # fill the region once, so that the base has data there
   mov $REGION, %rdi
   mov $PAGES, %rcx
