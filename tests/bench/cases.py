@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 
-from tests.bench import mount_cases, read_cases, restore_cases, write_cases
+from tests.bench import firecracker_cases, mount_cases, read_cases, restore_cases, write_cases
+from tests.bench.firecracker_cases import MicroVm, take_apart
 from tests.bench.guests import Stopped, stop_guest
 from tests.bench.images import Images, Store, write_store
 from tests.bench.measure import MIB, PAGE, Record, Scale
@@ -43,6 +44,10 @@ class Bench:
         root = self._ext4(self.scale.snapshot_size // 16 + diffs * 5 // 4)
         return write_store(root / "store", self.scale)
 
+    @cached_property
+    def microvm(self) -> MicroVm:
+        return take_apart(self.directory / "microvm")
+
     def guest(self, mebibytes: int) -> Stopped:
         if mebibytes not in self._guests:
             folder = self.directory / f"guest-{mebibytes}"
@@ -51,7 +56,7 @@ class Bench:
 
     def clear(self) -> None:
         """Remove all that was made; it is made anew when it is asked for again."""
-        for name in ("images", "store"):
+        for name in ("images", "store", "microvm"):
             self.__dict__.pop(name, None)
         self._guests.clear()
         self._stack.close()
@@ -107,6 +112,12 @@ def topics(scale: Scale) -> list[dict[str, Case]]:
             "many": lambda b, r: restore_cases.many(b.guest(small), b.scale, r),
         },
     ]
+    found.append(
+        {
+            "firecracker": lambda b, r: firecracker_cases.one(b.microvm, b.scale, r),
+            "firecracker-many": lambda b, r: firecracker_cases.many(b.microvm, b.scale, r),
+        }
+    )
     found += [{f"restore-{size}": partial(_restore, size)} for size in scale.guests[1:]]
     return found
 

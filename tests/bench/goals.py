@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from tests.bench.figures import Limit, Spread, difference, ratio, spread, verdict
+from tests.bench.goal import Floor, Goal, against, at_least, at_most, series
 
 DEEP, FLAT = "diffmergefs, depth 32", "diffmergefs, depth 1"
 OURS, QEMU, FLOOR = "diffmergefs", "qemu export", "C floor"
@@ -19,157 +17,32 @@ SHARING = ("xfs", "btrfs")
 """The filesystems whose files can share blocks."""
 SHARED = "the same sharing from C"
 """No peer: nobody ships it. It does what `flatten` does there, and nothing besides."""
-
-Cases = Mapping[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Series:
-    """One series of one case. Several names: that with the least median."""
-
-    case: str
-    names: tuple[str, ...]
-
-    def values(self, cases: Cases) -> list[float]:
-        """What was measured; raises Absent with the reason where it was not."""
-        if self.case not in cases:
-            raise Absent(f"the case {self.case} was not run")
-        case = cases[self.case]
-        found = [case["series"][name]["values"] for name in self.names if name in case["series"]]
-        if not any(found):
-            raise Absent(_why(case["missing"], self.names[0]) or f"no series {self.names[0]!r}")
-        return min((values for values in found if values), key=lambda v: spread(v).median)
-
-
-def _why(missing: Mapping[str, str], name: str) -> str | None:
-    # What is missing is named by its contestant: the beginning of its series' names, "" of all.
-    keys = sorted((key for key in missing if name.startswith(key)), key=len)
-    return missing[keys[-1]] if keys else None
-
-
-class Absent(Exception):
-    """A series is not there; the message says why."""
-
-
-@dataclass(frozen=True)
-class Floor:
-    """What can be had at all of a goal's number: that of a program which does only what it must.
-
-    `over` and `under` take the place of the goal's own. The program that is measured for it lies
-    in the same case, so that it ran in the same rounds.
-    """
-
-    what: str
-    """What does only what it must, for the table."""
-    within: str
-    """What sets the floor: what lies under both programs."""
-    over: Series
-    under: Series
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One line of the table: `over / under`, or `over - under`, or `over` itself."""
-
-    title: str
-    limit: Limit | None
-    """None: reported only."""
-    over: Series
-    under: Series | None = None
-    subtract: bool = False
-    unit: str = ""
-    floor: Floor | None = None
-    """Told beside the outcome, which it never changes."""
-
-    @property
-    def is_ratio(self) -> bool:
-        return self.under is not None and not self.subtract
-
-    @property
-    def cases(self) -> set[str]:
-        return {self.over.case, *([self.under.case] if self.under else [])}
-
-    def measured(self, cases: Cases) -> Spread:
-        """The number; raises Absent."""
-        return self._number(cases, self.over, self.under)
-
-    def floor_measured(self, cases: Cases) -> Spread | None:
-        """The floor's number, in the goal's unit; None without a floor, or one not measured."""
-        if self.floor is None:
-            return None
-        try:
-            return self._number(cases, self.floor.over, self.floor.under)
-        except Absent:
-            return None
-
-    def _number(self, cases: Cases, above: Series, below: Series | None) -> Spread:
-        over = above.values(cases)
-        if below is None:
-            return spread(over)
-        under = below.values(cases)
-        if self.subtract:
-            return difference(over, under)
-        if not all(under):
-            raise Absent(f"{below.names[0]!r} has a zero")
-        return ratio(over, under)
-
-    def outcome(self, cases: Cases) -> str:
-        """'met', 'not met', 'equal', 'reported', or 'not measured: ' and the reason."""
-        try:
-            measured = self.measured(cases)
-        except Absent as absent:
-            return f"not measured: {absent}"
-        return self._verdict(measured)
-
-    def beyond_floor(self, cases: Cases) -> bool:
-        """Whether the goal's floor was measured, and does not meet the limit either."""
-        floor = self.floor_measured(cases)
-        return floor is not None and self._verdict(floor) == "not met"
-
-    def _verdict(self, measured: Spread) -> str:
-        if self.limit is None:
-            return "reported"
-        return verdict(self.limit, measured, is_ratio=self.is_ratio)
-
-
-def _s(case: str, *names: str) -> Series:
-    return Series(case, names)
-
-
-def _most(value: float) -> Limit:
-    return Limit(value)
-
-
-def _least(value: float) -> Limit:
-    return Limit(value, least=True)
-
-
-def _against(
-    title: str, case: str, over: str, under: str, limit: Limit | None, floor: Floor | None = None
-) -> Goal:
-    return Goal(title, limit, _s(case, over), _s(case, under), floor=floor)
+WARM, CACHED, COLD, RECORDED = "flattened, warm", "view, warm", "view, cold", "view, cold, recorded"
+FLATTEN_FIRST = "flatten, then restore"
+REPLY, SUM, PSS = "first reply", "sum of 32 MiB", "Pss of a VM's memory"
+"""What is measured of a Firecracker that restores from each of those."""
 
 
 def _pages(name: str) -> Floor:
     # Of pages that are cached no server is asked: what a C server's file takes is the kernel's.
-    over, under = _s("cached", f"{FLOOR}: {name}"), _s("cached", f"flattened: {name}")
+    over, under = series("cached", f"{FLOOR}: {name}"), series("cached", f"flattened: {name}")
     return Floor("a C server's file, warm", "the kernel's FUSE", over, under)
 
 
 def _sharing(case: str, *over: str) -> Floor:
-    return Floor(SHARED, "the kernel's reflink", _s(case, *over), _s(case, SHARED))
+    return Floor(SHARED, "the kernel's reflink", series(case, *over), series(case, SHARED))
 
 
 def _depth() -> list[Goal]:
     title = "depth 32 against depth 1"
     found = [
-        _against(f"{title}: read in order, cold", "sequential", FLAT, DEEP, _most(1.10)),
-        _against(
+        against(f"{title}: read in order, cold", "sequential", FLAT, DEEP, at_most(1.10)),
+        against(
             f"{title}: read in order, warm",
             "sequential",
             f"{FLAT}, warm",
             f"{DEEP}, warm",
-            _most(1.10),
+            at_most(1.10),
         ),
     ]
     touches = {
@@ -178,7 +51,7 @@ def _depth() -> list[Goal]:
         "threads": "first touch, 8 threads",
     }
     found += [
-        _against(f"{title}: {what}", case, DEEP, FLAT, _most(1.10))
+        against(f"{title}: {what}", case, DEEP, FLAT, at_most(1.10))
         for case, what in touches.items()
     ]
     cached = {
@@ -186,7 +59,7 @@ def _depth() -> list[Goal]:
         "MADV_POPULATE_READ": "MADV_POPULATE_READ, cached",
     }
     found += [
-        _against(f"{title}: {what}", "cached", f"{DEEP}: {name}", f"{FLAT}: {name}", _most(1.10))
+        against(f"{title}: {what}", "cached", f"{DEEP}: {name}", f"{FLAT}: {name}", at_most(1.10))
         for name, what in cached.items()
     ]
     return found
@@ -194,9 +67,9 @@ def _depth() -> list[Goal]:
 
 def _cached() -> list[Goal]:
     title = "view warm / flattened warm"
-    ways = {"read": _least(0.9), "page fault": None, "MADV_POPULATE_READ": None}
+    ways = {"read": at_least(0.9), "page fault": None, "MADV_POPULATE_READ": None}
     return [
-        _against(
+        against(
             f"{title}: {name}{'()' if name == 'read' else ''}",
             "cached",
             f"{OURS}: {name}",
@@ -210,16 +83,16 @@ def _cached() -> list[Goal]:
 
 def _restore(guest: str, suffix: str) -> list[Goal]:
     case, flat = f"restore-{guest}", f"flattened, warm{suffix}"
-    over, under = _s(case, f"{COLD_FLOOR}{suffix}"), _s(case, flat)
+    over, under = series(case, f"{COLD_FLOOR}{suffix}"), series(case, flat)
     cold = Floor("a C server's file, cold", "the kernel's FUSE", over, under)
     kinds = {
-        "view, warm": (_most(1.07), None),
-        "view, cold, prefetch=notify": (_most(1.15), None),
+        "view, warm": (at_most(1.07), None),
+        "view, cold, prefetch=notify": (at_most(1.15), None),
         "view, cold, prefetch=fadvise": (None, None),
-        "view, cold": (_most(1.40), cold),
+        "view, cold": (at_most(1.40), cold),
     }
     return [
-        _against(
+        against(
             f"first reply, {guest} MiB{suffix}: {kind} / flattened, warm",
             case,
             f"{kind}{suffix}",
@@ -232,57 +105,62 @@ def _restore(guest: str, suffix: str) -> list[Goal]:
 
 
 def _flatten_first() -> list[Goal]:
-    what, cold = "flatten, then restore", "view, cold"
+    what, cold = FLATTEN_FIRST, COLD
     small, large = "restore-512", "restore-4096"
     return [
-        _against(f"first reply, 512 MiB: {what} / {cold}", small, what, COLD_BESIDE, _least(2.5)),
-        _against(
+        against(f"first reply, 512 MiB: {what} / {cold}", small, what, COLD_BESIDE, at_least(2.5)),
+        against(
             f"the same, {what} on ext4 in memory",
             small,
             f"{what}, ext4 in memory",
             COLD_BESIDE,
-            _least(2.5),
+            at_least(2.5),
         ),
-        _against(
+        against(
             f"the same, {what} on xfs in memory with reflink",
             small,
             f"{what}, xfs in memory with reflink",
             COLD_BESIDE,
             None,
         ),
-        _against(f"first reply, 4096 MiB: {what} / {cold}", large, what, COLD_BESIDE, _least(10)),
-        Goal(f"first reply, {cold}: 4096 MiB / 512 MiB", None, _s(large, cold), _s(small, cold)),
+        against(f"first reply, 4096 MiB: {what} / {cold}", large, what, COLD_BESIDE, at_least(10)),
+        Goal(
+            f"first reply, {cold}: 4096 MiB / 512 MiB",
+            None,
+            series(large, cold),
+            series(small, cold),
+        ),
     ]
 
 
 def _many() -> list[Goal]:
     return [
-        _against(
+        against(
             "second and later VMs on one view / on the flattened file",
             "many",
             "view: later VMs",
             "flattened: later VMs",
-            _most(1.10),
+            at_most(1.10),
         ),
         Goal(
             "read requests at the daemon for them",
-            _most(0),
-            _s("many", "daemon: read requests for the later VMs"),
+            at_most(0),
+            series("many", "daemon: read requests for the later VMs"),
         ),
         Goal(
             "bytes that the daemon read for them, FUSE requests too",
             None,
-            _s("many", "daemon: bytes read for the later VMs"),
+            series("many", "daemon: bytes read for the later VMs"),
             unit="bytes",
         ),
-        _against(
+        against(
             "a VM's memory file, shared: Pss / Rss, view",
             "many",
             "view: Pss of the image in a VM",
             "view: Rss of the image in a VM",
             None,
         ),
-        _against(
+        against(
             "a VM's memory file, shared: Pss / Rss, flattened",
             "many",
             "flattened: Pss of the image in a VM",
@@ -299,84 +177,111 @@ def _flatten() -> list[Goal]:
         found.append(
             Goal(
                 f"flatten on {kind}: speed / the best peer's",
-                _least(1.0),
-                _s(case, *WAYS),
-                _s(case, ours),
+                at_least(1.0),
+                series(case, *WAYS),
+                series(case, ours),
                 floor=_sharing(case, *WAYS) if shares else None,
             )
         )
         if shares:
             found.append(
-                _against(
+                against(
                     f"flatten on {kind}, reflink: speed / cp and overwrite",
                     case,
                     WAYS[0],
                     ours,
-                    _least(3),
+                    at_least(3),
                     _sharing(case, WAYS[0]),
                 )
             )
     return found
 
 
+def _firecracker() -> list[Goal]:
+    one, many = "firecracker", "firecracker-many"
+    limits = {
+        (one, COLD, REPLY): at_most(1.25),
+        (one, RECORDED, SUM): at_most(1.05),
+        (one, COLD, SUM): at_most(1.3),
+        (many, COLD, REPLY): None,
+        (many, RECORDED, SUM): None,
+        (many, COLD, SUM): None,
+        (many, COLD, PSS): None,
+    }
+    found = [
+        against(
+            f"{'Firecracker' if case == one else 'VMs at once'}, {what}: {name} / {WARM}",
+            case,
+            f"{name}: {what}",
+            f"{WARM}: {what}",
+            limit,
+        )
+        for (case, name, what), limit in limits.items()
+    ]
+    title = f"Firecracker, {REPLY}: {FLATTEN_FIRST} / {COLD}"
+    over, under = f"{FLATTEN_FIRST}: {REPLY}", f"{COLD_BESIDE}: {REPLY}"
+    return [*found, against(title, one, over, under, None)]
+
+
 GOALS: Sequence[Goal] = (
-    _against(
+    against(
         "read in order, cold, each at its best readahead: speed / QEMU's export",
         "sequential",
         OURS,
         QEMU,
-        _least(1.8),
+        at_least(1.8),
     ),
-    _against("the same: speed / the C floor's", "sequential", OURS, FLOOR, _least(0.65)),
-    _against(
-        "random first touch, a CPU each: time / QEMU's export", "random", OURS, QEMU, _most(1.05)
+    against("the same: speed / the C floor's", "sequential", OURS, FLOOR, at_least(0.65)),
+    against(
+        "random first touch, a CPU each: time / QEMU's export", "random", OURS, QEMU, at_most(1.05)
     ),
-    _against(
-        "the same, all on one CPU: time / QEMU's export", "random-one-cpu", OURS, QEMU, _most(2.0)
+    against(
+        "the same, all on one CPU: time / QEMU's export", "random-one-cpu", OURS, QEMU, at_most(2.0)
     ),
     Goal(
         "the same, all on one CPU: time - the C floor's",
-        _most(25),
-        _s("random-one-cpu", OURS),
-        _s("random-one-cpu", FLOOR),
+        at_most(25),
+        series("random-one-cpu", OURS),
+        series("random-one-cpu", FLOOR),
         subtract=True,
         unit="us",
     ),
-    _against("first touch by 8 threads: time / QEMU's export", "threads", OURS, QEMU, _most(1.1)),
+    against("first touch by 8 threads: time / QEMU's export", "threads", OURS, QEMU, at_most(1.1)),
     *_depth(),
     *_cached(),
     *_restore("512", ""),
     *_restore("512", SMALL_PAGES),
     *_flatten_first(),
     *_many(),
-    _against(
+    *_firecracker(),
+    against(
         "mount of 100 snapshots of 2 GiB: time until ready / of an empty mount",
         "mount-time",
         "full",
         "empty",
-        _most(2),
+        at_most(2),
     ),
     Goal(
         "tenths of the time of looking at all 100 in which another's reads went on",
-        _least(10),
-        _s("reads-go-on", "tenths of that time with reads"),
+        at_least(10),
+        series("reads-go-on", "tenths of that time with reads"),
     ),
     *_flatten(),
     Goal(
         "daemon memory, 16 chains of 100,000 segments open",
-        _most(80),
-        _s("memory", "all open"),
+        at_most(80),
+        series("memory", "all open"),
         unit="MiB",
     ),
-    Goal("index of 4 x 1 M extents", _most(5), _s("index", "merge"), unit="s"),
-    _against(
-        "rediff of two equal cached images: time / cmp", "rediff", "rediff", "cmp", _most(1.2)
+    Goal("index of 4 x 1 M extents", at_most(5), series("index", "merge"), unit="s"),
+    against(
+        "rediff of two equal cached images: time / cmp", "rediff", "rediff", "cmp", at_most(1.2)
     ),
-    _against(
+    against(
         "slow store (5 ms a read): 8 clients' reads / one client's",
         "slow-store",
         f"{OURS}: 8 clients",
         f"{OURS}: 1 client",
-        _least(4),
+        at_least(4),
     ),
 )

@@ -17,7 +17,16 @@ from tests.bench.figures import Spread, spread
 _OURS, _OTHERS = "#2a6f97", "#9aa5b1"
 _WIDTH, _BAR = 7.0, 0.3
 #: What is drawn: of each such case the series with the unit of its first one.
-_DRAWN = ("sequential", "random", "random-one-cpu", "threads", "flatten-", "restore-", "mount-time")
+_DRAWN = (
+    "sequential",
+    "random",
+    "random-one-cpu",
+    "threads",
+    "flatten-",
+    "restore-",
+    "mount-time",
+    "firecracker",
+)
 
 
 def draw(cases: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Path]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.figures import Limit, Spread, spread
-from tests.bench.goals import GOALS, Absent, Cases, Goal
+from tests.bench.goal import Absent, Cases, Goal
+from tests.bench.goals import GOALS
 from tests.bench.measure import OTHERS
 from tests.bench.profile import PERIOD, PROFILE
 
@@ -67,6 +68,15 @@ _ABOUT = {
     " mount of the C server on the flattened image, with the view's readahead. Those that flatten"
     " first have rounds of their own after the others', which would pay for what a copy leaves to"
     " do, and a cold view beside them.",
+    "firecracker-many": "As `firecracker`, but so many VMs are restored at once, each by its own"
+    " Firecracker: the mean of them. Pss: of the mapping of a guest's memory, when all have their"
+    " sums. A VM that has its sum is paused.",
+    "firecracker": "A guest of 256 MiB without an operating system under Firecracker: from the"
+    " call of `/snapshot/load` to its first answer on its console, and to the sum over its working"
+    " set, which follows; it reads that in a scattered order. Firecracker's process is there before"
+    " the call. The view is of a full snapshot and three diffs that Firecracker made. `recorded`:"
+    " the mount prefetches (`notify`) what one restore has touched. Those that flatten first have"
+    " rounds of their own, and a cold view beside them.",
     "many": "VMs that stay alive, one after the other started from one memory file: the mean first"
     " reply of the second and later ones.",
 }

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import diffmergefs as package
-from tests.bench.goals import COLD_BESIDE, COLD_FLOOR, SMALL_PAGES
+from tests.bench.goals import COLD_BESIDE, COLD_FLOOR, FLATTEN_FIRST, SMALL_PAGES
 from tests.bench.guests import Stopped, answering, first_reply
 from tests.bench.images import Chain
 from tests.bench.measure import (
@@ -35,7 +35,6 @@ _SETTLED_SECONDS = 20
 _IN_MEMORY_MAX = 512 * MIB
 _TOUCHED = 640 * MIB
 
-FLATTEN_FIRST = "flatten, then restore"
 FLATTEN_IN_MEMORY = {
     "ext4": f"{FLATTEN_FIRST}, ext4 in memory",
     "xfs": f"{FLATTEN_FIRST}, xfs in memory with reflink",
@@ -186,7 +185,7 @@ def _prefetching(
         where = f"--working-set-dir={sets}"
         with _view(place, stopped, "record", "--record", where) as recording:
             first_reply(stopped.small_pages(), recording.file)
-            _wait_for_record(sets)
+            wait_for_record(sets)
     except Exception as error:
         for name in names.values():
             record.miss(name, error)
@@ -195,7 +194,7 @@ def _prefetching(
     for way, name in names.items():
         try:
             if way == "notify":
-                _have_fusectl(stack)
+                have_fusectl(stack)
             view = stack.enter_context(
                 _view(place, stopped, f"prefetch-{way}", f"--prefetch={way}", where)
             )
@@ -217,15 +216,15 @@ def _floor(stack: ExitStack, stopped: Stopped, readahead: int, record: Record) -
         return None
 
 
-def _have_fusectl(stack: ExitStack) -> None:
-    # Without it, fadvise would take notify's place.
+def have_fusectl(stack: ExitStack) -> None:
+    """Have fusectl mounted for as long as the stack: else fadvise would take notify's place."""
     if not mounts.CONNECTIONS.is_mount():
         run(mounts.MOUNT_FUSECTL)
         stack.callback(run, ["umount", mounts.CONNECTIONS])
 
 
-def _wait_for_record(sets: Path) -> None:
-    # It is written after the last close.
+def wait_for_record(sets: Path) -> None:
+    """Wait until a mount has written what it recorded, which it does after the last close."""
     deadline = time.monotonic() + _SETTLED_SECONDS
     while not list(sets.glob("*.json")):
         if time.monotonic() > deadline:

@@ -18,10 +18,20 @@ import pyfuse3
 import pytest
 
 from tests.bench import __main__ as bench
-from tests.bench import goals, images, measure, profile, programs, read_cases, report
+from tests.bench import (
+    firecracker_cases,
+    goals,
+    images,
+    measure,
+    profile,
+    programs,
+    read_cases,
+    report,
+)
 from tests.bench.cases import topics
 from tests.bench.figures import Limit, difference, ratio, spread, verdict
-from tests.bench.goals import GOALS, Goal, Series
+from tests.bench.goal import Absent, Floor, Goal, Series
+from tests.bench.goals import GOALS
 from tests.bench.measure import (
     MIB,
     SCHEMA,
@@ -37,6 +47,7 @@ from tests.bench.measure import (
 from tests.bench.servers import Server
 from tests.support import loopfs, skips
 from tests.support.places import DOCS
+from tests.vm import firecracker
 
 PAGE = DOCS / "benchmarks.md"
 
@@ -311,7 +322,7 @@ def test_a_floor_that_is_equal_to_the_limit_reaches_it(floor: list[float], beyon
     cases = {
         "case": _case(ours=("MiB/s", [0.5] * 3), peer=("MiB/s", [1.0] * 3), floor=("MiB/s", floor))
     }
-    found = goals.Floor("", "", Series("case", ("floor",)), peer)
+    found = Floor("", "", Series("case", ("floor",)), peer)
     goal = Goal("", Limit(1.0, least=True), ours, peer, floor=found)
     assert goal.outcome(cases) == "not met"
     assert goal.beyond_floor(cases) is beyond
@@ -406,7 +417,7 @@ def test_what_is_missing_is_told_with_the_reason_of_its_contestant() -> None:
 def test_a_ratio_to_nothing_is_not_measured() -> None:
     cases = {"many": _case(a=("s", [1.0]), b=("s", [0.0]))}
     goal = Goal("", None, Series("many", ("a",)), Series("many", ("b",)))
-    with pytest.raises(goals.Absent, match="has a zero"):
+    with pytest.raises(Absent, match="has a zero"):
         goal.measured(cases)
 
 
@@ -645,3 +656,37 @@ def test_a_run_writes_its_figures_and_its_page(tmp_path: Path) -> None:
     assert {"pyfuse3 constant", "flattened, warm", "diffmergefs, 8 x 100"} <= shown
     assert set(document["cases"]["flatten-tmpfs"]["series"]) > set(goals.WAYS)
     assert path.with_suffix(".md").read_text(encoding="utf-8").startswith("# Benchmarks")
+
+
+def test_a_run_restores_firecrackers(tmp_path: Path) -> None:
+    skips.require_fuse()
+    firecracker.programs()
+    path = tmp_path / "benchmarks.json"
+    cases = ["firecracker", "firecracker-many"]
+    assert bench.main(["--scale", "tiny", "--only", ",".join(cases), "--json", str(path)]) == 0
+    found = report.load(path)["cases"]
+    names = [*(goals.WARM, goals.CACHED, goals.COLD, goals.RECORDED), goals.COLD_BESIDE]
+    for case, figures in zip(cases, ([], [goals.PSS]), strict=True):
+        wanted = [
+            f"{name}: {figure}"
+            for name in (*names, goals.FLATTEN_FIRST)
+            for figure in (goals.REPLY, goals.SUM, *figures)
+        ]
+        assert list(found[case]["series"]) == wanted
+        for series in found[case]["series"].values():
+            assert len(series["values"]) == TINY.rounds
+            assert all(value > 0 for value in series["values"])
+    for goal in GOALS:
+        if goal.cases <= set(cases):
+            assert not goal.outcome(found).startswith("not measured"), goal.title
+
+
+def test_a_firecracker_that_cannot_be_had_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> Path:
+        raise firecracker.FirecrackerUnavailableError("no /dev/kvm")
+
+    monkeypatch.setattr(firecracker, "fetched", refuse)
+    with pytest.raises(NotMeasured, match="no Firecracker: no /dev/kvm"):
+        firecracker_cases.take_apart(tmp_path / "microvm")

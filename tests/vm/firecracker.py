@@ -144,9 +144,14 @@ class Guest:
         if answer.status >= 300:
             raise RefusedError(json.loads(text)["fault_message"])
 
-    def load(self, state: Path | str, memory: Path | str, *, tracks: bool = False) -> None:
-        """Restore from a memory file, and let the guest go on; `tracks`: for diffs of it later."""
-        backend = {"backend_type": "File", "backend_path": str(memory)}
+    def load(
+        self, state: Path | str, memory: Path | str, *, kind: str = "File", tracks: bool = False
+    ) -> None:
+        """Restore from a memory file, and let the guest go on; `tracks`: for diffs of it later.
+
+        If the `kind` is "Uffd", `memory` is the socket of a page server.
+        """
+        backend = {"backend_type": kind, "backend_path": str(memory)}
         self.call(
             "PUT",
             "/snapshot/load",
@@ -190,10 +195,14 @@ class Guest:
             assert part, f"no line {word!r} on the console: {self._said!r}"
             self._said += part
 
+    def type(self, commands: str) -> None:
+        """Type commands of one letter each; a guest that is restored later gets them then."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(commands.encode())
+
     def ask(self, command: str, word: str) -> str:
         """The line with which the guest answers a command of one letter."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(command.encode())
+        self.type(command)
         return self.wait_for(word)
 
     def state(self) -> tuple[str, str]:
@@ -218,7 +227,9 @@ class Guest:
 def start(folder: Path, directory: Path, name: str) -> Guest:
     """A Firecracker without a guest yet, of this name in the directory; `folder`: of `fetched`."""
     socket = directory / f"{name}.sock"
-    guest = Guest(f"firecracker --api-sock {socket.name}", directory, str(folder), socket)
+    guest = Guest(
+        f"firecracker --api-sock {socket.name} --level Error", directory, str(folder), socket
+    )
     guest.wait_for_socket(socket)
     return guest
 

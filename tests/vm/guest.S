@@ -4,7 +4,8 @@
 #   i  who I am: a nonce taken at boot, and the generation
 #   d  dirty 1,500 scattered pages (first and last word), one generation on
 #   z  write zeros to 200 whole pages, one generation on
-#   c  a checksum over all 8,192 pages of the region
+#   c  a checksum over all 8,192 pages of the region, in order
+#   s  the same, in an order in which hardly two neighbours follow each other
 # The halves of the region may be anywhere in physical memory: assemble with --defsym LOW= and HIGH=,
 # both multiples of 2 MiB.
 .set REGION, 0x2000000
@@ -73,7 +74,11 @@ wait:
   je dirty
   cmp $'z', %al
   je zero
+  mov $1, %r8
   cmp $'c', %al
+  je sum
+  mov $2731, %r8
+  cmp $'s', %al
   je sum
   jmp loop
 who:
@@ -135,15 +140,19 @@ z2:
   call puts
   jmp loop
 sum:
-  mov $REGION, %rdi
+  xor %rdx, %rdx
   mov $PAGES, %rcx
   xor %rax, %rax
 s1:
+  mov %rdx, %rdi
+  shl $12, %rdi
+  add $REGION, %rdi
   rol $5, %rax
   xor (%rdi), %rax
   rol $7, %rax
   add 4088(%rdi), %rax
-  add $4096, %rdi
+  add %r8, %rdx
+  and $(PAGES-1), %rdx
   dec %rcx
   jnz s1
   push %rax

@@ -111,7 +111,9 @@ def jailed(host: Host, image: Path, uid: int) -> Iterator[tuple[Jail, str]]:
         subprocess.run(["mount", "--bind", image.parent, root / "view"], check=True, timeout=60)
         stack.callback(mounttable.unmount, str(root / "view"))
         command = f"jailer --id {name} --uid {uid} --gid {uid} --chroot-base-dir ../jailer"
-        command += f" --exec-file {host.folder / 'firecracker'} -- --api-sock /api.sock"
+        command += (
+            f" --exec-file {host.folder / 'firecracker'} -- --api-sock /api.sock --level Error"
+        )
         guest = Guest(command, host.store, str(host.folder), root / "api.sock")
         stack.callback(guest.end)
         guest.wait_for_socket(root / "api.sock")
