@@ -10,10 +10,10 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from tests.bench import firecracker_cases, mount_cases, read_cases, restore_cases, write_cases
-from tests.bench.firecracker_cases import MicroVm, take_apart
 from tests.bench.guests import Stopped, stop_guest
 from tests.bench.images import Images, Store, write_store
 from tests.bench.measure import MIB, PAGE, Record, Scale
+from tests.bench.microvms import MicroVm, take_apart
 
 _IN_MEMORY = Path("/dev/shm")
 

@@ -19,10 +19,10 @@ import pytest
 
 from tests.bench import __main__ as bench
 from tests.bench import (
-    firecracker_cases,
     goals,
     images,
     measure,
+    microvms,
     profile,
     programs,
     read_cases,
@@ -689,4 +689,4 @@ def test_a_firecracker_that_cannot_be_had_is_not_measured(
 
     monkeypatch.setattr(firecracker, "fetched", refuse)
     with pytest.raises(NotMeasured, match="no Firecracker: no /dev/kvm"):
-        firecracker_cases.take_apart(tmp_path / "microvm")
+        microvms.take_apart(tmp_path / "microvm")
