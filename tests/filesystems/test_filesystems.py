@@ -106,7 +106,9 @@ def test_directories_with_colons_blanks_and_commas(filesystem: Callable[[str], P
         os.close(fd)
         assert mount is not None
         names = [os.path.relpath(d, root) for d in overlay_directories(mount.options)]
-        assert names == ["up\\,per", "up,per", "a:b c", "d\\e"]
+        # mount(8) of Debian 12 gives the kernel the backslash too, that of Debian 13 does not.
+        right = ["up,per", "a:b c", "d\\e"]
+        assert names in (right, ["up\\,per", *right])
         assert reason(merged / "file") is FINE
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.project.test_docs import rows
+from tests.support.coreutils import coreutils
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.mounts import mounted
 from tests.support.places import DOCS
@@ -33,13 +34,6 @@ COMMANDS = {
     "qemu-img convert": 'qemu-img convert -f raw -O raw "$1" "$2"',
     "qemu-img convert -S 0": 'qemu-img convert -S 0 -f raw -O raw "$1" "$2"',
 }
-
-
-def coreutils() -> tuple[int, ...]:
-    text = subprocess.run(["cp", "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.match(r"cp \(GNU coreutils\) (\d+)\.(\d+)", text)
-    assert found is not None, text
-    return tuple(map(int, found.groups()))
 
 
 def table() -> Iterator[tuple[str, str]]:
