@@ -21,6 +21,9 @@ from tests.support.usermanager import Manager, user_manager
 
 UNIT = DOCS / "diffmergefs@.service"
 PROGRAM = "/usr/local/bin/diffmergefs"
+#: What a mount unit is after a lazy umount by hand, when a stop has failed before: with systemd 252
+#: (Debian 12) the first, with 257 (Debian 13) the second.
+GONE = ("failed", "inactive")
 
 
 @pytest.fixture
@@ -145,7 +148,7 @@ def test_a_unit_made_of_fstab_is_not_stopped_under_vms(
         assert manager.shows(unit)["SubState"] == "mounted"
         assert holder.read(PAGE, PAGE) == signed(1, PAGE, PAGE)
         assert namespace.run(["umount", "--lazy", mountpoint]).returncode == 0
-        until(lambda: manager.shows(unit)["ActiveState"] == "failed", "it is not seen to be gone")
+        until(lambda: manager.shows(unit)["ActiveState"] in GONE, "it is not seen to be gone")
         assert holder.read(2 * PAGE, PAGE) == signed(0, 2 * PAGE, PAGE)
     until(lambda: _daemons(public_path) == [], "it did not end after the last VM")
 
