@@ -22,6 +22,7 @@ NO_BIG_BLOCKS = "this kernel mounts no XFS whose blocks are larger than a page"
 NO_FIRECRACKER = "needs /dev/kvm, and Firecracker for x86-64 from a package index"
 NO_USER_NAMESPACES = "needs a user namespace; a chroot and some systems have none"
 NO_HUGE_TMPFS = "this kernel has no tmpfs with huge pages"
+NO_HUGE_PAGES = "this machine has no 2 MiB pages to reserve"
 NO_MIRROR = "no mirror of Debian answers"
 
 #: With CI=true a skip is a failure (strict_skips.py) unless its reason is here.

@@ -31,6 +31,7 @@ LEVELS = [
     {"checks", "pictures"},
     {"fuse"},
     {"prefetch"},
+    {"uffd"},
     {"cli"},
     {ROOT},
 ]

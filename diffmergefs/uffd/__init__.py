@@ -1,0 +1,1 @@
+"""Serving images to Firecracker's `Uffd` memory backend, page by page."""
