@@ -20,6 +20,7 @@ import click
 from diffmergefs.checks.diagnosis import Finding
 from diffmergefs.checks.doctor import examine_path
 from diffmergefs.checks.host import NO_MOUNT, examine_host
+from diffmergefs.checks.userfault import examine_userfault
 from diffmergefs.cli.options import (
     PATH,
     page_size_option,
@@ -78,7 +79,7 @@ def doctor(paths: tuple[str, ...], as_json: bool, policy: TrustPolicy) -> int:
       diffmergefs doctor /srv/snapshots
       diffmergefs doctor --json mem_diff | jq -r '.[] | select(.severity == "wrong").finding'
     """
-    findings = [*examine_host(), try_mount()]
+    findings = [*examine_host(), *examine_userfault(), try_mount()]
     tested: set[int] = set()
     failed = 0
     for path in paths:

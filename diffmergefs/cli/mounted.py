@@ -8,13 +8,14 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TypeVar
 
 import click
 
+from diffmergefs.cli import servers
 from diffmergefs.cli.options import MOUNTPOINT, complete_mountpoints, json_option
 from diffmergefs.cli.output import print_diagnostic, print_json, print_table, sized, table
 from diffmergefs.cli.usage import Verb, error_line
@@ -26,10 +27,11 @@ from diffmergefs.core.errors import (
     MountTimeoutError,
     counted,
 )
-from diffmergefs.fuse.status import STATUS_FILE, Status
+from diffmergefs.fuse.status import METRICS_FILE, STATUS_FILE, Status
 from diffmergefs.system import children, mounted
 from diffmergefs.system import mountpoint as mountpoints
 from diffmergefs.system.mounttable import Mount
+from diffmergefs.uffd.status import Status as ServerStatus
 
 T = TypeVar("T")
 
@@ -53,8 +55,15 @@ def umount(mountpoint: str, lazy: bool) -> None:
 
 
 @click.command(cls=Verb)
-@click.argument("mountpoint", required=False, type=MOUNTPOINT, shell_complete=complete_mountpoints)
+@click.argument(
+    "mountpoint",
+    required=False,
+    type=MOUNTPOINT,
+    shell_complete=complete_mountpoints,
+    metavar="[MOUNTPOINT|SOCKET]",
+)
 @json_option
+@click.option("--metrics", is_flag=True, help="Print the statistics as text for Prometheus.")
 @click.option("--watch", is_flag=True, help="Repeat until interrupted.")
 @click.option(
     "--interval",
@@ -64,16 +73,19 @@ def umount(mountpoint: str, lazy: bool) -> None:
     metavar="SECONDS",
     help="The time between two updates with --watch.",
 )
-def status(mountpoint: str | None, as_json: bool, watch: bool, interval: float) -> int:
-    """List your mounts, or print the statistics of the mount on MOUNTPOINT.
+def status(
+    mountpoint: str | None, as_json: bool, metrics: bool, watch: bool, interval: float
+) -> int:
+    """List your mounts and page servers, or print the statistics of one.
 
-    The list has a line for each of your mounts; root gets those of all users. They are asked at the
-    same time, and have 5 seconds to answer. The exit code is 1 if one of them does not answer.
+    The list has a line for each of your mounts, and for each page server (`uffd`); root gets those
+    of all users. They are asked at the same time, and have 5 seconds to answer. The exit code is 1
+    if one of them does not answer.
 
     The statistics are requests, bytes by layer, latencies and errors.
     MOUNTPOINT/.diffmergefs/status.json has the same facts, and MOUNTPOINT/.diffmergefs/metrics has
     them as text for Prometheus. Only the mount's owner can read these files, and no listing of
-    MOUNTPOINT contains them.
+    MOUNTPOINT contains them. SOCKET is that of a page server.
 
     \b
     Examples:
@@ -81,8 +93,13 @@ def status(mountpoint: str | None, as_json: bool, watch: bool, interval: float) 
       diffmergefs status /mnt/views
       diffmergefs status --json /mnt/views | jq .reads
     """
-    look: Callable[[], Status | list[Listed]]
-    look = (lambda: list_mounts()) if mountpoint is None else (lambda: read_status(mountpoint))
+    if metrics:
+        if mountpoint is None or as_json or watch:
+            raise click.UsageError("--metrics goes with MOUNTPOINT or SOCKET alone")
+        print(read_metrics(mountpoint), end="")
+        return 0
+    look: Callable[[], _Found]
+    look = _list_all if mountpoint is None else (lambda: _read_one(mountpoint))
     found = first = look()
     updates = _updates(look, first, interval) if watch else iter([first])
     with contextlib.suppress(*([KeyboardInterrupt] if watch else [])):
@@ -97,7 +114,15 @@ def status(mountpoint: str | None, as_json: bool, watch: bool, interval: float) 
     return 0
 
 
-def _print(found: Status | list[Listed], as_json: bool) -> None:
+def _list_all() -> list[Listed | servers.ListedServer]:
+    return [*list_mounts(), *servers.list_servers()]
+
+
+def _read_one(path: str) -> Status | ServerStatus:
+    return servers.read_server(path) if servers.is_socket(path) else read_status(path)
+
+
+def _print(found: _Found, as_json: bool) -> None:
     if not as_json:
         for columns, rows in _tables(found):
             print_table(columns, rows)
@@ -124,6 +149,7 @@ class Listed:
     status: Status | None
 
 
+_Found = Status | ServerStatus | list[Listed | servers.ListedServer]
 _STATES = {MountFailedError: "stale", MountTimeoutError: "hung", FileAccessError: "unreadable"}
 
 
@@ -159,39 +185,56 @@ def read_status(mountpoint: str) -> Status:
     return _parsed(mountpoint, known, answer)
 
 
-def _file(mount: Mount) -> str:
-    return os.path.join(mount.path, STATUS_FOLDER, STATUS_FILE)
+def read_metrics(path: str) -> str:
+    """The text for Prometheus of a mount, or of the page server with this socket.
+
+    Raises as `read_status` and `servers.read_server`.
+    """
+    if servers.is_socket(path):
+        return servers.exposition_of(path, METRICS_FILE).decode()
+    known = mounted.mount_at(path)
+    try:
+        return children.ask(functools.partial(_read, known, METRICS_FILE)).decode()
+    except OSError as error:
+        raise _failure(path, known, error) from error
 
 
-def _read(mount: Mount) -> bytes:
+def _file(mount: Mount, name: str = STATUS_FILE) -> str:
+    return os.path.join(mount.path, STATUS_FOLDER, name)
+
+
+def _read(mount: Mount, name: str = STATUS_FILE) -> bytes:
     # In a child process. The kernel lets nobody but its owner into a mount, not even root.
     if mount.owner and mount.owner[0] != os.geteuid() == 0:
         user, group = mount.owner
         os.setgroups([])
         os.setresgid(group, group, group)
         os.setresuid(user, user, user)
-    with open(_file(mount), "rb") as file:
+    with open(_file(mount, name), "rb") as file:
         return file.read(_MOST_BYTES)
 
 
 def _parsed(mountpoint: str, known: Mount, answer: bytes | OSError) -> Status:
     # The status that a child process read, or the error that it had. Raises as `read_status`.
-    if isinstance(answer, TimeoutError):
-        raise mountpoints.no_answer(mountpoint, known)
-    file = _file(known)
     if isinstance(answer, OSError):
-        if answer.errno in (errno.ENOTCONN, errno.ECONNABORTED):
-            raise MountFailedError(
-                f"{mountpoint}: stale mount: its daemon died; unmount it or mount it again"
-            )
-        why = "; only the user who mounted it may read it" if answer.errno == errno.EACCES else ""
-        raise FileAccessError(f"{file}: {answer.strerror}{why}")
+        raise _failure(mountpoint, known, answer)
     try:
         return Status.from_json(answer)
     except ValueError as error:
         raise FileAccessError(
-            f"{file}: {error}; another version of diffmergefs serves this mount"
+            f"{_file(known)}: {error}; another version of diffmergefs serves this mount"
         ) from error
+
+
+def _failure(mountpoint: str, known: Mount, error: OSError) -> DiffMergeError:
+    if isinstance(error, TimeoutError):
+        return mountpoints.no_answer(mountpoint, known)
+    if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+        return MountFailedError(
+            f"{mountpoint}: stale mount: its daemon died; unmount it or mount it again"
+        )
+    why = "; only the user who mounted it may read it" if error.errno == errno.EACCES else ""
+    return FileAccessError(f"{_file(known)}: {error.strerror}{why}")
 
 
 def _updates(look: Callable[[], T], first: T, interval: float) -> Iterator[T]:
@@ -201,7 +244,7 @@ def _updates(look: Callable[[], T], first: T, interval: float) -> Iterator[T]:
         yield look()
 
 
-def _show_live(updates: Iterator[Status | list[Listed]]) -> None:
+def _show_live(updates: Iterator[_Found]) -> None:
     from rich.console import Console, Group
     from rich.live import Live
 
@@ -211,11 +254,19 @@ def _show_live(updates: Iterator[Status | list[Listed]]) -> None:
 
 
 def _tables(
-    found: Status | list[Listed],
-) -> Iterator[tuple[tuple[str, ...], list[tuple[object, ...]]]]:
+    found: _Found,
+) -> Iterator[tuple[tuple[str, ...], Sequence[tuple[object, ...]]]]:
+    if isinstance(found, ServerStatus):
+        yield from servers.tables(found, _up(found))
+        return
     if isinstance(found, list):
+        mounts = [each for each in found if isinstance(each, Listed)]
+        others = [each for each in found if isinstance(each, servers.ListedServer)]
         columns = ("MOUNTPOINT", "SOURCE", "USER", "STATE", ">PID", ">UP", ">OPEN FILES")
-        yield columns, list(map(_row, found))
+        yield columns, list(map(_row, mounts))
+        if others:
+            rows = [servers.row(each, _up(each.status) if each.status else None) for each in others]
+            yield servers.COLUMNS, rows
         return
     yield ("WHAT", "NOW"), list(_facts(found))
     if found.supplied:
@@ -233,7 +284,7 @@ def _row(each: Listed) -> tuple[object, ...]:
     return each.mountpoint, each.source, each.user, each.state, *numbers
 
 
-def _up(found: Status) -> timedelta:
+def _up(found: Status | ServerStatus) -> timedelta:
     return timedelta(seconds=max(0, int(time.time() - found.started)))
 
 

@@ -179,7 +179,7 @@ class Sandbox:
 
     def run(self, command: str) -> tuple[int, str]:
         """Type a command of an example: its exit status and output, without the sandbox's name."""
-        if "mount -f " in command:
+        if "mount -f " in command or "diffmergefs uffd " in command:
             self._start(command)
             return 0, ""
         status, output = self._type(self.inside(command))
@@ -210,7 +210,7 @@ class Sandbox:
 
     def _start(self, command: str) -> None:
         argv = shlex.split(self.inside(command).removesuffix("&"))
-        before = len(self._mounts())
+        before = len(self._mounts()) - ("uffd" in argv)
         with (self.root / "output").open("wb") as log:
             process = subprocess.Popen(
                 argv,
@@ -357,6 +357,9 @@ def test_the_examples_of_a_help_work(verb: str, example: str, public_path: Path)
         assert status == (1 if "--show" in example else 0), output
         if " mount " in example:
             assert box.run(f"diffmergefs umount {example.split()[-1]}") == (0, "")
+        if verb == "uffd":
+            pid = f"$(diffmergefs status --json {example.split()[-1]} | jq .pid)"
+            assert box.run(f"kill {pid}")[0] == 0
         if verb == "status":
             assert box.run("diffmergefs umount /mnt/views") == (0, "")
         box.assert_clean()

@@ -1,0 +1,184 @@
+"""`uffd`: serve an image to Firecracker's page-fault backend."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import grp
+import logging
+import os
+import pwd
+from dataclasses import replace
+
+import click
+
+from diffmergefs.cli import logs
+from diffmergefs.cli.inputs import ImageArguments, image_options
+from diffmergefs.cli.options import PATH, Size, strict_option, working_set_dir_option
+from diffmergefs.cli.usage import Verb
+from diffmergefs.core.errors import FileAccessError
+from diffmergefs.core.extents import PAGE, Extent
+from diffmergefs.core.view import MergedView
+from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.prefetch.record import WorkingSets
+from diffmergefs.system.daemon import JOURNAL, Notifier, is_journal
+from diffmergefs.uffd.listener import Listener, Owner
+from diffmergefs.uffd.recording import Recording, recorded
+from diffmergefs.uffd.regions import HUGE_PAGE
+from diffmergefs.uffd.server import Server
+from diffmergefs.uffd.vm import Plan
+
+log = logging.getLogger("diffmergefs")
+
+_AROUND_KIB = 64
+
+
+def _owner(context: click.Context, parameter: click.Parameter, value: str | None) -> Owner | None:
+    if value is None:
+        return None
+    user, colon, group = value.partition(":")
+    try:
+        uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+        gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid if colon else None
+    except KeyError as error:
+        raise click.BadParameter(f"{value}: {error.args[0]}") from None
+    return Owner(uid, gid)
+
+
+def _around(context: click.Context, parameter: click.Parameter, value: int) -> int:
+    if value < PAGE or value > HUGE_PAGE or value & (value - 1):
+        raise click.BadParameter(f"{value} is not a power of two from 4K to 2M")
+    return value
+
+
+@click.command(cls=Verb)
+@click.option(
+    "--socket",
+    "path",
+    required=True,
+    type=PATH,
+    metavar="PATH",
+    help="The Unix socket to make, which Firecracker gets as backend_path.",
+)
+@click.option(
+    "--socket-owner",
+    "owner",
+    metavar="USER[:GROUP]",
+    callback=_owner,
+    help="The owner of the socket, by names or numbers, as for a jailed Firecracker. The mode is"
+    " 0600, with GROUP 0660.",
+)
+@click.option(
+    "--fault-around",
+    "around",
+    type=Size(),
+    default=_AROUND_KIB << 10,
+    callback=_around,
+    metavar="SIZE",
+    help="How many bytes about a fault are copied with it, a power of two from 4K to 2M"
+    f" (default: {_AROUND_KIB}K).",
+)
+@click.option(
+    "--on-failure",
+    type=click.Choice(["kill", "hang"]),
+    default="kill",
+    show_default=True,
+    help="What happens to a VM that cannot be served any more.",
+)
+@click.option(
+    "--record",
+    is_flag=True,
+    help="Record which pages are touched first, and copy nothing ahead or about a fault.",
+)
+@click.option("--no-prefetch", is_flag=True, help="Do not copy the recorded pages ahead.")
+@working_set_dir_option
+@click.option(
+    "--verify",
+    type=click.Choice(["no", "pins", "full"]),
+    default=TrustPolicy.verify,
+    show_default=True,
+    help="Which checksums to compare at the start; see `mount`.",
+)
+@click.option("--log", "log_file", type=PATH, metavar="FILE", help="Log to FILE instead of stderr.")
+@click.option(
+    "--log-format",
+    type=click.Choice(logs.FORMATS),
+    default="auto",
+    show_default=True,
+    help="The format of log records; see `mount`.",
+)
+@strict_option
+@image_options
+def uffd(
+    source: ImageArguments,
+    path: str,
+    owner: Owner | None,
+    around: int,
+    on_failure: str,
+    record: bool,
+    no_prefetch: bool,
+    working_set_dir: str | None,
+    verify: str,
+    log_file: str | None,
+    log_format: str,
+) -> int:
+    """Serve IMAGE to Firecracker's `Uffd` memory backend at the socket PATH.
+
+    Firecracker connects when it loads a snapshot, and gets the merged pages that its guest touches,
+    of 4 KiB or 2 MiB. Any number of VMs can be connected. A VM may connect only if its user may
+    read each layer. The command stays in the foreground. SIGTERM removes the socket, and ends the
+    command when the last VM has ended; a second signal ends it at once, and VMs that are connected
+    hang.
+
+    \b
+    Examples:
+      diffmergefs uffd /srv/snapshots/pandas --socket /srv/pandas.sock
+      diffmergefs uffd --base mem_file --diff mem_diff --socket uffd.sock
+      diffmergefs uffd --record /srv/snapshots/pandas --socket /srv/pandas.sock
+    """
+    source = replace(source, policy=replace(source.policy, verify=verify))
+    stream = os.environ.pop(JOURNAL, None)
+    notifier = Notifier(os.environ)
+    sets = _working_sets(working_set_dir, source.policy.state_dir, record=record)
+    if log_file:
+        handler = logs.file_handler(log_file, log_format)
+    else:
+        handler = logs.stderr_handler(log_format, to_journal=is_journal(2, stream))
+    with source.open().view as view:
+        listener = Listener(path, owner)
+        logs.log_to({handler: logging.INFO})
+        with contextlib.closing(handler):
+            if verify == "no":
+                log.warning(
+                    "seals and hashes of parents are not verified (--verify=no): guests get wrong"
+                    " bytes from a wrong file"
+                )
+            plan = Plan(
+                view,
+                PAGE if record else around,
+                on_failure == "kill",
+                functools.partial(_ahead, None if record or no_prefetch else sets, view),
+                Recording(sets, view) if record and sets else None,
+            )
+            try:
+                name = os.path.abspath(source.image or source.base or "")
+                Server(plan, listener, name, notifier).serve()
+            finally:
+                listener.close()
+    return 0
+
+
+def _ahead(sets: WorkingSets | None, view: MergedView) -> list[Extent]:
+    return recorded(sets, view) if sets else []
+
+
+def _working_sets(directory: str | None, state: str | None, *, record: bool) -> WorkingSets | None:
+    try:
+        sets = WorkingSets(directory, state)
+        if record:
+            sets.prepare()
+    except FileAccessError:
+        if record:
+            raise
+        return None
+    return sets
