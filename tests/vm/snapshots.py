@@ -29,11 +29,21 @@ class Taken:
     """Who the guest says it is, and the checksum over its memory."""
 
 
-def boot(folder: Path, directory: Path, kernel: Path, mebibytes: int) -> Guest:
-    """A guest that has just started, in a Firecracker in the directory that tracks its pages."""
+def boot(
+    folder: Path, directory: Path, kernel: Path, mebibytes: int, *, huge: bool = False
+) -> Guest:
+    """A guest that has just started, in a Firecracker in the directory that tracks its pages.
+
+    They have 2 MiB if they are to be `huge`.
+    """
     guest = firecracker.start(folder, directory, "boot")
     try:
-        machine = {"vcpu_count": 1, "mem_size_mib": mebibytes, "track_dirty_pages": True}
+        machine: dict[str, object] = {
+            "vcpu_count": 1,
+            "mem_size_mib": mebibytes,
+            "track_dirty_pages": True,
+        }
+        machine |= {"huge_pages": "2M"} if huge else {}
         guest.call("PUT", "/machine-config", **machine)
         guest.call(
             "PUT",
