@@ -9,7 +9,14 @@ from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 
-from tests.bench import firecracker_cases, mount_cases, read_cases, restore_cases, write_cases
+from tests.bench import (
+    firecracker_cases,
+    mount_cases,
+    page_servers,
+    read_cases,
+    restore_cases,
+    write_cases,
+)
 from tests.bench.guests import Stopped, stop_guest
 from tests.bench.images import Images, Store, write_store
 from tests.bench.measure import MIB, PAGE, Record, Scale
@@ -48,6 +55,10 @@ class Bench:
     def microvm(self) -> MicroVm:
         return take_apart(self.directory / "microvm")
 
+    @cached_property
+    def huge_microvm(self) -> MicroVm:
+        return page_servers.take_huge(self.directory / "microvm-huge")
+
     def guest(self, mebibytes: int) -> Stopped:
         if mebibytes not in self._guests:
             folder = self.directory / f"guest-{mebibytes}"
@@ -56,7 +67,7 @@ class Bench:
 
     def clear(self) -> None:
         """Remove all that was made; it is made anew when it is asked for again."""
-        for name in ("images", "store", "microvm"):
+        for name in ("images", "store", "microvm", "huge_microvm"):
             self.__dict__.pop(name, None)
         self._guests.clear()
         self._stack.close()
@@ -114,8 +125,8 @@ def topics(scale: Scale) -> list[dict[str, Case]]:
     ]
     found.append(
         {
-            "firecracker": lambda b, r: firecracker_cases.one(b.microvm, b.scale, r),
-            "firecracker-many": lambda b, r: firecracker_cases.many(b.microvm, b.scale, r),
+            "firecracker": lambda b, r: firecracker_cases.one(b, b.scale, r),
+            "firecracker-many": lambda b, r: firecracker_cases.many(b, b.scale, r),
         }
     )
     found += [{f"restore-{size}": partial(_restore, size)} for size in scale.guests[1:]]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
+from tests.bench import page_servers
 from tests.bench.goals import (
     CACHED,
     COLD,
@@ -33,18 +36,31 @@ from tests.bench.servers import Server
 from tests.vm.firecracker import REGION_SIZE
 
 
-def one(microvm: MicroVm, scale: Scale, record: Record) -> None:
+class Guests(Protocol):
+    """The guests that are restored, made when they are asked for."""
+
+    @property
+    def microvm(self) -> MicroVm:
+        """With pages of 4 KiB."""
+
+    @property
+    def huge_microvm(self) -> MicroVm:
+        """With pages of 2 MiB."""
+
+
+def one(guests: Guests, scale: Scale, record: Record) -> None:
     """One VM at a time."""
-    _compare(microvm, 1, scale, record)
+    _compare(guests, 1, scale, record)
 
 
-def many(microvm: MicroVm, scale: Scale, record: Record) -> None:
+def many(guests: Guests, scale: Scale, record: Record) -> None:
     """VMs that are restored at once from one memory."""
     record.facts["VMs at once"] = scale.together
-    _compare(microvm, scale.together, scale, record)
+    _compare(guests, scale.together, scale, record)
 
 
-def _compare(microvm: MicroVm, count: int, scale: Scale, record: Record) -> None:
+def _compare(guests: Guests, count: int, scale: Scale, record: Record) -> None:
+    microvm = guests.microvm
     version = run([microvm.programs / "firecracker", "--version"])
     record.facts["Firecracker"] = version.split("\n")[0].removeprefix("Firecracker v")
     record.facts["guest MiB"] = MEBIBYTES
@@ -62,14 +78,19 @@ def _compare(microvm: MicroVm, count: int, scale: Scale, record: Record) -> None
             Memory(microvm, CACHED, cached.file),
             Memory(microvm, COLD, cold.file, before=partial(_cool, cold)),
         ]
+        sets = Path(tempfile.mkdtemp(prefix="working-sets-", dir=microvm.directory))
         try:
-            recorded = _recorded(stack, microvm)
+            recorded = _recorded(stack, microvm, sets)
             memories.append(
                 Memory(microvm, RECORDED, recorded.file, before=partial(_cool, recorded))
             )
         except Exception as error:
             record.miss(RECORDED, error)
-        ready = partial(_ready, microvm, count, scale)
+        memories += page_servers.memories(
+            stack, microvm, lambda: guests.huge_microvm, sets, count, record
+        )
+        layers = {p for m in memories for p in (*m.vm.chain.layers, m.vm.flat)}
+        ready = partial(_ready, sorted(layers), count, scale)
         alternate(record, contestants(memories), scale.restore_rounds, ready)
         # Apart: what a copy leaves to do would be in the others' numbers.
         out = microvm.directory / "out.mem"
@@ -86,8 +107,8 @@ def _compare(microvm: MicroVm, count: int, scale: Scale, record: Record) -> None
         alternate(record, contestants(beside), scale.rounds, ready)
 
 
-def _ready(microvm: MicroVm, count: int, scale: Scale) -> None:
-    warm(*microvm.chain.layers, microvm.flat)
+def _ready(files: Sequence[Path], count: int, scale: Scale) -> None:
+    warm(*files)
     if scale.holds_memory:
         touch_free(MEBIBYTES * MIB + 2 * count * REGION_SIZE)
 
@@ -98,9 +119,8 @@ def _cool(view: Server) -> None:
     time.sleep(0.05)
 
 
-def _recorded(stack: ExitStack, microvm: MicroVm) -> Server:
+def _recorded(stack: ExitStack, microvm: MicroVm, sets: Path) -> Server:
     # A view that prefetches what one restore has touched.
-    sets = Path(tempfile.mkdtemp(prefix="working-sets-", dir=microvm.directory))
     where = f"--working-set-dir={sets}"
     with microvm.view("record", "--record", where) as recording:
         restore(Memory(microvm, RECORDED, recording.file), 1)

@@ -18,6 +18,7 @@ SHARING = ("xfs", "btrfs")
 SHARED = "the same sharing from C"
 """No peer: nobody ships it. It does what `flatten` does there, and nothing besides."""
 WARM, CACHED, COLD, RECORDED = "flattened, warm", "view, warm", "view, cold", "view, cold, recorded"
+UFFD, UFFD_RECORDED, UFFD_HUGE = "uffd 4 KiB", "uffd 4 KiB, recorded", "uffd 2 MiB"
 FLATTEN_FIRST = "flatten, then restore"
 REPLY, SUM, PSS = "first reply", "sum of 32 MiB", "Pss of a VM's memory"
 """What is measured of a Firecracker that restores from each of those."""
@@ -200,23 +201,31 @@ def _flatten() -> list[Goal]:
 def _firecracker() -> list[Goal]:
     one, many = "firecracker", "firecracker-many"
     limits = {
-        (one, COLD, REPLY): at_most(1.25),
-        (one, RECORDED, SUM): at_most(1.05),
-        (one, COLD, SUM): at_most(1.3),
-        (many, COLD, REPLY): None,
-        (many, RECORDED, SUM): None,
-        (many, COLD, SUM): None,
-        (many, COLD, PSS): None,
+        (one, REPLY, COLD, WARM): at_most(1.25),
+        (one, SUM, RECORDED, WARM): at_most(1.05),
+        (one, SUM, COLD, WARM): at_most(1.3),
+        (one, REPLY, UFFD_RECORDED, RECORDED): at_most(1.1),
+        (one, SUM, UFFD_RECORDED, RECORDED): at_most(1.1),
+        (one, REPLY, UFFD_RECORDED, UFFD): at_most(1.1),
+        (one, REPLY, UFFD, COLD): at_most(2),
+        (one, SUM, UFFD, COLD): at_most(2),
+        (one, SUM, UFFD_HUGE, COLD): at_most(1),
+        (many, REPLY, COLD, WARM): None,
+        (many, SUM, RECORDED, WARM): None,
+        (many, SUM, COLD, WARM): None,
+        (many, PSS, COLD, WARM): None,
+        (many, SUM, UFFD_RECORDED, RECORDED): None,
+        (many, PSS, COLD, UFFD): None,
     }
     found = [
         against(
-            f"{'Firecracker' if case == one else 'VMs at once'}, {what}: {name} / {WARM}",
+            f"{'Firecracker' if case == one else 'VMs at once'}, {what}: {over} / {under}",
             case,
-            f"{name}: {what}",
-            f"{WARM}: {what}",
+            f"{over}: {what}",
+            f"{under}: {what}",
             limit,
         )
-        for (case, name, what), limit in limits.items()
+        for (case, what, over, under), limit in limits.items()
     ]
     title = f"Firecracker, {REPLY}: {FLATTEN_FIRST} / {COLD}"
     over, under = f"{FLATTEN_FIRST}: {REPLY}", f"{COLD_BESIDE}: {REPLY}"

@@ -68,8 +68,11 @@ class Memory:
     """Called when all VMs have ended."""
 
 
-def take_apart(directory: Path) -> MicroVm:
-    """Start a guest and take a chain of it; NotMeasured where Firecracker cannot be had."""
+def take_apart(directory: Path, *, huge: bool = False) -> MicroVm:
+    """Start a guest and take a chain of it; NotMeasured where Firecracker cannot be had.
+
+    One with `huge` pages can be restored with huge pages only, which must be reserved.
+    """
     try:
         programs = firecracker.fetched()
     except FirecrackerUnavailableError as error:
@@ -77,7 +80,7 @@ def take_apart(directory: Path) -> MicroVm:
     say(f"    starting a microVM of {MEBIBYTES} MiB")
     directory.mkdir()
     kernel = firecracker.make_kernel(directory / "vmlinux")
-    guest = snapshots.boot(programs, directory, kernel, MEBIBYTES)
+    guest = snapshots.boot(programs, directory, kernel, MEBIBYTES, huge=huge)
     try:
         base, *diffs = snapshots.take_chain(guest, directory / "store", truth=False)
         answers = guest.ask("i", "WHO"), guest.ask("s", "SUM")
@@ -134,7 +137,7 @@ def flatten(chain: Chain, out: Path) -> None:
 
 
 def _pss(pid: int) -> int:
-    # Of its largest mapping, in bytes: the guest's memory.
+    # Of its largest mapping, in bytes: the guest's memory. Huge pages have lines of their own.
     found = largest = 0
     for line in (
         Path(f"/proc/{pid}/smaps").read_text(encoding="ascii", errors="replace").split("\n")
@@ -143,7 +146,8 @@ def _pss(pid: int) -> int:
         if name == "Size":
             size = int(value.split()[0])
             is_largest = size > largest
-            largest = max(size, largest)
-        elif name == "Pss" and is_largest:
-            found = int(value.split()[0]) * 1024
+            if is_largest:
+                largest, found = size, 0
+        elif name in ("Pss", "Private_Hugetlb") and is_largest:
+            found += int(value.split()[0]) * 1024
     return found

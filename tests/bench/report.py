@@ -75,8 +75,9 @@ _ABOUT = {
     " call of `/snapshot/load` to its first answer on its console, and to the sum over its working"
     " set, which follows; it reads that in a scattered order. Firecracker's process is there before"
     " the call. The view is of a full snapshot and three diffs that Firecracker made. `recorded`:"
-    " the mount prefetches (`notify`) what one restore has touched. Those that flatten first have"
-    " rounds of their own, and a cold view beside them.",
+    " the mount prefetches (`notify`) what one restore has touched. `uffd`: a page server, for a"
+    " guest with pages of that size; `recorded`: it copies the same working set ahead. Those that"
+    " flatten first have rounds of their own, and a cold view beside them.",
     "many": "VMs that stay alive, one after the other started from one memory file: the mean first"
     " reply of the second and later ones.",
 }

@@ -666,6 +666,7 @@ def test_a_run_restores_firecrackers(tmp_path: Path) -> None:
     assert bench.main(["--scale", "tiny", "--only", case, "--json", str(path)]) == 0
     found = report.load(path)["cases"][case]["series"]
     names = [goals.WARM, goals.CACHED, goals.COLD, goals.RECORDED]
+    names += [goals.UFFD, goals.UFFD_RECORDED, goals.UFFD_HUGE]
     names += [goals.COLD_BESIDE, goals.FLATTEN_FIRST]
     figures = (goals.REPLY, goals.SUM, goals.PSS)
     assert list(found) == [f"{name}: {figure}" for name in names for figure in figures]
