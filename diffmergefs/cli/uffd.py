@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import grp
 import logging
 import os
@@ -17,13 +16,12 @@ from diffmergefs.cli.inputs import ImageArguments, image_options
 from diffmergefs.cli.options import PATH, Size, strict_option, working_set_dir_option
 from diffmergefs.cli.usage import Verb
 from diffmergefs.core.errors import FileAccessError
-from diffmergefs.core.extents import PAGE, Extent
-from diffmergefs.core.view import MergedView
+from diffmergefs.core.extents import PAGE
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.prefetch.record import WorkingSets
 from diffmergefs.system.daemon import JOURNAL, Notifier, is_journal
 from diffmergefs.uffd.listener import Listener, Owner
-from diffmergefs.uffd.recording import Recording, recorded
+from diffmergefs.uffd.recording import Ahead, Recording
 from diffmergefs.uffd.regions import HUGE_PAGE
 from diffmergefs.uffd.server import Server
 from diffmergefs.uffd.vm import Plan
@@ -157,7 +155,7 @@ def uffd(
                 view,
                 PAGE if record else around,
                 on_failure == "kill",
-                functools.partial(_ahead, None if record or no_prefetch else sets, view),
+                list if sets is None or record or no_prefetch else Ahead(sets, view),
                 Recording(sets, view) if record and sets else None,
             )
             try:
@@ -166,10 +164,6 @@ def uffd(
             finally:
                 listener.close()
     return 0
-
-
-def _ahead(sets: WorkingSets | None, view: MergedView) -> list[Extent]:
-    return recorded(sets, view) if sets else []
 
 
 def _working_sets(directory: str | None, state: str | None, *, record: bool) -> WorkingSets | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import time
 from bisect import bisect_right
 from collections import deque
@@ -53,10 +54,7 @@ class _Area:
 
     def mark(self, start: int, stop: int, state: int) -> None:
         """Note the state of the pages `[start, stop)`."""
-        if stop - start == 1:
-            self.states[start] = state
-        else:
-            self.states[start:stop] = bytes((state,)) * (stop - start)
+        self.states[start:stop] = bytes((state,)) * (stop - start)
 
 
 class Memory:
@@ -81,7 +79,8 @@ class Memory:
         self._around = around
         self._areas = [_Area(region) for region in sorted(regions)]
         self._starts = [area.start for area in self._areas]
-        self._room = Room(max(around, PIECE, *(region.page for region in regions)))
+        self._most = max(around, PIECE, *(region.page for region in regions))
+        self._room = Room(self._most)
         self._zeros: Room | None = None
         self._waiting: deque[int] = deque()
         #: Called with offset and length in the image of what is put in place for a fault.
@@ -121,6 +120,8 @@ class Memory:
             elif kind in (userfault.REMOVE, userfault.UNMAP):
                 self._remove(first, second)
             else:
+                if kind == userfault.FORK:
+                    os.close(first & 0xFFFFFFFF)  # the child's own, which came with the event
                 raise Unservable(f"an event of kind {kind:#x}, which is not supported")
 
     def _remove(self, start: int, end: int) -> None:
@@ -147,7 +148,8 @@ class Memory:
         if state == _MISSING:
             if self.touched is not None:
                 self.touched(area.offset + start * page, (stop - start) * page)
-            self._give(area, start, stop)
+            # A block has room at once: `around` bytes, or a page.
+            self._give_at_once(area, start, stop)
         else:
             self._zero(area, start, stop)
 
@@ -168,28 +170,28 @@ class Memory:
 
     def _give(self, area: _Area, start: int, stop: int) -> None:
         # Pages with the bytes of the image.
-        page = area.page
-        most = len(self._room.buffer) // page
-        while start < stop:
-            end = min(stop, start + most)
-            length = (end - start) * page
-            offset = area.offset + start * page
-            supplied: dict[int, int] = {}
-            try:
-                self._view.fill(self._room.buffer[:length], offset, supplied)
-            except (DiffMergeError, OSError) as error:
-                raise Unservable(str(error)) from error
-            if HOLE not in supplied or page != PAGE:
-                self._put(area, start, end, self._room.address)
-            else:
-                for first, last, is_hole in self._parts(area, start, end):
-                    if is_hole:
-                        self._zero(area, first, last)
-                    else:
-                        shift = (first - start) * page
-                        self._put(area, first, last, self._room.address + shift)
-            self._counters.supply(supplied)
-            start = end
+        at_once = self._most // area.page
+        for first in range(start, stop, at_once):
+            self._give_at_once(area, first, min(stop, first + at_once))
+
+    def _give_at_once(self, area: _Area, start: int, stop: int) -> None:
+        # As many pages as there is room for.
+        page, room = area.page, self._room
+        supplied: dict[int, int] = {}
+        buffer = room.buffer[: (stop - start) * page]
+        try:
+            self._view.fill(buffer, area.offset + start * page, supplied)
+        except (DiffMergeError, OSError) as error:
+            raise Unservable(str(error)) from error
+        if HOLE not in supplied or page != PAGE:
+            self._put(area, start, stop, room.address)
+        else:
+            for first, last, is_hole in self._parts(area, start, stop):
+                if is_hole:
+                    self._zero(area, first, last)
+                else:
+                    self._put(area, first, last, room.address + (first - start) * page)
+        self._counters.supply(supplied)
 
     def _parts(self, area: _Area, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         # Runs of pages, and whether they are holes in all layers.
@@ -228,8 +230,12 @@ class Memory:
                     self._source.wake(target, page)
             except OSError as error:
                 raise _failure(error, target) from error
-            number = done // page or 1
-            area.mark(start, start + number, _GIVEN)
+            if done == length and stop - start == 1:
+                area.states[start] = _GIVEN
+                number = 1
+            else:
+                number = done // page or 1
+                area.mark(start, start + number, _GIVEN)
             if source is None:
                 self._counters.zero_bytes += done
             else:

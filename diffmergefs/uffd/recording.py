@@ -7,9 +7,17 @@ import threading
 
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.extents import PAGE, Extent
+from diffmergefs.core.identity import FileKey
 from diffmergefs.core.view import MergedView
 from diffmergefs.prefetch.push import limited, pieces
-from diffmergefs.prefetch.record import MAX_RANGES, WorkingSet, WorkingSets, identity_of_view, now
+from diffmergefs.prefetch.record import (
+    MAX_RANGES,
+    Identity,
+    WorkingSet,
+    WorkingSets,
+    identity_of_view,
+    now,
+)
 from diffmergefs.prefetch.recorder import Touches, first_touches
 
 log = logging.getLogger(__name__)
@@ -72,21 +80,40 @@ class Recording:
         )
 
 
-def recorded(sets: WorkingSets, view: MergedView) -> list[Extent]:
-    """The pieces of the image's working set, in order; none, with a line in the log, if unusable.
+class Ahead:
+    """The pieces of the image's working set, in order, for each VM that connects.
 
-    Each is at most 256 KiB.
+    Each is at most 256 KiB. There are none, with a line in the log, if the record cannot be used.
+    It is read at the start, and again only when it has changed: a VM waits meanwhile. Safe to use
+    from several threads.
     """
-    name = view.layers[-1].path
-    try:
-        identity = identity_of_view(view)
-        record = sets.load(identity)
-        reason = record.stale(identity) if record else None
-    except (DiffMergeError, OSError) as error:
-        log.warning("%s: nothing is copied ahead: %s", name, error)
-        return []
-    if record is None or reason:
-        if reason:
+
+    def __init__(self, sets: WorkingSets, view: MergedView) -> None:
+        self._sets = sets
+        self._view = view
+        self._known: tuple[FileKey | None, list[Extent]] = (None, [])
+        self()
+
+    def __call__(self) -> list[Extent]:
+        """The pieces now."""
+        name = self._view.layers[-1].path
+        try:
+            identity = identity_of_view(self._view)
+            key = self._sets.key(identity)
+            known, found = self._known
+            if key != known:
+                found = self._read(identity, name)
+                self._known = key, found
+        except (DiffMergeError, OSError) as error:
+            log.warning("%s: nothing is copied ahead: %s", name, error)
+            return []
+        return found
+
+    def _read(self, identity: Identity, name: str) -> list[Extent]:
+        record = self._sets.load(identity)
+        if record is None:
+            return []
+        if reason := record.stale(identity):
             log.info("%s: nothing is copied ahead: the record is stale: %s", name, reason)
-        return []
-    return pieces(record.ranges, view.size)
+            return []
+        return pieces(record.ranges, self._view.size)

@@ -10,7 +10,7 @@ import pytest
 from diffmergefs.core.extents import Extent
 from diffmergefs.core.view import MergedView
 from diffmergefs.prefetch.record import WorkingSets, identity_of_view
-from diffmergefs.uffd.recording import Recording, recorded
+from diffmergefs.uffd.recording import Ahead, Recording
 from tests.support.images import PAGE
 
 
@@ -34,14 +34,14 @@ def test_vms_that_are_connected_at_once_share_a_record(sets: WorkingSets, view: 
     recording.end()
     record = sets.load(identity_of_view(view))
     assert record is not None and record.ranges == (page(3), page(5))
-    assert recorded(sets, view) == [page(3), page(5)]
+    assert Ahead(sets, view)() == [page(3), page(5)]
 
 
 def test_nothing_touched_makes_no_record(sets: WorkingSets, view: MergedView) -> None:
     recording = Recording(sets, view)
     recording.begin()
     recording.end()
-    assert not sets.has_any() and recorded(sets, view) == []
+    assert not sets.has_any() and Ahead(sets, view)() == []
 
 
 def test_a_layer_that_changed_makes_no_record(sets: WorkingSets, view: MergedView) -> None:
@@ -72,6 +72,20 @@ def test_a_stale_or_broken_record_is_not_used(
     path = Path(sets.path(identity_of_view(view)))
     text = path.read_text()
     path.write_text(text.replace('"mtime_ns":', '"mtime_ns":1'))
-    assert recorded(sets, view) == [] and "the record is stale" in caplog.text
+    assert Ahead(sets, view)() == [] and "the record is stale" in caplog.text
     path.write_text("{}")
-    assert recorded(sets, view) == [] and "not a record of a working set" in caplog.text
+    assert Ahead(sets, view)() == [] and "not a record of a working set" in caplog.text
+
+
+def test_a_record_that_was_written_since_is_read_again(sets: WorkingSets, view: MergedView) -> None:
+    ahead = Ahead(sets, view)
+    assert ahead() == []
+    for number in (3, 5):
+        recording = Recording(sets, view)
+        recording.begin().add(number * PAGE, PAGE)
+        recording.end()
+        assert ahead() == [page(number)]
+    known = ahead()
+    assert ahead() is known
+    assert sets.forget(identity_of_view(view))
+    assert ahead() == []

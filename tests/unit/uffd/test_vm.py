@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,3 +112,35 @@ def test_pieces_are_copied_ahead_between_faults(tmp_path: Path, plan: Plan) -> N
         assert vmm.answer() == hashlib.sha256(ORACLE).hexdigest()
         assert vm.counters.ahead_bytes + vm.counters.faults * PAGE >= SIZE
         assert vm.counters.ahead_bytes > 0
+
+
+def test_no_vm_waits_for_a_layer_that_another_one_reads(
+    tmp_path: Path, plan: Plan, view: MergedView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill, hangs, goes_on = view.fill, threading.Event(), threading.Event()
+
+    def slow(buffer: memoryview, offset: int, supplied: dict[int, int]) -> None:
+        if offset == 3 * PAGE:
+            hangs.set()
+            assert goes_on.wait(60)
+        fill(buffer, offset, supplied)
+
+    monkeypatch.setattr(view, "fill", slow)
+    with Vmm(SIZE) as waiting, Vmm(SIZE) as other:
+        waiting_vm = connected(waiting, tmp_path / "one", plan)
+        other_vm = connected(other, tmp_path / "other", plan)
+        threads = [
+            threading.Thread(target=vm.run, args=(lambda: None,)) for vm in (waiting_vm, other_vm)
+        ]
+        for thread in threads:
+            thread.start()
+        waiting.send("read", 3 * PAGE, PAGE)
+        assert hangs.wait(60)
+        assert other.read(0, 3 * PAGE) == ORACLE[: 3 * PAGE]
+        assert waiting.is_stuck(0)
+        goes_on.set()
+        assert bytes.fromhex(waiting.answer()) == ORACLE[3 * PAGE :][:PAGE]
+        for vmm in (waiting, other):
+            vmm.process.kill()
+        for thread in threads:
+            thread.join()
