@@ -36,7 +36,7 @@ CALLS = {
     "verify": "verify {store}/work",
 }
 #: What prints no facts.
-WITHOUT = {"mount", "umount", "completion", "install-extras"}
+WITHOUT = {"mount", "umount", "uffd", "completion", "install-extras"}
 
 
 def fields(found: object) -> Iterator[str]:
