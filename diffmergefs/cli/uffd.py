@@ -142,27 +142,28 @@ def uffd(
         handler = logs.file_handler(log_file, log_format)
     else:
         handler = logs.stderr_handler(log_format, to_journal=is_journal(2, stream))
-    with source.open().view as view:
-        listener = Listener(path, owner)
-        logs.log_to({handler: logging.INFO})
-        with contextlib.closing(handler):
-            if verify == "no":
-                log.warning(
-                    "seals and hashes of parents are not verified (--verify=no): guests get wrong"
-                    " bytes from a wrong file"
-                )
-            plan = Plan(
-                view,
-                PAGE if record else around,
-                on_failure == "kill",
-                list if sets is None or record or no_prefetch else Ahead(sets, view),
-                Recording(sets, view) if record and sets else None,
+    # Nobody closes it: a VM that is left behind must not be killed for that.
+    view = source.open().view
+    listener = Listener(path, owner)
+    logs.log_to({handler: logging.INFO})
+    with contextlib.closing(handler):
+        if verify == "no":
+            log.warning(
+                "seals and hashes of parents are not verified (--verify=no): guests get wrong"
+                " bytes from a wrong file"
             )
-            try:
-                name = os.path.abspath(source.image or source.base or "")
-                Server(plan, listener, name, notifier).serve()
-            finally:
-                listener.close()
+        plan = Plan(
+            view,
+            PAGE if record else around,
+            on_failure == "kill",
+            list if sets is None or record or no_prefetch else Ahead(sets, view),
+            Recording(sets, view) if record and sets else None,
+        )
+        try:
+            name = os.path.abspath(source.image or source.base or "")
+            Server(plan, listener, name, notifier).serve()
+        finally:
+            listener.close()
     return 0
 
 

@@ -112,7 +112,11 @@ class Memory:
             self._counters.fault(time.perf_counter_ns() - began)
 
     def _take(self) -> None:
-        for kind, first, second, _ in self._source.events():
+        try:
+            events = self._source.events()
+        except OSError as error:
+            raise Unservable(f"the events of its memory: {error.strerror}") from error
+        for kind, first, second, _ in events:
             if kind == userfault.PAGEFAULT:
                 if first & userfault.OTHER_FAULTS:
                     raise Unservable(f"a fault with the flags {first:#x}, which is not supported")

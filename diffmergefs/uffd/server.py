@@ -69,8 +69,9 @@ class Server:
                 elif accepting.fileno() in ready:
                     self._accept()
                 if asking.fileno() in ready:
-                    connection, _ = asking.accept()
-                    self._start(self._answer, connection, connection)
+                    with suppress(OSError):  # without descriptors there is no answer
+                        connection, _ = asking.accept()
+                        self._start(self._answer, connection, connection)
         log.info("%s: no VM is connected any more", self._listener.path)
 
     def status(self) -> Status:

@@ -120,10 +120,16 @@ class Vm:
         poller.register(faults, select.POLLIN)
         while True:
             timeout = 0 if ahead else _RETRY_MS if memory.is_waiting else None
-            for fd, _ in poller.poll(timeout):
+            has_events = memory.is_waiting
+            for fd, what in poller.poll(timeout):
                 if fd == pidfd:
                     return
-            memory.serve()
+                if what != select.POLLIN:
+                    # It was not made for use, or its other holder has it block.
+                    raise Unservable("the userfaultfd cannot be polled")
+                has_events = True
+            if has_events:
+                memory.serve()
             if ahead and not memory.is_waiting:
                 with suppress(Pending):
                     memory.ahead(*ahead[0])

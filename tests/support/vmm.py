@@ -268,6 +268,10 @@ class _Program:
             name, *arguments = json.loads(line)
             print(json.dumps(getattr(self, name)(*arguments)), flush=True)
 
+    def block(self) -> None:
+        """Have the descriptor block, for all who hold it."""
+        os.set_blocking(self._fd, True)
+
     def leave(self) -> None:
         sys.exit()
 

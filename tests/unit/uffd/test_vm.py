@@ -102,6 +102,16 @@ def test_a_read_error_ends_it_or_leaves_it_waiting(
         assert ("and it was killed" if kills else "and it hangs") in caplog.text
 
 
+def test_a_descriptor_that_blocks_holds_nobody_up(
+    tmp_path: Path, plan: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Vmm(SIZE) as vmm:
+        vm = connected(vmm, tmp_path / "socket", plan)
+        vm.run(lambda: vmm.ask("block"))
+        assert vmm.process.wait(30) == -9
+        assert "the userfaultfd cannot be polled" in caplog.text
+
+
 def test_pieces_are_copied_ahead_between_faults(tmp_path: Path, plan: Plan) -> None:
     pieces = [Extent(start * PAGE, (start + 8) * PAGE) for start in range(0, 32, 8)]
     with Vmm(SIZE) as vmm:
