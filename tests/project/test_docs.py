@@ -68,6 +68,7 @@ NOT_RUN = {
     ("CONTRIBUTING.md", "PYTEST_ARGS"): "make test runs this very test",
     ("recipes.md", "firecracker --api-sock vm"): "vm/test_recipes.py starts it, and the next",
     ("recipes.md", "firecracker --api-sock restored"): "vm/test_recipes.py starts it",
+    ("recipes.md", "firecracker --api-sock served"): "vm/test_recipes.py starts it",
     ("recipes.md", "jailer --id"): "vm/test_recipes.py starts it",
     ("recipes.md", "share=on"): "vm/test_recipes.py starts it, and types the monitor's commands",
     ("recipes.md", "share=off"): "vm/test_recipes.py starts it, and types the monitor's commands",

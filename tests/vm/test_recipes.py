@@ -166,7 +166,7 @@ def test_a_program_reads_the_guest_in_the_view(box: Sandbox, title: str) -> None
         mounttable.unmount_below(str(box.root))
 
 
-def test_a_firecracker_guest_is_taken_apart_and_restored_twice(public_path: Path) -> None:
+def test_a_firecracker_guest_is_taken_apart_and_restored_three_times(public_path: Path) -> None:
     folder = firecracker.programs()
     guests: list[firecracker.Guest] = []
     states: list[tuple[str, str]] = []
@@ -174,6 +174,7 @@ def test_a_firecracker_guest_is_taken_apart_and_restored_twice(public_path: Path
     with sandbox(public_path, filled=False) as box:
         firecracker.make_kernel(box.work / "vmlinux")
         texts = [RECIPE["Firecracker"], RECIPE["Firecracker in its jailer"]]
+        texts.append(RECIPE["Firecracker with a page server"])
         try:
             for block in [block for text in texts for block in blocks_of(text)]:
                 if block.language == "sh":
@@ -181,7 +182,7 @@ def test_a_firecracker_guest_is_taken_apart_and_restored_twice(public_path: Path
                     continue
                 if block.language != "console":
                     continue
-                if " umount " in block.text:
+                if " umount " in block.text or "kill " in block.text:
                     guests[-1].end()
                 if '"Diff"' in block.text:
                     states.append(guests[0].state())
@@ -196,7 +197,7 @@ def test_a_firecracker_guest_is_taken_apart_and_restored_twice(public_path: Path
                 if "/snapshot/load" in block.text:
                     assert guests[-1].state() == states[-1] != states[0]
                     uids.append(guests[-1].uid())
-            assert uids == [0, 1234]
+            assert uids == [0, 1234, 0]
         finally:
             for guest in guests:
                 guest.end()
