@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 from diffmergefs.core import beneath, foreign, sparse, workers
@@ -37,6 +38,26 @@ class Record(NamedTuple):
     unchecked: int = 0
 
 
+class LayerFacts(NamedTuple):
+    """What is known of an open layer besides its extents. It can be pickled."""
+
+    path: str
+    status: os.stat_result
+    fingerprint: Fingerprint
+    records: tuple[Record, ...]
+    tainted: str | None
+
+
+class LayerExtents(NamedTuple):
+    """The ranges of an open layer, by the names that they have there. They can be pickled."""
+
+    walked: ExtentList
+    unwritten: ExtentList
+    unmapped: ExtentList
+    unreported: ExtentList
+    extents: ExtentList
+
+
 class Layer:
     """An open, read-only image file with its data extents.
 
@@ -48,10 +69,12 @@ class Layer:
     The file is never written, extended or locked. A layer has one descriptor, closed by `close()`
     or with the last reference. Safe to use from several threads.
 
-    `taints` counts the layers that this process found changed since it started.
+    `taints` counts the layers that this process found changed since it started. `facts_changed` is
+    called when this layer's `facts` have changed, before anyone learns of it.
     """
 
     taints: ClassVar[int] = 0
+    _load_extents: Callable[[], LayerExtents]
 
     def __init__(self, path: str, fd: int) -> None:
         """Take over `fd`, sync the file and walk its extents. Raises OSError, SizeMismatchError.
@@ -59,29 +82,86 @@ class Layer:
         SEEK_DATA is exact and fast only on a clean file, so the file is synced first. The
         fingerprint is taken between the sync and the walk, so a write during the walk is detected.
         """
-        self.path = path
-        self.fd = fd
-        self.tainted: str | None = None
         try:
-            self.status = os.fstat(fd)
+            status = os.fstat(fd)
         except OSError:
             os.close(fd)
             raise
-        self._close = weakref.finalize(self, workers.close, fd, self.status.st_dev)
-        self._close.atexit = False  # the end of the process closes it
-        self._recheck = threading.Lock()
-        self.size = self.status.st_size
+        self._take(path, fd, status)
         require_size(path, self.size)
         _sync(fd)
         # With the first size seen, so that growth during the sync is detected too.
         self.fingerprint = Fingerprint.of(fd)._replace(size=self.size)
         found = sparse.walk(fd, self.size)
-        self.walked, self.unwritten, self.unmapped, self.unreported = found
-        self.extents = self.walked
+        self._load_extents = lambda: LayerExtents(*found, extents=found.data)
+
+    def _take(self, path: str, fd: int, status: os.stat_result) -> None:
+        self.path, self.fd, self.status, self.size = path, fd, status, status.st_size
+        self.tainted: str | None = None
         self.records: tuple[Record, ...] = ()
+        self._extents: LayerExtents | None = None
+        self.facts_changed: Callable[[Layer], None] | None = None
+        self._close = weakref.finalize(self, workers.close, fd, status.st_dev)
+        self._close.atexit = False  # the end of the process closes it
+        self._recheck = threading.Lock()
         # tmpfs does not support RWF_NOWAIT; its pages are in memory anyway.
         in_memory = sparse.filesystem_magic(fd) == sparse.TMPFS_MAGIC
         self._nowait = 0 if in_memory else os.RWF_NOWAIT
+
+    @classmethod
+    def restored(cls, facts: LayerFacts, fd: int, extents: Callable[[], LayerExtents]) -> Layer:
+        """The layer with these facts, which another process opened; takes over its `fd`.
+
+        Nothing is synced or walked. `extents` is called when its extents are first used. Raises
+        OSError.
+        """
+        layer = cls.__new__(cls)
+        layer._take(facts.path, fd, facts.status)
+        layer.fingerprint, layer.records, layer.tainted = facts[2:]
+        layer._load_extents = extents
+        return layer
+
+    @property
+    def walked(self) -> ExtentList:
+        """The data extents that the filesystem reports."""
+        return self.all_extents.walked
+
+    @property
+    def unwritten(self) -> ExtentList:
+        """The preallocated ranges."""
+        return self.all_extents.unwritten
+
+    @property
+    def unmapped(self) -> ExtentList:
+        """Ranges where the filesystem's own map has no data: see `sparse.Walk`."""
+        return self.all_extents.unmapped
+
+    @property
+    def unreported(self) -> ExtentList:
+        """Ranges where only the filesystem's own map has data: see `sparse.Walk`."""
+        return self.all_extents.unreported
+
+    @property
+    def extents(self) -> ExtentList:
+        """The data extents in force."""
+        return self.all_extents.extents
+
+    @extents.setter
+    def extents(self, extents: ExtentList) -> None:
+        self._extents = self.all_extents._replace(extents=extents)
+
+    @property
+    def facts(self) -> LayerFacts:
+        """What `restored` needs besides the descriptor and the extents."""
+        return LayerFacts(self.path, self.status, self.fingerprint, self.records, self.tainted)
+
+    @property
+    def all_extents(self) -> LayerExtents:
+        """All its ranges."""
+        # Not by __getattr__: that would slow down each use of all other attributes.
+        if self._extents is None:
+            self._extents = self._load_extents()
+        return self._extents
 
     @classmethod
     def open(cls, path: str, root: beneath.Root | None = None, name: str | None = None) -> Layer:
@@ -123,7 +203,8 @@ class Layer:
 
         If the layer has a record already, the caller makes sure that both have the same extents.
         """
-        self.extents, self.records = extents, (record, *self.records)
+        self.extents = extents
+        self.records = (record, *self.records)
 
     def record(self, suffix: str) -> Record | None:
         """The record with this suffix that is in force, or None."""
@@ -219,6 +300,8 @@ class Layer:
             self.fingerprint = now._replace(
                 size=self.fingerprint.size, mtime_ns=self.fingerprint.mtime_ns
             )
+            if self.facts_changed is not None:
+                self.facts_changed(self)
 
     def is_zero(self, start: int, stop: int) -> bool:
         """Whether the bytes of a range are zeros; the caller must call `check_unchanged`.
@@ -241,6 +324,8 @@ class Layer:
                 self.tainted = reason
                 Layer.taints += 1
         if is_news:
+            if self.facts_changed is not None:
+                self.facts_changed(self)
             log.warning("%s: the layer changed under its views: %s", self.path, reason)
         raise self._changed()
 

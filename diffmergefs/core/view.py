@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from diffmergefs.core.errors import BrokenChainError, SizeMismatchError, counted
 from diffmergefs.core.extents import MAX_LAYERS, ExtentList, Segment, SegmentMap
@@ -36,10 +36,29 @@ class MergedView:
             require_equal_size(layers[0].path, layers[0].size, layer.path, layer.size)
         self.layers = tuple(layers)
         self.size = layers[0].size
+        self._saved_map: Callable[[], SegmentMap] | None = None
+
+    @classmethod
+    def restored(cls, layers: Sequence[Layer], segments: Callable[[], SegmentMap]) -> MergedView:
+        """The view of these layers that another process merged.
+
+        `segments` returns what `merged` was there. It is called when the view is first used.
+        """
+        view = cls(layers)
+        view._saved_map = segments
+        return view
+
+    @property
+    def merged(self) -> SegmentMap:
+        """The merge of its layers. It can be pickled."""
+        return self._map
 
     @functools.cached_property
     def _map(self) -> SegmentMap:
         # Merged at the first use, so callers that only validate a chain do not pay for the merge.
+        if self._saved_map is not None:
+            known = _MAPS[self.layers] = self._saved_map()
+            return known
         return _merged(self.layers)
 
     def __enter__(self) -> MergedView:

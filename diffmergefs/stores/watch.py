@@ -48,6 +48,14 @@ class _Seen(NamedTuple):
     layers: list[FileKey] | None
 
 
+class Memory(NamedTuple):
+    """What a `Watch` knows of a directory: how each snapshot was seen, and with which parent."""
+
+    seen: dict[str, _Seen]
+    pairs: dict[str, _Pair]
+    device_state: Mapping[str, FileVersion | None]
+
+
 class Watch:
     """Judges successive looks at one directory of snapshots.
 
@@ -65,6 +73,15 @@ class Watch:
         #: tag's memory. None if there is none: the file was missing, two looks do not agree yet on
         #: it and on the memory, or the tag is not served.
         self.device_state: Mapping[str, FileVersion | None] = {}
+
+    @property
+    def memory(self) -> Memory:
+        """What the next look is compared with. It can be pickled, and set in another process."""
+        return Memory(self._seen, dict(self._pairs), self.device_state)
+
+    @memory.setter
+    def memory(self, memory: Memory) -> None:
+        self._seen, self._pairs, self.device_state = memory
 
     def judge(self, catalog: Catalog, now_ns: int) -> tuple[dict[str, list[Snapshot]], set[str]]:
         """The chains that may be served after this look, by tag, and the tags that must settle.

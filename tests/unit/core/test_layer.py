@@ -6,6 +6,7 @@ import errno
 import gc
 import mmap
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ from diffmergefs.core.errors import (
     SizeMismatchError,
 )
 from diffmergefs.core.identity import FileKey
-from diffmergefs.core.layer import Layer
+from diffmergefs.core.layer import Layer, LayerExtents, LayerFacts, Record
 from diffmergefs.core.view import MergedView
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.layers import SIZE, poke, read, written
+from tests.support.live import until
 
 
 def test_a_short_answer_without_waiting_is_a_miss_and_not_an_end(
@@ -206,3 +208,78 @@ def test_a_refused_format_leaves_no_descriptor(tmp_path: Path) -> None:
         Layer.open(str(tmp_path / "disk"))
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_another_process_may_go_on_with_a_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path)
+    os.utime(path, ns=(10**9 + 7, 10**9 + 7))
+    layer = Layer.open(str(path))
+    layer.records = (Record(".bmap", "seal", layer.key, PAGE, 3),)
+    facts, extents = pickle.loads(pickle.dumps((layer.facts, layer.all_extents)))
+    loads: list[str] = []
+
+    def load() -> LayerExtents:
+        loads.append("")
+        return extents  # type: ignore[no-any-return]
+
+    def fails(*_: object) -> None:
+        raise AssertionError("nothing is synced or walked")
+
+    fd = os.dup(layer.fd)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        patch.setattr(sparse, "walk", fails)
+        again = Layer.restored(facts, fd, load)
+        assert (again.path, again.fd, again.size) == (str(path), fd, SIZE)
+        assert (again.key, again.status.st_mtime_ns) == (layer.key, 10**9 + 7)
+        assert again.facts == layer.facts and again.record(".bmap") == layer.records[0]
+        assert read(again) == signed(1, 2 * PAGE, PAGE) and again.is_unchanged()
+        assert not loads, "its extents were not used yet"
+        for name in LayerExtents._fields:
+            assert list(getattr(again, name)) == list(getattr(layer, name))
+        assert len(loads) == 1
+    poke(path, 0, b"x")
+    with pytest.raises(LayerChangedError):
+        read(again)
+    del again
+    gc.collect()
+    until(lambda: not os.path.exists(f"/proc/self/fd/{fd}"), "it is left open")
+
+
+def test_a_restored_layer_that_was_found_changed_is_so_for_ever(tmp_path: Path) -> None:
+    layer = Layer.open(str(written(tmp_path)))
+    facts = layer.facts._replace(tainted="on purpose")
+    again = Layer.restored(facts, os.dup(layer.fd), lambda: layer.all_extents)
+    for ask in (again.is_unchanged, again.check_unchanged, lambda: read(again)):
+        with pytest.raises(LayerChangedError, match="on purpose"):
+            ask()
+
+
+def test_a_restored_layer_whose_descriptor_is_none_is_an_error(tmp_path: Path) -> None:
+    layer = Layer.open(str(written(tmp_path)))
+    fd = os.dup(layer.fd)
+    again = Layer.restored(layer.facts, fd, lambda: layer.all_extents)
+    again.close()
+    until(lambda: not os.path.exists(f"/proc/self/fd/{fd}"), "it is left open")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        again.is_unchanged()
+
+
+def test_new_facts_are_told_before_anyone_learns_of_them(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    layer = Layer.open(str(path))
+    told: list[LayerFacts] = []
+    layer.facts_changed = lambda of: told.append(of.facts)
+    read(layer)
+    assert not told
+    path.chmod(0o600)  # moves the ctime, and no byte
+    read(layer)
+    (accepted,) = told
+    assert accepted == layer.facts and accepted.fingerprint.ctime_ns == path.stat().st_ctime_ns
+    poke(path, 2 * PAGE, b"x")
+    for _ in range(2):
+        with pytest.raises(LayerChangedError):
+            read(layer)
+        assert len(told) == 2 and told[1].tainted is not None

@@ -6,6 +6,7 @@ import errno
 import gc
 import itertools
 import os
+import pickle
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -305,3 +306,36 @@ def test_the_end_of_the_with_block_closes_the_layers(tmp_path: Path) -> None:
     for fd in descriptors:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)
+
+
+def restored(layer: Layer) -> Layer:
+    return Layer.restored(layer.facts, os.dup(layer.fd), lambda: layer.all_extents)
+
+
+def test_another_process_may_go_on_with_a_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, chain = 4 * PAGE, [[data(0, 0, 4)], [data(1, 1, 1)], [data(2, 3, 1)]]
+    loads: list[str] = []
+    with open_view(tmp_path, size, chain) as view:
+        merged = pickle.loads(pickle.dumps(view.merged))
+
+        def load() -> SegmentMap:
+            loads.append("")
+            return merged  # type: ignore[no-any-return]
+
+        def fails(*_: object) -> None:
+            raise AssertionError("it is merged already")
+
+        layers = [restored(layer) for layer in view.layers]
+        monkeypatch.setattr("diffmergefs.core.view.SegmentMap", fails)
+        again = MergedView.restored(layers, load)
+        assert not loads and (again.layers, again.size) == (tuple(layers), size)
+        assert again.read(0, size) == overlay_oracle(size, chain)
+        assert list(again.segments()) == list(view.segments())
+        # What is opened later on the same layers has that merge too.
+        assert list(MergedView(layers).segments()) == list(view.segments())
+        assert len(loads) == 1
+        with pytest.raises(BrokenChainError):
+            MergedView.restored([], load)
+        again.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gc
 import os
@@ -28,16 +27,12 @@ from diffmergefs.core.workers import (
 )
 from tests.support.images import PAGE, write_layer
 from tests.support.live import until
+from tests.support.processes import children_of
 
 
 def children() -> set[int]:
-    """The children of this process that have not been waited for, whichever thread started them."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
-                found.add(int(stat.parent.name))
-    return found
+    """The children of this process that live, whichever thread started them."""
+    return set(children_of(os.getpid()))
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 3, 7, 100])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -400,3 +401,45 @@ def test_only_so_many_tags_that_are_gone_are_remembered(
     shown = looks.look()
     # Which of the two is forgotten is nobody's business.
     assert len(shown) == 2 and "base" in shown
+
+
+def handed_over(looks: Looks) -> None:
+    """Have another watch go on, as in another process."""
+    memory = pickle.loads(pickle.dumps(looks.watch.memory))
+    looks.watch = Watch(looks.watch._content_hash)
+    looks.watch.memory = memory
+    assert looks.watch.memory == memory
+
+
+def test_a_successor_goes_on_between_the_two_looks_at_a_fresh_tag(looks: Looks) -> None:
+    looks.fresh(write_tag(looks.store, "new", "base", layer=3) / "memory.bin")
+    assert "new" not in looks.look() and looks.unsettled == {"new"}
+    handed_over(looks)
+    assert "new" in looks.look()
+
+
+def test_a_successor_knows_which_parent_each_tag_was_first_seen_with(looks: Looks) -> None:
+    looks.look()
+    handed_over(looks)
+    replace_memory(looks.store / "base", 9)
+    assert looks.look() == {"base"}
+    handed_over(looks)
+    assert looks.look() == {"base"}
+    assert "parent replaced" in looks.reason("work")
+
+
+def test_a_successor_serves_on_what_is_written_to_beside_the_layers(looks: Looks) -> None:
+    """The same layers stay served, and the device state must settle."""
+    looks.look()
+    state = looks.store / "leaf" / "vmstate"
+    known = dict(looks.watch.device_state)
+    assert known["leaf/vmstate"] == FileVersion.of(state.stat())
+    handed_over(looks)
+    assert looks.watch.device_state == known
+    state.write_bytes(b"another state")
+    looks.fresh(state)
+    assert "leaf" in looks.look()
+    assert looks.watch.device_state["leaf/vmstate"] is None
+    handed_over(looks)
+    looks.look()
+    assert looks.watch.device_state["leaf/vmstate"] == FileVersion.of(state.stat())
