@@ -24,6 +24,7 @@ _FUSE_NUMBER = os.makedev(10, 229)
 _HELPER = "fusermount3"
 # The first with RWF_NOWAIT of preadv2, which moves reads that would block to a thread.
 _OLDEST = (4, 14)
+_COVERING = (6, 9)  # the first with FUSE_NOTIFY_RESEND
 _IMPORT_SECONDS = 60
 _CAP_SYS_ADMIN = 21
 
@@ -34,10 +35,12 @@ NO_MOUNT = "nothing can be mounted here; flatten, info, verify and seal still wo
 def examine_host() -> Iterator[Finding]:
     """The findings on what this user needs to mount.
 
-    Kernel, /dev/fuse, fusermount3, the right to mount, /etc/fuse.conf, fusectl and pyfuse3.
-    /dev/fuse is opened briefly, and another process imports pyfuse3. Nothing is raised.
+    Kernel, what it does for a mount whose server dies, /dev/fuse, fusermount3, the right to mount,
+    /etc/fuse.conf, fusectl and pyfuse3. /dev/fuse is opened briefly, and another process imports
+    pyfuse3. Nothing is raised.
     """
     yield _kernel()
+    yield _cover()
     yield _device()
     yield _helper()
     yield _right()
@@ -62,7 +65,6 @@ def _warning(check: str, finding: str, why: str, remedy: str) -> Finding:
 
 def _kernel() -> Finding:
     release = platform.release()
-    numbers = re.match(r"(\d+)\.(\d+)", release)
     if sys.platform != "linux":
         return Finding(
             "host",
@@ -72,7 +74,7 @@ def _kernel() -> Finding:
             "data extents can be read on Linux only",
             "run diffmergefs on Linux",
         )
-    if numbers and (int(numbers[1]), int(numbers[2])) < _OLDEST:
+    if _is_older(release, _OLDEST):
         return _warning(
             "kernel",
             f"Linux {release} is older than {_OLDEST[0]}.{_OLDEST[1]}",
@@ -80,6 +82,25 @@ def _kernel() -> Finding:
             "upgrade the kernel",
         )
     return _fine("kernel", f"Linux {release}")
+
+
+def _cover() -> Finding:
+    # By the number of the release. A mount asks the kernel itself.
+    release = platform.release()
+    if _is_older(release, _COVERING):
+        return _warning(
+            "cover",
+            f"Linux {release} is older than {_COVERING[0]}.{_COVERING[1]}",
+            "if the server of a mount dies, its readers get errors, and VMs on it are lost",
+            f"upgrade the kernel to Linux {_COVERING[0]}.{_COVERING[1]} or newer, where another"
+            " server goes on",
+        )
+    return _fine("cover", "if the server of a mount dies, another one goes on")
+
+
+def _is_older(release: str, than: tuple[int, int]) -> bool:
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < than
 
 
 def _device() -> Finding:
@@ -165,10 +186,13 @@ def _others() -> Finding:
 def _control() -> Finding:
     if os.path.ismount(CONNECTIONS):
         return _fine("fusectl", f"fusectl is mounted on {CONNECTIONS}")
+    why = "--max-background has no effect"
+    if _is_older(platform.release(), _COVERING):
+        why = f"--prefetch=fadvise replaces notify, which is faster, and {why}"
     return _warning(
         "fusectl",
         f"fusectl is not mounted on {CONNECTIONS}",
-        "--prefetch=fadvise replaces notify, which is faster, and --max-background has no effect",
+        why,
         f"ask root to mount it: mount -t fusectl fusectl {CONNECTIONS}",
     )
 

@@ -23,9 +23,9 @@ class QueuedHandler(logging.Handler):
     writes it, and all later ones until the log has caught up. At most `capacity` bytes wait in the
     queue. When it is full, records below a warning are dropped, the newest first, and then new
     warnings. The number of dropped records is logged as soon as possible. The thread starts with
-    the first record: a fork before that is harmless, and a child that is forked later gets its own
-    thread and queue. `flush` waits for at most a second, and so does `close`, which then drops the
-    rest. The descriptor stays open.
+    the first record, or the first after `rest`: a fork before that is harmless, and a child that is
+    forked later gets its own thread and queue. `flush` waits for at most a second, and so does
+    `close`, which then drops the rest. The descriptor stays open.
     """
 
     def __init__(self, fd: int, encoding: str = "utf-8", capacity: int = _BYTES) -> None:
@@ -43,7 +43,7 @@ class QueuedHandler(logging.Handler):
         self._routine: deque[tuple[int, bytes]] = deque()
         self._warnings: deque[tuple[int, bytes]] = deque()
         self._count = self._waiting = self._dropped = 0
-        self._is_writing = self._is_closed = self._is_late = False
+        self._is_writing = self._is_closed = self._is_late = self._is_resting = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write or queue a record."""
@@ -113,12 +113,15 @@ class QueuedHandler(logging.Handler):
                 self._is_writing = False
                 self._is_late = self._is_late and self._has_records()
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._is_closed or self._has_records())
+                self._changed.wait_for(self._has_news)
                 if not self._has_records():
                     return
                 line, count = self._take()
                 self._is_writing = True
             failed = 0 if _written(self.fd, line) else count
+
+    def _has_news(self) -> bool:
+        return self._is_closed or self._is_resting or self._has_records()
 
     def _has_records(self) -> bool:
         return bool(self._routine or self._warnings)
@@ -130,11 +133,29 @@ class QueuedHandler(logging.Handler):
         with self._changed:
             self._changed.wait_for(self._is_idle, _LAST_SECONDS if self._thread else 0)
 
+    def rest(self) -> None:
+        """End the thread until the next record, so that a fork copies a process with one thread.
+
+        Waits for at most two seconds; then a log that cannot be written keeps its thread.
+        """
+        self.flush()
+        with self._changed:
+            thread, self._is_resting = self._thread, True
+            self._changed.notify_all()
+        if thread is not None:
+            thread.join(_LAST_SECONDS)
+        with self._changed:
+            self._is_resting = False
+            if thread is not None and not thread.is_alive():
+                self._thread = None
+
     def _is_idle(self) -> bool:
         return not (self._has_records() or self._is_writing)
 
     def close(self) -> None:
         """Write the queue for at most a second. Later records are dropped."""
+        if os.getpid() != self._process:
+            self._begin()  # a thread that this process does not have may hold the lock
         self.flush()
         with self._changed:
             self._is_closed = True

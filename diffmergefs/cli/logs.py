@@ -94,6 +94,8 @@ class Json(logging.Formatter):
         }
         if record.exc_info:
             facts["exception"] = self.formatException(record.exc_info)
+        elif record.exc_text:
+            facts["exception"] = record.exc_text
         return json.dumps(facts)
 
 

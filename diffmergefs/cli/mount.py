@@ -120,6 +120,15 @@ def _ends(option: click.Option) -> list[str]:
     is_flag=True,
     help="Let pyfuse3 wait for requests in its own way, which needs more CPU for small reads.",
 )
+@click.option(
+    "--watchdog",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Replace a serving process that has been stuck for so long. 0: never. Storage that hangs"
+    " does not count.",
+)
 @layout_options
 @click.option(
     "--timeout",

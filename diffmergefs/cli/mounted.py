@@ -290,6 +290,15 @@ def _up(found: Status | ServerStatus) -> timedelta:
 
 def _facts(found: Status) -> Iterator[tuple[str, str]]:
     yield "daemon", f"pid {found.pid}, version {found.version}, up {_up(found)}"
+    service = found.service
+    covered = "another one goes on" if service.covered else f"the mount ends ({service.obstacle})"
+    yield "server", f"pid {service.server}; if it dies, {covered}"
+    if service.servers > 1:
+        stall = f"longest stall {service.longest_stall_seconds * 1e3:.0f} ms"
+        yield (
+            "replaced",
+            f"{counted(service.servers - 1, 'time')}, {stall}; the last time {service.last_end}",
+        )
     yield "read loop", "fast" if found.fast_loop else "pyfuse3's own"
     yield "open", f"{counted(found.open_images, 'image')}, {counted(found.open_files, 'file')}"
     requests = [f"{each.operation} {each.requests}" for each in found.operations]

@@ -32,16 +32,15 @@ from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.prefetch.adviser import Adviser
-from diffmergefs.prefetch.connection import Connection
 from diffmergefs.prefetch.prefetcher import Prefetcher
-from diffmergefs.prefetch.push import GuardedNotify, Notify
+from diffmergefs.prefetch.push import Notify
 from diffmergefs.prefetch.record import WorkingSets
 from diffmergefs.prefetch.recorder import Recorder
 from diffmergefs.stores.catalog import Catalog
 from diffmergefs.stores.remarks import remarks, require_store
 from diffmergefs.system import daemon, mounted
 from diffmergefs.system import mountpoint as mountpoints
-from diffmergefs.system.daemon import Notifier
+from diffmergefs.system.daemon import Caller, Notifier
 from diffmergefs.system.installation import install_command, missing_package
 from diffmergefs.system.mounttable import FILESYSTEM_TYPE, Mount, mount_entry, resolved
 from diffmergefs.system.tuning import Tuning
@@ -69,6 +68,7 @@ class Request:
     working_set_dir: str | None
     drop_behind: bool
     fast_loop: bool
+    watchdog: float
 
     @property
     def name(self) -> str:
@@ -86,7 +86,12 @@ def serve_in_front(request: Request, handler: QueuedHandler, level: int, notifie
     logs.log_to({handler: level})
     with contextlib.closing(handler):
         try:
-            _serve(request, functools.partial(notifier.notify, "READY=1"), notifier)
+            _serve(
+                request,
+                functools.partial(notifier.notify, "READY=1"),
+                notifier=notifier,
+                before_servers=handler.rest,
+            )
         except MountAbortedError as error:
             return error.exit_code  # it was logged
         except DiffMergeError as error:
@@ -104,12 +109,17 @@ def serve_in_front(request: Request, handler: QueuedHandler, level: int, notifie
 def _serve(
     request: Request,
     ready: Callable[[], None],
+    leave_caller: Callable[[], None] = lambda: None,
+    *,
     notifier: Notifier | None = None,
+    before_servers: Callable[[], None] = lambda: None,
     tell: Callable[[str], object] = log.info,
 ) -> None:
     # Imported here, because everything else works without libfuse.
     try:
-        from diffmergefs.fuse import session as mounts
+        from diffmergefs.fuse.looking import wait_until_stable
+        from diffmergefs.fuse.mounting import session_options
+        from diffmergefs.fuse.session import Session
     except ImportError as error:
         raise MountFailedError(
             f"{request.mountpoint}: cannot be mounted: pyfuse3 cannot be imported ({error});"
@@ -124,7 +134,7 @@ def _serve(
     real = mountpoints.check_mountpoint(
         request.mountpoint, request.source, request.layers, request.policy.allow_outside
     )
-    options = mounts.session_options(
+    options = session_options(
         request.name, request.options, allow_other=request.allow_other, open_rw=request.open_rw
     )
     if request.policy.verify == "no":
@@ -143,10 +153,10 @@ def _serve(
             layout=request.layout,
             suffix=request.suffix,
         )
-        mounts.wait_until_stable(store)
+        wait_until_stable(store)
         _tell_what_is_there(store.seen.catalog, request.layout, tell)
         tree = Tree(real, store, open_rw=request.open_rw)
-    mounts.Session(
+    Session(
         tree=tree,
         mountpoint=real,
         options=options,
@@ -156,7 +166,14 @@ def _serve(
         observe=observe,
         drop_behind=request.drop_behind,
         fast_loop=request.fast_loop,
+        leave_caller=leave_caller,
+        before_servers=before_servers,
+        watchdog=request.watchdog,
     ).serve()
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _tell_what_is_there(
@@ -193,18 +210,14 @@ def _observer(sets: WorkingSets | None, how: str, mount: ObservedMount) -> Obser
     adviser = Adviser(os.makedev(*map(int, mount.device.split(":"))), mount.path_of)
     if how == "fadvise":
         return Prefetcher(sets, adviser)
-    connection = Connection(mount.device)
-    if sets.has_any():
-        # Start the guard now, so that the first push does not wait. That push reports a failure.
-        with contextlib.suppress(OSError):
-            connection.guard()
-
-    def start_guard() -> None:
-        mount.run_in_main_thread(connection.guard)
-        connection.wait_for_guard()
-
-    notify = GuardedNotify(Notify(mount.store_pages), adviser, start_guard)
-    return Prefetcher(sets, notify, connection)
+    if mount.abort is None:
+        log.info(
+            "--prefetch=fadvise replaces notify: this kernel gives no server the requests of one"
+            " that died, and the connection to it cannot be ended, so a push could leave its"
+            " readers waiting"
+        )
+        return Prefetcher(sets, adviser)
+    return Prefetcher(sets, Notify(mount.store_pages), mount.abort)
 
 
 def _explicit_image(request: Request) -> OpenImage:
@@ -236,16 +249,17 @@ def serve_in_background(
     happens within `timeout` seconds; then no mount and no daemon remain.
     """
 
-    def child(ready: Callable[[], None]) -> int:
+    def child(caller: Caller) -> int:
         logging.raiseExceptions = False  # a log that cannot be written is no error
         # Warnings at the start go to the caller's terminal too.
         logs.log_to({logs.caller_handler(): logging.WARNING, handler: level})
         with contextlib.closing(handler):
-            return serve(ready)
+            return serve(caller)
 
-    def serve(ready: Callable[[], None]) -> int:
+    def serve(caller: Caller) -> int:
         try:
-            _serve(request, ready, tell=tell)
+            rest = handler.rest if isinstance(handler, QueuedHandler) else _do_nothing
+            _serve(request, caller.ready, caller.leave, before_servers=rest, tell=tell)
         except MountAbortedError as error:
             return error.exit_code  # it was logged
         except DiffMergeError as error:

@@ -62,9 +62,10 @@ class Contents:
 class Handle:
     """An open file or directory. It reads from exactly one of `image`, `fd`, `text` and `names`.
 
-    `fd` is a descriptor of the passed-through file `node`; `names` are those in the directory
-    `node`. With a `key`, the file behind `fd` must keep that identity. `supplied` counts the bytes
-    that each layer supplied to reads.
+    With none of them, what it read from was lost with the server that opened it. `fd` is a
+    descriptor of the passed-through file `node`; `names` are those in the directory
+    `node`. With a `key`, the file behind `fd` must keep that identity. `mark` is that of reads of
+    the image's first page, and `supplied` counts the bytes that each layer supplied to reads.
     """
 
     image: OpenImage | None = None
@@ -73,6 +74,7 @@ class Handle:
     names: Content | None = None
     node: Node | None = None
     key: FileKey | None = None
+    mark: int = 0
     supplied: dict[int, int] = field(default_factory=dict)
     view: MergedView | None = field(init=False)
     _devices: list[int] = field(init=False)
@@ -116,23 +118,42 @@ class Handle:
 
 
 class Handles:
-    """All open files and directories of a mount. Their numbers are never reused."""
+    """All open files and directories of a mount. Their numbers are never reused.
+
+    `recorded` is called with the number of each handle that is added, and the handle, and with None
+    for one that is removed.
+    """
 
     def __init__(self) -> None:
         self.by_number: dict[int, Handle] = {}
+        self.recorded: Callable[[int, Handle | None], None] | None = None
         self._contents = Contents()
+        self.shared = self._contents.shared
         self._next = 1
+
+    def begin_at(self, number: int) -> None:
+        """Use numbers from this one on."""
+        self._next = number
 
     def add(self, handle: Handle) -> int:
         """Give the handle a number."""
         number = self._next
         self._next += 1
         self.by_number[number] = handle
+        if self.recorded is not None:
+            self.recorded(number, handle)
         return number
+
+    def remove(self, number: int) -> Handle | None:
+        """Forget the handle with this number, and return it. None if there is none."""
+        handle = self.by_number.pop(number, None)
+        if handle is not None and self.recorded is not None:
+            self.recorded(number, None)
+        return handle
 
     def add_text(self, node: Node, text: bytes) -> int:
         """Add a handle that reads this text of a file. Raises OSError like `Contents.shared`."""
-        return self.add(Handle(text=self._contents.shared(node, text)))
+        return self.add(Handle(text=self._contents.shared(node, text), node=node))
 
     def add_folder(self, node: Node, names: tuple[bytes, ...]) -> int:
         """Add a handle of a directory with these names. Raises OSError like `Contents.shared`."""
@@ -159,15 +180,15 @@ class ObservedMount:
     `device` is the device number of the mount (`major:minor`), or None if the mount table cannot
     be read. `path_of` returns the path of an image in the mount, or None if the mount no longer
     shows it. `store_pages(inode, offset, data)` puts data into the page cache of a mounted file. It
-    waits for pages that a client is waiting for, so never call it in the event loop.
-    `run_in_main_thread` runs a function in the event loop, which is the main thread, and waits for
-    it. It raises OSError if the mount is ending.
+    waits for pages that a client is waiting for, so never call it in the event loop. `abort` ends
+    the connection to the kernel. It is None if nothing could end it, and nobody would answer those
+    clients if this process died.
     """
 
     device: str | None
     path_of: Callable[[OpenImage], str | None]
     store_pages: Callable[[int, int, bytes], None]
-    run_in_main_thread: Callable[[Callable[[], None]], None]
+    abort: Callable[[], None] | None
 
 
 class Observer:

@@ -13,7 +13,7 @@ import trio
 from diffmergefs.core.errors import counted
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.threads import in_thread
-from diffmergefs.system.daemon import Notifier
+from diffmergefs.system.line import Line
 from diffmergefs.system.mounted import OwnMount
 from diffmergefs.system.mounttable import in_other_namespaces
 
@@ -49,13 +49,15 @@ def _ending_signals() -> set[int]:
 class Lifecycle:
     """Ends a mount when a signal asks for it, and reports its state to a service manager.
 
-    `own` is the mount, or None if the mount table cannot be read.
+    `own` is the mount, or None if the mount table cannot be read. The keeper at the other end of
+    `line` gets the signals, and tells the service manager.
     """
 
-    def __init__(self, operations: Operations, own: OwnMount | None, notifier: Notifier) -> None:
+    def __init__(self, operations: Operations, own: OwnMount | None, line: Line) -> None:
         self.own = own
+        self.line = line
         self._operations = operations
-        self._notifier = notifier
+        self.is_ready = False
         self._is_stopping = False
         self._is_ending = False  # at once, by an abort of our own if necessary
 
@@ -69,27 +71,51 @@ class Lifecycle:
 
         `early` are the signals that came before.
         """
+        send, receive = trio.open_memory_channel[int](8)
+        nursery.start_soon(self._pass_on, send.clone())
+        nursery.start_soon(self._follow_keeper, send)
+        for number in early:
+            await send.send(number)
+        task_status.started()
+        async for number in receive:
+            name = signal.Signals(number).name
+            if self._is_stopping:
+                await self._end_now(name)
+                nursery.cancel_scope.cancel()
+                return
+            self._is_stopping = True
+            if self.own is not None:
+                nursery.start_soon(self._detach, self.own, name)
+            self.line.tell(f"STOPPING=1\nSTATUS={self._status()}")
+
+    async def _follow_keeper(self, send: trio.MemorySendChannel[int]) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self.line.fileno())
+            try:
+                number = self.line.received()
+            except BlockingIOError:
+                continue
+            if number is None:
+                break
+            await send.send(number)
+        log.warning("the keeper is gone: if this server dies too, the mount dies with it")
+        if not self.is_ready:
+            await send.send(signal.SIGTERM)  # nobody knows of this mount
+            await send.send(signal.SIGTERM)
+
+    async def _pass_on(self, send: trio.MemorySendChannel[int]) -> None:
+        # A terminal and a service manager signal both processes. The keeper's counts.
         with trio.open_signal_receiver(*_ending_signals()) as signals:
-            for number in early:
-                signal.raise_signal(number)
-            task_status.started()
             async for number in signals:
-                name = signal.Signals(number).name
-                if self._is_stopping:
-                    await self._end_now(name)
-                    nursery.cancel_scope.cancel()
-                    return
-                self._is_stopping = True
-                if self.own is not None:
-                    nursery.start_soon(self._detach, self.own, name)
-                self._notifier.notify("STOPPING=1", f"STATUS={self._status()}")
+                if not self.line.is_held:
+                    await send.send(number)
 
     async def report_status(self) -> None:
         """Send the status to the service manager whenever it changes."""
         sent = ""
         while True:
             if (status := self._status()) != sent:
-                self._notifier.notify(f"STATUS={status}")
+                self.line.tell(f"STATUS={status}")
                 sent = status
             await trio.sleep(_POLL_SECONDS)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -173,12 +172,15 @@ def lane_of_node(node: Node) -> Hashable:
 class Inodes:
     """The inode numbers of nodes, which are never reused, and the kernel's lookups of each.
 
-    `number`, `node` and `open_images` are safe for several threads.
+    `number`, `node` and `open_images` are safe for several threads. `recorded` is called with each
+    change of a number's lookups, its node (None if it is forgotten) and how many they are now.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._fresh = itertools.count(ROOT_INODE + 1)
+        #: The next number. All below it may have been used.
+        self.fresh = ROOT_INODE + 1
+        self.recorded: Callable[[int, Node | None, int], None] | None = None
         self._nodes: dict[int, Node] = {ROOT_INODE: Root()}
         self._numbers: dict[Node, int] = {Root(): ROOT_INODE}
         self._lookups: Counter[int] = Counter()
@@ -192,14 +194,48 @@ class Inodes:
         """The inode number of the node: a new one if it has none yet."""
         with self._lock:
             if isinstance(node, MemoryFile):
-                number = self._image_numbers.get(node.image) or next(self._fresh)
+                number = self._image_numbers.get(node.image) or self._take()
                 self._image_numbers[node.image] = number
                 self._images[number] = node.image
             else:
-                number = self._numbers.get(node) or next(self._fresh)
+                number = self._numbers.get(node) or self._take()
                 self._numbers[node] = number
                 self._nodes[number] = node
             return number
+
+    def _take(self) -> int:
+        self.fresh += 1
+        return self.fresh - 1
+
+    def known_number(self, node: Node) -> int | None:
+        """The number by which the kernel knows the node now, or None."""
+        with self._lock:
+            if isinstance(node, MemoryFile):
+                number = self._image_numbers.get(node.image)
+            else:
+                number = self._numbers.get(node)
+        return number if number is not None and self.is_known(number) else None
+
+    def restore(self, number: int, node: Node, lookups: int) -> None:
+        """Give this node its number again, with the kernel's lookups of it.
+
+        A `MemoryFile` keeps it as long as somebody holds its image.
+        """
+        with self._lock:
+            if isinstance(node, MemoryFile):
+                self._image_numbers[node.image] = number
+                self._images[number] = node.image
+            else:
+                self._numbers[node] = number
+                self._nodes[number] = node
+            self.fresh = max(self.fresh, number + 1)
+        self._lookups[number] = lookups
+
+    def known(self) -> Iterator[tuple[int, Node, int]]:
+        """Each number that the kernel knows, with its node and its lookups."""
+        for number, lookups in self._lookups.items():
+            if node := self._known(number):
+                yield number, node, lookups
 
     def node(self, number: int) -> Node:
         """The node with this inode number.
@@ -207,22 +243,27 @@ class Inodes:
         Raises OSError (ESTALE) if it was forgotten, or if it is an image that is neither served nor
         held open any more. The kernel then looks its name up again.
         """
+        if (node := self._known(number)) is None:
+            raise os_error(errno.ESTALE, f"inode {number}")
+        return node
+
+    def _known(self, number: int) -> Node | None:
         with self._lock:
             node = self._nodes.get(number)
             image = self._images.get(number)
-        if node is not None:
-            return node
-        if image is not None:
-            return MemoryFile(image)
-        raise os_error(errno.ESTALE, f"inode {number}")
+        return node if image is None else MemoryFile(image)
 
     def look_up(self, number: int) -> None:
         """Count one lookup by the kernel, which it takes back with `forget`."""
         self._lookups[number] += 1
+        if self.recorded is not None:
+            self.recorded(number, self._known(number), self._lookups[number])
 
     def forget(self, number: int, lookups: int = 0) -> None:
         """Take back this many lookups, and drop the node if the kernel has no others."""
         self._lookups[number] -= lookups
+        if lookups and self.recorded is not None:
+            self.recorded(number, None, self._lookups[number])
         if self._lookups[number] > 0:
             return
         del self._lookups[number]
@@ -230,6 +271,10 @@ class Inodes:
             self._images.pop(number, None)
             if number != ROOT_INODE and (node := self._nodes.pop(number, None)):
                 self._numbers.pop(node, None)
+
+    def is_known(self, number: int) -> bool:
+        """Whether the kernel knows this number."""
+        return number == ROOT_INODE or number in self._lookups
 
     def open_images(self) -> int:
         """How many images have open layers: the served ones, and those that are held open."""

@@ -6,7 +6,7 @@ import errno
 import functools
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter_ns
 from typing import Any, NoReturn, cast
 
@@ -17,12 +17,16 @@ from pyfuse3 import FUSEError
 from diffmergefs.core import workers
 from diffmergefs.fuse.dropbehind import DropBehind
 from diffmergefs.fuse.handles import Handle, Handles, Observer
+from diffmergefs.fuse.handover import Handover
+from diffmergefs.fuse.marks import PAGE_BITS, Marks, mark_of_reads
 from diffmergefs.fuse.nodes import Attributes, Document, MemoryFile, Node, Passed, StatusFile
 from diffmergefs.fuse.opener import ImageOpener
 from diffmergefs.fuse.replies import Buffers, answering, entry_of, fuse_error, statvfs_of
-from diffmergefs.fuse.status import Metrics, Status, rendered, status_of
+from diffmergefs.fuse.status import Metrics, Service, Status, rendered, status_of
 from diffmergefs.fuse.threads import Lanes
 from diffmergefs.fuse.tree import Tree
+from diffmergefs.system.board import Board
+from diffmergefs.system.line import Line
 
 _READING_THREADS = 64
 _READDIR_BATCH = 64
@@ -52,10 +56,15 @@ class Operations(pyfuse3.Operations):
         # Each mount begins with the same inode numbers. A file handle from an earlier mount, which
         # NFS and open_by_handle_at(2) keep, must not open another image. The kernel takes 32 bits.
         self._entry = functools.partial(entry_of, 1 + secrets.randbelow(0xFFFFFFFF))
-        self._handles = Handles()
-        self._by_number = self._handles.by_number  # looked up in each read
+        self.handles = Handles()
+        # Open files of earlier servers, by inode. An open whose answer the kernel never got may be
+        # among them, and is never closed; but the kernel forgets no inode that it has open.
+        self._adopted: dict[int, list[int]] = {}
+        self._by_number = self.handles.by_number  # looked up in each read
         self._replies = Buffers()
         self._reading = Lanes(_READING_THREADS)
+        self._mark(Marks(Board()))
+        self._service: Callable[[], Service] = Service
 
     def init(self) -> None:
         self.answers.set()
@@ -63,7 +72,31 @@ class Operations(pyfuse3.Operations):
     @property
     def open_files(self) -> int:
         """How many files are open or mapped. Directories do not count."""
-        return self._handles.open_files()
+        return self.handles.open_files()
+
+    def take_over(self, line: Line, handover: Handover | None) -> None:
+        """Go on, in a new server, from where the server before ended."""
+        self._mark(Marks(line.board, line.suspects, line.poisoned, line.clear))
+        self._service = functools.partial(Service.of, line, resends=handover is not None)
+        if handover is None:
+            return
+        handover.begin(line, self._inodes, self.handles, self.tree.store)
+        for fh, handle in list(self.handles.by_number.items()):
+            node = MemoryFile(handle.image) if handle.image else handle.node
+            inode = self._inodes.known_number(node) if node else None
+            if inode is None:
+                self._close(fh)
+                continue
+            self._adopted.setdefault(inode, []).append(fh)
+            if handle.image is not None:
+                handle.supplied = self.metrics.of_tag(handle.image.tag)
+                handle.mark = mark_of_reads(inode)
+
+    def _mark(self, marks: Marks) -> None:
+        self.marks = marks
+        # Looked up in each read.
+        self._now = marks.numbers
+        self._watch = marks if marks.is_watchful else None
 
     # Names and attributes
 
@@ -87,6 +120,9 @@ class Operations(pyfuse3.Operations):
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for inode, count in inode_list:
             self._inodes.forget(inode, count)
+            if inode in self._adopted and not self._inodes.is_known(inode):
+                for fh in self._adopted.pop(inode):
+                    self._close(fh)
 
     @answering
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
@@ -104,7 +140,7 @@ class Operations(pyfuse3.Operations):
     @answering
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         folder = self._inodes.node(inode)
-        return self._handles.add_folder(folder, await self.opener.names(folder))
+        return self.handles.add_folder(folder, await self.opener.names(folder))
 
     @answering
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
@@ -141,7 +177,7 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def releasedir(self, fh: int) -> None:
-        self._by_number.pop(fh, None)
+        self.handles.remove(fh)
 
     # Files
 
@@ -159,22 +195,22 @@ class Operations(pyfuse3.Operations):
                     await self.opener.run(node, self.tree.require_same_access, image)
                 # With direct_io the kernel refuses MAP_SHARED, whose writes would reach every
                 # reader's page cache. It allows MAP_PRIVATE, which a VMM uses.
-                handle = Handle(image=image)
+                handle = Handle(image=image, mark=mark_of_reads(inode))
                 handle.supplied = self.metrics.of_tag(image.tag)
-                fh = self._handles.add(handle)
+                fh = self.handles.add(handle)
                 keep = self.observer.opened(fh, inode, image, ctx.pid, writing=writing)
                 return pyfuse3.FileInfo(fh=fh, keep_cache=keep and not writing, direct_io=writing)
             case Document():
                 content = await self.opener.run(node, self.tree.passthrough.content, node)
-                return pyfuse3.FileInfo(fh=self._handles.add_text(node, content))
+                return pyfuse3.FileInfo(fh=self.handles.add_text(node, content))
             case Passed():
                 opened = await self.opener.run(node, Handle.of_file, self.tree.passthrough, node)
                 # The file may have been overwritten since the kernel cached it.
-                return pyfuse3.FileInfo(fh=self._handles.add(opened), keep_cache=False)
+                return pyfuse3.FileInfo(fh=self.handles.add(opened), keep_cache=False)
             case StatusFile(name):
                 # All reads of one handle see the status at its opening, and no page cache keeps it.
                 content = await self.opener.run(node, rendered, name, self._status())
-                fh = self._handles.add_text(node, content)
+                fh = self.handles.add_text(node, content)
                 return pyfuse3.FileInfo(fh=fh, direct_io=True, keep_cache=False)
         raise FUSEError(errno.EISDIR)
 
@@ -183,12 +219,16 @@ class Operations(pyfuse3.Operations):
         began = perf_counter_ns()
         metrics = self.metrics
         metrics.requests["read"] += 1
+        numbers, watch = self._now, self._watch
         try:
             handle = self._by_number[fh]
             view = handle.view
             if view is None:
                 return await self._read_other(handle, off, size)
             size = min(size, max(0, view.size - off))
+            numbers[0] = mark = handle.mark | off >> PAGE_BITS
+            if watch is not None:
+                watch.require_sound((mark, 0, 0, 0))
             self.observer.read(fh, off, size)
             # One buffer serves all requests: nothing awaits between here and the reply, and
             # pyfuse3 sends the reply before anything else runs.
@@ -197,13 +237,22 @@ class Operations(pyfuse3.Operations):
             done = view.fill_nowait(buffer, off, supplied)
             if done < size:
                 metrics.waited += 1
-                buffer = await self._read_rest(handle, off, supplied, buffer[:done], size)
+                numbers[0] = 0
+                place = self.marks.begin(mark, 0, 0, 0)
+                try:
+                    buffer = await self._read_rest(handle, off, supplied, buffer[:done], size)
+                finally:
+                    self.marks.end(place)
             if self._drop_behind is not None:
                 self._drop_behind.served(view, off, size)
             metrics.read(perf_counter_ns() - began, supplied, handle.supplied)
+            numbers[0] = 0
+            if watch is not None:
+                watch.answered((mark, 0, 0, 0))
             # pyfuse3 takes any contiguous buffer, and makes no copy of it.
             return cast(bytes, buffer)
         except Exception as error:
+            numbers[0] = 0
             raise fuse_error(metrics, "read", error) from error
 
     async def _read_rest(
@@ -225,16 +274,19 @@ class Operations(pyfuse3.Operations):
         if handle.text is not None:
             return handle.text.parts[0][off : off + size]
         if handle.fd is None:
-            raise FUSEError(errno.EISDIR)
+            raise FUSEError(errno.EIO if handle.names is None else errno.EISDIR)
         return await self._reading.run(handle.lane(off, size), handle.read_file, off, size)
 
     @answering
     async def release(self, fh: int) -> None:
-        handle = self._by_number.pop(fh, None)
-        if handle is not None and handle.fd is not None:
-            workers.close(handle.fd, handle.device)
+        self._close(fh)
         if (work := self.observer.closed(fh)) is not None:
             await self.opener.lanes.run("observer", work)
+
+    def _close(self, fh: int) -> None:
+        handle = self.handles.remove(fh)
+        if handle is not None and handle.fd is not None:
+            workers.close(handle.fd, handle.device)
 
     async def _ignore(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -269,7 +321,7 @@ class Operations(pyfuse3.Operations):
     def _status(self) -> Status:
         # Taken in the event loop, so that all numbers are of one moment.
         store = self.tree.store
-        images = self._handles.images()
+        images = self.handles.images()
         if store is not None:
             self.metrics.fold({*store.tags(), *(image.tag for image in images)})
         return status_of(
@@ -278,6 +330,7 @@ class Operations(pyfuse3.Operations):
             hit_bytes=self.observer.hit_bytes,
             images=self._inodes.open_images(),
             files=len(images),
+            service=self._service(),
         )
 
     async def _attributes(self, node: Node) -> Attributes:
@@ -287,7 +340,7 @@ class Operations(pyfuse3.Operations):
             return await self.opener.run(node, self.tree.attributes, node)
         except OSError:
             # An open file keeps its attributes, even if another file is now at its path.
-            fd = self._handles.descriptor_of(node)
+            fd = self.handles.descriptor_of(node)
             if fd is None or not isinstance(node, Passed):
                 raise
             return await self.opener.run(node, self.tree.passthrough.attributes_of_open, node, fd)

@@ -10,8 +10,9 @@ both. It relies on three facts that pyfuse3 does not document. They hold for 3.2
    descriptor of the FUSE device, leaves the lock, and reads the descriptor without another await.
 3. A read that a signal ends (EINTR) is not an error: the loop waits for the next request.
 
-If 1 or 2 does not hold, or the user switched the fast loop off, pyfuse3 waits in its own way.
-`ReadLoop.check` tells which of them is in force. tests/unit/fuse/test_readloop.py fails with a
+A server also reads its first request by facts 1 and 2, without a wait (`ReadLoop.read_first`). If
+the user switched the fast loop off, pyfuse3 waits in its own way. `ReadLoop.check` tells which is
+in force. tests/unit/fuse/test_readloop.py fails with a
 pyfuse3 for which one of the facts does not hold.
 """
 
@@ -22,7 +23,7 @@ import os
 import select
 import signal
 from collections import deque
-from collections.abc import Awaitable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter_ns
 from typing import Any
@@ -32,6 +33,8 @@ import trio
 from trio.lowlevel import Abort, Task
 
 log = logging.getLogger(__name__)
+
+Wait = Callable[[int], Awaitable[None]]
 
 #: How long to poll for the next request before trio waits for it, if requests come that fast. A
 #: client that touches page after page sends the next one within this time. A wake-up from sleep,
@@ -56,10 +59,8 @@ def read_loop(*, fast: bool = True) -> Iterator[ReadLoop]:
     """
     original = getattr(pyfuse3, "trio", None)
     loop = ReadLoop(fast=fast)
-    if not fast or original is not trio:
+    if not fast:
         loop.alarm.ring_on()
-        yield loop
-        return
     pyfuse3.trio = loop.as_trio()  # type: ignore[attr-defined]
     try:
         yield loop
@@ -80,9 +81,26 @@ class ReadLoop:
         self._wait = RequestWait(self.alarm)
 
     def as_trio(self) -> object:
-        """The module trio, except for the lock and the wait."""
-        lowlevel = _Module(trio.lowlevel, wait_readable=self._wait)
-        return _Module(trio, Lock=self._new_lock, lowlevel=lowlevel)
+        """The module trio, except for the wait and, in the fast loop, the lock."""
+        self._usual: Wait = self._wait if self._is_wanted else trio.lowlevel.wait_readable
+        self._lowlevel = _Module(trio.lowlevel, wait_readable=self._usual)
+        own = {"Lock": self._new_lock} if self._is_wanted else {}
+        return _Module(trio, lowlevel=self._lowlevel, **own)
+
+    def read_first(self, then: Callable[[], None]) -> None:
+        """Let the first request be read without a wait; `then` is called before the next wait."""
+        usual, is_first = self._usual, True
+
+        def wait(fd: int) -> Awaitable[None]:
+            nonlocal is_first
+            if is_first:
+                is_first = False
+                return _AT_ONCE
+            self._lowlevel.replace("wait_readable", usual)
+            then()
+            return usual(fd)
+
+        self._lowlevel.replace("wait_readable", wait)
 
     def _new_lock(self) -> ReadLock:
         self._has_lock = True
@@ -116,6 +134,9 @@ class _Module:
     def __init__(self, module: object, **own: object) -> None:
         self.__dict__.update(own)
         self._module = module
+
+    def replace(self, name: str, own: object) -> None:
+        self.__dict__[name] = own
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

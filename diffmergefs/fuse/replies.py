@@ -7,12 +7,14 @@ import functools
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar, cast
+from zlib import crc32
 
 import pyfuse3
 from pyfuse3 import FUSEError
 
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.sparse import BLOCK, page_aligned
+from diffmergefs.fuse.marks import Marks, number_of
 from diffmergefs.fuse.nodes import Attributes
 from diffmergefs.fuse.status import Metrics
 
@@ -34,18 +36,25 @@ def answering(
 ) -> Callable[P, Coroutine[Any, Any, T]]:
     """The handler, with every failure turned into an errno for the client.
 
-    The handler's object has `metrics`, which count the request and its error. After any other
-    exception pyfuse3 ends the daemon, and every VM on the mount would get SIGBUS.
+    The handler's object has `metrics`, which count the request and its error, and `marks` of
+    requests in hand. After any other exception pyfuse3 ends the server.
     """
+    kind = crc32(handler.__name__.encode())
 
     @functools.wraps(handler)
     async def answer(*args: P.args, **kwargs: P.kwargs) -> T:
-        metrics: Metrics = cast(Any, args[0]).metrics
+        operations = cast(Any, args[0])
+        metrics: Metrics = operations.metrics
+        marks: Marks = operations.marks
         metrics.requests[handler.__name__] += 1
+        place = 0
         try:
+            place = marks.begin(kind, *(number_of(part) for part in (*args[1:3], 0, 0)[:3]))
             return await handler(*args, **kwargs)
         except Exception as error:
             raise fuse_error(metrics, handler.__name__, error) from error
+        finally:
+            marks.end(place)
 
     return answer
 

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from diffmergefs.core import beneath
 from diffmergefs.core.errors import (
@@ -25,7 +26,7 @@ from diffmergefs.core.layer import Layer
 from diffmergefs.core.singleflight import SingleFlight
 from diffmergefs.fuse.access import named_folders
 from diffmergefs.fuse.nodes import OpenImage
-from diffmergefs.fuse.tags import Answers, Look, TagState, states_after
+from diffmergefs.fuse.tags import Answers, Keys, Look, TagState, states_after
 from diffmergefs.opening.content import Parents
 from diffmergefs.opening.filled import Hint
 from diffmergefs.opening.images import must_read_pages, open_snapshot, read_pages
@@ -81,6 +82,14 @@ class Store:
         self.seen = Look(Catalog(self.root, layout or "forkd", {}))
         self._lock = threading.Lock()
         self._hinted: set[Hint] = set()  # logged once per layer, however many images have it
+        #: Called with each image before it is served, and what its view depends on.
+        self.keep: Callable[[OpenImage, Keys], None] = lambda image, keys: None
+        #: Called with what `remember` needs, which can be pickled, before anything is served by a
+        #: look that saw news.
+        self.saved: Callable[[object], None] | None = None
+        #: Called with `fd` once it is another directory.
+        self.moved: Callable[[int], None] = lambda fd: None
+        self._last: object = None
 
     def close(self) -> None:
         """Close the directory. Images that are open stay open. Do nothing else with it later."""
@@ -107,16 +116,38 @@ class Store:
         chains, unsettled = self._watch.judge(catalog, self._clock())
         named = named_folders(self.roots, [links[-1] for links in chains.values()])
         states = states_after(self.seen.tags, catalog, chains, unsettled)
-        self.seen = Look(catalog, states, self._watch.device_state, named)
+        seen = Look(catalog, states, self._watch.device_state, named)
+        self._save(seen)
+        self.seen = seen
         self._retry_refused()
         for state in states.values():
             if (image := state.image) is not None:
                 renewed = state.renewed(image, self.roots)
+                if renewed is not None and renewed is not image:
+                    self.keep(renewed, state.keys)
                 with self._lock:
                     if state.image is image:
                         state.image = renewed
         self._forget(catalog)
         return unsettled
+
+    def _save(self, seen: Look) -> None:
+        if self.saved is None:
+            return
+        memory = seen, self._watch.memory
+        if memory != self._last:
+            self.saved(memory)
+            self._last = memory
+
+    def remember(self, memory: Any) -> None:
+        """Go on from what another process saw of this directory, and gave to its `saved`."""
+        self._last = self.seen, self._watch.memory = memory
+
+    def adopt(self, tag: str, keys: Keys, image: OpenImage) -> None:
+        """Serve this image of a tag, if its chain still is the one that `keep` was called with."""
+        state = self.seen.tags.get(tag)
+        if state is not None and state.keys == keys:
+            state.image = image
 
     def _retry_refused(self) -> None:
         # Some refusals do not depend on the files, so no file shows when they have passed.
@@ -152,6 +183,7 @@ class Store:
                 raise FileAccessError(f"{self.root}: a diffmergefs was mounted over it")
             # In one step for all threads that use the number.
             os.dup2(fd, self.fd, inheritable=False)
+            self.moved(self.fd)
         log.warning("%s: another directory is at this path now, and is served instead", self.root)
 
     def _forget(self, catalog: Catalog) -> None:
@@ -277,6 +309,7 @@ class Store:
             state.refusal = error.anew()
             log.warning("%s: its memory file is not shown: %s", tag, state.refusal)
             raise
+        self.keep(image, state.keys)
         with self._lock:
             news = [hint for hint in opened.hints if hint not in self._hinted]
             self._hinted.update(news)

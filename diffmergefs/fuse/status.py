@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from diffmergefs.core import __version__
 from diffmergefs.core.layer import Layer
+from diffmergefs.system.line import Line
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -96,18 +97,54 @@ class Bucket:
     reads: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """Who serves a mount.
+
+    `keeper` is the process that signals go to, `server` the one that answers, the last of `servers`
+    that were started. `last_end` says how the one before ended. `longest_stall_seconds` is the
+    longest time from the end of one server until the next one answered. With `covered` another
+    server goes on if this one dies; otherwise `obstacle` says why not.
+    """
+
+    keeper: int = field(default_factory=os.getpid)
+    server: int = field(default_factory=os.getpid)
+    servers: int = 1
+    last_end: str = ""
+    longest_stall_seconds: float = 0
+    covered: bool = False
+    obstacle: str = "it has no keeper"
+
+    @classmethod
+    def of(cls, line: Line, *, resends: bool) -> Service:
+        """The service that `line` is of. `resends` is that of the device."""
+        obstacle = "" if line.is_held else "its keeper is gone"
+        if not resends:
+            obstacle = "Linux before 6.9"
+        return cls(
+            keeper=line.keeper,
+            servers=line.number,
+            last_end=line.reason,
+            longest_stall_seconds=line.board["longest_ns"] / 1e9,
+            covered=not obstacle,
+            obstacle=obstacle,
+        )
+
+
 @dataclass(frozen=True)
 class Status:
     """The counters of a mount at one moment. It holds tags and numbers, but no path.
 
-    `started` is a Unix time, `read_seconds` the total duration of all `reads` of views. `reads`
-    counts the successful ones, `reads_in_threads` those of them that a worker thread served.
+    The counters begin anew with each server. `pid` is the keeper of `service`, `started` the Unix
+    time of the mount, `read_seconds` the total duration of all `reads` of views. `reads` counts the
+    successful ones, `reads_in_threads` those of them that a worker thread served.
     `open_images` counts images whose layers are open, `open_files` open files of memory images.
     `fast_loop` is True if the daemon waits for requests in the fast read loop (`readloop`).
     """
 
     version: str
     pid: int
+    service: Service
     started: float
     fast_loop: bool
     operations: tuple[Operation, ...]
@@ -131,6 +168,7 @@ class Status:
         """Parse the result of `to_json`. Raises ValueError for anything else."""
         try:
             known = json.loads(text)
+            known["service"] = Service(**known["service"])
             known["operations"] = tuple(Operation(**each) for each in known["operations"])
             known["read_buckets"] = tuple(Bucket(**each) for each in known["read_buckets"])
             known["supplied"] = tuple(Supplied(**each) for each in known["supplied"])
@@ -146,11 +184,14 @@ def status_of(
     hit_bytes: int,
     images: int,
     files: int,
+    service: Service | None = None,
 ) -> Status:
     """The present status of this process: the counters, and the numbers that others count."""
+    service = service or Service()
     return Status(
         version=__version__,
-        pid=os.getpid(),
+        pid=service.keeper,
+        service=service,
         started=metrics.started,
         fast_loop=metrics.fast_loop,
         operations=_operations(metrics),
@@ -223,6 +264,12 @@ def _families(status: Status) -> Iterator[Metric]:
         ("open_images", "Images whose layers are open.", status.open_images),
         ("open_files", "Open files of memory images.", status.open_files),
         ("fast_loop", "1 if the fast read loop is in force, else 0.", status.fast_loop),
+        ("covered", "1 if another server goes on when this one dies.", status.service.covered),
+        (
+            "longest_stall_seconds",
+            "Longest time from the end of a server until the next one answered.",
+            status.service.longest_stall_seconds,
+        ),
     ):
         yield core.GaugeMetricFamily(f"diffmergefs_{name}", text, number)
     for name, text, number in (
@@ -238,6 +285,7 @@ def _families(status: Status) -> Iterator[Metric]:
             status.prefetch_hit_bytes,
         ),
         ("tainted_layers", "Layers that changed while in use.", status.tainted_layers),
+        ("servers", "Servers that were started, the present one included.", status.service.servers),
     ):
         yield core.CounterMetricFamily(f"diffmergefs_{name}", text, number)
     yield from _requests(status)

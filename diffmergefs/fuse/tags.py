@@ -45,6 +45,10 @@ class TagState:
     refusal: DiffMergeError | None = None
     complaint: str = ""
 
+    def __getstate__(self) -> dict[str, object]:
+        # Another process opens the image, or finds the refusal, itself.
+        return {**vars(self), "image": None, "refusal": None}
+
     def opened(self) -> OpenImage | None:
         """The image if it is open. Raises the error with which the layers were refused."""
         if (refusal := self.refusal) is not None:

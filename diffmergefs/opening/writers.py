@@ -7,11 +7,13 @@ import enum
 import errno
 import fcntl
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterable
 
 from diffmergefs.core import sparse
+from diffmergefs.core.beneath import closing_fd
 from diffmergefs.core.errors import FileAccessError, WriterError
 from diffmergefs.core.layer import Layer
 
@@ -49,13 +51,17 @@ _reported: set[Writers] = set()  # what `require_no_writers` has logged
 def writers(fd: int) -> Writers:
     """Whether any process, this one included, has the file of `fd` open for writing now.
 
-    `fd` must be open for reading only. A writable shared mapping counts, even after its file is
-    closed. The answer misses writers of the upper file of an overlay and writers on other machines.
-    A lease is held for some microseconds. A process that opens the file for writing in that moment
-    waits (with O_NONBLOCK it gets EWOULDBLOCK), and this process gets SIGURG, which is ignored by
-    default. Any thread may call. Raises OSError.
+    `fd` must be open for reading only. The file is opened once more for the lease: one on `fd`
+    itself would outlive this process if another one shares `fd`, and hold up writers. A writable
+    shared mapping counts, even after its file is closed. The answer misses writers of the upper
+    file of an overlay and writers on other machines. A lease is held for some microseconds. A
+    process that opens the file for writing in that moment waits (with O_NONBLOCK it gets
+    EWOULDBLOCK), and this process gets SIGURG, which is ignored by default. Any thread may call.
+    Raises OSError.
     """
-    return _ask(fd, fcntl.F_RDLCK)
+    own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with closing_fd(own):
+        return _ask(own, fcntl.F_RDLCK)
 
 
 def is_open_elsewhere(fd: int) -> bool:

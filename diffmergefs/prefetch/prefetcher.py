@@ -22,7 +22,6 @@ from diffmergefs.core.identity import FileKey
 from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.handles import Observer
 from diffmergefs.fuse.nodes import OpenImage
-from diffmergefs.prefetch.connection import Connection
 from diffmergefs.prefetch.push import Method, Push, pieces
 from diffmergefs.prefetch.record import Identity, WorkingSets, identity_of_view
 
@@ -66,15 +65,15 @@ class Prefetcher(Observer):
     `pushes` counts those that were completed, and `pushed_bytes` all bytes that were pushed.
     `hit_bytes` counts, at the last close of an image, the bytes of a complete push in pieces of
     which no reader requested any part: they came from the page cache, or were not touched. `stop`
-    aborts the `connection` if a push does not end, and `close` closes it.
+    calls `abort`, which ends the connection to the kernel, if a push does not end.
     """
 
     def __init__(
-        self, sets: WorkingSets, method: Method, connection: Connection | None = None
+        self, sets: WorkingSets, method: Method, abort: Callable[[], None] | None = None
     ) -> None:
         self._sets = sets
         self._method = method
-        self._connection = connection
+        self._abort = abort
         # Only for the event loop:
         self._images: dict[OpenImage, _Opened] = {}
         self._files: dict[int, _Opened] = {}
@@ -141,16 +140,12 @@ class Prefetcher(Observer):
             self._changed.notify_all()
         if self._worker is not None:
             self._worker.join(seconds)
-            if self._worker.is_alive() and self._connection is not None:
+            if self._worker.is_alive() and self._abort is not None:
                 # It waits for a page of a request whose storage hangs. The kernel can end that.
-                self._connection.abort()
+                self._abort()
                 self._worker.join(seconds)
             return not self._worker.is_alive()
         return True
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
 
     def _is_wanted(self, image: OpenImage, offset: int, length: int) -> bool:
         with self._changed:

@@ -118,38 +118,3 @@ class Notify:
 
     def is_own(self, pid: int) -> bool:
         return False
-
-
-class GuardedNotify:
-    """`notify`, once `start_guard` has succeeded, and `otherwise` if it fails.
-
-    A daemon that is killed in the middle of a push could leave its readers waiting forever. The
-    guard starts at the first push, so that a mount without records has none. `start_guard` raises
-    OSError if there can be no guard; the log says so.
-    """
-
-    def __init__(self, notify: Notify, otherwise: Method, start_guard: Callable[[], None]) -> None:
-        self._notify = notify
-        self._otherwise = otherwise
-        self._start_guard = start_guard
-        self._chosen: Method | None = None
-
-    def populate(self, push: Push, wanted: Sequence[Extent]) -> Generator[int, None, None]:
-        if self._chosen is None:
-            self._chosen = self._choose()
-        yield from self._chosen.populate(push, wanted)
-
-    def is_own(self, pid: int) -> bool:
-        return self._otherwise.is_own(pid)
-
-    def _choose(self) -> Method:
-        try:
-            self._start_guard()
-        except OSError as error:
-            log.info(
-                "--prefetch=fadvise replaces notify: if the daemon were killed during a push,"
-                " nothing could make the kernel end the mount: %s",
-                error,
-            )
-            return self._otherwise
-        return self._notify

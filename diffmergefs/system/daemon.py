@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, MutableMapping
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Protocol
 
 _READY = b"ready"
 _FAILED = 70
@@ -33,10 +33,39 @@ class Outcome(NamedTuple):
     text: str
 
 
-def start(
-    serve: Callable[[Callable[[], None]], int], timeout: float, kept: Collection[int] = ()
-) -> Outcome:
-    """Run `serve(ready)` in a child in its own session; return once the child has called `ready`.
+class Caller(Protocol):
+    """Who waits for a daemon to become ready."""
+
+    def ready(self) -> None:
+        """Tell the caller that the daemon is ready, and `leave` it."""
+
+    def leave(self) -> None:
+        """Give back what the caller lent this process: its stderr, and the line to it."""
+
+
+class _Caller:
+    def __init__(self, null: int, line: int) -> None:
+        self._null, self._line = null, line
+
+    def ready(self) -> None:
+        sys.stderr.flush()
+        os.dup2(self._null, 2)
+        try:
+            os.write(self._line, _READY)
+        except BrokenPipeError:
+            # The caller is gone and nobody knows of this daemon, so it ends.
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.leave()
+
+    def leave(self) -> None:
+        os.dup2(self._null, 2)
+        if self._line >= 0:
+            os.close(self._line)
+            self._line = -1
+
+
+def start(serve: Callable[[Caller], int], timeout: float, kept: Collection[int] = ()) -> Outcome:
+    """Run `serve(caller)` in a child in its own session; return once it has called `ready`.
 
     `serve` returns the child's exit status. The child's standard streams are /dev/null, but until
     it is ready its stderr goes into the outcome. Of the other descriptors it keeps only `kept`;
@@ -67,7 +96,7 @@ def start(
 
 
 def _become_daemon(
-    serve: Callable[[Callable[[], None]], int], stderr: int, ready_write: int, kept: Collection[int]
+    serve: Callable[[Caller], int], stderr: int, ready_write: int, kept: Collection[int]
 ) -> NoReturn:
     status = _FAILED
     try:
@@ -79,17 +108,7 @@ def _become_daemon(
         os.dup2(stderr, 2)
         close_all_but({null, ready_write, *kept})
 
-        def ready() -> None:
-            sys.stderr.flush()
-            os.dup2(null, 2)
-            try:
-                os.write(ready_write, _READY)
-            except BrokenPipeError:
-                # The caller is gone and nobody knows of this daemon, so it ends.
-                os.kill(os.getpid(), signal.SIGTERM)
-            os.close(ready_write)
-
-        status = serve(ready)
+        status = serve(_Caller(null, ready_write))
     except SystemExit as ending:
         status = ending.code if isinstance(ending.code, int) else _FAILED
     finally:

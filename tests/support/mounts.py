@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support import mounttable, skips
+from tests.support.live import until
+from tests.support.processes import children_of, is_dead
 
 #: Where the kernel has the directory for fusectl, and the command that mounts it there.
 CONNECTIONS = Path("/sys/fs/fuse/connections")
@@ -28,7 +30,7 @@ _COMPLAINT = re.compile(r" (WARNING|ERROR|CRITICAL) |Traceback")
 
 @dataclass(frozen=True)
 class Mount:
-    """A mounted diffmergefs: where it is, and the process that serves it."""
+    """A mounted diffmergefs: where it is, and its keeper, the process that was started."""
 
     path: Path
     process: subprocess.Popen[bytes]
@@ -36,11 +38,38 @@ class Mount:
 
     @property
     def pid(self) -> int:
-        return self.process.pid
+        """The server: the process that answers now."""
+        return server_of(self.process.pid)
+
+    def kill(self) -> None:
+        """Kill the server and its keeper, so that nothing serves the mount any more."""
+        self.process.send_signal(signal.SIGSTOP)  # so that it starts no other server
+        server = self.pid
+        os.kill(server, signal.SIGKILL)
+        until(lambda: is_dead(server), "the server did not die")
+        self.process.kill()
+        self.process.wait(_END_SECONDS)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Neither the keeper nor the server runs meanwhile, so that the mount hangs."""
+        pids = [self.process.pid, self.pid]
+        try:
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
 
     def log(self) -> str:
         """All that the process has printed so far."""
         return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+
+def server_of(keeper: int) -> int:
+    """The process that a keeper has started last. Waits until there is one."""
+    return until(lambda: children_of(keeper), "the keeper has no server")[-1]
 
 
 @contextmanager

@@ -7,6 +7,8 @@ through a ``require_*`` function.
 from __future__ import annotations
 
 import os
+import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -22,11 +24,12 @@ NO_BIG_BLOCKS = "this kernel mounts no XFS whose blocks are larger than a page"
 NO_FIRECRACKER = "needs /dev/kvm, and Firecracker for x86-64 from a package index"
 NO_USER_NAMESPACES = "needs a user namespace; a chroot and some systems have none"
 NO_HUGE_TMPFS = "this kernel has no tmpfs with huge pages"
+NO_RESEND = "this kernel gives no server the requests of one that died (Linux 6.9)"
 NO_HUGE_PAGES = "this machine has no 2 MiB pages to reserve"
 NO_MIRROR = "no mirror of Debian answers"
 
 #: With CI=true a skip is a failure (strict_skips.py) unless its reason is here.
-ALLOWED = frozenset({NO_FIRECRACKER, NO_USER_NAMESPACES, NO_MIRROR})
+ALLOWED = frozenset({NO_FIRECRACKER, NO_USER_NAMESPACES, NO_RESEND, NO_MIRROR})
 
 _CAP_SYS_ADMIN = 21
 
@@ -64,6 +67,13 @@ def require_fuse() -> None:
     """Skip the test unless this process may open the FUSE device."""
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip(NO_FUSE)
+
+
+def require_resend() -> None:
+    """Skip the test unless this kernel is new enough to cover a mount whose server dies."""
+    major, minor = platform.release().split(".")[:2]
+    if (int(major), int(re.sub(r"\D.*", "", minor))) < (6, 9):
+        pytest.skip(NO_RESEND)
 
 
 def require_user_namespaces() -> None:

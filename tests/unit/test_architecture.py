@@ -39,7 +39,17 @@ LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in fol
 
 SEES_FUSE = {
     f"fuse.{name}"
-    for name in ["lifecycle", "opener", "operations", "readloop", "replies", "session", "threads"]
+    for name in [
+        "lifecycle",
+        "looking",
+        "mounting",
+        "opener",
+        "operations",
+        "readloop",
+        "replies",
+        "session",
+        "threads",
+    ]
 }
 # cli.picture only tries whether matplotlib is installed.
 DRAWS = {

@@ -24,7 +24,9 @@ def as_user(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_part_of_the_machine_is_looked_at_once() -> None:
     checks = [finding.check for finding in host.examine_host()]
-    assert checks == ["kernel", "device", "helper", "right", "allow_other", "fusectl", "pyfuse3"]
+    assert checks == [
+        *("kernel", "cover", "device", "helper", "right", "allow_other", "fusectl", "pyfuse3")
+    ]
 
 
 def test_the_kernel_is_named() -> None:
@@ -36,6 +38,26 @@ def test_an_old_kernel_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found("kernel").severity == "warning"
     monkeypatch.setattr(platform, "release", lambda: "4.14.1")
     assert found("kernel").severity == "fine"
+
+
+@pytest.mark.parametrize(
+    ("release", "severity"),
+    [
+        ("6.1.0-18-amd64", "warning"),
+        ("6.8.0-31-generic", "warning"),
+        ("6.9.0", "fine"),
+        ("6.12.48+deb13-amd64", "fine"),
+        ("7.0.0-rc1", "fine"),
+        ("odd", "fine"),
+    ],
+)
+def test_a_kernel_that_covers_no_dead_server_is_a_warning(
+    release: str, severity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "release", lambda: release)
+    finding = found("cover")
+    assert finding.severity == severity
+    assert ("6.9" in finding.remedy and release in finding.finding) is (severity == "warning")
 
 
 def test_another_system_than_linux_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +105,16 @@ def test_fusectl_is_looked_for_where_the_kernel_has_it(
         monkeypatch.setattr(host, "CONNECTIONS", str(place))
         missing = found("fusectl")
         assert (missing.severity, str(place) in missing.remedy) == ("warning", True)
-        assert "--prefetch=fadvise" in missing.why and "--max-background" in missing.why
+        assert "--max-background" in missing.why
+
+
+@pytest.mark.parametrize(("release", "replaced"), [("6.8.0", True), ("6.9.0", False)])
+def test_without_fusectl_an_old_kernel_gets_another_way_to_prefetch(
+    release: str, replaced: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(host, "CONNECTIONS", str(tmp_path))
+    monkeypatch.setattr(platform, "release", lambda: release)
+    assert ("--prefetch=fadvise" in found("fusectl").why) is replaced
 
 
 @pytest.mark.parametrize(

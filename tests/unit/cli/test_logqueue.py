@@ -144,6 +144,34 @@ def test_a_fork_has_a_thread_of_its_own(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "parent\nchild\nparent again\n"
 
 
+def log_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "log"]
+
+
+def test_a_log_that_rests_has_no_thread_until_the_next_record(tmp_path: Path) -> None:
+    before = len(log_threads())
+    path = tmp_path / "log"
+    handler = QueuedHandler(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
+    handler.rest()
+    for text in ("first", "second"):
+        handler.handle(record(logging.INFO, text))
+        assert len(log_threads()) == before + 1
+        handler.rest()
+        assert len(log_threads()) == before
+    assert path.read_text() == "first\nsecond\n"
+    handler.close()
+    os.close(handler.fd)
+
+
+def test_a_log_that_cannot_be_written_does_not_rest_and_loses_nothing(stuck: Stuck) -> None:
+    handler = QueuedHandler(stuck.writer)
+    handler.handle(record(logging.INFO, "first"))
+    handler.rest()
+    handler.handle(record(logging.INFO, "second"))
+    assert stuck.lines("second") == ["first", "second"]
+    handler.close()
+
+
 def test_no_thread_to_be_had_now_is_asked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ def test_paths_become_absolute_and_all_else_has_a_default(
         working_set_dir=None,
         drop_behind=False,
         fast_loop=True,
+        watchdog=30,
     )
 
 

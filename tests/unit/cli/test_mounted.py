@@ -21,7 +21,7 @@ from diffmergefs.core.errors import (
     MountTimeoutError,
 )
 from diffmergefs.core.view import HOLE
-from diffmergefs.fuse.status import Metrics, Status, status_of
+from diffmergefs.fuse.status import Metrics, Service, Status, status_of
 from diffmergefs.system import children
 from diffmergefs.system import mounted as mounts
 from diffmergefs.system.mounttable import FILESYSTEM_TYPE, Mount
@@ -127,9 +127,10 @@ def test_a_table_has_the_facts_and_the_bytes_of_each_layer(
     mount: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = run(capsys, "status", str(mount.parents[1])).splitlines()
-    assert [line.split(maxsplit=1) for line in lines[:10] if not line.startswith("read loop")] == [
+    assert [line.split(maxsplit=1) for line in lines[:11] if not line.startswith("read loop")] == [
         ["WHAT", "NOW"],
         ["daemon", "pid 7, version 1.2, up 1:01:01"],
+        ["server", f"pid {status().service.server}; if it dies, the mount ends (it has no keeper)"],
         ["open", "2 images, 1 file"],
         ["requests", "lookup 2, read 3"],
         ["errors", "lookup ENOENT 1"],
@@ -138,13 +139,13 @@ def test_a_table_has_the_facts_and_the_bytes_of_each_layer(
         ["prefetch", "8192 bytes (8 KiB) pushed, 4096 (4 KiB) hit"],
         ["tainted", f"{status().tainted_layers} layers"],
     ]
-    assert [unsized(line).split() for line in lines[10:]] == [
+    assert [unsized(line).split() for line in lines[11:]] == [
         ["TAG", "LAYER", "BYTES"],
         ["leaf", "hole", "100"],
         ["leaf", "0", "4096"],
         ["leaf", "1", "8192"],
     ]
-    assert lines[2].split(maxsplit=2) == ["read", "loop", "fast"]
+    assert lines[3].split(maxsplit=2) == ["read", "loop", "fast"]
 
 
 def test_a_mount_without_requests_has_no_latency_and_no_layers(
@@ -159,6 +160,42 @@ def test_a_mount_without_requests_has_no_latency_and_no_layers(
         ("errors", "none"),
     }
     assert "latency" not in rows and "TAG" not in text
+
+
+@pytest.mark.parametrize(
+    ("service", "rows"),
+    [
+        (Service(server=8, covered=True), ["server    pid 8; if it dies, another one goes on"]),
+        (
+            Service(server=8, obstacle="Linux before 6.9"),
+            ["server    pid 8; if it dies, the mount ends (Linux before 6.9)"],
+        ),
+        (
+            Service(
+                server=8, servers=2, last_end="it died", longest_stall_seconds=0.0214, covered=True
+            ),
+            [
+                "server    pid 8; if it dies, another one goes on",
+                "replaced  1 time, longest stall 21 ms; the last time it died",
+            ],
+        ),
+        (
+            Service(server=8, servers=4, last_end="it died", covered=True),
+            [
+                "server    pid 8; if it dies, another one goes on",
+                "replaced  3 times, longest stall 0 ms; the last time it died",
+            ],
+        ),
+    ],
+    ids=["covered", "not covered", "replaced once", "replaced"],
+)
+def test_a_table_says_who_serves(
+    service: Service, rows: list[str], mount: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mount.write_text(dataclasses.replace(status(), service=service).to_json())
+    lines = run(capsys, "status", str(mount.parents[1])).splitlines()
+    found = [line.split(maxsplit=1) for line in lines if line.startswith(("server", "replaced"))]
+    assert found == [row.split(maxsplit=1) for row in rows]
 
 
 def test_a_latency_beyond_the_last_bucket_is_told_as_such(

@@ -108,3 +108,50 @@ def test_work_on_one_filesystem_shares_a_lane(tmp_path: Path) -> None:
         assert lane_of_node(TagFolder("a", device, 1)) == lane_of(device)
     assert lane_of_node(TagFolder("a", device + 1, 1)) != lane_of(device)
     assert lane_of_node(Root()) not in (lane_of(device), lane_of_node(StatusFile("x")))
+
+
+def test_each_change_of_lookups_is_recorded(tmp_path: Path) -> None:
+    inodes = Inodes()
+    records: list[tuple[int, object, int]] = []
+    inodes.recorded = lambda number, node, lookups: records.append((number, node, lookups))
+    folder = TagFolder("a", 1, 2)
+    number = inodes.number(folder)
+    inodes.forget(number)
+    assert not records, "the kernel does not know it"
+    number = inodes.number(folder)
+    for _ in range(3):
+        inodes.look_up(number)
+    inodes.forget(number, 2)
+    inodes.forget(number, 1)
+    assert [lookups for _, _, lookups in records] == [1, 2, 3, 1, 0]
+    assert records[0] == (number, folder, 1) and records[-1] == (number, None, 0)
+
+
+def test_a_number_is_restored_with_its_lookups(tmp_path: Path) -> None:
+    inodes = Inodes()
+    image, folder = image_in(tmp_path), TagFolder("a", 1, 2)
+    with image.view:
+        inodes.restore(70, folder, 2)
+        inodes.restore(50, MemoryFile(image), 1)
+        assert inodes.fresh == 71
+        assert (inodes.number(folder), inodes.number(MemoryFile(image))) == (70, 50)
+        assert inodes.node(70) == folder and inodes.node(50) == MemoryFile(image)
+        assert sorted(inodes.known(), key=lambda each: each[0]) == [
+            (50, MemoryFile(image), 1),
+            (70, folder, 2),
+        ]
+        assert inodes.number(TagFolder("b", 1, 2)) == 71 and inodes.fresh == 72
+        inodes.forget(70, 2)
+        require_stale(inodes, 70)
+        assert list(inodes.known()) == [(50, MemoryFile(image), 1)]
+    del image
+    gc.collect()
+    require_stale(inodes, 50)
+    assert list(inodes.known()) == []
+
+
+def test_the_root_can_be_restored() -> None:
+    inodes = Inodes()
+    inodes.restore(ROOT_INODE, Root(), 4)
+    assert list(inodes.known()) == [(ROOT_INODE, Root(), 4)]
+    assert inodes.fresh == ROOT_INODE + 1

@@ -8,10 +8,11 @@ import json
 import logging
 import os
 import tracemalloc
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pyfuse3
 import pytest
@@ -20,13 +21,17 @@ import trio.testing
 
 from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.handles import Handle
+from diffmergefs.fuse.marks import mark_of_reads
 from diffmergefs.fuse.nodes import ROOT_INODE, Inodes
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.served import Store
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.trust import TrustPolicy
+from diffmergefs.system.board import Mark
+from diffmergefs.system.line import Line
 from tests.support.images import PAGE, overlay_oracle, write_layer
 from tests.support.stores import BASE_PAGES, SIZE, age, pages, write_chain
+from tests.support.subjects.handover import Mount
 
 CTX: Any = SimpleNamespace(pid=1)
 
@@ -205,7 +210,7 @@ def test_odd_handles_fail_alone(operations: Operations, tmp_path: Path) -> None:
     async def main() -> None:
         assert await errno_of(operations.read(77, 0, 1)) == errno.EIO
         fd = os.open(tmp_path / "store" / "leaf" / "vmstate", os.O_RDONLY)
-        operations._handles.by_number[5] = Handle(fd=fd)
+        operations.handles.by_number[5] = Handle(fd=fd)
         assert await errno_of(operations.read(5, 2**63, 1)) == errno.EIO
         assert await operations.read(5, 0, 5) == b"state"
         os.close(fd)
@@ -232,7 +237,7 @@ def test_many_open_directories_keep_one_listing(operations: Operations, tmp_path
         finally:
             tracemalloc.stop()
         assert taken < 2_000_000  # four times what a single list of the names takes
-        assert len({id(handle.names) for handle in operations._handles.by_number.values()}) == 1
+        assert len({id(handle.names) for handle in operations.handles.by_number.values()}) == 1
 
     trio.run(main)
 
@@ -415,5 +420,158 @@ def test_a_passed_file_is_read_in_full_even_if_read_is_short(
         for off, size in ((0, len(content)), (5, 5000), (9000, 5000), (len(content), 10)):
             assert await operations.read(info.fh, off, size) == content[off : off + size]
         await operations.release(info.fh)
+
+    trio.run(main)
+
+
+# Servers, one after another
+
+
+class Servers:
+    """Each `next` goes on from where the one before ended."""
+
+    def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
+        self.mount = Mount(root, patch)
+
+    def next(self, *, suspects: Sequence[Mark] = (), poisoned: Sequence[Mark] = ()) -> Operations:
+        self.line = self.mount.line()
+        self.line.suspects, self.line.poisoned = frozenset(suspects), dict.fromkeys(poisoned, inf)
+        store = self.mount.store()
+        assert store is not None
+        operations = Operations(Tree("/somewhere", store))
+        operations.take_over(cast(Line, self.line), self.mount.handover())
+        return operations
+
+
+@pytest.fixture
+def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Servers]:
+    found = Servers(write_chain(tmp_path / "store", ["base", "leaf"]), monkeypatch)
+    yield found
+    found.mount.close()
+
+
+def test_a_successor_answers_as_the_server_before(servers: Servers) -> None:
+    async def main() -> None:
+        first = servers.next()
+        entry = await walk(first, b"leaf", b"memory.bin")
+        info = await first.open(entry.st_ino, os.O_RDONLY, CTX)
+        state = await walk(first, b"leaf", b"vmstate")
+        other = await first.open(state.st_ino, os.O_RDONLY, CTX)
+        for _ in range(2):
+            operations = servers.next()
+            image = image_of((0, BASE_PAGES), (1, [1]))
+            assert await operations.read(info.fh, 0, SIZE) == image
+            assert await operations.read(other.fh, 0, 5) == b"state"
+            assert operations.open_files == 2
+            for known in (entry, state):
+                again = await operations.getattr(known.st_ino, CTX)
+                assert (again.st_ino, again.st_size) == (known.st_ino, known.st_size)
+            again = await walk(operations, b"leaf", b"memory.bin")
+            assert again.st_ino == entry.st_ino
+            await operations.forget([(entry.st_ino, 1)])
+        # Requests that were executed and not answered come again.
+        for _ in range(2):
+            await operations.release(other.fh)
+        assert operations.open_files == 1
+
+    trio.run(main)
+
+
+def test_a_listing_under_way_goes_on_in_the_successor(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    last, room = 0, 2
+
+    def reply(token: object, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
+        nonlocal last
+        if len(found) == room:
+            return False
+        found.append(os.fsdecode(name))
+        last = next_id
+        return True
+
+    monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
+
+    async def main() -> None:
+        nonlocal room
+        operations = servers.next()
+        folder = await walk(operations, b"leaf")
+        fh = await operations.opendir(folder.st_ino, CTX)
+        await operations.readdir(fh, last, CTX)
+        assert len(found) == 2
+        operations, room = servers.next(), 100
+        await operations.readdir(fh, last, CTX)
+        assert sorted(found) == ["memory.bin", "snapshot.json", "vmstate"]
+        await operations.releasedir(fh)
+        await operations.releasedir(fh)
+
+    trio.run(main)
+
+
+def test_what_was_lost_is_an_error_and_can_be_opened_anew(servers: Servers) -> None:
+    async def main() -> None:
+        operations = servers.next()
+        entry = await walk(operations, b"leaf", b"memory.bin")
+        info = await operations.open(entry.st_ino, os.O_RDONLY, CTX)
+        for number in list(servers.mount.kept):
+            servers.mount.kept.pop(number)
+        operations = servers.next()
+        assert await errno_of(operations.read(info.fh, 0, PAGE)) == errno.EIO
+        await operations.release(info.fh)
+        assert await errno_of(operations.getattr(entry.st_ino, CTX)) == errno.ESTALE
+        entry = await walk(operations, b"leaf", b"memory.bin")
+        info = await operations.open(entry.st_ino, os.O_RDONLY, CTX)
+        assert await operations.read(info.fh, 0, SIZE) == image_of((0, BASE_PAGES), (1, [1]))
+
+    trio.run(main)
+
+
+def test_a_poisoned_read_is_refused_and_other_reads_are_answered(servers: Servers) -> None:
+    async def main() -> None:
+        operations = servers.next()
+        entry = await walk(operations, b"leaf", b"memory.bin")
+        info = await operations.open(entry.st_ino, os.O_RDONLY, CTX)
+        mark = (mark_of_reads(entry.st_ino) + 2, 0, 0, 0)
+        operations = servers.next(poisoned=[mark])
+        for offset in (2 * PAGE, 2 * PAGE + 5):
+            assert await errno_of(operations.read(info.fh, offset, PAGE)) == errno.EIO
+        assert len(await operations.read(info.fh, 3 * PAGE, PAGE)) == PAGE
+        assert not servers.mount.board.in_hand()
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_read_is_marked_while_it_is_in_hand(
+    waits: bool, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    fill, fill_nowait = MergedView.fill, MergedView.fill_nowait
+
+    def slowly(view: MergedView, *rest: Any) -> None:
+        seen.append(servers.mount.board.in_hand())
+        fill(view, *rest)
+
+    def at_once(view: MergedView, *rest: Any) -> int:
+        seen.append(servers.mount.board.in_hand())
+        return 0 if waits else fill_nowait(view, *rest)
+
+    monkeypatch.setattr(MergedView, "fill", slowly)
+    monkeypatch.setattr(MergedView, "fill_nowait", at_once)
+
+    async def main() -> None:
+        operations = servers.next()
+        entry = await walk(operations, b"leaf", b"memory.bin")
+        info = await operations.open(entry.st_ino, os.O_RDONLY, CTX)
+        mark = (mark_of_reads(entry.st_ino) + 2, 0, 0, 0)
+        seen.clear()
+        operations = servers.next(suspects=[mark])
+        cleared = servers.line.cleared
+        await operations.read(info.fh, 2 * PAGE, PAGE)
+        assert seen == [{mark}] * (2 if waits else 1)
+        assert not servers.mount.board.in_hand() and cleared == [mark]
+        await operations.read(info.fh, 2 * PAGE, PAGE)
+        assert cleared == [mark]
 
     trio.run(main)

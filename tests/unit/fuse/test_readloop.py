@@ -449,16 +449,15 @@ def test_pyfuse3_sees_these_inside_and_all_else_of_trio() -> None:
     assert trio.Lock.__name__ == "Lock" != ReadLock.__name__
 
 
-def test_a_pyfuse3_that_uses_something_else_is_left_alone(
+def test_a_pyfuse3_that_uses_something_else_has_it_back_afterwards(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = object()
     monkeypatch.setattr(pyfuse3, "trio", other)
-    with read_loop() as loop:
-        assert pyfuse3.trio is other  # type: ignore[attr-defined]
-        with loop.alarm:
-            assert_rings_all_the_time()
-            assert not loop.check()
+    with read_loop() as loop, loop.alarm:
+        assert not loop.check()
+        assert_rings_all_the_time()
+    assert pyfuse3.trio is other  # type: ignore[attr-defined]
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and "is not in force" in record.message
 
@@ -476,7 +475,9 @@ def test_a_pyfuse3_that_does_not_wait_as_expected_is_noticed(
 
 def test_the_fast_loop_can_be_switched_off(caplog: pytest.LogCaptureFixture) -> None:
     with read_loop(fast=False) as loop:
-        assert pyfuse3.trio is trio  # type: ignore[attr-defined]
+        inside = pyfuse3.trio  # type: ignore[attr-defined]
+        assert inside.Lock is trio.Lock
+        assert inside.lowlevel.wait_readable is trio.lowlevel.wait_readable
         with loop.alarm:
             assert_rings_all_the_time()
         assert signal.getitimer(signal.ITIMER_REAL)[1] == 0
@@ -484,6 +485,33 @@ def test_the_fast_loop_can_be_switched_off(caplog: pytest.LogCaptureFixture) -> 
     assert [(r.levelname, r.message) for r in caplog.records] == [
         ("INFO", "the fast read loop is switched off")
     ]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_first_request_is_read_without_a_wait(fast: bool) -> None:
+    """There is none to wait for at the device: the keeper has read it."""
+    done: list[str] = []
+
+    async def main() -> None:
+        reader, writer = os.pipe()
+        lowlevel = pyfuse3.trio.lowlevel  # type: ignore[attr-defined]
+        with loop.alarm:
+            await lowlevel.wait_readable(reader)
+            assert not done
+            os.write(writer, b"x")
+            for _ in range(2):
+                await lowlevel.wait_readable(reader)
+                assert done == ["then"]
+            os.read(reader, 1)
+            with trio.move_on_after(0.01) as scope:
+                await lowlevel.wait_readable(reader)
+            assert scope.cancelled_caught
+        os.close(reader)
+        os.close(writer)
+
+    with read_loop(fast=fast) as loop:
+        loop.read_first(lambda: done.append("then"))
+        trio.run(main)
 
 
 def assert_rings_all_the_time() -> None:

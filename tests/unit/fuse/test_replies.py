@@ -5,24 +5,30 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Coroutine
+from math import inf
 from typing import Any
+from zlib import crc32
 
 import pytest
 from pyfuse3 import FUSEError
 
 from diffmergefs.core.errors import DiffMergeError, WriterError
 from diffmergefs.core.sparse import BLOCK
+from diffmergefs.fuse.marks import Marks
 from diffmergefs.fuse.nodes import Attributes
 from diffmergefs.fuse.replies import Buffers, answering, entry_of, statvfs_of
 from diffmergefs.fuse.status import Metrics
+from diffmergefs.system.board import Board, Mark
 from tests.support.images import PAGE, offset_in_page
 
 
 class Adapter:
     """Handlers, of which one returns its argument and the other raises it."""
 
-    def __init__(self) -> None:
+    def __init__(self, board: Board | None = None, **marks: Any) -> None:
         self.metrics = Metrics()
+        self.board = board or Board()
+        self.marks = Marks(self.board, **marks)
 
     @answering
     async def give(self, value: object) -> object:
@@ -31,6 +37,10 @@ class Adapter:
     @answering
     async def fail(self, error: Exception) -> None:
         raise error
+
+    @answering
+    async def tell(self, *arguments: object) -> frozenset[Mark]:
+        return self.board.in_hand()
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> object:
@@ -72,6 +82,40 @@ def test_a_failure_is_an_errno_for_the_client_and_is_counted(
     assert caught.value.errno == number
     assert dict(adapter.metrics.errors) == {("fail", number): 1}
     assert [record.levelno for record in caplog.records] == ([] if level is None else [level])
+
+
+def test_a_request_is_marked_while_it_is_in_hand() -> None:
+    adapter = Adapter()
+    kind = crc32(b"tell")
+    for arguments, numbers in (
+        ((5,), (5, 0, 0)),
+        ((5, b"name", "context"), (5, crc32(b"name"), 0)),
+    ):
+        assert run(adapter.tell(*arguments)) == {(kind, *numbers)}
+        assert not adapter.board.in_hand()
+    with pytest.raises(FUSEError):
+        run(adapter.fail(OSError(errno.EIO, "on purpose")))
+    assert not adapter.board.in_hand()
+
+
+def test_a_poisoned_request_is_refused_and_counted() -> None:
+    mark = (crc32(b"tell"), 5, 0, 0)
+    adapter = Adapter(poisoned={mark: inf})
+    with pytest.raises(FUSEError) as caught:
+        run(adapter.tell(5))
+    assert caught.value.errno == errno.EIO
+    assert dict(adapter.metrics.errors) == {("tell", errno.EIO): 1}
+    assert run(adapter.tell(6)) and not adapter.board.in_hand()
+
+
+def test_a_suspect_that_was_answered_is_cleared() -> None:
+    mark, cleared = (crc32(b"tell"), 5, 0, 0), list[Mark]()
+    adapter = Adapter(suspects=frozenset({mark}), clear=cleared.append)
+    run(adapter.tell(6))
+    assert not cleared
+    run(adapter.tell(5))
+    run(adapter.tell(5))
+    assert cleared == [mark]
 
 
 @pytest.mark.parametrize("constant", [False, True])

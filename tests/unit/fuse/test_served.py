@@ -6,6 +6,7 @@ import gc
 import hashlib
 import logging
 import os
+import pickle
 import shutil
 import threading
 import time
@@ -17,7 +18,9 @@ import pytest
 
 from diffmergefs.core.errors import DiffMergeError, FileAccessError, LayerChangedError
 from diffmergefs.core.layer import Layer
+from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.fuse.served import Store
+from diffmergefs.fuse.tags import Keys
 from diffmergefs.opening import pins
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import read_catalog
@@ -429,3 +432,93 @@ def test_a_link_that_leads_elsewhere_is_followed(root: Path) -> None:
     root.with_name("next").rename(link)
     store.look()
     assert store.tags() == ["new"]
+
+
+# Handed from one process to the next
+
+
+def test_each_image_is_kept_before_it_is_served(root: Path) -> None:
+    store = looked(root)
+    kept: list[tuple[OpenImage, Keys]] = []
+
+    def keep(image: OpenImage, keys: Keys) -> None:
+        assert store.opened(image.tag) is not image
+        kept.append((image, keys))
+
+    store.keep = keep
+    image = store.open("leaf")
+    assert store.open("leaf") is image
+    assert kept == [(image, store.seen.tags["leaf"].keys)]
+    (root / "leaf" / "memory.bin").chmod(0o000)
+    store.look()
+    renewed = store.opened("leaf")
+    assert renewed is not None and renewed is not image
+    assert kept[1:] == [(renewed, store.seen.tags["leaf"].keys)]
+
+
+def test_an_image_is_adopted_if_its_chain_is_the_same(root: Path) -> None:
+    before, after = looked(root), looked(root)
+    image = before.open("leaf")
+    keys = pickle.loads(pickle.dumps(before.seen.tags["leaf"].keys))
+    after.adopt("gone", keys, image)
+    after.adopt("work", keys, image)
+    assert after.opened("work") is None
+    after.adopt("leaf", keys, image)
+    assert after.opened("leaf") is image and after.open("leaf") is image
+    replace_memory(root / "leaf", 9)
+    after.look()
+    assert after.opened("leaf") is None
+
+
+def test_a_look_that_saw_news_is_saved_before_anything_is_served_by_it(root: Path) -> None:
+    store = looked(root)
+    saved: list[bytes] = []
+
+    def save(memory: object) -> None:
+        assert "new" not in store.tags()
+        saved.append(pickle.dumps(memory))
+
+    store.saved = save
+    store.look()
+    assert len(saved) == 1, "the first one is news"
+    store.open("leaf")
+    for _ in range(3):
+        store.look()
+    assert len(saved) == 1
+    write_tag(root, "new", "base", layer=3)
+    store.look()
+    assert len(saved) == 2 and "new" in store.tags()
+
+
+def test_a_successor_goes_on_from_what_was_saved(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, after = looked(root), looked(root)
+    saved: list[bytes] = []
+    before.saved = lambda memory: saved.append(pickle.dumps(memory))
+    before.open("leaf")
+    write_tag(root, "new", "base", layer=3)
+    shutil.rmtree(root / "leaf")
+    for _ in range(2):  # what was there once may come back
+        before.look()
+    after.remember(pickle.loads(saved[-1]))
+    assert set(after.tags()) == {"base", "work", "new"}
+    assert after.opened("new") is None and after.open("new").tag == "new"
+    after.saved = lambda memory: saved.append(b"")
+    caplog.clear()
+    after.look()
+    assert len(saved) == 2 and not caplog.records, "it saw nothing new"
+    replace_memory(root / "base", 9)
+    after.look()
+    assert after.tags() == ["base"], "it knows which base the others were first seen with"
+
+
+def test_another_directory_at_the_root_is_told(root: Path) -> None:
+    store = looked(root)
+    moved: list[str] = []
+    store.moved = lambda fd: moved.append(os.readlink(f"/proc/self/fd/{fd}"))
+    store.look()
+    root.rename(root.with_name("old"))
+    write_tag(root, "other")
+    store.look()
+    assert moved == [str(root)] and store.tags() == ["other"]

@@ -15,10 +15,9 @@ import pytest
 
 from diffmergefs.core.extents import Extent, ExtentList
 from diffmergefs.fuse.nodes import OpenImage
-from diffmergefs.prefetch import connection
 from diffmergefs.prefetch import prefetcher as module
 from diffmergefs.prefetch.prefetcher import Prefetcher
-from diffmergefs.prefetch.push import PIECE, GuardedNotify, Notify, Push, pieces
+from diffmergefs.prefetch.push import PIECE, Notify, Push, pieces
 from diffmergefs.prefetch.record import WorkingSets, identity_of_view
 from tests.support.calls import first
 from tests.support.images import PAGE
@@ -505,68 +504,26 @@ def test_a_closed_image_is_let_go(
     until(is_gone, "the image is held")
 
 
-# Guarded
+# What breaks
 
 
-@pytest.mark.parametrize("can_be_had", [True, False])
-def test_a_push_takes_a_guard_which_is_started_when_there_is_something_to_push(
-    can_be_had: bool,
-    sets: WorkingSets,
-    image: OpenImage,
-    kernel: Kernel,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.INFO)
-    guards = []
-
-    def guard() -> None:
-        guards.append(threading.current_thread().name)
-        if not can_be_had:
-            raise FileNotFoundError(2, "No such file", "/sys/abort")
-
-    other = Kernel()
-    method = GuardedNotify(Notify(kernel.store), Notify(other.store), guard)
-    assert not method.is_own(1)
-    prefetcher = Prefetcher(sets, method)
-    client = Client(prefetcher, image)
-    settle(prefetcher)
-    assert not guards, "there is nothing to push"
-    client.close()
-    save(sets, image, TOUCHED)
-    for _ in range(2):
-        client = Client(prefetcher, image)
-        client.touch(*TOUCHED)
-        settle(prefetcher)
-        client.close()
-    assert prefetcher.stop(20)
-    assert guards == ["prefetch"]
-    assert kernel.ranges == (WANTED * 2 if can_be_had else [])
-    assert other.ranges == ([] if can_be_had else WANTED * 2)
-    lines = [line for line in messages(caplog) if "replaces notify" in line]
-    assert len(lines) == (not can_be_had) and all("/sys/abort" in line for line in lines)
-
-
-def test_stop_aborts_the_connection_of_a_push_that_hangs(
+def test_stop_ends_the_connection_of_a_push_that_hangs(
     sets: WorkingSets, image: OpenImage, kernel: Kernel
 ) -> None:
-    events = []
+    aborts = []
 
-    class Connection(connection.Connection):
-        def abort(self) -> None:
-            events.append("abort")
-            kernel.gate.set()
-
-        def close(self) -> None:
-            events.append("close")
+    def abort() -> None:
+        aborts.append("")
+        kernel.gate.set()
 
     save(sets, image, TOUCHED)
     kernel.gate.clear()
-    prefetcher = Prefetcher(sets, Notify(kernel.store), Connection("0:45"))
+    prefetcher = Prefetcher(sets, Notify(kernel.store), abort)
     client = Client(prefetcher, image)
     assert kernel.inside.wait(20)
     assert prefetcher.stop(0.1) and prefetcher.stop(0.1)
     prefetcher.close()
-    assert events == ["abort", "close"]
+    assert len(aborts) == 1
     client.close()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from diffmergefs.core.extents import Extent, ExtentList
 from diffmergefs.fuse.access import Access
 from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.opening.images import open_chain
-from diffmergefs.prefetch.push import PIECE, GuardedNotify, Notify, Push, limited, pieces
+from diffmergefs.prefetch.push import PIECE, Notify, Push, limited, pieces
 from diffmergefs.prefetch.recorder import first_touches
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.restores import RUNS
@@ -67,34 +66,6 @@ def test_a_cancelled_push_gives_nothing_more(push: Push) -> None:
     for _ in notify.populate(push, WANTED):
         push.cancelled = True
     assert calls == [WANTED[0].start]
-
-
-class Otherwise:
-    """A method that has only a process of its own, 7."""
-
-    def populate(self, push: Push, wanted: Sequence[Extent]) -> Generator[int, None, None]:
-        yield -1
-
-    def is_own(self, pid: int) -> bool:
-        return pid == 7
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_guard_is_started_once_and_decides_on_the_method(push: Push, fails: bool) -> None:
-    starts: list[str] = []
-
-    def start() -> None:
-        starts.append("")
-        if fails:
-            raise OSError("no guard")
-
-    method = GuardedNotify(Notify(lambda *_: None), Otherwise(), start)
-    assert not starts
-    for _ in range(2):
-        expected = [-1] if fails else [stop - start for start, stop in WANTED]
-        assert list(method.populate(push, WANTED)) == expected
-    assert len(starts) == 1
-    assert method.is_own(7) and not method.is_own(8)
 
 
 def test_no_more_than_a_quarter_is_kept() -> None:

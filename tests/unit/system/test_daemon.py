@@ -18,28 +18,36 @@ __all__ = ["manager"]
 
 
 def test_start_tells_how_a_child_went() -> None:
-    def says_and_fails(ready: Callable[[], None]) -> int:
+    def says_and_fails(caller: daemon.Caller) -> int:
         os.write(2, b"first\nlast")
         return 9
 
-    def ends_without_a_word(ready: Callable[[], None]) -> int:
+    def ends_without_a_word(caller: daemon.Caller) -> int:
         return 0
 
-    def is_killed(ready: Callable[[], None]) -> int:
+    def is_killed(caller: daemon.Caller) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
         return 0
 
-    def never_ready(ready: Callable[[], None]) -> int:
+    def never_ready(caller: daemon.Caller) -> int:
         os.write(2, b"so far")
         signal.pause()
         return 0
 
-    def is_ready(ready: Callable[[], None]) -> int:
+    def is_ready(caller: daemon.Caller) -> int:
         os.write(2, b"w" * 200_000)
-        ready()
+        caller.ready()
         os.write(2, b"never seen")
         return 3
 
+    def leaves(caller: daemon.Caller) -> int:
+        os.write(2, b"said")
+        caller.leave()
+        os.write(2, b"never seen")
+        caller.leave()
+        return 3
+
+    assert daemon.start(leaves, 30) == (3, "said")
     assert daemon.start(says_and_fails, 30) == (9, "first\nlast")
     assert daemon.start(ends_without_a_word, 30).status not in (0, None)
     assert daemon.start(is_killed, 30) == (-signal.SIGKILL, "")
@@ -53,7 +61,7 @@ def test_an_interrupted_start_ends_its_child(
 ) -> None:
     known = tmp_path / "pid"
 
-    def never_ready(ready: Callable[[], None]) -> int:
+    def never_ready(caller: daemon.Caller) -> int:
         known.with_name("new").write_text(str(os.getpid()))
         known.with_name("new").rename(known)
         signal.pause()
@@ -76,8 +84,8 @@ def test_an_interrupted_start_ends_its_child(
 
 
 def test_a_child_that_ends_with_systemexit_has_its_status() -> None:
-    def ends(code: object) -> Callable[[Callable[[], None]], int]:
-        def serve(ready: Callable[[], None]) -> int:
+    def ends(code: object) -> Callable[[daemon.Caller], int]:
+        def serve(caller: daemon.Caller) -> int:
             raise SystemExit(code)
 
         return serve
