@@ -15,6 +15,7 @@ from tests.support.commands import diffmergefs, mistake
 from tests.support.images import PAGE, another_name, write_layer
 from tests.support.inputs import unchanged
 from tests.support.mounts import mounted
+from tests.support.pageservers import serving
 from tests.support.stores import BASE_PAGES, SIZE, pages
 
 ASKED = "are they in the right order?"
@@ -29,6 +30,7 @@ VERBS = {
     "rediff": ("rediff", "{0}", "{0}", "--child-diff={1}", "-o", "{output}"),
     "seal": ("seal", "--base={0}", "--diff={1}"),
     "squash": ("squash", "--base={0}", "--diff={1}", "-o", "{output}"),
+    "uffd": ("uffd", "--base={0}", "--diff={1}", "--socket={output}"),
     "verify": ("verify", "--base={0}", "--diff={1}"),
 }
 #: It names a record by the layers' paths, and opens no layer.
@@ -111,6 +113,10 @@ def test_each_verb_asks_about_a_wrong_order(public_path: Path, verb: str) -> Non
     if verb == "mount":
         with mounted(None, public_path / "mnt", *words[2:-1], expect_log=(ASKED,)) as mount:
             line = next(line for line in mount.log().splitlines() if ASKED in line)
+    elif verb == "uffd":
+        options = words[1:-1]
+        with serving(public_path / "socket", *options, expect_log=(ASKED,)) as server:
+            line = next(line for line in server.log().splitlines() if ASKED in line)
     else:
         done = diffmergefs(*words)
         assert done.returncode == (1 if verb == "compare" else 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -226,8 +225,7 @@ def test_a_mount_that_is_stale_busy_or_there_already(directory: Path) -> None:
         with held(path / "work" / "memory.bin"):
             line = one_line(diffmergefs("umount", path), 15)
             assert "; stop the VMs that use it, or detach it with --lazy" in line
-        os.kill(mount.pid, signal.SIGKILL)
-        mount.process.wait(60)
+        mount.kill()
         line = one_line(diffmergefs("status", path), 11)
         assert "stale mount: its daemon died; unmount it or mount it again" in line
         line = one_line(diffmergefs("info", path / "work"), 14)

@@ -317,8 +317,8 @@ PRINTING = {
     "--version": "--version",
     "list --help": "list --help",
 }
-#: These print nothing, or need a mount.
-SILENT = {"mount", "umount", "demo", "status", "install-extras"}
+#: These print nothing, or need a mount or a client.
+SILENT = {"mount", "umount", "demo", "status", "install-extras", "uffd"}
 
 
 def said_badly(

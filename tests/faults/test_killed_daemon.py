@@ -36,8 +36,7 @@ def test_kill_9_under_load(
             assert len(mounttable.at(str(mountpoint))) == 1
             with reading(READERS, pairs) as load:
                 time.sleep(random.random() / 2)
-                mount.process.kill()
-                mount.process.wait(60)
+                mount.kill()
                 more, _, ended = load.outcome()
             assert set(ended) <= ERRORS and ended.total() == READERS
             reads, ends = reads + more, ends + ended
@@ -73,8 +72,7 @@ def test_the_mappings_of_a_killed_daemon(public_path: Path, mountpoint: Path) ->
     oracle = path.read_bytes()
     with mounted(store, mountpoint) as mount, held(mountpoint / name) as holder:
         assert holder.read(0, 8192) == oracle[:8192]
-        mount.process.kill()
-        mount.process.wait(60)
+        mount.kill()
         mount_again(store, mountpoint)
         assert holder.read(0, 8192) == oracle[:8192]
         assert holder.read(32 << 20, 4096) == b""

@@ -21,7 +21,7 @@ from tests.support import mounttable
 from tests.support.images import PAGE, signed, write_layer
 from tests.support.live import Gate, patch_children, until
 from tests.support.mounts import mounted
-from tests.support.processes import processes_with
+from tests.support.processes import keeper_with, processes_with
 from tests.support.stores import OLD_NS, age, pages, write_chain, write_tag
 
 SIZE_MISMATCH, UNTRUSTED, REFUSED, FAILED, TIMEOUT, NO_FILE = 4, 5, 10, 11, 12, 14
@@ -56,7 +56,7 @@ def test_it_returns_when_the_mount_answers(store: Path, mountpoint: Path, tmp_pa
     done = run("mount", "--log", log, store, mountpoint)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (mountpoint / "leaf" / "memory.bin").read_bytes()[PAGE:][:PAGE] == signed(1, PAGE, PAGE)
-    (pid,) = processes_with(mountpoint)
+    pid = keeper_with(mountpoint)
     proc = Path(f"/proc/{pid}")
     assert os.readlink(proc / "cwd") == "/"
     assert [os.readlink(proc / "fd" / str(n)) for n in range(3)] == [os.devnull] * 3
@@ -469,7 +469,7 @@ def start_with(
 
 
 def files_of(mountpoint: Path) -> list[str]:
-    (pid,) = processes_with(mountpoint)
+    pid = keeper_with(mountpoint)
     return [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
 
 

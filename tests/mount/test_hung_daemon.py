@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,13 +31,10 @@ def store(public_path: Path) -> Path:
 def hung(store: Path, mountpoint: Path, *options: str) -> Iterator[Mount]:
     """A mount whose daemon is stopped, and goes on at the end."""
     with mounted(store, mountpoint, *options) as mount:
-        os.kill(mount.pid, signal.SIGSTOP)
-        try:
+        with mount.stopped():
             yield mount
-        finally:
-            os.kill(mount.pid, signal.SIGCONT)
-            if not mounttable.at(str(mountpoint)):
-                mount.process.wait(60)
+        if not mounttable.at(str(mountpoint)):
+            mount.process.wait(60)
 
 
 @pytest.mark.parametrize("options", [(), ("--lazy",)])
@@ -70,14 +65,10 @@ def test_it_is_unmounted(options: tuple[str, ...], how: str, store: Path, mountp
 
 def test_lazily_also_while_files_are_open(store: Path, mountpoint: Path) -> None:
     with mounted(store, mountpoint) as mount:
-        with held(mountpoint / "leaf" / "memory.bin"):
-            os.kill(mount.pid, signal.SIGSTOP)
-            try:
-                assert "files of it are open by" in one_line(diffmergefs("umount", mountpoint), 15)
-                assert diffmergefs("umount", "--lazy", mountpoint).returncode == 0
-                assert not mounttable.at(str(mountpoint))
-            finally:
-                os.kill(mount.pid, signal.SIGCONT)
+        with held(mountpoint / "leaf" / "memory.bin"), mount.stopped():
+            assert "files of it are open by" in one_line(diffmergefs("umount", mountpoint), 15)
+            assert diffmergefs("umount", "--lazy", mountpoint).returncode == 0
+            assert not mounttable.at(str(mountpoint))
         assert mount.process.wait(60) == 0
 
 

@@ -17,7 +17,7 @@ from diffmergefs.opening.images import open_image
 from tests.support import mounttable, skips
 from tests.support.images import PAGE, signed
 from tests.support.live import until
-from tests.support.processes import processes_with
+from tests.support.processes import keeper_with, processes_with
 from tests.support.stores import write_chain
 
 NO_FILE = 14
@@ -123,7 +123,7 @@ def test_a_mount_can_be_stopped(
     try:
         until(lambda: log.exists() and "ready" in log.read_text(), "it is not ready")
         assert front or process.wait(60) == 0
-        pid = process.pid if front else daemon_of(mountpoint)
+        pid = process.pid if front else keeper_with(mountpoint)
         os.kill(pid, number)
         until(lambda: not mounttable.at(str(mountpoint)), "it was not detached")
         assert not front or process.wait(60) == 0
@@ -132,11 +132,6 @@ def test_a_mount_can_be_stopped(
         for pid in processes_with(mountpoint):
             os.kill(pid, signal.SIGKILL)
         process.wait(60)
-
-
-def daemon_of(path: Path) -> int:
-    (pid,) = processes_with(path)
-    return pid
 
 
 WITHOUT_PROC = ["unshare", "--mount", "/bin/sh", "-c", 'umount -l /proc && exec "$@"', "sh"]

@@ -132,8 +132,7 @@ def test_a_new_daemon_takes_the_place_of_one_that_serves_on(store: Path, mountpo
 
 def test_a_killed_daemons_mount_is_cleaned_up(store: Path, mountpoint: Path) -> None:
     with mounted(store, mountpoint) as mount:
-        mount.process.kill()
-        mount.process.wait(60)
+        mount.kill()
         assert is_mounted(mountpoint)
         link = mountpoint.with_name("link")
         link.symlink_to(mountpoint)
@@ -151,8 +150,7 @@ def test_what_lies_in_a_stale_mount_is_named_with_the_remedy(
     store: Path, mountpoint: Path, public_path: Path
 ) -> None:
     with mounted(store, mountpoint) as mount:
-        mount.process.kill()
-        mount.process.wait(60)
+        mount.kill()
         for path in (mountpoint, mountpoint / "leaf", mountpoint / "leaf" / "memory.bin"):
             where = "" if path == mountpoint else f", in the mount on {mountpoint}"
             for verb in ("list", "info", "verify", "seal", "doctor"):

@@ -24,6 +24,7 @@ from tests.support.images import PAGE
 from tests.support.live import Gate, error_of, patch_children, until
 from tests.support.mounts import Mount, mounted, require_fusectl
 from tests.support.pagecache import evict, resident
+from tests.support.processes import children_of
 from tests.support.restores import ORACLE, PAGES, SIZE, ranges_of, save, scattered, shown
 from tests.support.restores import write_pair as write_files
 from tests.support.stores import write_tag
@@ -310,25 +311,6 @@ def test_pages_that_were_dropped_are_pushed_again_for_a_later_open(
         assert mount.log().count("prefetched") == 2
 
 
-def test_a_mount_that_pushes_has_a_guard_and_only_that(
-    pair: Pair, view: Path, mountpoint: Path
-) -> None:
-    with mounted(None, mountpoint, *pair.options) as mount:
-        assert view.read_bytes() == ORACLE
-        assert not children_of(mount.pid)
-        pair.save()
-        with opened(view) as fd:
-            evict(fd)
-            assert os.pread(fd, SIZE, 0) == ORACLE
-            has_said(mount, "prefetched")
-        (guard,) = children_of(mount.pid)
-    assert not Path(f"/proc/{guard}").exists()
-    # Where there are records it is there before anybody opens anything.
-    with mounted(None, mountpoint, *pair.options) as mount:
-        (guard,) = children_of(mount.pid)
-    assert not Path(f"/proc/{guard}").exists()
-
-
 def test_the_child_of_fadvise_is_no_client(pair: Pair, view: Path, mountpoint: Path) -> None:
     """It neither keeps the image open nor is pushed for, and nothing of it is left."""
     pair.save()
@@ -341,10 +323,6 @@ def test_the_child_of_fadvise_is_no_client(pair: Pair, view: Path, mountpoint: P
                 has_said(mount, "prefetched", times=n)
             assert not children_of(mount.pid)
         assert mount.log().count("prefetched") == 3
-
-
-def children_of(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def test_fadvise_brings_nothing_of_a_mount_that_is_detached(
@@ -463,8 +441,7 @@ def test_sigkill(pair: Pair, view: Path, mountpoint: Path) -> None:
     with mounted(None, mountpoint, *pair.options) as mount:
         with opened(view) as fd:
             is_pushing(fd)
-            mount.process.kill()
-            mount.process.wait(20)
+            mount.kill()
             pages = resident(fd)
             first = min(pages) * PAGE
             assert os.pread(fd, PAGE, first) == ORACLE[first : first + PAGE]
@@ -503,9 +480,7 @@ MergedView.fill = hung
 """
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=str)
 def test_a_push_that_waits_for_a_page_of_a_hung_read_ends_with_the_daemon(
-    end: signal.Signals,
     pair: Pair,
     view: Path,
     mountpoint: Path,
@@ -527,11 +502,10 @@ def test_a_push_that_waits_for_a_page_of_a_hung_read_ends_with_the_daemon(
             try:
                 gate.wait_until_reached()
                 until(lambda: is_stuck(mount.pid), "the push did not come to that page")
-                mount.process.send_signal(end)
-                if end == signal.SIGTERM:
-                    has_said(mount, "SIGTERM: detached")
-                    mount.process.send_signal(end)
-                assert mount.process.wait(20) == (0 if end == signal.SIGTERM else -end)
+                mount.process.send_signal(signal.SIGTERM)
+                has_said(mount, "SIGTERM: detached")
+                mount.process.send_signal(signal.SIGTERM)
+                assert mount.process.wait(20) == 0
                 found, text = reader.communicate(timeout=20)
                 # The push that is let go may still bring the page, and before the reader looks.
                 assert found == ORACLE[last : last + PAGE] or (not found and b"OSError" in text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from diffmergefs.fuse.status import STATUS_FILE, Service, Status
 from tests.support import skips
 from tests.support.images import PAGE, signed
 from tests.support.live import held, until
@@ -75,6 +77,8 @@ def test_the_unit_has_no_end_by_force_and_no_namespace() -> None:
     assert settings["TimeoutStopSec"] == "infinity"
     assert settings["SendSIGKILL"] == "no"
     assert settings["KillMode"] == "process"
+    assert settings["OOMPolicy"] == "continue"
+    assert "NotifyAccess" not in settings
     # What systemd.exec(5) says to set up a mount namespace.
     hides = re.compile("Protect|Private|ReadOnly|ReadWrite|Inaccessible|Root|Bind|Temporary|Mount")
     assert not [name for name in settings if hides.match(name)]
@@ -117,6 +121,53 @@ def test_a_stop_waits_for_the_vms_and_another_instance_takes_the_place(
     known = manager.shows(new)
     assert (known["ActiveState"], known["Result"]) == ("inactive", "success")
     assert names() == []
+
+
+def test_the_unit_lives_as_long_as_the_keeper_and_the_mount_longer(
+    manager: Manager, mountpoint: Path
+) -> None:
+    unit = "diffmergefs@old"
+    image = mountpoint / "leaf" / "memory.bin"
+
+    def service() -> Service:
+        command = [*manager.enter, "cat", f"{mountpoint}/.diffmergefs/{STATUS_FILE}"]
+        return Status.from_json(subprocess.check_output(command, timeout=60)).service
+
+    def has_failed_with(status: str) -> bool:
+        known = manager.shows(unit)
+        return (known["ActiveState"], known["ExecMainStatus"]) == ("failed", status)
+
+    assert manager.systemctl("start", unit).returncode == 0, manager.systemctl("status", unit)
+    first = service()
+    if not first.covered:
+        pytest.skip(skips.NO_RESEND)
+    assert manager.shows(unit)["MainPID"] == str(first.keeper)
+    with held(image, manager.enter) as holder:
+        assert holder.read(0, PAGE) == signed(0, 0, PAGE)
+        os.kill(first.server, signal.SIGKILL)
+        assert holder.read(PAGE, PAGE) == signed(1, PAGE, PAGE)
+        second = service()
+        assert second.servers == 2
+        known = manager.shows(unit)
+        assert (known["ActiveState"], known["MainPID"]) == ("active", str(second.keeper))
+
+        os.kill(second.keeper, signal.SIGKILL)
+        until(lambda: has_failed_with("10"), "the start of another keeper was not refused")
+        assert manager.shows(unit)["NRestarts"] == "1"
+        assert not service().covered
+        assert holder.read(2 * PAGE, PAGE) == signed(0, 2 * PAGE, PAGE)
+    subprocess.run([*manager.enter, "umount", mountpoint], check=True, timeout=60)
+    until(lambda: _is_gone(second.server), "the server did not end with its mount")
+    assert manager.systemctl("start", unit).returncode == 0, manager.systemctl("status", unit)
+    assert manager.systemctl("stop", unit).returncode == 0
+
+
+def _is_gone(process: int) -> bool:
+    # A zombie is: its parent is gone, and who adopted it may be slow.
+    try:
+        return Path(f"/proc/{process}/stat").read_text("utf-8").rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def test_a_start_that_fails_is_a_failed_unit(manager: Manager, store: Path) -> None:

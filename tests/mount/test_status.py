@@ -207,7 +207,7 @@ def test_only_the_owner_reads_the_status_and_no_listing_has_it(
             (folder / "status.json").write_text("x")
 
         first, again = status_in(mountpoint), status_in(mountpoint)
-        assert first.pid == mount.pid and first.version == __version__
+        assert first.pid == mount.process.pid and first.version == __version__
         assert first.open_images == 2
         assert {each.tag for each in first.supplied} == {"base", "leaf"}
         assert again.reads == first.reads
@@ -216,7 +216,7 @@ def test_only_the_owner_reads_the_status_and_no_listing_has_it(
             head = file.read(40)
             os.stat(mountpoint / "leaf" / "vmstate")
             (mountpoint / "leaf" / "vmstate").read_bytes()
-            assert Status.from_json(head + file.read()).pid == mount.pid
+            assert Status.from_json(head + file.read()).pid == mount.process.pid
 
         text = (folder / "metrics").read_text()
         names = {family.name for family in metric_families(text)}
@@ -278,12 +278,12 @@ def test_the_command_prints_a_table_or_json(public_path: Path, mountpoint: Path)
         done = run("status", mountpoint)
         assert (done.returncode, done.stderr) == (0, "")
         assert re.search(
-            rf"^daemon +pid {mount.pid}, version {__version__}, up ", done.stdout, re.M
+            rf"^daemon +pid {mount.process.pid}, version {__version__}, up ", done.stdout, re.M
         )
         assert re.search(rf"^leaf +1 +{PAGE} \(4 KiB\)$", done.stdout, re.M)
         assert re.search(r"^open +1 image, 0 files$", done.stdout, re.M)
         done = run("status", "--json", mountpoint)
-        assert Status.from_json(done.stdout).pid == mount.pid
+        assert Status.from_json(done.stdout).pid == mount.process.pid
 
 
 def test_the_command_watches_until_it_is_interrupted(public_path: Path, mountpoint: Path) -> None:
@@ -331,7 +331,7 @@ def test_the_command_updates_a_terminal_in_place(public_path: Path, mountpoint: 
         try:
             seen = b""
             # Twice, because it was drawn again.
-            while seen.count(f"pid {mount.pid}".encode()) < 2:
+            while seen.count(f"pid {mount.process.pid}".encode()) < 2:
                 seen += os.read(ours, 65536)
             process.send_signal(signal.SIGINT)
             assert until(lambda: process.poll() is not None, "it did not end")
@@ -349,8 +349,7 @@ def test_the_command_distinguishes_no_mount_and_a_stale_one(
     assert done.returncode == 10 and "not a diffmergefs mount point" in done.stderr
     store = write_chain(public_path / "store", ["base"])
     with mounted(store, mountpoint) as mount:
-        mount.process.kill()
-        mount.process.wait()
+        mount.kill()
         done = run("status", mountpoint)
         assert done.returncode == 11 and "its daemon died" in done.stderr
         assert len(done.stderr.splitlines()) == 1
@@ -371,11 +370,11 @@ def test_without_a_mountpoint_all_mounts_are_listed(public_path: Path, mountpoin
         for path, process in ((mountpoint, mount), (second, other)):
             row = rows[str(path)]
             assert (row["source"], row["user"], row["state"]) == (str(store), 0, "serving")
-            assert (row["problem"], row["status"]["pid"]) == (None, process.pid)
+            assert (row["problem"], row["status"]["pid"]) == (None, process.process.pid)
         assert set(row) == {"mountpoint", "source", "user", "state", "problem", "status"}
         with (mountpoint / "base" / "memory.bin").open("rb"):
             text = run("status").stdout
-        pattern = rf"^{mountpoint} +{store} +0 +serving +{mount.pid} +0:00:\d\d +1$"
+        pattern = rf"^{mountpoint} +{store} +0 +serving +{mount.process.pid} +0:00:\d\d +1$"
         assert re.search(pattern, text, re.MULTILINE)
         assert f"\n{second} " in text
         # What lies under another mount, and a bind mount of a part, are no mounts of their own.
@@ -401,13 +400,9 @@ def test_a_mount_that_does_not_serve_is_listed_with_its_next_step(
         mounted(store, paths[1]) as stale,
         mounted(store, paths[2]) as hung,
     ):
-        stale.process.kill()
-        stale.process.wait()
-        os.kill(hung.pid, signal.SIGSTOP)
-        try:
+        stale.kill()
+        with hung.stopped():
             code, rows, messages = listed()
-        finally:
-            os.kill(hung.pid, signal.SIGCONT)
         states = [rows[str(path)]["state"] for path in paths[:3]]
         assert (code, states) == (1, ["serving", "stale", "hung"])
         assert (

@@ -104,6 +104,8 @@ SECTIONS = [
 def test_the_commands_of_a_section_do_what_they_show(text: str, public_path: Path) -> None:
     if "unshare --user" in text:
         skips.require_user_namespaces()
+    if "kill -9 $server" in text:
+        skips.require_resend()
     with sandbox_of_recipes(public_path) as box:
         run(box, text)
 
