@@ -115,6 +115,7 @@ def topics(scale: Scale) -> list[dict[str, Case]]:
             "mount-time": lambda b, r: mount_cases.mount_time(b.store, b.scale, r),
             "reads-go-on": lambda b, r: mount_cases.reads_go_on(b.store, b.scale, r),
             "memory": lambda b, r: mount_cases.memory(b.store, b.scale, r),
+            "kills": lambda b, r: mount_cases.kills(b.store, b.scale, r),
         },
         {"index": lambda b, r: mount_cases.index(b.scale, r)},
         {

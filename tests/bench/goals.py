@@ -232,6 +232,23 @@ def _firecracker() -> list[Goal]:
     return [*found, against(title, one, over, under, None)]
 
 
+def _kills() -> list[Goal]:
+    # The store's chains are of four diffs.
+    limits = {"1 client, 1 open": (30, 100), "16 clients, 1 open": (30, 100)}
+    found = []
+    for name, (usual, longest) in limits.items():
+        for what, limit in ((f"{name}: median", usual), (f"{name}: longest", longest)):
+            found.append(
+                Goal(
+                    f"server killed, a client's longest read beyond that without kills, {what}",
+                    at_most(limit),
+                    series("kills", what),
+                    unit="ms",
+                )
+            )
+    return found
+
+
 GOALS: Sequence[Goal] = (
     against(
         "read in order, cold, each at its best readahead: speed / QEMU's export",
@@ -276,6 +293,7 @@ GOALS: Sequence[Goal] = (
         series("reads-go-on", "tenths of that time with reads"),
     ),
     *_flatten(),
+    *_kills(),
     Goal(
         "daemon memory, 16 chains of 100,000 segments open",
         at_most(80),

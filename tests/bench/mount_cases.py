@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +36,9 @@ from tests.support import mounttable
 _LAYERS = 4
 _ALONE_SECONDS = 1.0
 _TENTHS = 10
+_CLIENTS = 16
+_KILLS = 20
+_BETWEEN_SECONDS = 0.3
 
 
 def mount_time(store: Store, scale: Scale, record: Record) -> None:
@@ -108,6 +115,74 @@ def _look(store: Store) -> Figures:
         "longest read meanwhile": ("ms", max(took for _, took in during) * 1e3),
         "tenths of that time with reads": ("of 10", len(tenths & set(range(_TENTHS)))),
     }
+
+
+def kills(store: Store, scale: Scale, record: Record) -> None:
+    """A client's longest read over each kill of the server, beyond its longest without kills."""
+    runs = [
+        Contestant(f"{clients} client{'s' if clients > 1 else ''}, {images} open", measure)
+        for clients, images in ((1, 1), (_CLIENTS, 1), (1, len(store.tips)))
+        for measure in [partial(_kill, store, clients, images)]
+    ]
+    alternate(record, runs, scale.long_rounds)
+
+
+def _kill(store: Store, clients: int, images: int) -> Figures:
+    with ExitStack() as stack:
+        shows = f"{store.tips[-1]}/memory.bin"
+        view = stack.enter_context(
+            servers.diffmergefs(store.directory.parent, store.directory, shows=shows)
+        )
+        for tag in store.tips[-images:]:
+            path = view.point / tag / "memory.bin"
+            stack.enter_context(path.open("rb", buffering=0)).read(PAGE)
+        reads = stack.enter_context(_watching(view.file, clients))
+        time.sleep(_ALONE_SECONDS)
+        times = [time.monotonic()]
+        for _ in range(_KILLS):
+            os.kill(view.pid, signal.SIGKILL)
+            time.sleep(_BETWEEN_SECONDS)
+            times.append(time.monotonic())
+        found = reads()
+    alone = max(took for at, took in found if at < times[0])
+    stalls = [
+        max((took for at, took in found if began <= at < ended), default=ended - began)
+        for began, ended in itertools.pairwise(times)
+    ]
+    name = f"{clients} client{'s' if clients > 1 else ''}, {images} open"
+    return {
+        f"{name}: median": ("ms", max(0.0, statistics.median(stalls) - alone) * 1e3),
+        f"{name}: longest": ("ms", max(0.0, max(stalls) - alone) * 1e3),
+        f"{name}: without kills": ("ms", alone * 1e3),
+    }
+
+
+@contextmanager
+def _watching(file: Path, clients: int) -> Iterator[Callable[[], list[tuple[float, float]]]]:
+    # Clients that read; a function that ends them, and gives when each read ended and its seconds.
+    command = [str(compiled("client")), "watch", str(file), "600"]
+    with ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(clients)]
+        readers = [subprocess.Popen(command, stdout=out) for out in said]
+
+        def ended() -> list[tuple[float, float]]:
+            found = []
+            for reader, out in zip(readers, said, strict=True):
+                reader.terminate()
+                if reader.wait(60) != 0:
+                    raise NotMeasured(f"a client failed: {reader.returncode}")
+                out.seek(0)
+                for line in out:
+                    at, took = map(float, line.split())
+                    found.append((at, took))
+            return found
+
+        try:
+            yield ended
+        finally:
+            for reader in readers:
+                reader.kill()
+                reader.wait()
 
 
 def memory(store: Store, scale: Scale, record: Record) -> None:

@@ -57,8 +57,11 @@ _ABOUT = {
     " answers.",
     "reads-go-on": "One client looks at all snapshots of a fresh mount, which has their layers"
     " walked, while another reads random pages of one of them.",
-    "memory": "The daemon's resident memory (Rss) before and after chains of four diffs are opened"
-    " and read in 64 places.",
+    "memory": "The memory of keeper and server (Rss, what they share once, and the memory files"
+    " between them) before and after chains of four diffs are opened and read in 64 places.",
+    "kills": "Clients read random pages, none of them in the page cache, while the server is killed"
+    " with SIGKILL 20 times: a client's longest read over each kill, less the longest one without"
+    " kills.",
     "index": "The merge of four layers' extents into one map of segments.",
     "restore-readahead": "First reply from a cold view, by the mount's read_ahead_kb. QEMU's"
     " MADV_HUGEPAGE is left out: it makes faults larger, whatever the readahead says.",

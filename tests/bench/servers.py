@@ -19,6 +19,7 @@ from tests.bench.images import Chain, Images
 from tests.bench.measure import NotMeasured
 from tests.bench.programs import compiled, need
 from tests.support import mounts, mounttable
+from tests.support.processes import children_of
 
 _ROOT = Path(__file__).parents[2]
 _READY_SECONDS = 60
@@ -28,7 +29,7 @@ _PROGRAM = [sys.executable, "-m", "diffmergefs"]
 
 @dataclass
 class Server:
-    """A server at work: `file` is what it shows, `pid` the process that answers."""
+    """A server at work: `file` is what it shows, and `processes` those that were started."""
 
     name: str
     file: Path
@@ -37,13 +38,18 @@ class Server:
 
     @property
     def pid(self) -> int:
-        return self.processes[0].pid
+        """The process that answers: a keeper's child."""
+        return (children_of(self.processes[0].pid) or [self.processes[0].pid])[-1]
+
+    def _pids(self) -> list[int]:
+        started = [process.pid for process in self.processes]
+        return [*started, *(child for pid in started for child in children_of(pid))]
 
     def pin(self, cpu: int | None) -> None:
         """Keep all threads of its processes on one CPU, or with None let them go anywhere."""
         cpus = range(os.cpu_count() or 1) if cpu is None else [cpu]
-        for process in self.processes:
-            for thread in os.listdir(f"/proc/{process.pid}/task"):
+        for pid in self._pids():
+            for thread in os.listdir(f"/proc/{pid}/task"):
                 os.sched_setaffinity(int(thread), cpus)
 
     def readahead(self) -> int:
@@ -59,8 +65,8 @@ class Server:
     def cpu_seconds(self) -> float:
         """The processor's time that its processes have used so far."""
         total = 0
-        for process in self.processes:
-            for path in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
+        for pid in self._pids():
+            for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
                 with suppress(OSError):
                     total += int(path.read_text(encoding="ascii").split()[0])
         return total / 1e9
@@ -68,23 +74,34 @@ class Server:
     def bytes_read(self) -> int:
         """The bytes that its processes have got from read(2) and the like, FUSE requests too."""
         total = 0
-        for process in self.processes:
-            text = Path(f"/proc/{process.pid}/io").read_text(encoding="ascii")
+        for pid in self._pids():
+            text = Path(f"/proc/{pid}/io").read_text(encoding="ascii")
             total += int(text.split()[1])
         return total
 
     def resident(self) -> int:
-        """Bytes of memory that its processes have, as the kernel counts them (Rss)."""
-        total = 0
-        for process in self.processes:
-            text = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
-            (line,) = [line for line in text.splitlines() if line.startswith("Rss:")]
-            total += int(line.split()[1]) * 1024
+        """Bytes of memory of its processes (Rss less what they share), and of their own files."""
+        total = _memory_files(self._pids()[0])
+        for n, pid in enumerate(self._pids()):
+            facts = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+            sizes = dict(re.findall(r"^(\w+): +(\d+) kB$", facts, re.MULTILINE))
+            # What a child shares with its keeper counts once: with the keeper.
+            kinds = ("Rss",) if n == 0 else ("Private_Clean", "Private_Dirty")
+            total += sum(int(sizes[kind]) for kind in kinds) * 1024
         return total
 
     def _bdi(self) -> Path:
         entry = mounttable.at(os.path.realpath(self.point))[-1]
         return Path(f"/sys/class/bdi/{entry.major}:{entry.minor}/read_ahead_kb")
+
+
+def _memory_files(pid: int) -> int:
+    total = 0
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            if os.readlink(link).startswith("/memfd:"):
+                total += link.stat().st_blocks * 512
+    return total
 
 
 @contextmanager
