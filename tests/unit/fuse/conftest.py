@@ -8,7 +8,15 @@ import pytest
 
 _WITH_PYFUSE3 = {
     f"test_{name}.py"
-    for name in ("lifecycle", "operations", "readloop", "replies", "session", "slow_layers")
+    for name in (
+        "lifecycle",
+        "mounting",
+        "operations",
+        "readloop",
+        "replies",
+        "session",
+        "slow_layers",
+    )
 }
 
 collect_ignore = [] if find_spec("pyfuse3") else sorted(_WITH_PYFUSE3)
