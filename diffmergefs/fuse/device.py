@@ -12,6 +12,7 @@ import contextlib
 import os
 import socket
 import struct
+from collections.abc import Collection
 
 from diffmergefs.core.errors import MountFailedError
 from diffmergefs.system.board import Board
@@ -27,11 +28,15 @@ _MOST = 1 << 20
 class Device:
     """The device of the mount that pyfuse3 has just made, of which nothing was read yet.
 
-    It reads the kernel's INIT request. Raises MountFailedError if there is no such device.
+    `others` are what `open_devices` gave before. It reads the kernel's INIT request. Raises
+    MountFailedError if there is no such device.
     """
 
-    def __init__(self) -> None:
-        self.fd = _device()
+    def __init__(self, others: Collection[int] = ()) -> None:
+        found = open_devices().difference(others)
+        if not found:
+            raise MountFailedError("/dev/fuse: the mount has no open device")
+        self.fd = min(found)
         self._init = os.read(self.fd, _MOST)
 
     @property
@@ -80,9 +85,11 @@ class Introduction:
                 os.write(self._fd, _RESEND)
 
 
-def _device() -> int:
+def open_devices() -> set[int]:
+    """The descriptors of this process that are a FUSE device, of whatever mount."""
+    found = set()
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
-                return int(name)
-    raise MountFailedError("/dev/fuse: the mount has no open device")
+                found.add(int(name))
+    return found

@@ -83,7 +83,9 @@ class Operations(pyfuse3.Operations):
         handover.begin(line, self._inodes, self.handles, self.tree.store)
         for fh, handle in list(self.handles.by_number.items()):
             node = MemoryFile(handle.image) if handle.image else handle.node
-            inode = self._inodes.known_number(node) if node else None
+            if node is None:
+                continue  # it is lost, and its readers get errors
+            inode = self._inodes.known_number(node)
             if inode is None:
                 self._close(fh)
                 continue

@@ -15,7 +15,7 @@ import trio
 from diffmergefs.core.errors import MountAbortedError, counted
 from diffmergefs.core.workers import closing_in_threads
 from diffmergefs.fuse import threads
-from diffmergefs.fuse.device import Device
+from diffmergefs.fuse.device import Device, open_devices
 from diffmergefs.fuse.dropbehind import DropBehind
 from diffmergefs.fuse.handles import ObservedMount, Observer
 from diffmergefs.fuse.handover import Handover
@@ -89,8 +89,9 @@ class Session:
         raise_descriptor_limit()
         waiting = read_loop(fast=self.fast_loop)
         with deferred_signals() as received, waiting as loop:
+            others = open_devices()  # which our caller may have left open
             mount(self._operations, self.mountpoint, self.options)
-            device = Device()
+            device = Device(others)
             entry = self._mount_entry()
             self._own = OwnMount(entry) if entry else None
             connection = Connection(entry.device if entry else None)

@@ -138,6 +138,28 @@ WITHOUT_PROC = ["unshare", "--mount", "/bin/sh", "-c", 'umount -l /proc && exec 
 NO_PROC = "diffmergefs: /proc is not mounted, and no file can be opened without it: mount -t"
 
 
+def test_a_fuse_device_that_its_caller_left_open_is_not_taken_for_its_own(
+    store: Path, mountpoint: Path, tmp_path: Path
+) -> None:
+    skips.require_fuse()
+    log = tmp_path / "log"
+    other = os.open("/dev/fuse", os.O_RDWR)
+    command = [*MINE, "mount", "-f", "--log", str(log), str(store), str(mountpoint)]
+    process = subprocess.Popen(command, pass_fds=(other,))
+    try:
+        until(lambda: log.exists() and "ready" in log.read_text(), "it is not ready")
+        image = (mountpoint / "leaf" / "memory.bin").read_bytes()
+        assert image[PAGE : 2 * PAGE] == signed(1, PAGE, PAGE)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        os.close(other)
+        for pid in processes_with(mountpoint):
+            os.kill(pid, signal.SIGKILL)
+        process.wait(60)
+        mounttable.unmount_below(str(mountpoint))
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from diffmergefs.core.errors import MountFailedError
-from diffmergefs.fuse.device import Device
+from diffmergefs.fuse.device import Device, open_devices
 from diffmergefs.system.board import Board
 from tests.support.forks import fork
 
@@ -75,6 +75,18 @@ def test_without_a_device_there_is_no_mount(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(os, "readlink", lambda path: "/elsewhere")
     with pytest.raises(MountFailedError, match="no open device"):
         Device()
+
+
+def test_a_device_that_was_open_before_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch)
+    try:
+        assert open_devices() == {kernel.fd}
+        with pytest.raises(MountFailedError, match="no open device"):
+            Device(open_devices())
+        assert Device(set()).fd == kernel.fd
+    finally:
+        os.close(kernel.fd)
+        kernel.end.close()
 
 
 @pytest.mark.parametrize(

@@ -509,7 +509,9 @@ def test_a_listing_under_way_goes_on_in_the_successor(
     trio.run(main)
 
 
-def test_what_was_lost_is_an_error_and_can_be_opened_anew(servers: Servers) -> None:
+def test_what_was_lost_is_an_error_and_can_be_opened_anew(
+    servers: Servers, caplog: pytest.LogCaptureFixture
+) -> None:
     async def main() -> None:
         operations = servers.next()
         entry = await walk(operations, b"leaf", b"memory.bin")
@@ -518,6 +520,7 @@ def test_what_was_lost_is_an_error_and_can_be_opened_anew(servers: Servers) -> N
             servers.mount.kept.pop(number)
         operations = servers.next()
         assert await errno_of(operations.read(info.fh, 0, PAGE)) == errno.EIO
+        assert "this is a bug" not in caplog.text
         await operations.release(info.fh)
         assert await errno_of(operations.getattr(entry.st_ino, CTX)) == errno.ESTALE
         entry = await walk(operations, b"leaf", b"memory.bin")

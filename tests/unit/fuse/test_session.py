@@ -77,6 +77,9 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     class Device:
         resends = False
 
+        def __init__(self, others: set[int]) -> None:
+            pass
+
         def begin(self, board: Board, *, resend: bool) -> SimpleNamespace:
             return SimpleNamespace(finish=lambda: done.append(f"resend={resend}"))
 
