@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from zlib import crc32
+
+import trio
 
 from diffmergefs.core.errors import os_error
 from diffmergefs.system.board import Board, Mark
 
 _NONE = 0
+_TURN_SECONDS = 1.0
 
 #: A read's mark has one number: the page of its offset in the low 32 bits, which is enough for the
 #: largest image, and the image above.
@@ -28,6 +32,9 @@ class Marks:
     `clear` is called once for each of the `suspects` of which a request was answered. `numbers` has
     four for each mark. The first of all is for a read that is answered at once: set it there. For
     the event loop only.
+
+    A request that ends each server comes again at once, with all that were in hand beside it. So
+    suspects have their turns, one by one: what is in hand at the next death is the guilty one.
     """
 
     def __init__(
@@ -43,6 +50,7 @@ class Marks:
         self._poisoned = dict(poisoned or {})
         self._clear = clear
         self._free = list(range(4, len(self.numbers), 4))
+        self._turn = trio.Lock()
 
     def begin(self, *mark: int) -> int:
         """Mark a request; the place to `end` it by. Raises OSError (EIO) if it is poisoned.
@@ -65,6 +73,23 @@ class Marks:
                 self.answered(tuple(self.numbers[place : place + 4]))
             self.numbers[place] = 0
             self._free.append(place)
+
+    @asynccontextmanager
+    async def turn(self, mark: Mark) -> AsyncIterator[None]:
+        """Wait until no other suspect has its turn, if requests of this mark are suspect.
+
+        But not for long: the storage of the other one may hang.
+        """
+        if mark not in self._suspects:
+            yield
+            return
+        with trio.move_on_after(_TURN_SECONDS) as waiting:
+            await self._turn.acquire()
+        try:
+            yield
+        finally:
+            if not waiting.cancelled_caught:
+                self._turn.release()
 
     def require_sound(self, mark: Mark) -> None:
         """Raise OSError (EIO) if requests of this mark are refused now."""

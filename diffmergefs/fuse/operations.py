@@ -99,6 +99,8 @@ class Operations(pyfuse3.Operations):
         # Looked up in each read.
         self._now = marks.numbers
         self._watch = marks if marks.is_watchful else None
+        if marks.is_watchful:
+            self.read = self._read_in_turn  # type: ignore[method-assign]
 
     # Names and attributes
 
@@ -256,6 +258,12 @@ class Operations(pyfuse3.Operations):
         except Exception as error:
             numbers[0] = 0
             raise fuse_error(metrics, "read", error) from error
+
+    async def _read_in_turn(self, fh: int, off: int, size: int) -> bytes:
+        handle = self.handles.by_number.get(fh)
+        mark = handle.mark | off >> PAGE_BITS if handle else 0
+        async with self.marks.turn((mark, 0, 0, 0)):
+            return await Operations.read(self, fh, off, size)
 
     async def _read_rest(
         self, handle: Handle, off: int, supplied: dict[int, int], begun: memoryview, size: int

@@ -17,6 +17,7 @@ from diffmergefs.core.sparse import BLOCK, page_aligned
 from diffmergefs.fuse.marks import Marks, number_of
 from diffmergefs.fuse.nodes import Attributes
 from diffmergefs.fuse.status import Metrics
+from diffmergefs.system.board import Mark
 
 log = logging.getLogger(__name__)
 
@@ -41,20 +42,28 @@ def answering(
     """
     kind = crc32(handler.__name__.encode())
 
+    async def answer_marked(mark: Mark, *args: P.args, **kwargs: P.kwargs) -> T:
+        marks: Marks = cast(Any, args[0]).marks
+        place = marks.begin(*mark)
+        try:
+            return await handler(*args, **kwargs)
+        finally:
+            marks.end(place)
+
     @functools.wraps(handler)
     async def answer(*args: P.args, **kwargs: P.kwargs) -> T:
         operations = cast(Any, args[0])
         metrics: Metrics = operations.metrics
         marks: Marks = operations.marks
         metrics.requests[handler.__name__] += 1
-        place = 0
+        mark = kind, *(number_of(part) for part in (*args[1:3], 0, 0)[:3])
         try:
-            place = marks.begin(kind, *(number_of(part) for part in (*args[1:3], 0, 0)[:3]))
-            return await handler(*args, **kwargs)
+            if marks.is_watchful:
+                async with marks.turn(mark):
+                    return await answer_marked(mark, *args, **kwargs)
+            return await answer_marked(mark, *args, **kwargs)
         except Exception as error:
             raise fuse_error(metrics, handler.__name__, error) from error
-        finally:
-            marks.end(place)
 
     return answer
 

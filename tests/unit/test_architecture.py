@@ -42,6 +42,7 @@ SEES_FUSE = {
     for name in [
         "lifecycle",
         "looking",
+        "marks",
         "mounting",
         "opener",
         "operations",

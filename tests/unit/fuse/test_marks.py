@@ -6,8 +6,11 @@ import errno
 import time
 
 import pytest
+import trio
+import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trio.testing import MockClock
 
 from diffmergefs.core.layer import MAX_SIZE
 from diffmergefs.fuse.marks import PAGE_BITS, Marks, mark_of_reads, number_of
@@ -134,3 +137,58 @@ def test_reads_of_one_page_of_one_image_have_one_mark(
     assert (mark == other) == ((inode, page) == (other_inode, other_page))
     assert mark == mark_of_reads(inode) | page and 0 < mark <= LARGEST
     assert mark != other_kind, "no other request begins with it"
+
+
+# Turns
+
+
+def test_suspects_have_their_turns_one_by_one_and_others_need_not_wait() -> None:
+    suspects = {(READ, n, 0, 0) for n in range(3)}
+    marks = Marks(Board(), frozenset(suspects))
+    under_way: list[Mark] = []
+    most = {"suspects": 0, "others": 0}
+
+    async def ask(mark: Mark, kind: str) -> None:
+        async with marks.turn(mark):
+            under_way.append(mark)
+            found = [each for each in under_way if (each in suspects) == (kind == "suspects")]
+            most[kind] = max(most[kind], len(found))
+            await trio.sleep(0.01)
+            under_way.remove(mark)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for mark in sorted(suspects):
+                nursery.start_soon(ask, mark, "suspects")
+            for n in range(3):
+                nursery.start_soon(ask, (READ, 10 + n, 0, 0), "others")
+
+    trio.run(main)
+    assert most == {"suspects": 1, "others": 3}
+
+
+def test_a_suspect_that_hangs_does_not_hold_the_others_up(autojump_clock: MockClock) -> None:
+    first, second = (READ, 1, 0, 0), (READ, 2, 0, 0)
+    marks = Marks(Board(), frozenset({first, second}))
+    done: list[Mark] = []
+
+    async def hang() -> None:
+        async with marks.turn(first):
+            await trio.sleep_forever()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hang)
+            await trio.testing.wait_all_tasks_blocked()
+            async with marks.turn(second):
+                done.append(second)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=autojump_clock)
+    assert done == [second]
+
+
+@pytest.fixture
+def autojump_clock() -> MockClock:
+    """A clock on which no wait takes time."""
+    return MockClock(autojump_threshold=0)

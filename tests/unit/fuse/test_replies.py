@@ -10,6 +10,7 @@ from typing import Any
 from zlib import crc32
 
 import pytest
+import trio
 from pyfuse3 import FUSEError
 
 from diffmergefs.core.errors import DiffMergeError, WriterError
@@ -111,10 +112,10 @@ def test_a_poisoned_request_is_refused_and_counted() -> None:
 def test_a_suspect_that_was_answered_is_cleared() -> None:
     mark, cleared = (crc32(b"tell"), 5, 0, 0), list[Mark]()
     adapter = Adapter(suspects=frozenset({mark}), clear=cleared.append)
-    run(adapter.tell(6))
+    trio.run(adapter.tell, 6)
     assert not cleared
-    run(adapter.tell(5))
-    run(adapter.tell(5))
+    trio.run(adapter.tell, 5)
+    trio.run(adapter.tell, 5)
     assert cleared == [mark]
 
 
