@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from diffmergefs import cli
@@ -25,6 +26,12 @@ for name in (
     *("diffmergefs.sidecars.bmapreader", "rich.console", "rich.progress", "rich.table"),
 ):
     importlib.import_module(name)
+if find_spec("pyfuse3") and find_spec("prometheus_client"):
+    for name in (
+        *("diffmergefs.fuse.looking", "diffmergefs.fuse.mounting", "diffmergefs.fuse.session"),
+        *("prometheus_client", "prometheus_client.registry"),
+    ):
+        importlib.import_module(name)
 
 
 #: How a line ends that says what a user may not do.
