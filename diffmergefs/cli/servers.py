@@ -13,6 +13,7 @@ from diffmergefs.cli.output import sized
 from diffmergefs.core.errors import FileAccessError, MountFailedError, MountTimeoutError, counted
 from diffmergefs.fuse.status import STATUS_FILE
 from diffmergefs.system import children
+from diffmergefs.system.mounttable import mount_over, resolved
 from diffmergefs.uffd.listener import asked, status_sockets
 from diffmergefs.uffd.status import Status
 
@@ -45,7 +46,10 @@ def list_servers() -> list[ListedServer]:
 
 
 def is_socket(path: str) -> bool:
-    """Whether a socket is at this path."""
+    """Whether a socket is at this path. Never accesses a mount of ours, which shows no socket."""
+    over = mount_over(resolved(path))
+    if over is not None and over.is_ours:
+        return False
     try:
         return stat.S_ISSOCK(os.stat(path).st_mode)
     except OSError:
@@ -57,10 +61,10 @@ def read_server(path: str) -> Status:
 
     Raises MountFailedError if there is none, MountTimeoutError if it may be one that hangs.
     """
-    real = os.path.realpath(path)
+    real = resolved(path)
     servers = list_servers()
     for each in servers:
-        if each.status is not None and os.path.realpath(each.socket) == real:
+        if each.status is not None and resolved(each.socket) == real:
             return each.status
     for each in servers:
         if each.state == "hung":

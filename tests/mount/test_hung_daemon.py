@@ -72,7 +72,7 @@ def test_lazily_also_while_files_are_open(store: Path, mountpoint: Path) -> None
         assert mount.process.wait(60) == 0
 
 
-@pytest.mark.parametrize("options", [(), ("--json",), ("--watch",)])
+@pytest.mark.parametrize("options", [(), ("--json",), ("--metrics",), ("--watch",)])
 def test_status_gives_up(options: tuple[str, ...], store: Path, mountpoint: Path) -> None:
     with hung(store, mountpoint):
         text = one_line(diffmergefs("status", *options, mountpoint), TIMEOUT)

@@ -24,6 +24,7 @@ MOUNT_FUSECTL = ("mount", "-t", "fusectl", "fusectl", str(CONNECTIONS))
 
 _READY_SECONDS = 60
 _END_SECONDS = 60
+_REMEMBERED_SECONDS = 0.6  # longer than `replies.CHANGING_SECONDS`, without importing pyfuse3
 _READY = re.compile(r"\bready\b")
 _COMPLAINT = re.compile(r" (WARNING|ERROR|CRITICAL) |Traceback")
 
@@ -52,11 +53,15 @@ class Mount:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Neither the keeper nor the server runs meanwhile, so that the mount hangs."""
+        """Neither the keeper nor the server runs meanwhile, so that the mount hangs.
+
+        What the kernel remembered of it has expired, so whoever asks for anything waits.
+        """
         pids = [self.process.pid, self.pid]
         try:
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)
+            time.sleep(_REMEMBERED_SECONDS)
             yield
         finally:
             for pid in pids:
