@@ -210,14 +210,14 @@ def _observer(sets: WorkingSets | None, how: str, mount: ObservedMount) -> Obser
     adviser = Adviser(os.makedev(*map(int, mount.device.split(":"))), mount.path_of)
     if how == "fadvise":
         return Prefetcher(sets, adviser)
-    if mount.abort is None:
+    if not mount.is_guarded():
         log.info(
             "--prefetch=fadvise replaces notify: this kernel gives no server the requests of one"
             " that died, and the connection to it cannot be ended, so a push could leave its"
             " readers waiting"
         )
         return Prefetcher(sets, adviser)
-    return Prefetcher(sets, Notify(mount.store_pages), mount.abort)
+    return Prefetcher(sets, Notify(mount.store_pages, mount.is_guarded), mount.abort)
 
 
 def _explicit_image(request: Request) -> OpenImage:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from diffmergefs.core.extents import PAGE
+from diffmergefs.system.board import Board
 
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
@@ -29,10 +30,13 @@ class Place(NamedTuple):
 class Arena:
     """Things, pickled, each at its place. No place is used twice. Safe for several threads.
 
-    Make it in the keeper. What a process was writing when it died has no place.
+    Make it in the keeper. What a process was writing when it died has no place. `board` has the end
+    of the places that were given out. (The size of the file would not do: a thread of a dead server
+    may be in the kernel for a while, and change it when a successor has written already.)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, board: Board) -> None:
+        self._board = board
         self._fd = os.memfd_create("arena")
         self._lock = threading.Lock()
 
@@ -40,8 +44,8 @@ class Arena:
         """Keep the thing, and return its place. Raises OSError if there is no memory."""
         packed = memoryview(zlib.compress(pickle.dumps(thing, pickle.HIGHEST_PROTOCOL), 1))
         with self._lock:
-            start = _rounded(os.fstat(self._fd).st_size)
-            os.ftruncate(self._fd, start + len(packed))
+            start = self._board["arena"]
+            self._board["arena"] = _rounded(start + len(packed))
         at = start
         while packed:
             count = os.pwrite(self._fd, packed, at)
@@ -62,7 +66,7 @@ class Arena:
         for start, length in sorted(places):
             self._punch(at, start)
             at = _rounded(start + length)
-        self._punch(at, _rounded(os.fstat(self._fd).st_size))
+        self._punch(at, self._board["arena"])
 
     def _punch(self, start: int, stop: int) -> None:
         if start < stop:

@@ -181,14 +181,15 @@ class ObservedMount:
     be read. `path_of` returns the path of an image in the mount, or None if the mount no longer
     shows it. `store_pages(inode, offset, data)` puts data into the page cache of a mounted file. It
     waits for pages that a client is waiting for, so never call it in the event loop. `abort` ends
-    the connection to the kernel. It is None if nothing could end it, and nobody would answer those
-    clients if this process died.
+    the connection to the kernel. `is_guarded` tells whether somebody would answer those clients, or
+    end the connection, if this process died now.
     """
 
     device: str | None
     path_of: Callable[[OpenImage], str | None]
     store_pages: Callable[[int, int, bytes], None]
-    abort: Callable[[], None] | None
+    abort: Callable[[], None]
+    is_guarded: Callable[[], bool]
 
 
 class Observer:

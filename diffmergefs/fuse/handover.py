@@ -40,7 +40,7 @@ class Handover:
 
     def __init__(self, board: Board) -> None:
         self._journal = Journal(board)
-        self._arena = Arena()
+        self._arena = Arena(board)
         self._images: weakref.WeakKeyDictionary[OpenImage, int] = weakref.WeakKeyDictionary()
         self._facts: dict[int, ImageFacts] = {}
         self._layers: weakref.WeakKeyDictionary[Layer, int] = weakref.WeakKeyDictionary()
@@ -64,14 +64,15 @@ class Handover:
     def inherit(self, image: OpenImage) -> None:
         """An image that the keeper opened: all servers have it."""
         for layer in image.view.layers:
-            self._inherited_layers[self._number_of(layer)] = layer
+            number = next(self._numbers)
+            self._inherited_layers[number] = layer
+            self._know_layer(layer, number)
         self._images[image] = number = next(self._numbers)
         self._inherited[number] = image
 
-    def _number_of(self, layer: Layer) -> int:
-        self._layers[layer] = number = next(self._numbers)
+    def _know_layer(self, layer: Layer, number: int) -> None:
+        self._layers[layer] = number
         layer.facts_changed = functools.partial(self._facts_changed, number)
-        return number
 
     def begin(self, line: Line, inodes: Inodes, handles: Handles, store: Store | None) -> None:
         """Take over from the server before, and record what this one does; call it in a server."""
@@ -112,24 +113,24 @@ class Handover:
             if image in self._images:
                 return
             try:
-                layers = tuple(map(self._keep_layer, image.view.layers))
-                merged = self._keep_merged(image.view)
+                number, facts = next(self._numbers), self._image_facts(image, keys)
+                self._record(("image", number, facts))
             except OSError as error:
                 log.warning("%s: would not outlive this server: %s", image.tag, error.strerror)
                 return
-            number = next(self._numbers)
-            facts = ImageFacts(
-                image.name,
-                image.access,
-                image.visible,
-                image.mtime_ns,
-                image.tag,
-                keys,
-                layers,
-                merged,
-            )
             self._add_image(image, number, facts)
-            self._record(("image", number, facts))
+
+    def _image_facts(self, image: OpenImage, keys: Keys | None) -> ImageFacts:
+        return ImageFacts(
+            image.name,
+            image.access,
+            image.visible,
+            image.mtime_ns,
+            image.tag,
+            keys,
+            tuple(map(self._keep_layer, image.view.layers)),
+            self._keep_merged(image.view),
+        )
 
     def _add_image(self, image: OpenImage, number: int, facts: ImageFacts) -> None:
         self._images[image], self._facts[number] = number, facts
@@ -140,12 +141,18 @@ class Handover:
             return number
         held = self._hold(layer.fd)
         place = self._arena.put(layer.all_extents)
-        number = self._number_of(layer)
-        self._kept_layer(layer, number, held, place)
-        self._record(("layer", number, held, place), ("facts", number, layer.facts))
+        number = next(self._numbers)
+        self._know_layer(layer, number)  # first, so that no change of its facts is missed
+        try:
+            self._record(("layer", number, held, place), ("facts", number, layer.facts))
+        except OSError:
+            del self._layers[layer]
+            raise
+        self._add_layer(layer, number, held, place)
         return number
 
-    def _kept_layer(self, layer: Layer, number: int, held: int, extents: Place) -> None:
+    def _add_layer(self, layer: Layer, number: int, held: int, extents: Place) -> None:
+        self._know_layer(layer, number)
         self._held[number] = held, extents
         self._when_gone(layer, self._forget_layer, number)
 
@@ -301,9 +308,7 @@ class Handover:
             if fds and number in known.facts:
                 extents = functools.partial(self._arena.get, place)
                 layer = layers[number] = Layer.restored(known.facts[number], fds[0], extents)
-                self._layers[layer] = number
-                layer.facts_changed = functools.partial(self._facts_changed, number)
-                self._kept_layer(layer, number, held, place)
+                self._add_layer(layer, number, held, place)
         for number, layer in self._inherited_layers.items():
             if facts := known.facts.get(number):
                 layer.fingerprint, layer.tainted = facts.fingerprint, facts.tainted

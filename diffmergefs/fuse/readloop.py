@@ -53,9 +53,9 @@ def read_loop(*, fast: bool = True) -> Iterator[ReadLoop]:
     """Make `pyfuse3.main` wait for requests as this module does, inside `with`.
 
     Call it in the main thread, before `pyfuse3.init`: pyfuse3 3.2.1 makes its lock there. It
-    changes what pyfuse3 sees as trio, and nothing for other users of trio. If `fast` is False, or
-    pyfuse3 does not use trio as expected, pyfuse3 waits in its own way and the alarm rings all the
-    time. Await `pyfuse3.main` inside `with loop.alarm`.
+    changes what pyfuse3 sees as trio, and nothing for other users of trio. If `fast` is False,
+    pyfuse3 waits in its own way and the alarm rings all the time. Await `pyfuse3.main` inside `with
+    loop.alarm`.
     """
     original = getattr(pyfuse3, "trio", None)
     loop = ReadLoop(fast=fast)

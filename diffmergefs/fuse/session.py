@@ -135,7 +135,7 @@ class Session:
         with closing_in_threads(), threads.reserved():
             operations.take_over(line, self._handover)
             if self.observe is not None:
-                operations.observer = self.observe(self._observed(connection))
+                operations.observer = self.observe(self._observed(connection, line))
             was_cut_off = trio.run(self._run, lifecycle, loop)
             # After an exception another server goes on, with the mount as it is. Nothing may call
             # into a session that is closed.
@@ -217,12 +217,15 @@ class Session:
         line.ready()
         self.leave_caller()
 
-    def _observed(self, connection: Connection) -> ObservedMount:
+    def _observed(self, connection: Connection, line: Line) -> ObservedMount:
         return ObservedMount(
             device=self._own.device if self._own else None,
             path_of=self.tree.path_of,
             store_pages=pyfuse3.notify_store,
-            abort=connection.abort if self._handover or connection.can_abort else None,
+            abort=connection.abort,
+            is_guarded=lambda: (
+                line.is_held and (self._handover is not None or connection.can_abort)
+            ),
         )
 
 

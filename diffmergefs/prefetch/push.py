@@ -8,6 +8,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Protocol, cast
 
+from diffmergefs.core.errors import MountFailedError
 from diffmergefs.core.extents import PAGE, Extent, ExtentList
 from diffmergefs.core.sparse import page_aligned
 from diffmergefs.fuse.nodes import OpenImage
@@ -99,11 +100,17 @@ class Method(Protocol):
 class Notify:
     """The method of `--prefetch=notify`: read the layers here, and hand the pages to the kernel.
 
-    `store` is `ObservedMount.store_pages`.
+    `store` and `is_guarded` are those of an `ObservedMount`. Without a guard nothing is stored: if
+    this process died meanwhile, readers of the same pages could wait for ever.
     """
 
-    def __init__(self, store: Callable[[int, int, bytes], None]) -> None:
+    def __init__(
+        self,
+        store: Callable[[int, int, bytes], None],
+        is_guarded: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._store = store
+        self._is_guarded = is_guarded
 
     def populate(self, push: Push, wanted: Sequence[Extent]) -> Generator[int, None, None]:
         buffer = page_aligned(PIECE)
@@ -112,6 +119,8 @@ class Notify:
             push.image.view.fill(data, start, {})
             if push.cancelled:
                 return
+            if not self._is_guarded():
+                raise MountFailedError("the keeper is gone; mount anew to prefetch again")
             # pyfuse3 takes any contiguous buffer, and makes no copy.
             self._store(push.inode, start, cast(bytes, data))
             yield stop - start

@@ -16,7 +16,7 @@ class Board:
     """
 
     MARKS = 256
-    _FIELDS = ("journal", "beat", "is_known", "is_ready", "longest_ns")
+    _FIELDS = ("journal", "arena", "beat", "is_known", "is_ready", "longest_ns")
 
     def __init__(self) -> None:
         self._page = mmap.mmap(-1, 8 * (len(self._FIELDS) + 4 * self.MARKS))

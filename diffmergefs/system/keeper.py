@@ -164,12 +164,11 @@ class Keeper:
         status = _FAILED
         try:
             signal.set_wakeup_fd(-1)
-            if not line.is_held:
-                return  # type: ignore[misc]  # it died just now; `finally` ends this process
             prefer_for_oom()
             faulthandler.enable(self._dump)
-            line.last_word(self.serve(line))
-            status = 0
+            if line.is_held:  # otherwise the keeper has died since the fork
+                line.last_word(self.serve(line))
+                status = 0
         except Exception:
             log.exception("the server failed: this is a bug")
         finally:

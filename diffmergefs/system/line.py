@@ -21,7 +21,7 @@ _MOST_DESCRIPTORS = 16
 
 @dataclass(kw_only=True, eq=False)
 class Line:
-    """A server's line to its keeper. Safe for several threads.
+    """A server's line to its keeper. Safe for several threads, except `drop`.
 
     `number` counts the servers from 1. `signals` are those that the keeper got before this server
     began. `held` are the descriptors that it holds, by their number. `suspects` are the marks of
@@ -77,7 +77,7 @@ class Line:
         return number
 
     def drop(self, number: int) -> None:
-        """Have the keeper close what it holds by this number. Never blocks. For one thread only."""
+        """Have the keeper close what it holds by this number. Never blocks."""
         self._unsent.append(number)
         while self._unsent:
             message = bytes([DROP]) + NUMBER.pack(self._unsent[0])

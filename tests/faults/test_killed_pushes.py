@@ -47,11 +47,11 @@ SLOW_READS = """
     MergedView.fill_nowait = lambda *rest: 0
     MergedView.fill = slow
     real = module.Notify.__init__
-    def init(self, store):
+    def init(self, store, *rest):
         def stored(inode, offset, data):
             time.sleep(0.02)
             store(inode, offset, data)
-        real(self, stored)
+        real(self, stored, *rest)
     module.Notify.__init__ = init
 """
 NO_RESEND = """

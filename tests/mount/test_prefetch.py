@@ -47,7 +47,7 @@ SLOW = """
 import time
 import diffmergefs.prefetch.push as module
 real = module.Notify.__init__
-def init(self, store):
+def init(self, store, *rest):
     def slow(inode, offset, data):
         store(inode, offset, data)
         {wait}

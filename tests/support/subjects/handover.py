@@ -109,10 +109,10 @@ class Mount:
         self.kept: Held = {}
         self.explicit = explicit
         self.started = 0
-        self.journal, self.arena = Journal(self.board), Arena()
+        self.journal, self.arena = Journal(self.board), Arena(self.board)
         self._stores = [looked(root) for _ in range(4)] if root else []
         patch.setattr(handover, "Journal", lambda board: self.journal)
-        patch.setattr(handover, "Arena", lambda: self.arena)
+        patch.setattr(handover, "Arena", lambda board: self.arena)
 
     def server(self, kept: Held | None = None) -> Server:
         """The next server; the one before may do nothing more."""

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffmergefs.fuse.arena import Arena, Place
+from diffmergefs.system.board import Board
 from tests.support.forks import fork
 
 THINGS = st.one_of(st.binary(max_size=3 * 4096), st.lists(st.integers(), max_size=5), st.none())
@@ -20,7 +21,7 @@ THINGS = st.one_of(st.binary(max_size=3 * 4096), st.lists(st.integers(), max_siz
 
 @pytest.fixture
 def arena() -> Iterator[Arena]:
-    found = Arena()
+    found = Arena(Board())
     yield found
     os.close(found._fd)
 
@@ -32,7 +33,7 @@ def taken(arena: Arena) -> int:
 @settings(deadline=None)
 @given(st.lists(THINGS, max_size=12), st.data())
 def test_what_is_not_freed_stays(things: list[object], draws: st.DataObject) -> None:
-    arena = Arena()
+    arena = Arena(Board())
     try:
         places = [arena.put(thing) for thing in things]
         assert len(set(places)) == len(things)

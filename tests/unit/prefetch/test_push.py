@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffmergefs.core.errors import MountFailedError
 from diffmergefs.core.extents import Extent, ExtentList
 from diffmergefs.fuse.access import Access
 from diffmergefs.fuse.nodes import OpenImage
@@ -65,6 +66,15 @@ def test_a_cancelled_push_gives_nothing_more(push: Push) -> None:
     notify = Notify(lambda inode, offset, data: calls.append(offset))
     for _ in notify.populate(push, WANTED):
         push.cancelled = True
+    assert calls == [WANTED[0].start]
+
+
+def test_nothing_is_given_once_nobody_guards_the_readers(push: Push) -> None:
+    calls: list[int] = []
+    guarded = [True, False]
+    notify = Notify(lambda inode, offset, data: calls.append(offset), lambda: guarded.pop(0))
+    with pytest.raises(MountFailedError, match="the keeper is gone"):
+        list(notify.populate(push, WANTED))
     assert calls == [WANTED[0].start]
 
 
