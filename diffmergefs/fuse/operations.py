@@ -22,7 +22,8 @@ from diffmergefs.fuse.marks import PAGE_BITS, Marks, mark_of_reads
 from diffmergefs.fuse.nodes import Attributes, Document, MemoryFile, Node, Passed, StatusFile
 from diffmergefs.fuse.opener import ImageOpener
 from diffmergefs.fuse.replies import Buffers, answering, entry_of, fuse_error, statvfs_of
-from diffmergefs.fuse.status import Metrics, Service, Status, rendered, status_of
+from diffmergefs.fuse.service import Service
+from diffmergefs.fuse.status import Metrics, Status, rendered, status_of
 from diffmergefs.fuse.threads import Lanes
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.system.board import Board

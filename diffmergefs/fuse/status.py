@@ -7,13 +7,14 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from diffmergefs.core import __version__
 from diffmergefs.core.layer import Layer
-from diffmergefs.system.line import Line
+from diffmergefs.fuse.service import Service
+from diffmergefs.system.metrics import BUCKETS, Bucket, buckets, exposition, histogram
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -22,7 +23,6 @@ METRICS_FILE = "metrics"
 STATUS_FILE = "status.json"
 #: Stands for all tags that no longer exist. No tag has parentheses.
 GONE = "(gone)"
-_BUCKETS = 65
 
 
 @dataclass(eq=False, slots=True)
@@ -43,7 +43,7 @@ class Metrics:
     waited: int = 0
     fast_loop: bool = False
     read_ns: int = 0
-    read_buckets: list[int] = field(default_factory=lambda: [0] * _BUCKETS)
+    read_buckets: list[int] = field(default_factory=lambda: [0] * BUCKETS)
 
     def of_tag(self, tag: str) -> dict[int, int]:
         """The entry of `supplied` for this tag. It counts until a `fold` without this tag."""
@@ -87,48 +87,6 @@ class Supplied:
     tag: str
     layer: int | None
     bytes: int
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """How many reads took at most this many seconds. It includes the buckets before it."""
-
-    seconds: float
-    reads: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Service:
-    """Who serves a mount.
-
-    `keeper` is the process that signals go to, `server` the one that answers, the last of `servers`
-    that were started. `last_end` says how the one before ended. `longest_stall_seconds` is the
-    longest time from the end of one server until the next one answered. With `covered` another
-    server goes on if this one dies; otherwise `obstacle` says why not.
-    """
-
-    keeper: int = field(default_factory=os.getpid)
-    server: int = field(default_factory=os.getpid)
-    servers: int = 1
-    last_end: str = ""
-    longest_stall_seconds: float = 0
-    covered: bool = False
-    obstacle: str = "it has no keeper"
-
-    @classmethod
-    def of(cls, line: Line, *, resends: bool) -> Service:
-        """The service that `line` is of. `resends` is that of the device."""
-        obstacle = "" if line.is_held else "its keeper is gone"
-        if not resends:
-            obstacle = "Linux before 6.9"
-        return cls(
-            keeper=line.keeper,
-            servers=line.number,
-            last_end=line.reason,
-            longest_stall_seconds=line.board["longest_ns"] / 1e9,
-            covered=not obstacle,
-            obstacle=obstacle,
-        )
 
 
 @dataclass(frozen=True)
@@ -198,7 +156,7 @@ def status_of(
         reads=sum(metrics.read_buckets),
         reads_in_threads=metrics.waited,
         read_seconds=metrics.read_ns / 1e9,
-        read_buckets=_buckets(metrics.read_buckets),
+        read_buckets=buckets(metrics.read_buckets),
         supplied=tuple(
             Supplied(tag, layer if layer >= 0 else None, count)
             for tag, totals in sorted(metrics.supplied.items())
@@ -214,7 +172,9 @@ def status_of(
 
 def rendered(name: str, status: Status) -> bytes:
     """The content of the status file `name`: METRICS_FILE or STATUS_FILE."""
-    return exposition(status) if name == METRICS_FILE else status.to_json().encode()
+    return (
+        exposition(lambda: _families(status)) if name == METRICS_FILE else status.to_json().encode()
+    )
 
 
 def _operations(metrics: Metrics) -> tuple[Operation, ...]:
@@ -225,33 +185,6 @@ def _operations(metrics: Metrics) -> tuple[Operation, ...]:
         Operation(name, count, failed.get(name, {}))
         for name, count in sorted(metrics.requests.items())
     )
-
-
-# From 1 us to 17 s. The first bucket includes faster reads; only the total includes slower ones.
-_FIRST, _LAST = 10, 34
-
-
-def _buckets(counts: Sequence[int]) -> tuple[Bucket, ...]:
-    return tuple(Bucket(2**n / 1e9, sum(counts[: n + 1])) for n in range(_FIRST, _LAST + 1))
-
-
-def exposition(status: Status) -> bytes:
-    """The status in Prometheus' text format 0.0.4, by prometheus_client.
-
-    node_exporter's textfile collector reads this format, and refuses OpenMetrics. Raises
-    ImportError if that package is missing.
-    """
-    # Imported here because it takes 14 MiB of a daemon's memory, and few mounts are scraped.
-    from prometheus_client import CollectorRegistry, generate_latest
-    from prometheus_client.registry import Collector
-
-    class Snapshot(Collector):
-        def collect(self) -> Iterator[Metric]:
-            return _families(status)
-
-    registry = CollectorRegistry()
-    registry.register(Snapshot())
-    return generate_latest(registry)
 
 
 def _families(status: Status) -> Iterator[Metric]:
@@ -290,14 +223,12 @@ def _families(status: Status) -> Iterator[Metric]:
         yield core.CounterMetricFamily(f"diffmergefs_{name}", text, number)
     yield from _requests(status)
     yield _supplied(status)
-    yield core.HistogramMetricFamily(
+    yield histogram(
         "diffmergefs_read_duration_seconds",
         "Time that the daemon took to serve a read of a memory file.",
-        buckets=[
-            *((str(bucket.seconds), float(bucket.reads)) for bucket in status.read_buckets),
-            ("+Inf", float(status.reads)),
-        ],
-        sum_value=status.read_seconds,
+        status.read_buckets,
+        status.reads,
+        status.read_seconds,
     )
 
 

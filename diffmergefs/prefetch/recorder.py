@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.extents import PAGE, Extent
+from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.handles import Observer
 from diffmergefs.fuse.nodes import OpenImage
 from diffmergefs.prefetch.push import limited
@@ -88,6 +89,26 @@ def first_touches(runs: Iterable[Extent]) -> list[Extent]:
             else:
                 found.append((number, start, stop))
     return [Extent(start, stop) for _, start, stop in sorted(found)]
+
+
+def save_touches(
+    sets: WorkingSets, view: MergedView, files: Iterable[Touches], readahead_kib: int | None
+) -> None:
+    """Save the first touches of these files of the view as its record, and log it.
+
+    At most `record.MAX_RANGES` ranges are saved. Raises DiffMergeError, OSError.
+    """
+    runs = [run for touches in files for run in touches]
+    ranges = limited(first_touches(runs), view.size)[:MAX_RANGES]
+    record = WorkingSet(identity_of_view(view), tuple(ranges), now(), readahead_kib)
+    path = sets.save(record)
+    log.info(
+        "%s: recorded the first touch of %d bytes in %d ranges: %s",
+        view.layers[-1].path,
+        record.touched_bytes,
+        len(ranges),
+        path,
+    )
 
 
 @dataclass(eq=False)
@@ -175,14 +196,4 @@ class Recorder(Observer):
         if any(layer.tainted for layer in view.layers):
             log.info("%s: not recorded: one of its layers changed", name)
             return
-        runs = [run for touches in restores for run in touches]
-        ranges = limited(first_touches(runs), view.size)[:MAX_RANGES]
-        record = WorkingSet(identity_of_view(view), tuple(ranges), now(), self._readahead_kib)
-        path = self._sets.save(record)
-        log.info(
-            "%s: recorded the first touch of %d bytes in %d ranges: %s",
-            name,
-            record.touched_bytes,
-            len(ranges),
-            path,
-        )
+        save_touches(self._sets, view, restores, self._readahead_kib)

@@ -9,16 +9,9 @@ from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.extents import PAGE, Extent
 from diffmergefs.core.identity import FileKey
 from diffmergefs.core.view import MergedView
-from diffmergefs.prefetch.push import limited, pieces
-from diffmergefs.prefetch.record import (
-    MAX_RANGES,
-    Identity,
-    WorkingSet,
-    WorkingSets,
-    identity_of_view,
-    now,
-)
-from diffmergefs.prefetch.recorder import Touches, first_touches
+from diffmergefs.prefetch.push import pieces
+from diffmergefs.prefetch.record import Identity, WorkingSets, identity_of_view
+from diffmergefs.prefetch.recorder import Touches, save_touches
 
 log = logging.getLogger(__name__)
 
@@ -64,20 +57,10 @@ class Recording:
     def _write(self, touches: list[Touches]) -> None:
         view = self._view
         name = view.layers[-1].path
-        runs = [run for each in touches for run in each]
-        if not runs or any(layer.tainted for layer in view.layers):
+        if not any(map(len, touches)) or any(layer.tainted for layer in view.layers):
             log.info("%s: not recorded: nothing was touched, or a layer changed", name)
             return
-        ranges = limited(first_touches(runs), view.size)[:MAX_RANGES]
-        record = WorkingSet(identity_of_view(view), tuple(ranges), now(), PAGE >> 10)
-        path = self._sets.save(record)
-        log.info(
-            "%s: recorded the first touch of %d bytes in %d ranges: %s",
-            name,
-            record.touched_bytes,
-            len(ranges),
-            path,
-        )
+        save_touches(self._sets, view, touches, PAGE >> 10)
 
 
 class Ahead:

@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING
 from diffmergefs.core import __version__
 from diffmergefs.core.layer import Layer
 from diffmergefs.core.view import HOLE
-from diffmergefs.fuse.status import METRICS_FILE, STATUS_FILE, Bucket
+from diffmergefs.fuse.status import METRICS_FILE, STATUS_FILE
+from diffmergefs.system.metrics import BUCKETS, Bucket, buckets, exposition, histogram
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
 #: What a status socket answers: the name of a mount's status file is a line that asks for it.
 ANSWERS = (STATUS_FILE, METRICS_FILE)
-_BUCKETS = 65
-# From 1 us to 17 s. The first bucket includes faster faults; only the total includes slower ones.
-_FIRST, _LAST = 10, 34
 
 
 @dataclass(eq=False, slots=True)
@@ -41,13 +39,13 @@ class Counters:
     removed_bytes: int = 0
     ahead_bytes: int = 0
     supplied: dict[int, int] = field(default_factory=dict)
-    buckets: list[int] = field(default_factory=lambda: [0] * _BUCKETS)
+    buckets: list[int] = field(default_factory=lambda: [0] * BUCKETS)
 
     def fault(self, nanoseconds: int) -> None:
         """Count a fault that was served in this time."""
         self.faults += 1
         self.fault_ns += nanoseconds
-        self.buckets[nanoseconds.bit_length()] += 1
+        self.buckets[(nanoseconds - 1).bit_length() if nanoseconds > 0 else 0] += 1
 
     def supply(self, supplied: dict[int, int]) -> None:
         """Count the bytes that each layer supplied."""
@@ -154,7 +152,6 @@ class Ledger:
         for vm, counters in vms:
             total.add(counters)
             shown.append(vm)
-        buckets = total.buckets
         return Status(
             version=__version__,
             pid=os.getpid(),
@@ -169,9 +166,7 @@ class Ledger:
             failed=self.failed,
             faults=total.faults,
             fault_seconds=total.fault_ns / 1e9,
-            fault_buckets=tuple(
-                Bucket(2**n / 1e9, sum(buckets[: n + 1])) for n in range(_FIRST, _LAST + 1)
-            ),
+            fault_buckets=buckets(total.buckets),
             retries=total.retries,
             copied_bytes=total.copied_bytes,
             zero_bytes=total.zero_bytes,
@@ -187,22 +182,9 @@ class Ledger:
 
 def rendered(name: str, status: Status) -> bytes:
     """The answer to the line `name`, one of ANSWERS."""
-    return exposition(status) if name == METRICS_FILE else status.to_json().encode()
-
-
-def exposition(status: Status) -> bytes:
-    """The status in Prometheus' text format 0.0.4, as that of a mount."""
-    # Imported here because it takes 14 MiB of memory, and few servers are scraped.
-    from prometheus_client import CollectorRegistry, generate_latest
-    from prometheus_client.registry import Collector
-
-    class Snapshot(Collector):
-        def collect(self) -> Iterator[Metric]:
-            return _families(status)
-
-    registry = CollectorRegistry()
-    registry.register(Snapshot())
-    return generate_latest(registry)
+    return (
+        exposition(lambda: _families(status)) if name == METRICS_FILE else status.to_json().encode()
+    )
 
 
 def _families(status: Status) -> Iterator[Metric]:
@@ -233,12 +215,10 @@ def _families(status: Status) -> Iterator[Metric]:
     for each in status.supplied:
         family.add_metric(["hole" if each.layer is None else str(each.layer)], each.bytes)
     yield family
-    yield core.HistogramMetricFamily(
+    yield histogram(
         "diffmergefs_uffd_fault_duration_seconds",
         "Time that the server took to serve a fault.",
-        buckets=[
-            *((str(bucket.seconds), float(bucket.reads)) for bucket in status.fault_buckets),
-            ("+Inf", float(status.faults)),
-        ],
-        sum_value=status.fault_seconds,
+        status.fault_buckets,
+        status.faults,
+        status.fault_seconds,
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.fuse.status import STATUS_FILE, Service, Status
+from diffmergefs.fuse.service import Service
+from diffmergefs.fuse.status import STATUS_FILE, Status
 from tests.support import skips
 from tests.support.images import PAGE, signed
 from tests.support.live import held, until

@@ -25,7 +25,7 @@ from diffmergefs.core.errors import BrokenChainError
 from diffmergefs.fuse.nodes import ROOT_INODE
 from diffmergefs.fuse.operations import Operations
 from diffmergefs.fuse.served import Store
-from diffmergefs.fuse.status import Metrics, Status, exposition, status_of
+from diffmergefs.fuse.status import METRICS_FILE, Metrics, Status, rendered, status_of
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.stores.catalog import LAYOUTS, read_catalog
@@ -418,7 +418,7 @@ def test_the_manual_lists_the_metrics_and_the_fields() -> None:
     known = status_of(metrics, **NOTHING)
     text = (DOCS / "diffmergefs-status.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(diffmergefs_\w+)` \| (\w+) \|", text, re.MULTILINE)
-    families = metric_families(exposition(known).decode())
+    families = metric_families(rendered(METRICS_FILE, known).decode())
     assert sorted(listed) == sorted((family.name, family.type) for family in families)
     fields = text.split("## STATUS.JSON")[1].split("##")[0]
     named = re.findall(r"^- `(\w+)`", fields, re.MULTILINE)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.fuse.status import Metrics, exposition, status_of
+from diffmergefs.fuse.status import METRICS_FILE, Metrics, rendered, status_of
 from tests.project.test_docs import (
     SECTIONED,
     Block,
@@ -167,7 +167,7 @@ def test_node_exporter_reads_what_the_recipe_makes(public_path: Path, tmp_path: 
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:
-    known = exposition(status_of(Metrics(), **NOTHING)).decode()
+    known = rendered(METRICS_FILE, status_of(Metrics(), **NOTHING)).decode()
     for _, expressions in rows(RECIPES, "Prometheus and a dashboard"):
         for name in re.findall(r"diffmergefs_\w+", expressions):
             family = re.sub(r"_(bucket|count|sum)$", "", name)

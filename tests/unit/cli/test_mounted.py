@@ -21,7 +21,8 @@ from diffmergefs.core.errors import (
     MountTimeoutError,
 )
 from diffmergefs.core.view import HOLE
-from diffmergefs.fuse.status import Metrics, Service, Status, status_of
+from diffmergefs.fuse.service import Service
+from diffmergefs.fuse.status import Metrics, Status, status_of
 from diffmergefs.system import children
 from diffmergefs.system import mounted as mounts
 from diffmergefs.system.mounttable import FILESYSTEM_TYPE, Mount

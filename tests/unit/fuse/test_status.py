@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import json
 import os
-import socket
 
 import pytest
 from hypothesis import given, settings
@@ -15,16 +14,14 @@ from hypothesis import strategies as st
 from diffmergefs.core.view import HOLE
 from diffmergefs.fuse.status import (
     GONE,
+    METRICS_FILE,
     Metrics,
     Operation,
-    Service,
     Status,
     Supplied,
-    exposition,
+    rendered,
     status_of,
 )
-from diffmergefs.system.board import Board
-from diffmergefs.system.line import Line
 from tests.support.counters import NOTHING, metric_families
 
 
@@ -48,7 +45,7 @@ def status() -> Status:
 
 def samples(found: Status) -> dict[str, float]:
     """Each sample of the text, as a parser reads it."""
-    text = exposition(found).decode()
+    text = rendered(METRICS_FILE, found).decode()
     return {
         sample.name + "".join(f",{key}={sample.labels[key]}" for key in sorted(sample.labels)): (
             sample.value
@@ -95,58 +92,6 @@ def test_the_json_holds_the_status_and_can_be_parsed() -> None:
     for other in ("", "[]", "{}", '{"version": "9"}', "nonsense"):
         with pytest.raises(ValueError):
             Status.from_json(other)
-
-
-def line_of(number: int, keeper: int) -> Line:
-    """The line of this server, whose keeper is that process."""
-    mine, end = socket.socketpair()
-    mine.close()
-    line = Line(
-        number=number,
-        signals=(),
-        held={},
-        suspects=frozenset(),
-        poisoned={},
-        reason="it died",
-        dump="",
-        board=Board(),
-        end=end,
-    )
-    line.keeper = keeper
-    line.board["longest_ns"] = 21_000_000
-    end.close()
-    return line
-
-
-@pytest.mark.parametrize(
-    ("keeper", "resends", "obstacle"),
-    [
-        (os.getppid(), True, ""),
-        (os.getppid(), False, "Linux before 6.9"),
-        (1 << 30, True, "its keeper is gone"),
-    ],
-    ids=["covered", "an old kernel", "without a keeper"],
-)
-def test_it_is_told_who_serves_and_whether_another_would_go_on(
-    keeper: int, resends: bool, obstacle: str
-) -> None:
-    service = Service.of(line_of(3, keeper), resends=resends)
-    assert service == Service(
-        keeper=keeper,
-        server=os.getpid(),
-        servers=3,
-        last_end="it died",
-        longest_stall_seconds=0.021,
-        covered=not obstacle,
-        obstacle=obstacle,
-    )
-    found = status_of(counted(), **NOTHING, service=service)
-    assert (found.pid, found.service) == (keeper, service)
-    assert Status.from_json(found.to_json()) == found
-    numbers = samples(found)
-    assert numbers["diffmergefs_servers_total"] == 3
-    assert numbers["diffmergefs_longest_stall_seconds"] == 0.021
-    assert numbers["diffmergefs_covered"] == (not obstacle)
 
 
 def test_a_process_without_a_keeper_serves_alone() -> None:
