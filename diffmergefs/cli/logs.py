@@ -17,7 +17,6 @@ from diffmergefs.core.errors import FileAccessError
 H = TypeVar("H", bound=logging.Handler)
 
 #: The values of --log-format.
-FORMATS = ["auto", "plain", "journald", "json"]
 SYSLOG = "/dev/log"
 _PLAIN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # The journal adds the time and the process itself.

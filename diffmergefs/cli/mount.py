@@ -20,9 +20,11 @@ from diffmergefs.cli.options import (
     Size,
     layer_options,
     layout_options,
+    log_format_option,
     store_options,
     strict_option,
     trust_options,
+    verify_level_option,
     with_values,
     working_set_dir_option,
 )
@@ -126,8 +128,8 @@ def _ends(option: click.Option) -> list[str]:
     default=30.0,
     show_default=True,
     metavar="SECONDS",
-    help="Replace a serving process that has been stuck for so long. 0: never. Storage that hangs"
-    " does not count.",
+    help="Replace the server when it has been stuck for this long. 0: never. A server that waits"
+    " for storage is not stuck.",
 )
 @layout_options
 @click.option(
@@ -139,24 +141,9 @@ def _ends(option: click.Option) -> list[str]:
     help="How long to wait until the mount answers.",
 )
 @click.option("--log", "log_file", type=PATH, metavar="FILE", help="Log to FILE instead of syslog.")
-@click.option(
-    "--log-format",
-    type=click.Choice(logs.FORMATS),
-    default="auto",
-    show_default=True,
-    help="The format of log records: lines with date and level (plain), lines that begin with the"
-    " priority as <N> (journald), or JSON. auto: journald if stderr is the journal, else plain.",
-)
+@log_format_option
 @click.option("-v", "--verbose", is_flag=True, help="Also log each failed request.")
-@click.option(
-    "--verify",
-    type=click.Choice(["no", "pins", "full"]),
-    default=TrustPolicy.verify,
-    show_default=True,
-    help="Which checksums to compare before an image first appears. pins: seals and the recorded"
-    " hashes of parents, once per file. full: all of them again. no: none, so the guest may get"
-    " wrong bytes.",
-)
+@verify_level_option("before an image first appears")
 @click.option(
     "--record",
     is_flag=True,

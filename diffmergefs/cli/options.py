@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 EXPERT = {
     *("allow_gaps", "allow_outside", "allow_writers", "dense", "no_seal", "page_size", "strict"),
     *("state_dir", "trust_grain", "working_set_dir"),
-    *("drop_behind", "log_format", "max_background", "no_fast_loop", "readahead"),
+    *("drop_behind", "log_format", "max_background", "no_fast_loop", "readahead", "watchdog"),
 }
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -186,6 +186,28 @@ def _require_file(
             " or mount the image and read it with cat"
         )
     return value
+
+
+def verify_level_option(when: str) -> Callable[[F], F]:
+    """--verify=no|pins|full, whose help says `when` checksums are compared."""
+    return click.option(
+        "--verify",
+        type=click.Choice(["no", "pins", "full"]),
+        default=TrustPolicy.verify,
+        show_default=True,
+        help=f"Which checksums to compare {when}. pins: seals and the recorded hashes of parents,"
+        " once per file. full: all of them again. no: none, so the guest may get wrong bytes.",
+    )
+
+
+log_format_option = click.option(
+    "--log-format",
+    type=click.Choice(["auto", "plain", "journald", "json"]),
+    default="auto",
+    show_default=True,
+    help="The format of log records: lines with date and level (plain), lines that begin with the"
+    " priority as <N> (journald), or JSON. auto: journald if stderr is the journal, else plain.",
+)
 
 
 def output_options(what: str, *, verify: str) -> Callable[[F], F]:

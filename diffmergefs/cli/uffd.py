@@ -13,11 +13,17 @@ import click
 
 from diffmergefs.cli import logs
 from diffmergefs.cli.inputs import ImageArguments, image_options
-from diffmergefs.cli.options import PATH, Size, strict_option, working_set_dir_option
+from diffmergefs.cli.options import (
+    PATH,
+    Size,
+    log_format_option,
+    strict_option,
+    verify_level_option,
+    working_set_dir_option,
+)
 from diffmergefs.cli.usage import Verb
 from diffmergefs.core.errors import FileAccessError
 from diffmergefs.core.extents import PAGE
-from diffmergefs.opening.trust import TrustPolicy
 from diffmergefs.prefetch.record import WorkingSets
 from diffmergefs.system.daemon import JOURNAL, Notifier, is_journal
 from diffmergefs.uffd.listener import Listener, Owner
@@ -90,21 +96,9 @@ def _around(context: click.Context, parameter: click.Parameter, value: int) -> i
 )
 @click.option("--no-prefetch", is_flag=True, help="Do not copy the recorded pages ahead.")
 @working_set_dir_option
-@click.option(
-    "--verify",
-    type=click.Choice(["no", "pins", "full"]),
-    default=TrustPolicy.verify,
-    show_default=True,
-    help="Which checksums to compare at the start; see `mount`.",
-)
+@verify_level_option("at the start")
 @click.option("--log", "log_file", type=PATH, metavar="FILE", help="Log to FILE instead of stderr.")
-@click.option(
-    "--log-format",
-    type=click.Choice(logs.FORMATS),
-    default="auto",
-    show_default=True,
-    help="The format of log records; see `mount`.",
-)
+@log_format_option
 @strict_option
 @image_options
 def uffd(
