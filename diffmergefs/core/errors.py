@@ -39,7 +39,7 @@ class DiffMergeError(Exception):
     """
 
     exit_code: ClassVar[int] = 3
-    errno: ClassVar[int] = errno.EIO
+    errno: int = errno.EIO
     check: str = ""
     #: Whether the cause may go away without a change to any file, so that a retry can help.
     is_passing: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -281,11 +282,14 @@ class Store:
         Compares parents with the hashes that their children record: see `pins`. Raises
         FileAccessError if the tag is not served, and DiffMergeError if a layer is refused. A
         refusal holds until the chain changes, or until a look finds that it has passed. The log
-        gets the reason once.
+        gets the reason once. The errno is ENOENT if the tag is not served or a layer is gone, and
+        EBUSY if a layer changed or was replaced since the look: the next look deals with it.
         """
         state = self.seen.tags.get(tag)
         if state is None or not state.links:
-            raise FileAccessError(f"{tag}: no such snapshot is served")
+            gone = FileAccessError(f"{tag}: no such snapshot is served")
+            gone.errno = errno.ENOENT
+            raise gone
         # One image has one inode number.
         return self._opening.do(state, lambda: self._open(state))
 
@@ -299,12 +303,8 @@ class Store:
                 self.require_pin(parent, link)
             name, access = state.name_and_access(opened.view, self.roots)
             image = OpenImage.of(opened.view, name, access, tag)
-        except OSError as error:
-            state.complain(str(error))
-            raise FileAccessError(f"{tag}: {error.strerror}, it may have moved") from error
-        except (FileAccessError, LayerChangedError) as error:
-            state.complain(str(error))
-            raise
+        except (OSError, FileAccessError, LayerChangedError) as error:
+            raise state.complain(error) from error
         except DiffMergeError as error:
             state.refusal = error.anew()
             log.warning("%s: its memory file is not shown: %s", tag, state.refusal)

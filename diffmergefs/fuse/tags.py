@@ -9,7 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from diffmergefs.core.beneath import AllowedRoots
-from diffmergefs.core.errors import DiffMergeError, counted, one_line
+from diffmergefs.core.errors import (
+    DiffMergeError,
+    FileAccessError,
+    LayerChangedError,
+    counted,
+    one_line,
+)
 from diffmergefs.core.identity import FileKey, FileVersion
 from diffmergefs.core.view import MergedView
 from diffmergefs.fuse.access import Access, view_access
@@ -55,11 +61,28 @@ class TagState:
             raise refusal.anew()
         return self.image
 
-    def complain(self, text: str) -> None:
-        """Log why the image cannot be opened now: once, however often clients try."""
+    def complain(self, error: OSError | DiffMergeError) -> DiffMergeError:
+        """The error for clients, since the image cannot be opened now.
+
+        Its errno is EBUSY if a layer changed or was replaced since the look, and ENOENT if it is
+        gone, because the next look deals with both. The log gets the reason once, however often
+        clients try.
+        """
+        text = str(error)
         if text != self.complaint:
             log.warning("%s: cannot be opened now: %s", self.tag, text)
         self.complaint = text
+        if isinstance(error, OSError):
+            cause: BaseException | None = error
+            answer: DiffMergeError = FileAccessError(f"{self.tag}: {error.strerror}")
+        else:
+            cause, answer = error.__cause__, error.anew()
+        number = cause.errno if isinstance(cause, OSError) else None
+        if isinstance(error, LayerChangedError) or number == errno.ESTALE:
+            answer.errno = errno.EBUSY
+        elif number == errno.ENOENT:
+            answer.errno = errno.ENOENT
+        return answer
 
     def name_and_access(self, view: MergedView, roots: AllowedRoots) -> tuple[str, Access]:
         """The name of the memory file, and who may read this view of the chain; blocks.

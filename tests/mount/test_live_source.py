@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 from diffmergefs.fuse.looking import LOOK_SECONDS
 from diffmergefs.fuse.replies import CHANGING_SECONDS
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
-from tests.support.live import until, until_equal
+from tests.support.live import error_of, until, until_equal
 from tests.support.mounts import Mount, mounted
 from tests.support.stores import (
     BASE_PAGES,
@@ -100,6 +101,25 @@ def test_a_tag_appears_complete_and_disappears(public_path: Path, mountpoint: Pa
         (store / "leaf").rename(public_path / "away")
         until_shown(mount, "base")
         until(lambda: not (mountpoint / "leaf").exists(), "leaf is still there")
+
+
+def test_a_tag_that_is_replaced_is_busy_and_then_shows_the_new_bytes(
+    public_path: Path, mountpoint: Path
+) -> None:
+    """Nobody has opened it before. EIO would say that the storage fails."""
+    store = write_chain(public_path / "store", ["base"])
+    for number in range(5):
+        write_tag(store, f"leaf{number}", "base", layer=1, numbers=[1])
+    found = set()
+    with mounted(store, mountpoint, expect_log=("cannot be opened now",)):
+        for number in range(5):
+            view = mountpoint / f"leaf{number}" / "memory.bin"
+            replace_memory(store / f"leaf{number}", 9, [5])
+            new = image_of((0, BASE_PAGES), (9, [5]))
+            while (error := error_of(view)) is not None:
+                found.add(error)
+            assert view.read_bytes() == new
+    assert errno.EBUSY in found and found <= {errno.EBUSY, errno.ENOENT}
 
 
 def test_a_slowly_written_tag_appears_complete(public_path: Path, mountpoint: Path) -> None:

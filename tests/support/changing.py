@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -61,11 +62,13 @@ class Changer:
                 os.close(file)
 
     def _opened(self, layer: int) -> list[int]:
-        # A descriptor; none if it is not there, or if it is another one's.
+        # A descriptor; none if it is not there, not looked at yet, or another one's.
         try:
             file = os.open(self._view, os.O_RDONLY)
-        except FileNotFoundError:
-            return []
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EBUSY):
+                return []
+            raise
         start = _NUMBERS[-1] * PAGE
         if os.pread(file, PAGE, start) != self._expected(layer)[start : start + PAGE]:
             os.close(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -170,8 +171,9 @@ def test_a_refusal_reaches_every_client_and_hides_no_other_name(root: Path) -> N
 
 def test_a_tag_that_is_not_served_is_no_image(root: Path) -> None:
     async def main(opener: ImageOpener) -> None:
-        with pytest.raises(FileAccessError, match="none: no such snapshot is served"):
+        with pytest.raises(FileAccessError, match="none: no such snapshot is served") as caught:
             await opener.image("none")
+        assert caught.value.errno == errno.ENOENT
 
     run(main, tree_of(root))
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from diffmergefs.core.errors import (
     DenseDiffError,
+    DiffMergeError,
     FileAccessError,
     LayerChangedError,
     UntrustedExtentsError,
+    os_error,
 )
 from diffmergefs.core.layer import Layer
 from diffmergefs.opening.images import open_image
@@ -138,3 +143,53 @@ def test_a_kept_error_keeps_nothing_else_alive(root: Path, monkeypatch: pytest.M
     held = caller()
     gc.collect()
     assert held() is None
+
+
+@pytest.mark.parametrize(
+    ("harm", "number"),
+    [
+        (lambda path: path.with_name("other").rename(path), errno.EBUSY),
+        (lambda path: path.unlink(), errno.ENOENT),
+        (lambda path: path.parent.rename(path.parent.with_name("away")), errno.ENOENT),
+        (lambda path: age(path, mtime_ns=OLD_NS + 1), errno.EBUSY),
+    ],
+    ids=["replaced", "removed", "renamed", "changed"],
+)
+def test_what_the_next_look_will_find_is_no_error_of_the_storage(
+    root: Path, harm: Callable[[Path], object], number: int
+) -> None:
+    path = root / "work" / "memory.bin"
+    shutil.copy(path, path.with_name("other"))
+    store = looked(root)
+    harm(path)
+    with pytest.raises(DiffMergeError, match="work") as caught:
+        store.open("work")
+    assert caught.value.errno == number
+
+
+def test_a_layer_that_is_replaced_while_it_is_opened_is_no_error_of_the_storage(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = looked(root)
+
+    def replaced(*arguments: object) -> None:
+        raise os_error(errno.ESTALE, "work/memory.bin")
+
+    monkeypatch.setattr("diffmergefs.fuse.tags.view_access", replaced)
+    with pytest.raises(FileAccessError, match="work: Stale file handle") as caught:
+        store.open("work")
+    assert caught.value.errno == errno.EBUSY
+
+
+def test_a_storage_that_fails_is_an_error_of_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = looked(root)
+
+    def broken(*arguments: object) -> None:
+        raise os_error(errno.EACCES, "work/memory.bin")
+
+    monkeypatch.setattr("diffmergefs.fuse.tags.view_access", broken)
+    with pytest.raises(FileAccessError, match="work: Permission denied") as caught:
+        store.open("work")
+    assert caught.value.errno == errno.EIO
