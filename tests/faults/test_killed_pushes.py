@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +16,8 @@ from diffmergefs.prefetch.record import WorkingSets
 from tests.support.images import PAGE
 from tests.support.live import held, patch_children, until
 from tests.support.moments import IN_MOUNTS, Moments
-from tests.support.mounts import mounted, require_fusectl
-from tests.support.processes import is_dead
+from tests.support.mounts import abort, mounted, require_fusectl
+from tests.support.processes import has_no_thread, is_dead, is_stuck
 from tests.support.restores import ORACLE, SIZE, ranges_of, save, scattered, shown, write_pair
 from tests.support.servers import TOOK_OVER, covered, kill_and_wait, kill_server, wait_for_takeovers
 from tests.support.stores import write_tag
@@ -29,7 +27,7 @@ __all__ = ["covered"]
 
 pytestmark = pytest.mark.usefixtures("covered")
 
-TOUCHED = scattered(100)
+TOUCHED = scattered(25)
 LAST = pieces(ranges_of(TOUCHED), SIZE)[-1].start
 CUT_OFF = "and no other can go on"
 
@@ -65,28 +63,6 @@ os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 sys.stdout.buffer.write(os.pread(fd, {PAGE}, {LAST}))
 """
-
-
-def is_stuck(pid: int) -> bool:
-    """Whether a thread waits in the kernel for what no signal ends."""
-    states = []
-    for _ in range(2):
-        states.append(
-            {
-                task.name
-                for task in Path(f"/proc/{pid}/task").iterdir()
-                if (task / "stat").read_text().rpartition(")")[2].split()[0] == "D"
-            }
-        )
-        time.sleep(0.1)
-    return bool(states[0] & states[1])
-
-
-def has_no_thread(pid: int) -> bool:
-    """Whether nothing is left of a dead process but its leader, if at all."""
-    with suppress(FileNotFoundError):
-        return os.listdir(f"/proc/{pid}/task") == [str(pid)]
-    return True
 
 
 @pytest.mark.parametrize("resend", [True, False], ids=["resend", "no resend"])
@@ -143,6 +119,35 @@ def test_a_push_that_waits_for_a_page_in_hand(
             else:
                 assert mount.process.wait(60) == 23
     seen(kills=kills, longest_until_the_reader_had_its_page_or_error_ms=round(1000 * longest))
+
+
+def test_a_push_that_waits_for_a_page_when_nobody_is_left(
+    public_path: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No process can end it, and so `umount -f` does"""
+    base, diff = write_pair(public_path)
+    sets = WorkingSets(str(public_path / "sets"))
+    save(sets, shown(base, diff), TOUCHED)
+    options = ["--base", str(base), "--diff", str(diff), "--prefetch=notify"]
+    options += ["--working-set-dir", sets.directory]
+    code = SLOW_READS.format(go=str(public_path / "go"))
+    patch_children(monkeypatch, public_path / "site", IN_MOUNTS + code)
+    with mounted(None, mountpoint, *options) as mount:
+        reader = subprocess.Popen(
+            [sys.executable, "-c", READ, mountpoint / "base.mem"], stderr=subprocess.PIPE
+        )
+        try:
+            server = mount.pid
+            until(partial(is_stuck, server), "the push did not come to that page")
+            mount.kill()
+            assert is_stuck(server) and reader.poll() is None
+            subprocess.run(["umount", "-f", mountpoint], capture_output=True, check=False)
+            assert b"OSError" in reader.communicate(timeout=20)[1]
+            until(partial(has_no_thread, server), "a thread of it hangs")
+        finally:
+            reader.kill()
+            abort(str(mountpoint))
+            reader.communicate(timeout=60)
 
 
 # Recording

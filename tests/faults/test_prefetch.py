@@ -10,13 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from diffmergefs.prefetch.record import WorkingSets
 from tests.support.images import PAGE
-from tests.support.mounts import mounted, require_fusectl
+from tests.support.mounts import abort, mounted, require_fusectl
+from tests.support.processes import is_stuck
 from tests.support.restores import ORACLE, ranges_of, save, scattered, shown, write_pair
 
 READERS = 3
@@ -103,8 +105,11 @@ def test_readers_of_the_pages_that_are_pushed(
 def test_kill_9_in_the_middle_of_a_push(
     public_path: Path, mountpoint: Path, count: Callable[[int], int], seen: Callable[..., None]
 ) -> None:
-    """Readers of the pages that are being pushed get an error, and nobody waits for ever"""
-    require_fusectl()  # the guard of a push takes it
+    """Keeper and server: readers of the pages that are being pushed get an error
+
+    If the push waits for the page of a reader, the kernel cannot end the server before somebody
+    aborts the connection.
+    """
     base, diff = write_pair(public_path)
     sets = WorkingSets(str(public_path / "sets"))
     save(sets, shown(base, diff), TOUCHED)
@@ -112,7 +117,7 @@ def test_kill_9_in_the_middle_of_a_push(
     oracle = public_path / "oracle"
     oracle.write_bytes(ORACLE)
     argv = [str(mountpoint / "base.mem"), str(oracle), "1000000", json.dumps(TOUCHED)]
-    kills = count(50)
+    kills, aborts = count(50), 0
     for _ in range(kills):
         with mounted(None, mountpoint, *options) as mount:
             reader = subprocess.Popen(
@@ -122,12 +127,24 @@ def test_kill_9_in_the_middle_of_a_push(
             )
             try:
                 time.sleep(0.1 + random.random() / 5)
+                server = mount.pid
                 mount.kill()
+                if not ends_within(reader, 2):
+                    assert is_stuck(server)
+                    aborts += 1
+                    subprocess.run(["umount", "-f", mountpoint], capture_output=True, check=False)
                 assert reader.wait(20) in (1, -signal.SIGBUS)
             finally:
                 reader.kill()
+                abort(str(mountpoint))
                 reader.wait(20)
-    seen(kills=kills)
+    seen(kills=kills, of_which_a_push_waited_for_a_page=aborts)
+
+
+def ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    return process.returncode is not None
 
 
 def test_what_is_pushed_is_what_is_touched() -> None:

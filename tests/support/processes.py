@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,6 +40,28 @@ def is_dead(pid: int) -> bool:
     """Whether the process is gone, or only waits for its parent to notice."""
     with suppress(FileNotFoundError, ProcessLookupError):
         return _facts(Path(f"/proc/{pid}/stat"))[0] in "ZX"
+    return True
+
+
+def is_stuck(pid: int) -> bool:
+    """Whether a thread waits in the kernel for what no signal ends."""
+    states = []
+    for _ in range(2):
+        states.append(
+            {
+                task.name
+                for task in Path(f"/proc/{pid}/task").iterdir()
+                if (task / "stat").read_text().rpartition(")")[2].split()[0] == "D"
+            }
+        )
+        time.sleep(0.1)
+    return bool(states[0] & states[1])
+
+
+def has_no_thread(pid: int) -> bool:
+    """Whether nothing is left of a dead process but its leader, if at all."""
+    with suppress(FileNotFoundError):
+        return os.listdir(f"/proc/{pid}/task") == [str(pid)]
     return True
 
 
