@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,25 +73,39 @@ def test_lazily_also_while_files_are_open(store: Path, mountpoint: Path) -> None
         assert mount.process.wait(60) == 0
 
 
-@pytest.mark.parametrize("options", [(), ("--json",), ("--metrics",), ("--watch",)])
-def test_status_gives_up(options: tuple[str, ...], store: Path, mountpoint: Path) -> None:
-    with hung(store, mountpoint):
-        text = one_line(diffmergefs("status", *options, mountpoint), TIMEOUT)
-        assert f"{mountpoint}: the daemon has not answered for 5 s" in text
-        assert f"umount --lazy {mountpoint}" in text
+def all_at_once(
+    *runs: Callable[[], subprocess.CompletedProcess[str]],
+) -> list[subprocess.CompletedProcess[str]]:
+    """What these commands did. Each of them waits for some seconds."""
+    with ThreadPoolExecutor(len(runs)) as pool:
+        return list(pool.map(lambda run: run(), runs))
 
 
-@pytest.mark.parametrize("options", [(), ("-f",)], ids=["background", "front"])
-def test_a_second_mount_there_is_refused(
-    options: tuple[str, ...], store: Path, mountpoint: Path
-) -> None:
+def test_status_gives_up(store: Path, mountpoint: Path) -> None:
     with hung(store, mountpoint):
-        done = diffmergefs("mount", "--log", "/dev/null", *options, store, mountpoint)
-        assert done.returncode == REFUSED
-        line = f"diffmergefs: {mountpoint}: {store} is mounted there already, and its server does"
-        assert done.stderr.splitlines()[-1].startswith(line)
-        inside = diffmergefs("mount", "--log", "/dev/null", *options, store, mountpoint / "leaf")
-        assert inside.returncode == TIMEOUT and "umount --lazy" in inside.stderr
+        options = (), ("--json",), ("--metrics",), ("--watch",)
+        ended = all_at_once(
+            *(partial(diffmergefs, "status", *each, mountpoint) for each in options)
+        )
+        for done in ended:
+            text = one_line(done, TIMEOUT)
+            assert f"{mountpoint}: the daemon has not answered for 5 s" in text
+            assert f"umount --lazy {mountpoint}" in text
+
+
+def test_a_second_mount_there_is_refused(store: Path, mountpoint: Path) -> None:
+    with hung(store, mountpoint):
+        runs = [
+            partial(diffmergefs, "mount", "--log", "/dev/null", *options, store, path)
+            for options in ((), ("-f",))
+            for path in (mountpoint, mountpoint / "leaf")
+        ]
+        ended = all_at_once(*runs)
+        for done, inside in (ended[:2], ended[2:]):
+            assert done.returncode == REFUSED
+            line = f"diffmergefs: {mountpoint}: {store} is mounted there already, and its server"
+            assert done.stderr.splitlines()[-1].startswith(f"{line} does")
+            assert inside.returncode == TIMEOUT and "umount --lazy" in inside.stderr
 
 
 # What a user may name in a mount; S is the store, M the mountpoint.
@@ -115,14 +130,12 @@ COMMANDS = {
 
 
 def test_a_path_in_it_is_one_line(store: Path, mountpoint: Path) -> None:
-    """All at once, because each waits for some seconds."""
     (mountpoint.parent / "link").symlink_to("mnt")
     (mountpoint.parent / "other").mkdir()
     names = {"M": str(mountpoint), "S": str(store)}
-    with hung(store, mountpoint), ThreadPoolExecutor(len(COMMANDS)) as pool:
-        commands = [re.sub("[MS]", lambda m: names[m[0]], text) for text in COMMANDS.values()]
-        ended = list(pool.map(lambda command: diffmergefs(*command.split()), commands))
-        for done in ended:
+    commands = [re.sub("[MS]", lambda m: names[m[0]], text) for text in COMMANDS.values()]
+    with hung(store, mountpoint):
+        for done in all_at_once(*(partial(diffmergefs, *each.split()) for each in commands)):
             text = one_line(done, TIMEOUT)
             assert f" in the mount on {mountpoint}: " in text or f" {mountpoint}: the dae" in text
 

@@ -42,7 +42,7 @@ def test_a_process_is_dead_once_it_has_ended_and_also_once_it_is_gone(child: int
 
 def test_one_that_lives_has_no_end_and_one_that_others_waited_for_was_killed(child: int) -> None:
     assert end_of(child, 1) is None
-    os.kill(child, signal.SIGTERM)
+    os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert end_of(child) == -signal.SIGKILL
 
