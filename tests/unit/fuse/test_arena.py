@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
 import threading
+from array import array
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from diffmergefs.fuse.arena import Arena, Place
 from diffmergefs.system.board import Board
 from tests.support.forks import fork
+from tests.support.images import PAGE
 
 THINGS = st.one_of(st.binary(max_size=3 * 4096), st.lists(st.integers(), max_size=5), st.none())
 
@@ -120,3 +123,11 @@ def test_without_memory_nothing_is_put(arena: Arena, monkeypatch: pytest.MonkeyP
             arena.put("never")
     assert caught.value.errno == errno.ENOMEM
     assert arena.get(arena.put("after")) == "after" and arena.get(place) == "before"
+
+
+def test_offsets_in_order_take_an_eighth_of_their_size(arena: Arena) -> None:
+    pages = sorted(random.Random(1).sample(range(1 << 19), 100_000))
+    extents = array("Q", [page * PAGE for page in pages])
+    place = arena.put(extents)
+    assert place.length <= len(extents) * extents.itemsize / 8
+    assert arena.get(place) == extents
