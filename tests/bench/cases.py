@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from tests.bench import (
+    fault_cases,
     firecracker_cases,
     mount_cases,
     page_servers,
@@ -109,6 +110,7 @@ def topics(scale: Scale) -> list[dict[str, Case]]:
             "drop-behind": lambda b, r: read_cases.drop_behind(b.images, r),
             "slow-store": lambda b, r: read_cases.slow_store(b.images, r),
             "rediff": lambda b, r: read_cases.rediff(b.memory, b.scale, r),
+            "faults": lambda b, r: fault_cases.faults(b.images, r),
         },
         {f"flatten-{kind}": partial(_flatten, kind) for kind in scale.filesystems},
         {

@@ -19,6 +19,7 @@ SHARED = "the same sharing from C"
 """No peer: nobody ships it. It does what `flatten` does there, and nothing besides."""
 WARM, CACHED, COLD, RECORDED = "flattened, warm", "view, warm", "view, cold", "view, cold, recorded"
 UFFD, UFFD_RECORDED, UFFD_HUGE = "uffd 4 KiB", "uffd 4 KiB, recorded", "uffd 2 MiB"
+ALLOWED = "1.2 x C floor + 8 us"
 FLATTEN_FIRST = "flatten, then restore"
 REPLY, SUM, PSS = "first reply", "sum of 32 MiB", "Pss of a VM's memory"
 """What is measured of a Firecracker that restores from each of those."""
@@ -280,6 +281,13 @@ GOALS: Sequence[Goal] = (
     *_flatten_first(),
     *_many(),
     *_firecracker(),
+    against(
+        f"a fault that `uffd` serves, all on one CPU: time / {ALLOWED}",
+        "faults",
+        OURS,
+        ALLOWED,
+        at_most(1.0),
+    ),
     against(
         "mount of 100 snapshots of 2 GiB: time until ready / of an empty mount",
         "mount-time",

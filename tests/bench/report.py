@@ -48,6 +48,9 @@ _ABOUT = {
     " layers is in the page cache afterwards.",
     "slow-store": "Random reads of 4 KiB from a view whose base lies on a store that takes 5 ms a"
     " read, by one client and by 8 at once.",
+    "faults": "First touch of random pages of a guest's memory that `diffmergefs uffd` fills from a"
+    " base and 3 diffs, a page each time (`--fault-around=4K`). Guest and server are on one CPU."
+    " `C floor`: a server of C that copies each page from one mapping of the flattened image.",
     "rediff": "The difference of two complete images that are equal and in the page cache.",
     "flatten-": "A new standalone image of a base and 3 diffs, on the disk at the end (fsync). The"
     " filesystem lies on a file in memory. `diffmergefs.flatten`: from Python, so without the start"

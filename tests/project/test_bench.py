@@ -638,7 +638,7 @@ def test_a_run_writes_its_figures_and_its_page(tmp_path: Path) -> None:
     skips.require_loop()
     skips.require_fuse()
     path = tmp_path / "benchmarks.json"
-    cases = ["sequential", "slow-store", "flatten-tmpfs", "mount-time", "index"]
+    cases = ["sequential", "slow-store", "faults", "flatten-tmpfs", "mount-time", "index"]
     status = bench.main(["--scale", "tiny", "--only", ",".join(cases), "--json", str(path)])
     document = report.load(path)
     assert list(document["cases"]) == cases
@@ -654,6 +654,7 @@ def test_a_run_writes_its_figures_and_its_page(tmp_path: Path) -> None:
     shown = set(document["cases"]["sequential"]["series"])
     assert {"diffmergefs", "diffmergefs, depth 1", "qemu export", "C floor"} <= shown
     assert {"pyfuse3 constant", "flattened, warm", "diffmergefs, 8 x 100"} <= shown
+    assert set(document["cases"]["faults"]["series"]) == {goals.OURS, goals.FLOOR, goals.ALLOWED}
     assert set(document["cases"]["flatten-tmpfs"]["series"]) > set(goals.WAYS)
     assert path.with_suffix(".md").read_text(encoding="utf-8").startswith("# Benchmarks")
 
