@@ -18,7 +18,7 @@ TEST_PACKAGES := xfsprogs btrfs-progs rsync e2fsprogs squashfs-tools erofs-utils
 BENCH_PACKAGES := nbdkit libnbd-bin
 PROFILE_PACKAGES := linux-perf
 # What .ci/debian/control builds with, and what tries the package.
-DEB_PACKAGES := dpkg-dev debhelper dh-python pybuild-plugin-pyproject python3 python3-click \
+DEB_PACKAGES := build-essential dpkg-dev debhelper dh-python pybuild-plugin-pyproject python3 python3-click \
 	python3-hatchling python3-markdown-it
 TEST_DEB_PACKAGES := debootstrap lintian
 
