@@ -69,6 +69,7 @@ def image_or_store_argument(command: F) -> F:
 
 #: The image as one `source`, with all options that say how far it is trusted.
 image_options = all_of(trust_options, store_options, image_argument)
+image_or_store_options = all_of(trust_options, store_options, image_or_store_argument)
 
 
 def require_one_source(

@@ -46,25 +46,37 @@ def list_servers() -> list[ListedServer]:
 
 
 def is_socket(path: str) -> bool:
-    """Whether a socket is at this path. Never accesses a mount of ours, which shows no socket."""
+    """Whether a socket is at this path, or a page server's directory of sockets.
+
+    Never accesses a mount of ours, which shows no socket.
+    """
     over = mount_over(resolved(path))
     if over is not None and over.is_ours:
         return False
     try:
-        return stat.S_ISSOCK(os.stat(path).st_mode)
+        mode = os.stat(path).st_mode
     except OSError:
         return False
+    if stat.S_ISDIR(mode) and (over is None or over.path != resolved(path)):
+        real = resolved(path)
+        return any(each.status and resolved(each.socket) == real for each in list_servers())
+    return stat.S_ISSOCK(mode)
 
 
 def read_server(path: str) -> Status:
     """The status of the page server whose socket is at `path`, or was until it was stopped.
+
+    The path may also be that of its directory of sockets, or of one in it.
 
     Raises MountFailedError if there is none, MountTimeoutError if it may be one that hangs.
     """
     real = resolved(path)
     servers = list_servers()
     for each in servers:
-        if each.status is not None and resolved(each.socket) == real:
+        if each.status is None:
+            continue
+        place = resolved(each.socket)
+        if place == real or (each.status.size is None and real.startswith(f"{place}/")):
             return each.status
     for each in servers:
         if each.state == "hung":
@@ -127,8 +139,8 @@ def tables(found: Status, up: timedelta) -> Iterator[Table]:
     """The tables for the status of one server."""
     yield ("WHAT", "NOW"), list(_facts(found, up))
     if found.vms:
-        rows = [(vm.pid, vm.uid, vm.faults, vm.problem or "served") for vm in found.vms]
-        yield (">PID", ">USER", ">FAULTS", "STATE"), rows
+        rows = [(vm.pid, vm.uid, vm.image, vm.faults, vm.problem or "served") for vm in found.vms]
+        yield (">PID", ">USER", "IMAGE", ">FAULTS", "STATE"), rows
     if found.supplied:
         supplied = [
             ("hole" if each.layer is None else each.layer, each.bytes) for each in found.supplied
@@ -138,7 +150,10 @@ def tables(found: Status, up: timedelta) -> Iterator[Table]:
 
 def _facts(found: Status, up: timedelta) -> Iterator[tuple[str, str]]:
     yield "server", f"pid {found.pid}, version {found.version}, up {up}"
-    yield "image", f"{found.image}, {sized(found.size, 'bytes')}"
+    if found.size is None:
+        yield "source", found.image
+    else:
+        yield "image", f"{found.image}, {sized(found.size, 'bytes')}"
     yield "state", "takes no new VMs" if found.stopping else "serving"
     yield (
         "VMs",

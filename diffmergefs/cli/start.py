@@ -27,7 +27,7 @@ from diffmergefs.core.errors import (
 from diffmergefs.fuse.access import view_access
 from diffmergefs.fuse.handles import ObservedMount, Observer
 from diffmergefs.fuse.nodes import OpenImage
-from diffmergefs.fuse.served import Store
+from diffmergefs.fuse.served import Store, wait_until_stable
 from diffmergefs.fuse.tree import Tree
 from diffmergefs.opening.images import open_chain
 from diffmergefs.opening.trust import TrustPolicy
@@ -117,7 +117,6 @@ def _serve(
 ) -> None:
     # Imported here, because everything else works without libfuse.
     try:
-        from diffmergefs.fuse.looking import wait_until_stable
         from diffmergefs.fuse.mounting import session_options
         from diffmergefs.fuse.session import Session
     except ImportError as error:

@@ -7,15 +7,18 @@ import grp
 import logging
 import os
 import pwd
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import click
 
 from diffmergefs.cli import logs
-from diffmergefs.cli.inputs import ImageArguments, image_options
+from diffmergefs.cli.inputs import ImageArguments, image_or_store_options
 from diffmergefs.cli.options import (
     PATH,
     Size,
+    layout_options,
     log_format_option,
     strict_option,
     verify_level_option,
@@ -24,8 +27,12 @@ from diffmergefs.cli.options import (
 from diffmergefs.cli.usage import Verb
 from diffmergefs.core.errors import FileAccessError
 from diffmergefs.core.extents import PAGE
+from diffmergefs.core.view import MergedView
+from diffmergefs.fuse.served import LOOK_SECONDS, Store, wait_until_stable
 from diffmergefs.prefetch.record import WorkingSets
+from diffmergefs.stores.remarks import remarks, require_store
 from diffmergefs.system.daemon import JOURNAL, Notifier, is_journal
+from diffmergefs.uffd.endpoint import Endpoint, News, SocketDirectory
 from diffmergefs.uffd.listener import Listener, Owner
 from diffmergefs.uffd.recording import Ahead, Recording
 from diffmergefs.uffd.regions import HUGE_PAGE
@@ -59,17 +66,24 @@ def _around(context: click.Context, parameter: click.Parameter, value: int) -> i
 @click.option(
     "--socket",
     "path",
-    required=True,
     type=PATH,
     metavar="PATH",
     help="The Unix socket to make, which Firecracker gets as backend_path.",
+)
+@click.option(
+    "--socket-dir",
+    "directory",
+    type=PATH,
+    metavar="DIR",
+    help="Serve every snapshot of the directory SOURCE, each at a socket DIR/TAG.sock. Sockets come"
+    " and go with the snapshots.",
 )
 @click.option(
     "--socket-owner",
     "owner",
     metavar="USER[:GROUP]",
     callback=_owner,
-    help="The owner of the socket, by names or numbers, as for a jailed Firecracker. The mode is"
+    help="The owner of each socket, by names or numbers, as for a jailed Firecracker. The mode is"
     " 0600, with GROUP 0660.",
 )
 @click.option(
@@ -96,14 +110,16 @@ def _around(context: click.Context, parameter: click.Parameter, value: int) -> i
 )
 @click.option("--no-prefetch", is_flag=True, help="Do not copy the recorded pages ahead.")
 @working_set_dir_option
-@verify_level_option("at the start")
+@verify_level_option("at the start, or with --socket-dir when the first VM connects to a snapshot")
 @click.option("--log", "log_file", type=PATH, metavar="FILE", help="Log to FILE instead of stderr.")
 @log_format_option
 @strict_option
-@image_options
+@layout_options
+@image_or_store_options
 def uffd(
     source: ImageArguments,
-    path: str,
+    path: str | None,
+    directory: str | None,
     owner: Owner | None,
     around: int,
     on_failure: str,
@@ -113,12 +129,14 @@ def uffd(
     verify: str,
     log_file: str | None,
     log_format: str,
+    layout: str | None,
+    suffix: str | None,
 ) -> int:
-    """Serve IMAGE to Firecracker's `Uffd` memory backend at the socket PATH.
+    """Serve IMAGE, or each snapshot of SOURCE, to Firecracker's `Uffd` memory backend.
 
     Firecracker connects when it loads a snapshot, and gets the merged pages that its guest touches,
     of 4 KiB or 2 MiB. Any number of VMs can be connected. A VM may connect only if its user may
-    read each layer. The command stays in the foreground. SIGTERM removes the socket, and ends the
+    read each layer. The command stays in the foreground. SIGTERM removes the sockets, and ends the
     command when the last VM has ended; a second signal ends it at once, and VMs that are connected
     hang.
 
@@ -127,7 +145,15 @@ def uffd(
       diffmergefs uffd /srv/snapshots/pandas --socket /srv/pandas.sock
       diffmergefs uffd --base mem_file --diff mem_diff --socket uffd.sock
       diffmergefs uffd --record /srv/snapshots/pandas --socket /srv/pandas.sock
+      diffmergefs uffd /srv/snapshots --socket-dir /run/pages
     """
+    if (path is None) == (directory is None):
+        raise click.UsageError("give either --socket PATH or --socket-dir DIR")
+    if directory is not None and source.image is None:
+        raise click.UsageError("--socket-dir goes with SOURCE, not with --base and --diff")
+    for option, value in (("--layout", layout), ("--suffix", suffix)):
+        if directory is None and value is not None:
+            raise click.UsageError(f"{option} goes with --socket-dir")
     source = replace(source, policy=replace(source.policy, verify=verify))
     stream = os.environ.pop(JOURNAL, None)
     notifier = Notifier(os.environ)
@@ -136,29 +162,69 @@ def uffd(
         handler = logs.file_handler(log_file, log_format)
     else:
         handler = logs.stderr_handler(log_format, to_journal=is_journal(2, stream))
-    # Nobody closes it: a VM that is left behind must not be killed for that.
-    view = source.open().view
-    listener = Listener(path, owner)
-    logs.log_to({handler: logging.INFO})
-    with contextlib.closing(handler):
-        if verify == "no":
-            log.warning(
-                "seals and hashes of parents are not verified (--verify=no): guests get wrong"
-                " bytes from a wrong file"
-            )
-        plan = Plan(
+
+    def plan_of(view: MergedView) -> Plan:
+        return Plan(
             view,
             PAGE if record else around,
             on_failure == "kill",
             list if sets is None or record or no_prefetch else Ahead(sets, view),
             Recording(sets, view) if record and sets else None,
         )
+
+    with contextlib.closing(handler):
+        if directory is not None:
+            logs.log_to({handler: logging.INFO})
+            _warn_of(verify)
+            store = Store(source.image or "", source.policy, layout=layout, suffix=suffix)
+            _serve_all(store, directory, owner, plan_of, notifier)
+            return 0
+        # Nobody closes it: a VM that is left behind must not be killed for that.
+        view = source.open().view
+        name = os.path.abspath(source.image or source.base or "")
+        listener = Listener(path or "", owner)
+        logs.log_to({handler: logging.INFO})
+        _warn_of(verify)
+        plan = plan_of(view)
+        server = Server(listener.path, name, view.size, notifier)
+        server.change(News([Endpoint(listener, name, lambda: plan)], []))
         try:
-            name = os.path.abspath(source.image or source.base or "")
-            Server(plan, listener, name, notifier).serve()
+            server.serve()
         finally:
             listener.close()
     return 0
+
+
+def _serve_all(
+    store: Store,
+    path: str,
+    owner: Owner | None,
+    plan_of: Callable[[MergedView], Plan],
+    notifier: Notifier,
+) -> None:
+    sockets = SocketDirectory(store, path, owner, plan_of)
+    try:
+        wait_until_stable(store)
+        require_store(store.seen.catalog)
+        for line in remarks(store.seen.catalog):
+            log.info("%s", line)
+        server = Server(sockets.path, store.root, None, notifier)
+        server.change(sockets.update())
+        watch = threading.Thread(
+            target=sockets.watch, args=(LOOK_SECONDS, server.change), daemon=True
+        )
+        watch.start()
+        server.serve()
+    finally:
+        sockets.close()
+
+
+def _warn_of(verify: str) -> None:
+    if verify == "no":
+        log.warning(
+            "seals and hashes of parents are not verified (--verify=no): guests get wrong"
+            " bytes from a wrong file"
+        )
 
 
 def _working_sets(directory: str | None, state: str | None, *, record: bool) -> WorkingSets | None:

@@ -30,7 +30,7 @@ TABLE = {
     "map": Entry("map", "map_", _LOOK, "show which layer supplies which part of an image"),
     "compare": Entry("difference", "compare", _LOOK, "compare two images: where do they differ?"),
     "mount": Entry("mount", "mount", _SERVE, "show every snapshot of a directory as a whole image"),
-    "uffd": Entry("uffd", "uffd", _SERVE, "serve an image to Firecracker's page-fault backend"),
+    "uffd": Entry("uffd", "uffd", _SERVE, "serve images to Firecracker's page-fault backend"),
     "umount": Entry("mounted", "umount", _SERVE, "unmount"),
     "status": Entry("mounted", "status", _SERVE, "list mounts and servers, or print statistics"),
     "prefetch": Entry("prefetch", "prefetch", _SERVE, "show or remove an image's working set"),

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import logging
-import time
 
 import trio
 
 from diffmergefs.core.errors import DiffMergeError
-from diffmergefs.fuse.served import Store
+from diffmergefs.fuse.served import LOOK_SECONDS, Store
 from diffmergefs.fuse.threads import in_thread
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.6
 SLOW_SECONDS = 5.0  # how long a scan may take before the log says so
-
-
-def wait_until_stable(store: Store) -> None:
-    """Scan the store until fresh snapshots have been seen twice, so that the mount shows them."""
-    if store.look():
-        time.sleep(LOOK_SECONDS)
-        store.look()
 
 
 async def watch_source(store: Store) -> None:

@@ -43,6 +43,8 @@ from diffmergefs.system.mounttable import FILESYSTEM_TYPE, mount_of
 
 log = logging.getLogger(__name__)
 
+LOOK_SECONDS = 0.6
+
 
 class Store:
     """The snapshots of the directory `root`, as they may be served now.
@@ -317,6 +319,13 @@ class Store:
         for line in (*opened.overridden, *news):
             log.warning("%s", line)
         return image
+
+
+def wait_until_stable(store: Store) -> None:
+    """Scan the store until fresh snapshots have been seen twice, so that the mount shows them."""
+    if store.look():
+        time.sleep(LOOK_SECONDS)
+        store.look()
 
 
 def _status(file: int | str) -> os.stat_result | None:

@@ -18,6 +18,21 @@ _PART = 1 << 16
 _MOST_FDS = 16
 
 
+def wait_for_message(connection: socket.socket, seconds: float = SECONDS) -> None:
+    """Wait until something came that `received` can read.
+
+    Raises ConnectionAbortedError if the connection ends before, ValueError with one line if nothing
+    comes in time, and OSError.
+    """
+    connection.settimeout(seconds)
+    try:
+        begun = connection.recv(1, socket.MSG_PEEK)
+    except TimeoutError:
+        raise ValueError(f"{_lacks(None)} in time ({_seen(b'')})") from None
+    if not begun:
+        raise ConnectionAbortedError("nothing came")
+
+
 def received(
     connection: socket.socket, size: int, seconds: float = SECONDS
 ) -> tuple[list[Region], Userfault]:

@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import stat
+import threading
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -38,6 +39,8 @@ class Listener:
 
     def __init__(self, path: str, owner: Owner | None = None) -> None:
         self.path = path
+        self._closing = threading.Lock()
+        self._is_closed = False
         folder, self._name = os.path.split(path)
         if not self._name:
             raise FileAccessError(f"{path}: a directory; name the socket in it")
@@ -134,11 +137,19 @@ class Listener:
                     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
 
     def close(self) -> None:
-        """Remove the socket from its path, unless another one is there. It still accepts."""
-        with suppress(OSError):
-            now = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
-            if (now.st_dev, now.st_ino) == self._known:
-                os.unlink(self._name, dir_fd=self._folder)
+        """Remove the socket from its path, unless another one is there. It still accepts.
+
+        Safe for several threads, and more than once.
+        """
+        with self._closing:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            with suppress(OSError):
+                now = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
+                if (now.st_dev, now.st_ino) == self._known:
+                    os.unlink(self._name, dir_fd=self._folder)
+            os.close(self._folder)
 
 
 def status_listener() -> socket.socket:

@@ -11,14 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from diffmergefs.core.errors import counted
 from diffmergefs.system.daemon import Notifier
-from diffmergefs.uffd.listener import Listener, status_listener
+from diffmergefs.uffd.endpoint import Endpoint, News
+from diffmergefs.uffd.listener import status_listener
 from diffmergefs.uffd.peer import Peer
 from diffmergefs.uffd.status import ANSWERS, Ledger, Status, rendered
-from diffmergefs.uffd.vm import Plan, Refused, Unused, Vm
+from diffmergefs.uffd.vm import Refused, Unused, Vm
 
 log = logging.getLogger(__name__)
 
@@ -30,17 +32,32 @@ _PAUSE_SECONDS = 0.2
 
 
 class Server:
-    """Serves the image of `plan` to the VMs that connect to `listener`."""
+    """Serves VMs at its endpoints. `path` is where they are, and `image` names what is served.
+
+    `size` is that of the one image, or None. Make it in the thread that calls `serve`.
+    """
 
     def __init__(
-        self, plan: Plan, listener: Listener, image: str, notifier: Notifier | None = None
+        self, path: str, image: str, size: int | None, notifier: Notifier | None = None
     ) -> None:
-        self._plan = plan
-        self._listener = listener
+        self._path = path
         self._notifier = notifier or Notifier()
-        self._ledger = Ledger(os.path.abspath(listener.path), image, plan.view.size)
+        self._ledger = Ledger(os.path.abspath(path), image, size)
         self._lock = threading.Lock()
         self._vms: set[Vm] = set()
+        self._endpoints: dict[int, Endpoint] = {}
+        self._news: SimpleQueue[News] = SimpleQueue()
+        self._woken, self._wake = socket.socketpair()
+        self._wake.setblocking(False)
+
+    def change(self, news: News) -> None:
+        """Serve these new endpoints too, and those that are gone no more. For any thread.
+
+        Who has connected by then is served on.
+        """
+        self._news.put(news)
+        with suppress(OSError):  # it wakes up anyway
+            self._wake.send(b"\0")
 
     def serve(self) -> None:
         """Accept VMs until a signal asks for the end; then serve those that are connected.
@@ -48,31 +65,54 @@ class Server:
         SIGTERM, SIGINT and SIGHUP (unless it is ignored) ask for it. A second one ends it at once,
         and whoever is connected then waits for pages for ever. Call this in the main thread.
         """
-        with _signals() as (wake, self._wake), status_listener() as asking:
+        with self._woken, self._wake, _signals(self._wake), status_listener() as asking:
+            self._poller = select.poll()
+            for each in (asking, self._woken):
+                self._poller.register(each, select.POLLIN)
+            self._take_news()
             self._notifier.notify("READY=1", f"STATUS={self._state()}")
-            log.info("%s: ready, serving %s", self._listener.path, self._ledger.image)
-            poller = select.poll()
-            accepting = self._listener.socket
-            accepting.setblocking(False)
-            for each in (accepting, asking, wake):
-                poller.register(each, select.POLLIN)
+            log.info("%s: ready, serving %s", self._path, self._ledger.image)
             while not (self._ledger.stopping and not self._vms):
-                ready = {fd for fd, _ in poller.poll()}
-                if wake.fileno() in ready:
-                    for number in wake.recv(64).replace(b"\0", b""):
+                ready = {fd for fd, _ in self._poller.poll()}
+                if self._woken.fileno() in ready:
+                    for number in self._woken.recv(64).replace(b"\0", b""):
                         if self._ledger.stopping:
                             self._end_now(number)
                             return
                         self._stop(number)
-                        poller.unregister(accepting)
-                        accepting.close()
-                elif accepting.fileno() in ready:
-                    self._accept()
+                    self._take_news()
+                for endpoint in [e for fd, e in self._endpoints.items() if fd in ready]:
+                    self._accept(endpoint)
                 if asking.fileno() in ready:
                     with suppress(OSError):  # without descriptors there is no answer
                         connection, _ = asking.accept()
                         self._start(self._answer, connection, connection)
-        log.info("%s: no VM is connected any more", self._listener.path)
+        log.info("%s: no VM is connected any more", self._path)
+
+    def _take_news(self) -> None:
+        while True:
+            try:
+                news = self._news.get_nowait()
+            except Empty:
+                return
+            for endpoint in news.added:
+                listening = endpoint.listener.socket
+                listening.setblocking(False)
+                self._endpoints[listening.fileno()] = endpoint
+                self._poller.register(listening, select.POLLIN)
+            gone = self._endpoints.values() if self._ledger.stopping else news.gone
+            for endpoint in list(gone):
+                self._leave(endpoint)
+
+    def _leave(self, endpoint: Endpoint) -> None:
+        # Who has connected relies on being served.
+        endpoint.listener.close()
+        while self._accept(endpoint):
+            pass
+        listening = endpoint.listener.socket
+        self._poller.unregister(listening)
+        del self._endpoints[listening.fileno()]
+        listening.close()
 
     def status(self) -> Status:
         """The present status."""
@@ -85,17 +125,17 @@ class Server:
         vms = counted(len(self._vms), "VM")
         return f"stopping; {vms} connected" if self._ledger.stopping else f"serving {vms}"
 
-    def _accept(self) -> bool:
+    def _accept(self, endpoint: Endpoint) -> bool:
         # Whether there was a connection.
         try:
-            connection, _ = self._listener.socket.accept()
+            connection, _ = endpoint.listener.socket.accept()
         except BlockingIOError:
             return False
         except OSError as error:
-            log.warning("%s: cannot accept: %s", self._listener.path, error)
+            log.warning("%s: cannot accept: %s", endpoint.listener.path, error)
             time.sleep(_PAUSE_SECONDS)
             return False
-        vm = Vm(connection, self._plan)
+        vm = Vm(connection, endpoint.plan, endpoint.image)
         with self._lock:
             self._vms.add(vm)
         if not self._start(self._run, vm, connection):
@@ -152,10 +192,8 @@ class Server:
                 connection.sendall(rendered(what, self.status()))
 
     def _stop(self, number: int) -> None:
-        self._listener.close()
-        # Who has connected relies on being served.
-        while self._accept():
-            pass
+        for endpoint in list(self._endpoints.values()):
+            self._leave(endpoint)
         with self._lock:
             self._ledger.stopping = True
             left = len(self._vms)
@@ -172,21 +210,21 @@ class Server:
             signal.Signals(number).name,
             counted(len(self._vms), "VM"),
         )
-        if self._plan.recording is not None:
-            self._plan.recording.save()
+        with self._lock:
+            plans = {id(vm.plan): vm.plan for vm in self._vms}
+        for plan in plans.values():
+            if plan is not None and plan.recording is not None:
+                plan.recording.save()
 
 
 @contextmanager
-def _signals() -> Iterator[tuple[socket.socket, socket.socket]]:
-    # Their numbers arrive in the first socket, as bytes; others may send NULs through the second.
+def _signals(wake: socket.socket) -> Iterator[None]:
+    # Their numbers arrive at the other end, as bytes; others may send NULs.
     numbers = [n for n in _ENDING if signal.getsignal(n) != signal.SIG_IGN]
     before = {n: signal.signal(n, lambda *_: None) for n in numbers}
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    known = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    known = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
     try:
-        with reader, writer:
-            yield reader, writer
+        yield
     finally:
         signal.set_wakeup_fd(known)
         for number, handler in before.items():

@@ -65,11 +65,13 @@ class Counters:
 class Served:
     """One VM that is connected. `problem` says why it gets no more pages, and is None if it does.
 
-    `pid` and `uid` are those of the process that connected, `connected` is a Unix time.
+    `pid` and `uid` are those of the process that connected, `connected` is a Unix time. `image` is
+    the image or the tag that it gets.
     """
 
     pid: int
     uid: int
+    image: str
     connected: float
     faults: int
     problem: str | None
@@ -87,6 +89,8 @@ class Supplied:
 class Status:
     """What a page server has done since its start, at one moment.
 
+    `socket` is its socket, or its directory of sockets. `image` is what it serves there: an image,
+    or the directory of snapshots; then `size` is None.
     `stopping` says that it takes no new VMs. `accepted` counts the VMs that were served, `refused`
     the connections that were not, and `failed` the VMs that could not be served to their end. The
     other counters are sums over all VMs, those that have ended too.
@@ -97,7 +101,7 @@ class Status:
     started: float
     socket: str
     image: str
-    size: int
+    size: int | None
     stopping: bool
     vms: tuple[Served, ...]
     accepted: int
@@ -137,7 +141,7 @@ class Ledger:
 
     socket: str
     image: str
-    size: int
+    size: int | None
     started: float = field(default_factory=time.time)
     stopping: bool = False
     accepted: int = 0

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
+from diffmergefs.core.errors import DiffMergeError
 from diffmergefs.core.extents import Extent
 from diffmergefs.core.view import MergedView
-from diffmergefs.uffd.handshake import received
+from diffmergefs.uffd.handshake import received, wait_for_message
 from diffmergefs.uffd.memory import Ended, Memory, Unservable
 from diffmergefs.uffd.peer import Peer, has_ended, may_end, unreadable
 from diffmergefs.uffd.recording import Recording
@@ -52,10 +53,16 @@ class Unused(Exception):
 
 @dataclass(eq=False)
 class Vm:
-    """The VM behind a connection. `run` serves it in the calling thread."""
+    """The VM behind a connection. `run` serves it in the calling thread.
+
+    `plan_now` may block, and raises DiffMergeError if the image cannot be served. `plan` is what it
+    gave, once somebody has connected.
+    """
 
     connection: socket.socket
-    plan: Plan
+    plan_now: Callable[[], Plan]
+    image: str
+    plan: Plan | None = None
     peer: Peer | None = None
     connected: float = field(default_factory=time.time)
     counters: Counters = field(default_factory=Counters)
@@ -67,7 +74,9 @@ class Vm:
         if self.peer is None or not self.accepted:
             return None
         faults = self.counters.faults
-        return Served(self.peer.pid, self.peer.uid, self.connected, faults, self.problem)
+        return Served(
+            self.peer.pid, self.peer.uid, self.image, self.connected, faults, self.problem
+        )
 
     def run(self, accepted: Callable[[], None]) -> None:
         """Shake hands, call `accepted`, and serve until its process has ended.
@@ -81,40 +90,40 @@ class Vm:
                 self.peer = Peer.of(self.connection)
                 pidfd = self.peer.open_pidfd(self.connection)
                 held.callback(os.close, pidfd)
-                path = unreadable(self.plan.view.layers, self.peer)
             except OSError as error:
                 raise Refused(f"it is not known who connects: {error}") from error
-            if path is not None:
-                raise Refused(f"{self.peer} may not read {path}")
             try:
-                regions, source = received(self.connection, self.plan.view.size)
+                wait_for_message(self.connection)  # nothing is opened for who only looks
+                self.plan = plan = self.plan_now()
+                if (path := unreadable(plan.view.layers, self.peer)) is not None:
+                    raise Refused(f"{self.peer} may not read {path}")
+                regions, source = received(self.connection, plan.view.size)
             except ConnectionAbortedError as error:
                 raise Unused from error
-            except (ValueError, OSError) as error:
+            except (DiffMergeError, ValueError, OSError) as error:
                 raise Refused(f"{self.peer}: {error}") from error
             held.callback(source.close)
-            if self.plan.kills and not may_end(pidfd):
+            if plan.kills and not may_end(pidfd):
                 log.warning(
                     "%s may not be killed by this user: if it cannot be served, it hangs", self.peer
                 )
             self.accepted = True
             accepted()
-            memory = Memory(self.plan.view, regions, source, self.plan.around, self.counters)
-            if self.plan.recording is not None:
-                memory.touched = self.plan.recording.begin().add
-                held.callback(self.plan.recording.end)
+            memory = Memory(plan.view, regions, source, plan.around, self.counters)
+            if plan.recording is not None:
+                memory.touched = plan.recording.begin().add
+                held.callback(plan.recording.end)
             try:
-                self._serve(memory, source.fd, pidfd)
+                self._serve(memory, deque(plan.ahead()), source.fd, pidfd)
             except Ended:
                 _wait(pidfd)
             except Unservable as error:
-                self._fail(str(error), pidfd)
+                self._fail(str(error), pidfd, kills=plan.kills)
             except Exception:
                 log.exception("serving %s failed: this is a bug", self.peer)
-                self._fail("a bug, see the log", pidfd)
+                self._fail("a bug, see the log", pidfd, kills=plan.kills)
 
-    def _serve(self, memory: Memory, faults: int, pidfd: int) -> None:
-        ahead = deque(self.plan.ahead())
+    def _serve(self, memory: Memory, ahead: deque[Extent], faults: int, pidfd: int) -> None:
         poller = select.poll()
         poller.register(pidfd, select.POLLIN)
         poller.register(faults, select.POLLIN)
@@ -135,12 +144,12 @@ class Vm:
                     memory.ahead(*ahead[0])
                     ahead.popleft()
 
-    def _fail(self, problem: str, pidfd: int) -> None:
+    def _fail(self, problem: str, pidfd: int, *, kills: bool) -> None:
         if has_ended(pidfd):
             return
         self.problem = problem
         killed = False
-        if self.plan.kills:
+        if kills:
             with suppress(OSError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 killed = True

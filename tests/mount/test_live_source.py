@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmergefs.fuse.looking import LOOK_SECONDS
 from diffmergefs.fuse.replies import CHANGING_SECONDS
+from diffmergefs.fuse.served import LOOK_SECONDS
 from tests.support.images import PAGE, overlay_oracle, signed, write_layer
 from tests.support.live import error_of, until, until_equal
 from tests.support.mounts import Mount, mounted

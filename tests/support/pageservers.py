@@ -20,7 +20,7 @@ _SECONDS = 60
 
 @dataclass(frozen=True)
 class PageServer:
-    """A running `diffmergefs uffd`: its socket, and its process."""
+    """A running `diffmergefs uffd`: its socket or directory of sockets, and its process."""
 
     socket: Path
     process: subprocess.Popen[bytes]
@@ -40,15 +40,20 @@ class PageServer:
 
 @contextmanager
 def serving(
-    socket: Path, *options: str | Path, expect_log: tuple[str, ...] = ()
+    socket: Path,
+    *options: str | Path,
+    at: str = "--socket",
+    expect_log: tuple[str, ...] = (),
 ) -> Iterator[PageServer]:
     """`diffmergefs uffd --socket SOCKET` with these options, from when it is ready on.
+
+    With `at` "--socket-dir", SOCKET is a directory.
 
     Afterwards it is ended by SIGTERM, unless it has ended already. Then fails if it did not end in
     good order, or if its log complains of anything but `expect_log`.
     """
     with tempfile.TemporaryDirectory(prefix="diffmergefs-log-") as directory:
-        mine = ["uffd", f"--state-dir={directory}", *options, "--socket", socket]
+        mine = ["uffd", f"--state-dir={directory}", *options, at, socket]
         log_path = Path(directory) / "log"
         with log_path.open("ab") as log:
             process = subprocess.Popen(

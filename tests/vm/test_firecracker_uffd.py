@@ -79,6 +79,17 @@ def test_firecracker_restores_every_tag_of_the_store(host: Host) -> None:
             assert guest.state() == taken.answers
 
 
+def test_firecrackers_restore_from_a_directory_of_sockets(host: Host) -> None:
+    place = host.directory / "sockets"
+    place.mkdir()
+    with serving(place, host.store, at="--socket-dir") as server, ExitStack() as stack:
+        for taken in host.taken:
+            socket = place / f"{taken.tag}.sock"
+            guest = stack.enter_context(restored(host, taken, socket))
+            assert guest.state() == taken.answers
+        assert facts(server)["accepted"] == len(host.taken)
+
+
 def test_several_firecrackers_are_served_at_once(host: Host) -> None:
     last = host.taken[-1]
     with serving(host.directory / "socket", *arguments(host.taken)) as server, ExitStack() as stack:

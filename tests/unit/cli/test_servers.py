@@ -24,7 +24,7 @@ def status(path: Path) -> Status:
     ledger = Ledger(str(path), "/srv/base", 8192, accepted=3, refused=2)
     ledger.ended.fault(3000)
     ledger.ended.supply({-1: 100, 1: 4096})
-    return ledger.status([(Served(7, 1234, 0.0, 5, "it hangs"), Counters())])
+    return ledger.status([(Served(7, 1234, "/srv/base", 0.0, 5, "it hangs"), Counters())])
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def test_the_tables_have_its_numbers(tmp_path: Path) -> None:
     told: dict[object, object] = dict(facts[1])  # type: ignore[arg-type]
     assert told["VMs"] == "1 connected, 3 served, 2 refused, 0 failed"
     assert told["faults"] == "1, 3 us each"
-    assert vms[1] == [(7, 1234, 5, "it hangs")]
+    assert vms[1] == [(7, 1234, "/srv/base", 5, "it hangs")]
     assert supplied[1] == [("hole", 100), (1, 4096)]
 
 

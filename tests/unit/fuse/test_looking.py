@@ -12,7 +12,7 @@ import trio
 
 from diffmergefs.core.errors import FileAccessError
 from diffmergefs.fuse import looking
-from diffmergefs.fuse.looking import wait_until_stable, watch_source
+from diffmergefs.fuse.looking import watch_source
 from diffmergefs.fuse.served import Store
 from diffmergefs.opening.trust import TrustPolicy
 from tests.support.live import until
@@ -57,17 +57,6 @@ def watched(
             nursery.cancel_scope.cancel()
 
     trio.run(main)
-
-
-def test_what_is_fresh_is_looked_at_twice_before_it_is_shown(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looks: list[set[str]] = [{"leaf"}, set(), set()]
-    monkeypatch.setattr(store, "look", lambda: looks.pop(0))
-    wait_until_stable(store)
-    assert len(looks) == 1
-    wait_until_stable(store)
-    assert looks == []
 
 
 def failing(error: Exception) -> Callable[[], object]:

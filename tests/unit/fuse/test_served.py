@@ -19,7 +19,7 @@ import pytest
 from diffmergefs.core.errors import DiffMergeError, FileAccessError, LayerChangedError
 from diffmergefs.core.layer import Layer
 from diffmergefs.fuse.nodes import OpenImage
-from diffmergefs.fuse.served import Store
+from diffmergefs.fuse.served import Store, wait_until_stable
 from diffmergefs.fuse.tags import Keys
 from diffmergefs.opening import pins
 from diffmergefs.opening.trust import TrustPolicy
@@ -522,3 +522,16 @@ def test_another_directory_at_the_root_is_told(root: Path) -> None:
     write_tag(root, "other")
     store.look()
     assert moved == [str(root)] and store.tags() == ["other"]
+
+
+def test_what_is_fresh_is_looked_at_twice_before_it_is_shown(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = looked(root)
+    monkeypatch.setattr("diffmergefs.fuse.served.LOOK_SECONDS", 0.001)
+    looks: list[set[str]] = [{"leaf"}, set(), set()]
+    monkeypatch.setattr(store, "look", lambda: looks.pop(0))
+    wait_until_stable(store)
+    assert len(looks) == 1
+    wait_until_stable(store)
+    assert looks == []

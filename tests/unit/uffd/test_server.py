@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.commands import diffmergefs, mistake, succeed
-from tests.support.images import PAGE
+from tests.support.images import PAGE, overlay_oracle, write_layer
+from tests.support.live import until
 from tests.support.pageservers import PageServer, serving
+from tests.support.stores import BASE_PAGES, age, pages, write_chain, write_tag
+from tests.support.stores import SIZE as STORE_SIZE
 from tests.support.vmm import Vmm
 from tests.unit.uffd.conftest import ORACLE, SIZE
 
@@ -259,3 +264,130 @@ def test_the_service_manager_is_told(layers: Layers, tmp_path: Path) -> None:
         finally:
             process.kill()
             process.wait()
+
+
+# A directory of sockets
+
+
+@pytest.fixture
+def store(public_path: Path) -> Path:
+    return write_chain(public_path / "store", ["base", "leaf"])
+
+
+@contextmanager
+def serving_all(
+    store: Path, *options: str | Path, expect_log: tuple[str, ...] = ()
+) -> Iterator[PageServer]:
+    """A server of all snapshots of the store, at sockets in a directory beside it."""
+    place = store.with_name("sockets")
+    place.mkdir(exist_ok=True)
+    with serving(place, store, *options, at="--socket-dir", expect_log=expect_log) as server:
+        yield server
+    assert list(place.iterdir()) == []
+
+
+def image_of(*layers: tuple[int, range | list[int]]) -> bytes:
+    return overlay_oracle(STORE_SIZE, [pages(layer, numbers) for layer, numbers in layers])
+
+
+BASE_IMAGE = image_of((0, BASE_PAGES))
+LEAF_IMAGE = image_of((0, BASE_PAGES), (1, [1]))
+
+
+def test_every_snapshot_of_a_store_has_its_socket(store: Path) -> None:
+    with serving_all(store) as server, Vmm(STORE_SIZE) as one, Vmm(STORE_SIZE) as other:
+        one.connect(server.socket / "base.sock")
+        other.connect(server.socket / "leaf.sock")
+        assert one.read(0, STORE_SIZE) == BASE_IMAGE
+        assert other.read(0, STORE_SIZE) == LEAF_IMAGE
+        found = status_of(server)
+        assert (found["socket"], found["image"]) == (str(server.socket), str(store))
+        assert found["size"] is None and found["accepted"] == 2
+        assert [vm["image"] for vm in found["vms"]] == ["base", "leaf"]
+        for path in (server.socket, server.socket / "leaf.sock"):
+            text = succeed("status", path)
+            assert f"source      {store}\n" in text and "2 connected" in text
+            assert "diffmergefs_uffd_vms 2.0" in succeed("status", "--metrics", path)
+
+
+def test_sockets_come_and_go_with_the_snapshots(store: Path) -> None:
+    log = "not shown", "refused: "
+    with (
+        serving_all(store, expect_log=log) as server,
+        Vmm(STORE_SIZE) as vmm,
+        Vmm(STORE_SIZE) as late,
+    ):
+        vmm.connect(server.socket / "leaf.sock")
+        assert vmm.read(0, PAGE) == LEAF_IMAGE[:PAGE]
+        write_tag(store, "new", "leaf", layer=2, numbers=[2])
+        until((server.socket / "new.sock").exists, "there is no socket for the new one")
+        late.connect(server.socket / "new.sock")
+        assert late.read(0, STORE_SIZE) == image_of((0, BASE_PAGES), (1, [1]), (2, [2]))
+        shutil.rmtree(store / "new")
+        shutil.rmtree(store / "leaf")
+        until(lambda: os.listdir(server.socket) == ["base.sock"], "they are still there")
+        # Who has connected is served on, from files that are gone.
+        assert vmm.read(0, STORE_SIZE) == LEAF_IMAGE
+
+
+def test_a_snapshot_that_is_replaced_is_served_anew_to_new_vms(store: Path) -> None:
+    with serving_all(store) as server, Vmm(STORE_SIZE) as old:
+        old.connect(server.socket / "leaf.sock")
+        assert old.read(0, PAGE) == LEAF_IMAGE[:PAGE]
+        other = write_layer(store / "leaf" / "new", STORE_SIZE, pages(9, [5]))
+        age(other)
+        shown = server.log().count("leaf: shown")
+        other.rename(store / "leaf" / "memory.bin")
+        expected = image_of((0, BASE_PAGES), (9, [5]))
+
+        def is_new() -> bool:
+            with Vmm(STORE_SIZE) as vmm:
+                vmm.connect(server.socket / "leaf.sock")
+                return vmm.read(0, STORE_SIZE) == expected
+
+        until(lambda: server.log().count("leaf: shown") >= shown, "it is not looked at")
+        until(is_new, "it is not served anew")
+        assert old.read(0, STORE_SIZE) == LEAF_IMAGE
+
+
+def test_an_image_that_is_refused_closes_the_connection_and_not_the_socket(store: Path) -> None:
+    log = "refused: ", "not shown", "memory file is not shown"
+    with serving_all(store, expect_log=log) as server:
+        with (store / "leaf" / "memory.bin").open("r+b"), Vmm(STORE_SIZE) as vmm:
+            vmm.connect(server.socket / "leaf.sock")
+            assert vmm.is_closed()
+            server.wait_for("open for writing, perhaps by its VMM")
+
+        until(lambda: "is known to be open for writing any more" in server.log(), "it is not tried")
+        with Vmm(STORE_SIZE) as again:
+            again.connect(server.socket / "leaf.sock")
+            assert again.read(0, STORE_SIZE) == LEAF_IMAGE
+
+
+def test_each_snapshot_has_its_own_working_set(store: Path) -> None:
+    sets = "--working-set-dir", store.with_name("sets")
+    with serving_all(store, "--record", *sets) as server:
+        for name, page in (("base", 3), ("leaf", 1)):
+            with Vmm(STORE_SIZE) as vmm:
+                vmm.connect(server.socket / f"{name}.sock")
+                vmm.read(page * PAGE, PAGE)
+        server.wait_for("recorded the first touch of", 2)
+    for name, page in (("base", 3), ("leaf", 1)):
+        shown = json.loads(succeed("prefetch", store / name, "--show", "--json", *sets))
+        assert shown["ranges"] == [[page * PAGE, (page + 1) * PAGE]]
+    with serving_all(store, *sets) as server, Vmm(STORE_SIZE) as vmm:
+        vmm.connect(server.socket / "leaf.sock")
+        until(lambda: status_of(server)["prefetched_bytes"] == PAGE, "nothing is copied ahead")
+        assert vmm.read(PAGE, PAGE) == LEAF_IMAGE[PAGE : 2 * PAGE]
+
+
+def test_a_stop_removes_all_sockets_and_serves_the_vms_to_their_end(store: Path) -> None:
+    with serving_all(store) as server, Vmm(STORE_SIZE) as vmm:
+        vmm.connect(server.socket / "leaf.sock")
+        vmm.read(0, PAGE)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("takes no new VMs, 1 VM connected")
+        assert os.listdir(server.socket) == []
+        assert vmm.read(0, STORE_SIZE) == LEAF_IMAGE
+        vmm.process.kill()
+        assert server.process.wait(30) == 0

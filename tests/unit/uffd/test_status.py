@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from diffmergefs.core.view import HOLE
 from diffmergefs.uffd.status import Counters, Ledger, Served, Status, rendered
 
-VM = Served(7, 1234, 5.0, 2, None)
+VM = Served(7, 1234, "/srv/base", 5.0, 2, None)
 
 
 def found() -> Status:

@@ -29,7 +29,7 @@ def connected(vmm: Vmm, path: Path, plan: Plan, *parts: str) -> Vm:
         listening.bind(str(path))
         listening.listen()
         vmm.connect(path, *parts)
-        return Vm(listening.accept()[0], plan)
+        return Vm(listening.accept()[0], lambda: plan, "image")
 
 
 def test_a_vm_is_served_until_its_process_ends(tmp_path: Path, plan: Plan) -> None:
@@ -70,7 +70,7 @@ def test_a_connection_that_says_nothing_is_unused(plan: Plan) -> None:
     one, other = socket.socketpair()
     other.close()
     with pytest.raises(Unused):
-        Vm(one, plan).run(pytest.fail)
+        Vm(one, pytest.fail, "image").run(pytest.fail)
 
 
 @pytest.mark.parametrize("kills", [True, False])

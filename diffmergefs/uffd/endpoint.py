@@ -1,0 +1,171 @@
+"""Where VMs connect: one socket for an image, or a directory with a socket for each snapshot."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from diffmergefs.core.errors import DiffMergeError, OutputRefusedError, one_line
+from diffmergefs.core.failures import failures
+from diffmergefs.core.view import MergedView
+from diffmergefs.fuse.served import Store
+from diffmergefs.uffd.listener import Listener, Owner
+from diffmergefs.uffd.vm import Plan
+
+log = logging.getLogger(__name__)
+
+#: What the name of a socket in a directory of sockets ends in.
+SUFFIX = ".sock"
+
+
+@dataclass(frozen=True, eq=False)
+class Endpoint:
+    """A socket, and how to serve who connects. `image` names what they get.
+
+    `plan` may block, and raises DiffMergeError if the image cannot be served now.
+    """
+
+    listener: Listener
+    image: str
+    plan: Callable[[], Plan]
+
+
+class News(NamedTuple):
+    """The endpoints that came and went."""
+
+    added: list[Endpoint]
+    gone: list[Endpoint]
+
+
+class SocketDirectory:
+    """A socket `TAG.sock` in the directory `path` for each tag that `store` serves.
+
+    The directories of a tag with slashes are made as needed, and removed with their last socket.
+    `plan_of` says how a view is served. An image is opened when a VM connects to it. Whoever is
+    connected keeps the image that was there then. `close()` removes all sockets; sockets of a
+    server that died are replaced. Raises FileAccessError, and OutputRefusedError if `path` lies in
+    the store or leads there.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        path: str,
+        owner: Owner | None,
+        plan_of: Callable[[MergedView], Plan],
+    ) -> None:
+        self.path = os.path.abspath(path)
+        self._store = store
+        self._owner = owner
+        self._plan_of = plan_of
+        self._endpoints: dict[str, Endpoint] = {}
+        self._problems: dict[str, str] = {}
+        self._is_closed = False
+        self._lock = threading.Lock()
+        with failures(path):
+            if not stat.S_ISDIR(os.stat(path).st_mode):
+                raise NotADirectoryError(20, os.strerror(20), path)
+            roots = [os.path.realpath(each) for each in (path, store.root)]
+        if os.path.commonpath(roots) == roots[1]:
+            raise OutputRefusedError(
+                f"{path}: lies in {store.root}, and no look at that may change it; choose a"
+                " directory elsewhere"
+            )
+
+    def update(self) -> News:
+        """Make sockets for new tags, and remove those of tags that are gone.
+
+        A socket that cannot be made is logged once, and tried again with each call.
+        """
+        tags = set(self._store.tags())
+        news = News([], [])
+        with self._lock:
+            if self._is_closed:
+                return news
+            for tag in sorted(self._endpoints.keys() - tags):
+                endpoint = self._endpoints.pop(tag)
+                self._remove(endpoint)
+                news.gone.append(endpoint)
+            for tag in self._problems.keys() - tags:
+                del self._problems[tag]
+            for tag in sorted(tags - self._endpoints.keys()):
+                try:
+                    endpoint = self._made(tag)
+                except DiffMergeError as error:
+                    if self._problems.get(tag) != str(error):
+                        log.warning("%s: has no socket: %s", one_line(tag), error)
+                    self._problems[tag] = str(error)
+                    continue
+                self._problems.pop(tag, None)
+                self._endpoints[tag] = endpoint
+                news.added.append(endpoint)
+        return news
+
+    def watch(self, seconds: float, tell: Callable[[News], None]) -> None:
+        """Look at the store again and again, and give what is new. Returns after `close`."""
+        problem = ""
+        while not self._is_closed:
+            time.sleep(seconds)
+            try:
+                self._store.look()
+                problem = ""
+            except DiffMergeError as error:
+                if str(error) != problem:
+                    log.warning("the sockets stay as they were until this is fixed: %s", error)
+                problem = str(error)
+                continue
+            except Exception:
+                log.exception("looking at the source failed: this is a bug")
+                continue
+            news = self.update()
+            if any(news):
+                tell(news)
+
+    def close(self) -> None:
+        """Remove all sockets. Those who have connected are served on."""
+        with self._lock:
+            self._is_closed = True
+            for endpoint in self._endpoints.values():
+                self._remove(endpoint)
+            self._endpoints.clear()
+
+    def _made(self, tag: str) -> Endpoint:
+        path = os.path.join(self.path, tag + SUFFIX)
+        with failures(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        return Endpoint(Listener(path, self._owner), tag, _Latest(self._store, tag, self._plan_of))
+
+    def _remove(self, endpoint: Endpoint) -> None:
+        endpoint.listener.close()
+        folder = os.path.dirname(endpoint.listener.path)
+        with suppress(OSError):  # it holds other sockets
+            while folder != self.path:
+                os.rmdir(folder)
+                folder = os.path.dirname(folder)
+
+
+class _Latest:
+    # The plan for the image that a tag has now, one for all VMs that share the image.
+
+    def __init__(self, store: Store, tag: str, plan_of: Callable[[MergedView], Plan]) -> None:
+        self._store, self._tag, self._plan_of = store, tag, plan_of
+        self._lock = threading.Lock()
+        # Not kept for its own sake: it would keep an image open that was replaced.
+        self._known: Callable[[], Plan | None] = lambda: None
+
+    def __call__(self) -> Plan:
+        view = self._store.open(self._tag).view
+        with self._lock:
+            known = self._known()
+            if known is None or known.view is not view:
+                known = self._plan_of(view)
+                self._known = weakref.ref(known)
+            return known
