@@ -145,7 +145,7 @@ def uffd(
       diffmergefs uffd /srv/snapshots/pandas --socket /srv/pandas.sock
       diffmergefs uffd --base mem_file --diff mem_diff --socket uffd.sock
       diffmergefs uffd --record /srv/snapshots/pandas --socket /srv/pandas.sock
-      diffmergefs uffd /srv/snapshots --socket-dir /run/pages
+      diffmergefs uffd /srv/snapshots --socket-dir /srv/pages
     """
     if (path is None) == (directory is None):
         raise click.UsageError("give either --socket PATH or --socket-dir DIR")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 import threading
 import time
 import weakref
@@ -48,7 +47,8 @@ class News(NamedTuple):
 class SocketDirectory:
     """A socket `TAG.sock` in the directory `path` for each tag that `store` serves.
 
-    The directories of a tag with slashes are made as needed, and removed with their last socket.
+    The directory is made if it is not there. Those of a tag with slashes are made as needed, and
+    removed with their last socket.
     `plan_of` says how a view is served. An image is opened when a VM connects to it. Whoever is
     connected keeps the image that was there then. `close()` removes all sockets; sockets of a
     server that died are replaced. Raises FileAccessError, and OutputRefusedError if `path` lies in
@@ -70,15 +70,16 @@ class SocketDirectory:
         self._problems: dict[str, str] = {}
         self._is_closed = False
         self._lock = threading.Lock()
-        with failures(path):
-            if not stat.S_ISDIR(os.stat(path).st_mode):
-                raise NotADirectoryError(20, os.strerror(20), path)
-            roots = [os.path.realpath(each) for each in (path, store.root)]
+        roots = [os.path.realpath(each) for each in (path, store.root)]
         if os.path.commonpath(roots) == roots[1]:
             raise OutputRefusedError(
-                f"{path}: lies in {store.root}, and no look at that may change it; choose a"
-                " directory elsewhere"
+                f"{path}: lies in {store.root}, where nothing may be made; choose a directory"
+                " elsewhere"
             )
+        with failures(path):
+            with suppress(FileExistsError):
+                os.mkdir(path)
+            os.close(os.open(path, os.O_PATH | os.O_DIRECTORY))
 
     def update(self) -> News:
         """Make sockets for new tags, and remove those of tags that are gone.

@@ -50,8 +50,9 @@ def test_a_directory_of_sockets_goes_with_a_directory_of_snapshots(
     assert "--layout goes with --socket-dir" in mistake(2, "uffd", *one, "--layout", "forkd")
     assert "its parent directory" in mistake(3, "uffd", store / "leaf", *place)
     assert "a file, not a directory of snapshots" in mistake(14, "uffd", base, *place)
-    missing = mistake(14, "uffd", store, "--socket-dir", tmp_path / "none")
-    assert missing.startswith(f"diffmergefs: {tmp_path}/none: No such file or directory")
+    missing = mistake(14, "uffd", store, "--socket-dir", tmp_path / "none" / "x")
+    assert missing.startswith(f"diffmergefs: {tmp_path}/none/x: No such file or directory")
+    assert "Not a directory" in mistake(14, "uffd", store, "--socket-dir", base)
     inside = mistake(8, "uffd", store, "--socket-dir", store / "leaf")
     assert f"{store}/leaf: lies in {store}" in inside
     assert list((tmp_path / "sockets").iterdir()) == []

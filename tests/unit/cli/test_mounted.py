@@ -19,6 +19,7 @@ from diffmergefs.core.errors import (
     FileAccessError,
     MountFailedError,
     MountTimeoutError,
+    counted,
 )
 from diffmergefs.core.view import HOLE
 from diffmergefs.fuse.service import Service
@@ -138,7 +139,7 @@ def test_a_table_has_the_facts_and_the_bytes_of_each_layer(
         ["reads", "2, of which 1 in worker threads"],
         ["latency", "50 % in 1 us, 99 % in 2 us"],
         ["prefetch", "8192 bytes (8 KiB) pushed, 4096 (4 KiB) hit"],
-        ["tainted", f"{status().tainted_layers} layers"],
+        ["tainted", counted(status().tainted_layers, "layer")],
     ]
     assert [unsized(line).split() for line in lines[11:]] == [
         ["TAG", "LAYER", "BYTES"],

@@ -158,7 +158,9 @@ def test_it_must_be_a_directory_outside_the_store(store: Store, root: Path, tmp_
         with pytest.raises(OutputRefusedError, match=f"lies in {root}"):
             SocketDirectory(store, str(path), None, plan_of)
     with pytest.raises(FileAccessError, match="No such file or directory"):
-        SocketDirectory(store, str(tmp_path / "none"), None, plan_of)
+        SocketDirectory(store, str(tmp_path / "none" / "new"), None, plan_of)
+    SocketDirectory(store, str(tmp_path / "new"), None, plan_of)
+    assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(FileAccessError, match="Not a directory"):
         SocketDirectory(store, str(tmp_path / "file"), None, plan_of)
