@@ -13,6 +13,7 @@ import pytest
 
 from diffmergefs.prefetch.push import pieces
 from diffmergefs.prefetch.record import WorkingSets
+from tests.support import skips
 from tests.support.images import PAGE
 from tests.support.live import held, patch_children, until
 from tests.support.moments import IN_MOUNTS, Moments
@@ -25,7 +26,7 @@ from tests.support.writers import is_leased
 
 __all__ = ["covered"]
 
-pytestmark = pytest.mark.usefixtures("covered")
+needs_resend = pytest.mark.usefixtures("covered")
 
 TOUCHED = scattered(25)
 LAST = pieces(ranges_of(TOUCHED), SIZE)[-1].start
@@ -75,6 +76,8 @@ def test_a_push_that_waits_for_a_page_in_hand(
     seen: Callable[..., None],
 ) -> None:
     """The dead one cannot be reaped: the next brings the page (or the reader gets an error)"""
+    if resend:
+        skips.require_resend()
     require_fusectl()
     base, diff = write_pair(public_path)
     sets = WorkingSets(str(public_path / "sets"))
@@ -160,6 +163,7 @@ RECORDING = {
 }
 
 
+@needs_resend
 def test_a_recording_ends_with_its_server(
     public_path: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +224,7 @@ DIES = """
 OPEN = "import os, sys; os.close(os.open(sys.argv[1], os.O_RDWR)); print('opened')"
 
 
+@needs_resend
 def test_a_lease_of_a_dead_server_keeps_no_writer_waiting(
     public_path: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch, seen: Callable[..., None]
 ) -> None:

@@ -24,7 +24,7 @@ from tests.support.servers import TOOK_OVER, covered, deaths, kill_server
 
 __all__ = ["covered"]
 
-pytestmark = pytest.mark.usefixtures("covered")
+needs_resend = pytest.mark.usefixtures("covered")
 
 READERS = 16
 BAD = 40 << 20
@@ -109,6 +109,7 @@ def read_page(view: Path, start: int) -> tuple[int, bytes]:
     return done.returncode, done.stdout
 
 
+@needs_resend
 @pytest.mark.parametrize("end", ENDS)
 def test_one_bad_page(
     end: str,
@@ -137,6 +138,7 @@ def test_one_bad_page(
     seen(deaths=3, longest_stall_ms=load.longest_ms)
 
 
+@needs_resend
 @pytest.mark.parametrize("end", ENDS)
 def test_one_bad_merge(
     end: str, files: Files, public_path: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,6 +159,7 @@ def test_one_bad_merge(
                 assert view.read_bytes() == oracle.read_bytes()
 
 
+@needs_resend
 @pytest.mark.parametrize("when", ALWAYS)
 def test_servers_that_always_die_end_the_mount(
     when: str, files: Files, public_path: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
@@ -217,6 +220,7 @@ def test_a_kernel_that_resends_nothing(
     seen(kills=kills, longest_until_all_had_an_error_ms=round(1000 * longest))
 
 
+@needs_resend
 def test_it_is_ended_as_usual_there(
     files: Files, public_path: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
