@@ -208,7 +208,7 @@ def _serve_all(
         require_store(store.seen.catalog)
         for line in remarks(store.seen.catalog):
             log.info("%s", line)
-        server = Server(sockets.path, store.root, None, notifier)
+        server = Server(sockets.path, store.root, None, notifier, sockets.close)
         server.change(sockets.update())
         watch = threading.Thread(
             target=sockets.watch, args=(LOOK_SECONDS, server.change), daemon=True

@@ -50,9 +50,9 @@ class SocketDirectory:
     The directory is made if it is not there. Those of a tag with slashes are made as needed, and
     removed with their last socket.
     `plan_of` says how a view is served. An image is opened when a VM connects to it. Whoever is
-    connected keeps the image that was there then. `close()` removes all sockets; sockets of a
-    server that died are replaced. Raises FileAccessError, and OutputRefusedError if `path` lies in
-    the store or leads there.
+    connected keeps the image that was there then. `close()` removes all sockets. A socket that
+    a dead server left is replaced if its tag is there. Raises FileAccessError, and
+    OutputRefusedError if `path` lies in the store or leads there.
     """
 
     def __init__(
@@ -68,14 +68,10 @@ class SocketDirectory:
         self._plan_of = plan_of
         self._endpoints: dict[str, Endpoint] = {}
         self._problems: dict[str, str] = {}
+        self._folders: set[str] = set()  # those that were made here, below the directory
         self._is_closed = False
         self._lock = threading.Lock()
-        roots = [os.path.realpath(each) for each in (path, store.root)]
-        if os.path.commonpath(roots) == roots[1]:
-            raise OutputRefusedError(
-                f"{path}: lies in {store.root}, where nothing may be made; choose a directory"
-                " elsewhere"
-            )
+        self._require_outside(path)
         with failures(path):
             with suppress(FileExistsError):
                 os.mkdir(path)
@@ -138,18 +134,42 @@ class SocketDirectory:
                 self._remove(endpoint)
             self._endpoints.clear()
 
+    def _require_outside(self, path: str) -> None:
+        root = os.path.realpath(self._store.root)
+        if os.path.commonpath([os.path.realpath(path), root]) == root:
+            raise OutputRefusedError(
+                f"{path}: lies in {self._store.root}, where nothing may be made; choose a directory"
+                " elsewhere"
+            )
+
     def _made(self, tag: str) -> Endpoint:
         path = os.path.join(self.path, tag + SUFFIX)
-        with failures(path):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-        return Endpoint(Listener(path, self._owner), tag, _Latest(self._store, tag, self._plan_of))
+        folder = os.path.dirname(path)
+        self._require_outside(folder)
+        try:
+            with failures(path):
+                self._make_folders(folder)
+            listener = Listener(path, self._owner)
+        except DiffMergeError:
+            self._remove_folders(folder)
+            raise
+        return Endpoint(listener, tag, _Latest(self._store, tag, self._plan_of))
+
+    def _make_folders(self, folder: str) -> None:
+        if folder != self.path and not os.path.isdir(folder):
+            self._make_folders(os.path.dirname(folder))
+            os.mkdir(folder)
+            self._folders.add(folder)
 
     def _remove(self, endpoint: Endpoint) -> None:
         endpoint.listener.close()
-        folder = os.path.dirname(endpoint.listener.path)
+        self._remove_folders(os.path.dirname(endpoint.listener.path))
+
+    def _remove_folders(self, folder: str) -> None:
         with suppress(OSError):  # it holds other sockets
-            while folder != self.path:
+            while folder in self._folders:
                 os.rmdir(folder)
+                self._folders.discard(folder)
                 folder = os.path.dirname(folder)
 
 

@@ -34,13 +34,19 @@ _PAUSE_SECONDS = 0.2
 class Server:
     """Serves VMs at its endpoints. `path` is where they are, and `image` names what is served.
 
-    `size` is that of the one image, or None. Make it in the thread that calls `serve`.
+    `size` is that of the one image, or None. `stopping` is called before it takes no new VMs.
     """
 
     def __init__(
-        self, path: str, image: str, size: int | None, notifier: Notifier | None = None
+        self,
+        path: str,
+        image: str,
+        size: int | None,
+        notifier: Notifier | None = None,
+        stopping: Callable[[], None] = lambda: None,
     ) -> None:
         self._path = path
+        self._stopping = stopping
         self._notifier = notifier or Notifier()
         self._ledger = Ledger(os.path.abspath(path), image, size)
         self._lock = threading.Lock()
@@ -192,6 +198,7 @@ class Server:
                 connection.sendall(rendered(what, self.status()))
 
     def _stop(self, number: int) -> None:
+        self._stopping()
         for endpoint in list(self._endpoints.values()):
             self._leave(endpoint)
         with self._lock:

@@ -8,6 +8,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -112,18 +113,47 @@ def test_it_leads_to_the_image_that_the_tag_has_then(
     close(news)
 
 
-def test_a_tag_with_slashes_has_directories_which_go_with_it(
-    root: Path, store: Store, place: Path, sockets: SocketDirectory
+class Tags:
+    """Stands for a store that serves these tags."""
+
+    def __init__(self, root: Path, *tags: str) -> None:
+        self.root, self.shown = str(root), list(tags)
+
+    def tags(self) -> list[str]:
+        return self.shown
+
+
+def test_a_tag_with_slashes_has_directories_which_go_with_it(root: Path, place: Path) -> None:
+    (place / "kept").mkdir()
+    (place / "in" / "the").mkdir(parents=True)
+    (place / "in" / "the" / "way.sock").touch()
+    store = Tags(root, "a/b/c", "a/d", "kept/e", "in/the/way", "in/the/way.sock/f")
+    sockets = SocketDirectory(cast(Store, store), str(place), None, plan_of)
+    news = [sockets.update()]
+    assert names(place) == ["a/b/c.sock", "a/d.sock", "kept/e.sock"]
+    store.shown = ["a/d"]
+    news.append(sockets.update())
+    assert not (place / "a" / "b").exists() and (place / "kept").exists()
+    sockets.close()
+    assert sorted(path.name for path in place.iterdir()) == ["in", "kept"]
+    for each in news:
+        close(each)
+
+
+def test_no_socket_is_made_in_the_store(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    deep = sockets._made("a/b/c")
-    other = sockets._made("a/d")
-    assert names(place) == ["a/b/c.sock", "a/d.sock"]
-    sockets._remove(deep)
-    assert not (place / "a" / "b").exists() and (place / "a").exists()
-    sockets._remove(other)
-    assert list(place.iterdir()) == []
-    for endpoint in (deep, other):
-        endpoint.listener.socket.close()
+    """Nor where a symlink in the directory leads there."""
+    (tmp_path / "link").symlink_to(root)
+    store = Tags(root, f"{root.name}/base/x", "link/base/y", "z")
+    sockets = SocketDirectory(cast(Store, store), str(tmp_path), None, plan_of)
+    before = sorted(root.rglob("*"))
+    news = sockets.update()
+    assert [each.image for each in news.added] == ["z"]
+    assert sorted(root.rglob("*")) == before
+    assert all("where nothing may be made" in line for line in warnings(caplog))
+    sockets.close()
+    close(news)
 
 
 def test_what_is_in_the_way_is_left_and_named_once(

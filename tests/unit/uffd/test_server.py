@@ -388,6 +388,11 @@ def test_a_stop_removes_all_sockets_and_serves_the_vms_to_their_end(store: Path)
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("takes no new VMs, 1 VM connected")
         assert os.listdir(server.socket) == []
-        assert vmm.read(0, STORE_SIZE) == LEAF_IMAGE
-        vmm.process.kill()
-        assert server.process.wait(30) == 0
+        write_tag(store, "new", "leaf", layer=2, numbers=[2])
+        # Another server takes the place meanwhile.
+        with serving(server.socket, store, at="--socket-dir"):
+            assert sorted(os.listdir(server.socket)) == ["base.sock", "leaf.sock", "new.sock"]
+            assert vmm.read(0, STORE_SIZE) == LEAF_IMAGE
+            vmm.process.kill()
+            assert server.process.wait(30) == 0
+            assert sorted(os.listdir(server.socket)) == ["base.sock", "leaf.sock", "new.sock"]
